@@ -1,0 +1,3 @@
+"""Stub."""
+
+STAGE = "compare_runs"

@@ -1,0 +1,3 @@
+"""Stub."""
+
+STAGE = "evaluate_model"

@@ -1,0 +1,3 @@
+"""Stub."""
+
+STAGE = "fetch_model"

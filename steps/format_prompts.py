@@ -1,0 +1,3 @@
+"""Stub."""
+
+STAGE = "format_prompts"

@@ -1,0 +1,290 @@
+"""From Hydra config and sweep to the list of runs, with every key, name and path.
+
+The Snakefile only looks things up here. A plan is frozen to one file, named by its content, so that
+jobs (on this machine or on a cluster's nodes) never plan again while somebody edits a config.
+"""
+
+import copy
+import dataclasses
+import json
+import os
+from pathlib import Path
+
+from steps.lib import raw as raw_data
+from steps.lib.config import expand, parse_overrides, split_overrides, stage_config
+from steps.lib.errors import UserError
+from steps.lib.keys import HashCache, digest, stage_key
+from steps.lib.schema import NOT_IN_KEY
+
+RESULTS = Path("results")
+STATE = RESULTS / ".state"
+PLANS = RESULTS / ".plans"
+
+FOLDERS = {
+    "fetch_model": "models",
+    "format_prompts": "prompts",
+    "tokenize_splits": "splits",
+    "train_adapter": "adapters",
+    "merge_adapter": "merged",
+    "evaluate_model": "reports",
+    "compare_runs": "sweeps",
+}
+
+# Learning-rate schedules that do not look at the total number of steps: runs that differ only in
+# num_train_epochs share their history, so they are one chain of epoch segments.
+TOTAL_INDEPENDENT = frozenset({"constant", "constant_with_warmup"})
+
+
+@dataclasses.dataclass
+class Job:
+    """One artefact to make: which stage makes it, from what, with what config.
+
+    `config` is what the key hashes; `settings` are the stage's values that are in no key.
+    """
+
+    stage: str
+    path: str
+    key: str
+    config: dict
+    inputs: dict[str, str]
+    settings: dict = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass
+class Run:
+    """One sweep point, trained and evaluated."""
+
+    name: str
+    key: str
+    point: dict  # swept config key -> value
+    config: dict
+    artefacts: dict[str, str]  # stage -> path; `base_report`: the untouched model's
+    segments: list[str] = dataclasses.field(default_factory=list)  # adapters along the trunk, oldest first
+
+
+@dataclasses.dataclass
+class Plan:
+    """All runs of a sweep and the jobs that make them."""
+
+    sweep: str
+    experiment: str
+    axes: dict[str, list]
+    tracking: dict
+    runs: list[Run]
+    jobs: dict[str, Job]
+
+    def job(self, stage: str, name: str) -> Job:
+        """The job that makes `<stage folder>/<name>`."""
+        path = str(RESULTS / FOLDERS[stage] / name)
+        if path not in self.jobs:
+            raise UserError(f"{path} is not part of this plan: check experiment, sweep and overrides")
+        return self.jobs[path]
+
+    @property
+    def leaderboard(self) -> str:
+        return str(RESULTS / "sweeps" / self.sweep / "leaderboard.csv")
+
+    def freeze(self) -> Path:
+        """Write the plan to ``results/.plans/<hash>.json`` and return the path."""
+        content = dataclasses.asdict(self)
+        path = PLANS / f"{digest(content)}.json"
+        if not path.is_file():
+            PLANS.mkdir(parents=True, exist_ok=True)
+            temporary = path.with_suffix(f".{os.getpid()}")
+            temporary.write_text(json.dumps(content, indent=1, ensure_ascii=False))
+            os.replace(temporary, path)
+        return path
+
+
+def load(path: str | os.PathLike) -> Plan:
+    """Read a frozen plan."""
+    content = json.loads(Path(path).read_text())
+    content["runs"] = [Run(**run) for run in content["runs"]]
+    content["jobs"] = {name: Job(**job) for name, job in content["jobs"].items()}
+    return Plan(**content)
+
+
+def build(experiment: str | None = None, sweep: str | None = None, overrides: str | list[str] = "") -> Plan:
+    """Plan an experiment.
+
+    Args:
+        experiment: a file of conf/experiment; None takes the default of conf/config.yaml.
+        sweep: a file of conf/sweep; None takes the experiment's own.
+        overrides: Hydra overrides, as one text or a list; a swept value (``a=1,2``) is an axis.
+
+    Raises:
+        UserError: for anything in config or raw data that would make a job fail later.
+    """
+    texts = split_overrides(overrides) if isinstance(overrides, str) else list(overrides)
+    chosen = [f"{group}={name}" for group, name in (("experiment", experiment), ("sweep", sweep)) if name]
+    axes, configs = expand(parse_overrides([*chosen, *texts]))
+    hashes = HashCache(STATE / "hashes.json")
+    planner = _Planner(hashes)
+    runs = {}
+    for config in configs:
+        run = planner.add_run(config, axes)
+        runs.setdefault(run.name, run)  # 1e-4 and 0.0001 are one run
+    hashes.save()
+    first = configs[0]
+    plan = Plan(first["sweep"]["name"], experiment or "default", axes, first["tracking"], list(runs.values()), planner.jobs)
+    _add_comparison(plan, first)
+    return plan
+
+
+def _add_comparison(plan: Plan, config: dict) -> None:
+    """The last job: compare all reports of the sweep."""
+    for run in plan.runs:
+        if run.config["eval"] != config["eval"] and run.config["eval"]["task"] != config["eval"]["task"]:
+            raise UserError("sweep: runs with different eval.task cannot be ranked together: sweep them apart")
+    view = {
+        "eval": config["eval"],
+        "sweep": {"name": plan.sweep, "axes": plan.axes},
+        "runs": [{"name": run.name, "point": run.point, "report": run.artefacts["evaluate_model"]} for run in plan.runs],
+    }
+    path = str(RESULTS / "sweeps" / plan.sweep)
+    reports = {run.name: run.artefacts["evaluate_model"] for run in plan.runs}
+    plan.jobs[path] = Job("compare_runs", path, stage_key("compare_runs", view, {}), view, reports)
+
+
+class _Planner:
+    """Collects jobs; artefacts that several runs need are planned once."""
+
+    def __init__(self, hashes: HashCache):
+        self.hashes = hashes
+        self.jobs: dict[str, Job] = {}
+        self.identities: dict[str, dict] = {}
+
+    def add_run(self, config: dict, axes: dict) -> Run:
+        data, model = config["data"]["name"], config["model"]["name"]
+        pin = self._raw(config)
+        base = self._job("fetch_model", model, config, {}, extra=self._model_files(config))
+        prompts = self._job("format_prompts", data, config, {"raw": pin}, extra={"raw": self._identity(config)})
+        splits = self._job("tokenize_splits", f"{data}-{model}", config, {"prompts": prompts.path, "model": base.path})
+        base_report = self._job(
+            "evaluate_model", f"base-{data}-{model}", config, {"model": base.path, "splits": splits.path}
+        )
+        adapters = self._adapters(config, splits, base)
+        adapter, slug = adapters[-1], _slug(config, config["train"].get("num_train_epochs", 3))
+        merged = self._job("merge_adapter", slug, config, {"model": base.path, "adapter": adapter.path})
+        inputs = {"model": merged.path, "splits": splits.path, "adapter": adapter.path, "base_report": base_report.path}
+        report = self._job("evaluate_model", slug, config, inputs)
+        artefacts = {
+            "fetch_data": pin,
+            "fetch_model": base.path,
+            "format_prompts": prompts.path,
+            "tokenize_splits": splits.path,
+            "train_adapter": adapter.path,
+            "merge_adapter": merged.path,
+            "evaluate_model": report.path,
+            "base_report": base_report.path,
+        }
+        name = Path(report.path).name
+        point = {key: _select(config, key) for key in axes}
+        return Run(name, report.key, point, config, artefacts, [segment.path for segment in adapters])
+
+    def _raw(self, config: dict) -> str:
+        """The fetch_data job; its output is the pin file, its identity the raw files' content."""
+        name, source = config["data"]["name"], config["data"]["source"]
+        path = str(raw_data.pin_path(name, source))
+        key = raw_data.pin_key(source)
+        self.jobs.setdefault(path, Job("fetch_data", path, key, stage_config("fetch_data", config), {}))
+        return path
+
+    def _identity(self, config: dict) -> dict:
+        name, source = config["data"]["name"], config["data"]["source"]
+        path = str(raw_data.pin_path(name, source))
+        if path not in self.identities:
+            self.identities[path] = raw_data.planned_identity(name, source, self.hashes)
+        return self.identities[path]
+
+    def _model_files(self, config: dict) -> dict:
+        """Content hashes of a local model's files, so that a changed file is a changed model."""
+        source = config["model"]["source"]
+        if source["kind"] != "files":
+            return {}
+        folder = Path(source["path"]) if isinstance(source["path"], str) else None
+        if folder is None or not (folder / "config.json").is_file():
+            raise UserError(f"model.source.path: {source['path']}: not a model folder (no config.json in it)")
+        files = sorted(path for path in folder.iterdir() if path.is_file())
+        return {"files": {path.name: self.hashes.sha256(path) for path in files}}
+
+    def _adapters(self, config: dict, splits: Job, base: Job) -> list[Job]:
+        """The training jobs of a run: one, or one per epoch when the schedule lets runs share them."""
+        inputs = {"splits": splits.path, "model": base.path}
+        epochs = config["train"].get("num_train_epochs", 3)
+        if not _shares_trunk(config["train"]):
+            job = self._job("train_adapter", _slug(config, epochs), config, inputs)
+            job.settings["trunk"] = job.key
+            return [job]
+        trunk_config = copy.deepcopy(config)
+        del trunk_config["train"]["num_train_epochs"]
+        trunk = self._key("train_adapter", trunk_config, inputs)[0]
+        segments: list[Job] = []
+        for epoch in range(1, int(epochs) + 1):
+            part = copy.deepcopy(config)
+            part["train"]["num_train_epochs"] = epoch
+            before = {"previous": segments[-1].path} if segments else {}
+            job = self._job("train_adapter", _slug(config, epoch), part, {**inputs, **before}, unkeyed={"previous"})
+            job.settings["trunk"] = trunk
+            segments.append(job)
+        return segments
+
+    def _key(self, stage: str, config: dict, inputs: dict, extra: dict | None = None, unkeyed=frozenset()):
+        """(key, keyed config, settings) of one artefact."""
+        keyed, settings = _without_unkeyed(stage_config(stage, config))
+        keyed.update(extra or {})
+        upstream = {name: self.jobs[path].key for name, path in inputs.items() if name not in unkeyed | {"raw"}}
+        return stage_key(stage, keyed, upstream), keyed, settings
+
+    def _job(self, stage, slug, config, inputs, extra=None, unkeyed=frozenset()) -> Job:
+        key, keyed, settings = self._key(stage, config, inputs, extra, unkeyed)
+        path = str(RESULTS / FOLDERS[stage] / f"{slug}-{key}")
+        return self.jobs.setdefault(path, Job(stage, path, key, keyed, inputs, settings))
+
+
+def _without_unkeyed(view: dict) -> tuple[dict, dict]:
+    """Split a stage's view into what its key hashes and what is in no key."""
+    keyed, settings = {}, {}
+    for section, value in view.items():
+        hidden = NOT_IN_KEY.get(section, frozenset())
+        if hidden and isinstance(value, dict):
+            keyed[section] = {name: item for name, item in value.items() if name not in hidden}
+            rest = {name: item for name, item in value.items() if name in hidden}
+            if rest:
+                settings[section] = rest
+        else:
+            keyed[section] = value
+    return keyed, settings
+
+
+def _shares_trunk(train: dict) -> bool:
+    """Whether runs that differ only in num_train_epochs go through the same states."""
+    epochs = train.get("num_train_epochs", 3)
+    whole = float(epochs) == int(epochs) and epochs >= 1
+    warmup = train.get("warmup_steps") or 0
+    return (
+        train.get("lr_scheduler_type", "linear") in TOTAL_INDEPENDENT
+        and whole
+        and train.get("max_steps", -1) <= 0
+        and (warmup == 0 or warmup >= 1)  # below 1 it is a share of the total
+        and not train.get("load_best_model_at_end", False)
+    )
+
+
+def _slug(config: dict, epochs) -> str:
+    """A name for people. It depends on nothing but the config, so that two sweeps share artefacts."""
+    train, adapter = config["train"], config["adapter"]
+    kind = (adapter.get("peft_type") or "full").lower()
+    rank = f"-r{adapter['r']}" if "r" in adapter else ""
+    rate = f"{train.get('learning_rate', 5e-5):g}"
+    length = f"{train['max_steps']}steps" if train.get("max_steps", -1) > 0 else f"e{epochs:g}"
+    parts = [config["data"]["name"], config["model"]["name"], config["method"]["name"], kind + rank, f"lr{rate}", length]
+    return "-".join(parts)
+
+
+def _select(config: dict, key: str):
+    """The value at a dotted key; for a config group (``model``) the name of the choice."""
+    value = config
+    for part in key.split("."):
+        value = value.get(part) if isinstance(value, dict) else None
+    return value.get("name") if isinstance(value, dict) else value

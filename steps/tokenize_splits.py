@@ -1,0 +1,3 @@
+"""Stub."""
+
+STAGE = "tokenize_splits"

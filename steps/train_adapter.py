@@ -1,0 +1,3 @@
+"""Stub."""
+
+STAGE = "train_adapter"
