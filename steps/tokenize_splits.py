@@ -1,3 +1,214 @@
-"""Stub."""
+"""Prompts to tokens: what the model reads, what it learns, and an audit that shows it.
+
+By hand::
+
+    python -m steps.tokenize_splits --prompts results/prompts/X --model results/models/Y \\
+        --output results/splits/Z experiment=smoke
+
+Reads   the prompts' train.jsonl, validation.jsonl and test.jsonl; the model's tokenizer.
+Writes  a `datasets.DatasetDict` (train, validation, test) with the columns id, input_ids, labels
+        (-100 where nothing is learned), prompt_length, prompt, reference; audit.json (counts, length
+        histogram, suggested max_length) and audit.txt (rows with their learned tokens marked).
+"""
+
+import itertools
+import json
+import logging
+import sys
+from pathlib import Path
+
+from steps.lib.conversation import IGNORED, Encoder
+from steps.lib.errors import UserError
+from steps.lib.progress import Progress, quiet_libraries
+from steps.lib.step import run_command
 
 STAGE = "tokenize_splits"
+SPLITS = ("train", "validation", "test")
+BATCH = 1000
+SHOWN = 5  # rows in audit.txt
+
+log = logging.getLogger("temper")
+
+
+def run(config: dict, prompts: Path, model: Path, output: Path) -> dict:
+    """Tokenize all splits.
+
+    Raises:
+        UserError: a row is too long under ``max_length_policy: error``; a split has no rows left;
+            a row has nothing to learn.
+    """
+    from datasets import DatasetDict
+
+    from steps.lib.models import load_tokenizer, stop_token_ids
+
+    quiet_libraries()
+    tokenizer = load_tokenizer(model)
+    encoder = Encoder(tokenizer, stop_token_ids(model, tokenizer), config["prompt"])
+    audits, splits = {}, {}
+    for split in SPLITS:
+        rows = _Rows(prompts / f"{split}.jsonl", encoder, config["tokenize"])
+        splits[split] = rows.dataset()
+        audits[split] = rows.audit.summary()
+    DatasetDict(splits).save_to_disk(output)
+    audit = {"max_length": config["tokenize"]["max_length"], "splits": audits}
+    (output / "audit.json").write_text(json.dumps(audit, indent=2) + "\n")
+    (output / "audit.txt").write_text(_shown_rows(splits["train"], tokenizer), encoding="utf-8")
+    _report(audits)
+    return {"rows": {split: audit["rows"] for split, audit in audits.items()}}
+
+
+class _Rows:
+    """One split: read, encode, count."""
+
+    def __init__(self, path: Path, encoder: Encoder, tokenize: dict):
+        self.path, self.encoder = path, encoder
+        self.max_length, self.policy = tokenize["max_length"], tokenize["max_length_policy"]
+        self.audit = Audit()
+
+    def dataset(self):
+        """The split as a `datasets.Dataset`; rows become Arrow batch by batch, many times smaller than Python lists."""
+        import pyarrow
+        from datasets import Dataset, DatasetInfo, Features, List, Value
+
+        features = Features(
+            {
+                "id": Value("int64"),
+                "input_ids": List(Value("int32")),
+                "labels": List(Value("int32")),
+                "prompt_length": Value("int32"),
+                "prompt": Value("string"),
+                "reference": Value("string"),
+            }
+        )
+        rows = self._encoded_rows()
+        schema = features.arrow_schema
+        batches = iter(lambda: pyarrow.Table.from_pylist(list(itertools.islice(rows, BATCH)), schema=schema), schema.empty_table())
+        table = pyarrow.concat_tables([schema.empty_table(), *batches])
+        if not len(table) and self.audit.read:
+            raise UserError(
+                f"{self.path}: all {self.audit.read} rows are longer than tokenize.max_length={self.max_length}; raise it"
+            )
+        return Dataset(table, info=DatasetInfo(features=features))
+
+    def _encoded_rows(self):
+        with self.path.open(encoding="utf-8") as lines, Progress(None, f"tokenize {self.path.stem}", "rows") as progress:
+            for line in lines:
+                row = self._encode(json.loads(line))
+                progress.update()
+                if row is not None:
+                    yield row
+
+    def _encode(self, record: dict) -> dict | None:
+        messages = record["messages"]
+        encoded = self.encoder.encode(messages)
+        ids, labels = encoded.input_ids, encoded.labels
+        self.audit.count(encoded, self.max_length)
+        if len(ids) > self.max_length:
+            if self.policy == "error":
+                raise UserError(
+                    f"{self.path}: row {record['id']} has {len(ids)} tokens, tokenize.max_length is {self.max_length}; "
+                    "raise it, or set tokenize.max_length_policy to drop or truncate"
+                )
+            if self.policy == "drop":
+                return None
+            ids, labels = ids[: self.max_length], labels[: self.max_length]
+            if all(label == IGNORED for label in labels):
+                self.audit.nothing_left += 1
+                return None
+        user = next(message["content"] for message in reversed(messages) if message["role"] == "user")
+        self.audit.keep(ids, labels)
+        return {
+            "id": record["id"],
+            "input_ids": ids,
+            "labels": labels,
+            "prompt_length": min(encoded.prompt_length, len(ids)),
+            "prompt": user,
+            "reference": messages[-1]["content"],
+        }
+
+
+class Audit:
+    """What happened to the rows of one split."""
+
+    def __init__(self):
+        self.lengths: list[int] = []  # of all rows, also of those that were dropped
+        self.read = self.too_long = self.nothing_left = self.retokenized = 0
+        self.rows = self.tokens = self.learned = 0
+
+    def count(self, encoded, max_length: int) -> None:
+        self.read += 1
+        self.lengths.append(len(encoded.input_ids))
+        self.too_long += len(encoded.input_ids) > max_length
+        self.retokenized += encoded.retokenized
+
+    def keep(self, ids: list[int], labels: list[int]) -> None:
+        self.rows += 1
+        self.tokens += len(ids)
+        self.learned += sum(label != IGNORED for label in labels)
+
+    def summary(self) -> dict:
+        """Counts, quantiles and a histogram of lengths, and the `max_length` that would keep 99% of the rows."""
+        ordered = sorted(self.lengths)
+        quantile = {str(q): ordered[min(len(ordered) - 1, int(q * len(ordered)))] for q in (0.5, 0.9, 0.99)} if ordered else {}
+        suggested = -(-quantile["0.99"] // 8) * 8 if quantile else None
+        return {
+            "rows": self.rows,
+            "read": self.read,
+            "longer_than_max_length": self.too_long,
+            "dropped": self.read - self.rows,
+            "answer_cut_off_entirely": self.nothing_left,
+            "tokenized_piecewise": self.retokenized,
+            "tokens": self.tokens,
+            "learned_tokens": self.learned,
+            "longest": ordered[-1] if ordered else None,
+            "quantiles": quantile,
+            "suggested_max_length": suggested,
+            "histogram": _histogram(ordered),
+        }
+
+
+def _histogram(lengths: list[int]) -> dict[str, int]:
+    """Rows per power of two: ``{"33-64": 12, ...}``."""
+    counts: dict[int, int] = {}
+    for length in lengths:
+        top = max(1, 1 << (length - 1).bit_length())
+        counts[top] = counts.get(top, 0) + 1
+    return {f"{top // 2 + 1}-{top}": counts[top] for top in sorted(counts)}
+
+
+def _shown_rows(train, tokenizer) -> str:
+    """The first rows as text; what is learned stands between >>> and <<<."""
+    lines = ["What the model reads in training. It learns what stands between >>> and <<<, nothing else.\n"]
+    for row in train.select(range(min(SHOWN, len(train)))):
+        text, learning = "", False
+        for token, label in zip(row["input_ids"], row["labels"], strict=True):
+            if (label != IGNORED) != learning:
+                text += "<<<" if learning else ">>>"
+                learning = not learning
+            text += tokenizer.decode([token])
+        lines.append(f"--- row {row['id']}\n{text}{'<<<' if learning else ''}\n")
+    return "\n".join(lines)
+
+
+def _report(audits: dict[str, dict]) -> None:
+    for split, audit in audits.items():
+        log.info(
+            "%s: %d rows, %d tokens, %d learned; dropped %d of %d rows (longest %s, 99%% within %s)",
+            split,
+            audit["rows"],
+            audit["tokens"],
+            audit["learned_tokens"],
+            audit["dropped"],
+            audit["read"],
+            audit["longest"],
+            audit["quantiles"].get("0.99"),
+        )
+
+
+def main(argv=None) -> None:
+    inputs = {"prompts": "folder of format_prompts", "model": "folder of fetch_model"}
+    run_command(sys.modules[__name__], inputs, argv)
+
+
+if __name__ == "__main__":
+    main()

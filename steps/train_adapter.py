@@ -1,3 +1,129 @@
-"""Stub."""
+"""Train an adapter (or all parameters) on the splits.
+
+By hand::
+
+    python -m steps.train_adapter --splits results/splits/X --model results/models/Y \\
+        --output results/adapters/Z experiment=smoke train.learning_rate=1e-3
+
+Reads   the train and validation splits; the base model.
+Writes  the adapter as PEFT saves it; metrics.jsonl (curves); training.json (time, memory, speed, sizes).
+
+Checkpoints stand in ``results/.state/<trunk>/``, outside the output, and training continues from
+the last one by itself. Runs that differ only in ``num_train_epochs`` under a schedule that does not
+depend on the total share a trunk: epoch 2 continues where epoch 1 ended.
+"""
+
+import json
+import logging
+import sys
+from pathlib import Path
+
+from steps.lib.keys import digest
+from steps.lib.progress import quiet_libraries
+from steps.lib.step import locked, peak_memory, run_command
 
 STAGE = "train_adapter"
+STATE = Path("results/.state")
+
+log = logging.getLogger("temper")
+
+
+def run(config: dict, splits: Path, model: Path, output: Path) -> dict:
+    """Train, or continue training, up to ``train.num_train_epochs`` (or ``train.max_steps``).
+
+    Raises:
+        UserError: nothing to train on, or an adapter config that does not fit the model.
+    """
+    quiet_libraries()
+    state = STATE / config.get("trunk", f"by-hand-{digest([config, str(splits), str(model)])}")
+    with locked(state):
+        return _train(config, splits, model, output, state)
+
+
+def _train(config: dict, splits: Path, model: Path, output: Path, state: Path) -> dict:
+    from datasets import load_from_disk
+
+    from steps.lib import tracking, training
+    from steps.lib.adapters import add_adapter, parameter_counts
+    from steps.lib.models import load_model, load_tokenizer
+
+    rows = load_from_disk(splits)
+    tokenizer = load_tokenizer(model)
+    args = training.training_arguments(config["train"], config["seed"], state)
+    network = add_adapter(load_model(model, config["model"]["load"]), config["adapter"], config["seed"])
+    sizes = parameter_counts(network)
+    epoch_steps = training.steps_per_epoch(len(rows["train"]), args)
+    target = args.max_steps if args.max_steps > 0 else round(epoch_steps * args.num_train_epochs)
+    checkpoint = last_checkpoint(state, target)
+    start = checkpoint_step(checkpoint)
+    trainer = training.TemperTrainer(
+        model=network,
+        args=args,
+        train_dataset=rows["train"],
+        eval_dataset=rows["validation"],
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    with tracking.follow(config.get("follow")) as listener:
+        metrics = training.MetricsFile(state / "metrics.jsonl", start, listener)
+        divergence = training.StopOnDivergence()
+        trainer.add_callback(training.ExactState(trainer, epoch_steps))
+        trainer.add_callback(training.CountTokens(trainer, metrics))
+        for callback in (divergence, metrics, training.ShowProgress(), training.EndOfSegment()):
+            trainer.add_callback(callback)
+        log.info("%s", _headline(rows, sizes, args, target, checkpoint))
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        seconds = metrics.seconds
+    network.save_pretrained(output)
+    final = trainer.state
+    facts = {
+        "train_seconds": round(seconds, 3),
+        "tokens": metrics.tokens,
+        "tokens_per_second": round(metrics.tokens / seconds, 1),
+        **sizes,
+        "peak_memory_bytes": peak_memory(),
+        "train_rows": len(rows["train"]),
+        "global_step": final.global_step,
+        "final_loss": _last(metrics.lines, "loss"),
+        "eval_loss": _last(metrics.lines, "eval_loss"),
+        "diverged_at_step": divergence.diverged_at,
+        "resumed_from_step": start,
+        "dtype": str(next(network.parameters()).dtype).removeprefix("torch."),
+        "device": str(args.device),
+    }
+    training.write_metrics(output / "metrics.jsonl", metrics.lines)
+    (output / "training.json").write_text(json.dumps(facts, indent=2) + "\n")
+    log.info("trained %d steps, %.0f tokens/s, validation loss %s", final.global_step, facts["tokens_per_second"], facts["eval_loss"])
+    return {"trained_steps": final.global_step - start}
+
+
+def _headline(rows, sizes: dict, args, target: int, checkpoint: Path | None) -> str:
+    share = sizes["trainable_parameters"] / sizes["total_parameters"]
+    start = f", continuing from {checkpoint}" if checkpoint else ""
+    return (
+        f"training {sizes['trainable_parameters']:,} of {sizes['total_parameters']:,} parameters ({share:.2%}) on "
+        f"{len(rows['train'])} rows, to step {target}, batch {args.train_batch_size} x {args.gradient_accumulation_steps}{start}"
+    )
+
+
+def _last(lines: list[dict], name: str) -> float | None:
+    return next((line[name] for line in reversed(lines) if name in line), None)
+
+
+def checkpoint_step(checkpoint: Path | None) -> int:
+    return int(checkpoint.name.removeprefix("checkpoint-")) if checkpoint else 0
+
+
+def last_checkpoint(state: Path, up_to: int) -> Path | None:
+    """The newest whole checkpoint of the trunk that is not past step `up_to`."""
+    found = [path for path in state.glob("checkpoint-*") if (path / "trainer_state.json").is_file()]
+    usable = [path for path in found if checkpoint_step(path) <= up_to]
+    return max(usable, key=checkpoint_step, default=None)
+
+
+def main(argv=None) -> None:
+    inputs = {"splits": "folder of tokenize_splits", "model": "folder of fetch_model"}
+    run_command(sys.modules[__name__], inputs, argv)
+
+
+if __name__ == "__main__":
+    main()

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from steps.lib.errors import UserError, suggest
 from steps.lib.keys import PACKAGE_ROOT, canonical_json, digest
-from steps.lib.schema import SOURCE_KINDS, STAGE_SECTIONS, Config
+from steps.lib.schema import SOURCE_KINDS, STAGE_SECTIONS, Config, DataView, Section
 
 CONF = PACKAGE_ROOT / "conf"
 CHECKED = Path("results/.state/checked-configs")  # library sections that were found valid, by hash
@@ -390,18 +390,47 @@ def stage_config(stage: str, config: dict) -> dict:
     return json.loads(canonical_json(view))
 
 
+@functools.cache
+def _stage_model(stage: str):
+    """A pydantic model of what the stage may see. Other keys at the top are facts the planner adds (identities)."""
+    from pydantic import create_model
+
+    fields: dict = {}
+    for path in STAGE_SECTIONS[stage]:
+        section, _, name = path.partition(".")
+        annotation = Config.model_fields[section].annotation
+        if name:
+            annotation = create_model(section, __base__=Section, **{name: (annotation.model_fields[name].annotation, ...)})
+        fields[section] = (DataView if path == "data" else annotation, ...)
+    return create_model(stage, __config__={"extra": "allow"}, **fields)
+
+
+def validated_stage(stage: str, view: dict) -> dict:
+    """Check the config of one stage and fill in defaults."""
+    filled = _model_dump(_stage_model(stage), view, "")
+    if "train" in filled:
+        check_library_sections(filled["train"], filled["adapter"])
+    return filled
+
+
 def load_stage_config(stage: str, given: str | None, overrides: list[str]) -> dict:
     """A step's config: JSON text or a file from ``--config``, or composed from Hydra overrides."""
     if given and overrides:
         raise UserError(f"--config and overrides ({overrides[0]} ...) exclude each other: leave one out")
-    if not given:
-        axes, configs = expand(parse_overrides([*overrides]))
-        if len(configs) != 1:
-            raise UserError(f"a step makes one run, but {', '.join(axes)} is swept: give one value each, e.g. {_first(axes)}")
-        return stage_config(stage, configs[0])
-    if given.lstrip().startswith("{"):
-        return json.loads(given)
-    return _config_file(given)
+    if given:
+        return validated_stage(stage, _config_text(given) if given.lstrip().startswith("{") else _config_file(given))
+    parsed = parse_overrides(["sweep=none", *overrides])
+    axes, configs = expand(parsed)
+    if len(configs) != 1:
+        raise UserError(f"a step makes one run, but {', '.join(axes)} is swept: give one value each, e.g. {_first(axes)}")
+    return stage_config(stage, configs[0])
+
+
+def _config_text(text: str) -> dict:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise UserError(f"--config: not JSON: {error}; give a file, or JSON text as the workflow does") from None
 
 
 def _first(axes: dict[str, list[str]]) -> str:

@@ -2,6 +2,8 @@
 
 import difflib
 
+MOST_SHOWN = 15  # longer lists of choices drown the message
+
 
 class UserError(Exception):
     """Something a person can fix: bad config, bad data, a missing file, no network.
@@ -12,9 +14,11 @@ class UserError(Exception):
 
 
 def suggest(word: str, choices) -> str:
-    """``"did you mean 'x'?"`` when one of `choices` is close to `word`, else the whole list."""
+    """``"did you mean 'x'?"`` when one of `choices` is close to `word` (or has its initials: lr), else what is allowed."""
     choices = sorted(str(choice) for choice in choices)
-    close = difflib.get_close_matches(word, choices, n=1)
+    initials = [choice for choice in choices if "".join(part[:1] for part in choice.split("_")) == word]
+    close = initials or difflib.get_close_matches(word, choices, n=1)
     if close:
         return f"did you mean '{close[0]}'?"
-    return "allowed: " + ", ".join(choices)
+    shown = ", ".join(choices[:MOST_SHOWN])
+    return f"allowed: {shown}" + (f" and {len(choices) - MOST_SHOWN} more" if len(choices) > MOST_SHOWN else "")

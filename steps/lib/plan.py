@@ -61,6 +61,11 @@ class Run:
     artefacts: dict[str, str]  # stage -> path; `base_report`: the untouched model's
     segments: list[str] = dataclasses.field(default_factory=list)  # adapters along the trunk, oldest first
 
+    @property
+    def title(self) -> str:
+        """A name for a table or a curve: the swept values, or the whole name when nothing is swept."""
+        return ", ".join(f"{key.rpartition('.')[2]}={value}" for key, value in self.point.items()) or self.name
+
 
 @dataclasses.dataclass
 class Plan:
@@ -72,6 +77,7 @@ class Plan:
     tracking: dict
     runs: list[Run]
     jobs: dict[str, Job]
+    path: str | None = None  # of the frozen file it was read from
 
     def job(self, stage: str, name: str) -> Job:
         """The job that makes `<stage folder>/<name>`."""
@@ -101,7 +107,7 @@ def load(path: str | os.PathLike) -> Plan:
     content = json.loads(Path(path).read_text())
     content["runs"] = [Run(**run) for run in content["runs"]]
     content["jobs"] = {name: Job(**job) for name, job in content["jobs"].items()}
-    return Plan(**content)
+    return Plan(**{**content, "path": str(path)})
 
 
 def build(experiment: str | None = None, sweep: str | None = None, overrides: str | list[str] = "") -> Plan:
@@ -128,7 +134,16 @@ def build(experiment: str | None = None, sweep: str | None = None, overrides: st
     first = configs[0]
     plan = Plan(first["sweep"]["name"], experiment or "default", axes, first["tracking"], list(runs.values()), planner.jobs)
     _add_comparison(plan, first)
+    _add_tracking_targets(plan)
     return plan
+
+
+def _add_tracking_targets(plan: Plan) -> None:
+    """Tell each training which MLflow run its curves belong to: of the runs along its trunk, the shortest."""
+    for run in sorted(plan.runs, key=lambda run: len(run.segments)):
+        for path in run.segments:
+            target = {"tracking": plan.tracking, "sweep": plan.sweep, "run": run.name, "title": run.title}
+            plan.jobs[path].settings.setdefault("follow", target)
 
 
 def _add_comparison(plan: Plan, config: dict) -> None:

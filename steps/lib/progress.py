@@ -1,9 +1,9 @@
 """Progress of long work: a bar on a terminal, plain lines every few seconds in a log."""
 
-import contextlib
 import logging
 import sys
 import time
+import warnings
 
 log = logging.getLogger("temper")
 
@@ -69,20 +69,13 @@ class Progress:
             log.info("%s: %s %s in %.1f s", self.name, self._amount(self.count), self.unit, seconds)
 
 
-@contextlib.contextmanager
-def quiet_libraries():
-    """Keep the libraries' own bars out of logs: ours say the same, once."""
+def quiet_libraries() -> None:
+    """Switch off the libraries' own bars and remarks for this process: our lines say the same, once."""
     import datasets
     from transformers.utils import logging as transformers_logging
 
-    bars_on = datasets.are_progress_bars_enabled()
     datasets.disable_progress_bars()
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        if bars_on:
-            datasets.enable_progress_bars()
-        transformers_logging.enable_progress_bar()
-        transformers_logging.set_verbosity_warning()
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")

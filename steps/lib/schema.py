@@ -112,6 +112,13 @@ class Data(Section):
         return self
 
 
+class DataView(Data):
+    """`data` as format_prompts gets it from the workflow: the raw files' identity stands for name and source."""
+
+    name: str | None = None
+    source: Source | None = None
+
+
 class Prompt(Section):
     """How a conversation becomes text."""
 

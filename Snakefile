@@ -1,0 +1,226 @@
+"""Temper: raw data -> prompts -> splits -> adapter -> merged model -> report -> comparison.
+
+    snakemake --cores all --config experiment=demo
+    snakemake --cores 2 --config experiment=smoke overrides="train.learning_rate=1e-4,3e-4 adapter.r=8"
+
+Every path below results/ ends in a key that hashes whatever made it (see steps/lib/plan.py), so a path
+that exists is right, and nothing is made twice. The rules hold no logic: what to make is in the plan.
+"""
+
+from snakemake.utils import min_version
+
+from steps.lib import workflow as temper
+
+min_version("9.0")
+
+PLAN = temper.load_plan(config)  # a bad config ends here, in one line, before any job
+
+
+wildcard_constraints:
+    name="[^/]+",
+
+
+localrules:
+    all,
+    fetch_data,
+    fetch_model,
+    format_prompts,
+    compare_runs,
+
+
+rule all:
+    "The comparison of all runs of the sweep."
+    input:
+        PLAN.leaderboard,
+
+
+rule fetch_data:
+    "Raw data, as pinned; the pin file says what was fetched."
+    output:
+        "data/raw/{data}/pin-{key}.json",
+    params:
+        config=temper.config_of(PLAN, "fetch_data"),
+    log:
+        "results/logs/fetch_data/{data}-{key}.log",
+    shell:
+        "python -m steps.fetch_data"
+        " --config {params.config:q}"
+        " --output {output:q}"
+        " --log {log:q}"
+
+
+rule fetch_model:
+    "The base model, in Hugging Face layout."
+    output:
+        directory("results/models/{name}"),
+    params:
+        config=temper.config_of(PLAN, "fetch_model"),
+    log:
+        "results/logs/fetch_model/{name}.log",
+    shell:
+        "python -m steps.fetch_model"
+        " --config {params.config:q}"
+        " --output {output:q}"
+        " --log {log:q}"
+
+
+rule format_prompts:
+    "Raw rows to conversations, assigned to train, validation and test."
+    input:
+        unpack(temper.inputs_of(PLAN, "format_prompts")),
+    output:
+        directory("results/prompts/{name}"),
+    params:
+        config=temper.config_of(PLAN, "format_prompts"),
+    log:
+        "results/logs/format_prompts/{name}.log",
+    shell:
+        "python -m steps.format_prompts"
+        " --raw {input.raw:q}"
+        " --config {params.config:q}"
+        " --output {output:q}"
+        " 2>&1 | tee {log:q}"
+
+
+rule tokenize_splits:
+    "Conversations to token ids and labels, with an audit of what is learned."
+    input:
+        unpack(temper.inputs_of(PLAN, "tokenize_splits")),
+    output:
+        directory("results/splits/{name}"),
+    params:
+        config=temper.config_of(PLAN, "tokenize_splits"),
+    log:
+        "results/logs/tokenize_splits/{name}.log",
+    shell:
+        "python -m steps.tokenize_splits"
+        " --prompts {input.prompts:q}"
+        " --model {input.model:q}"
+        " --config {params.config:q}"
+        " --output {output:q}"
+        " 2>&1 | tee {log:q}"
+
+
+rule train_adapter:
+    "One training, or one epoch of a trunk that several runs share."
+    input:
+        unpack(temper.inputs_of(PLAN, "train_adapter")),
+    output:
+        directory("results/adapters/{name}"),
+    params:
+        config=temper.config_of(PLAN, "train_adapter"),
+    log:
+        "results/logs/train_adapter/{name}.log",
+    benchmark:
+        "results/logs/train_adapter/{name}.benchmark.tsv"
+    threads: temper.training_threads(PLAN, workflow.cores)
+    resources:
+        gpu=temper.gpus_per_job(),
+    shell:
+        "python -m steps.train_adapter"
+        " --splits {input.splits:q}"
+        " --model {input.model:q}"
+        " --config {params.config:q}"
+        " --plan \"$TEMPER_PLAN\""
+        " --output {output:q}"
+        " 2>&1 | tee {log:q}"
+
+
+rule merge_adapter:
+    "Adapter and base model to one model that plain transformers loads."
+    input:
+        unpack(temper.inputs_of(PLAN, "merge_adapter")),
+    output:
+        directory("results/merged/{name}"),
+    params:
+        config=temper.config_of(PLAN, "merge_adapter"),
+    log:
+        "results/logs/merge_adapter/{name}.log",
+    shell:
+        "python -m steps.merge_adapter"
+        " --model {input.model:q}"
+        " --adapter {input.adapter:q}"
+        " --config {params.config:q}"
+        " --output {output:q}"
+        " 2>&1 | tee {log:q}"
+
+
+rule evaluate_base:
+    "The untouched model on the test split: what every run is compared with."
+    input:
+        unpack(temper.inputs_of(PLAN, "evaluate_model", prefix="base-")),
+    output:
+        directory("results/reports/base-{name}"),
+    params:
+        config=temper.config_of(PLAN, "evaluate_model", prefix="base-"),
+    log:
+        "results/logs/evaluate_model/base-{name}.log",
+    threads: temper.training_threads(PLAN, workflow.cores)
+    resources:
+        gpu=temper.gpus_per_job(),
+    shell:
+        "python -m steps.evaluate_model"
+        " --model {input.model:q}"
+        " --splits {input.splits:q}"
+        " --config {params.config:q}"
+        " --output {output:q}"
+        " 2>&1 | tee {log:q}"
+
+
+rule evaluate_model:
+    "A tuned model on the test split, beside the untouched one."
+    input:
+        unpack(temper.inputs_of(PLAN, "evaluate_model")),
+    output:
+        directory("results/reports/{name}"),
+    params:
+        config=temper.config_of(PLAN, "evaluate_model"),
+    log:
+        "results/logs/evaluate_model/{name}.log",
+    wildcard_constraints:
+        name="(?!base-)[^/]+",
+    threads: temper.training_threads(PLAN, workflow.cores)
+    resources:
+        gpu=temper.gpus_per_job(),
+    shell:
+        "python -m steps.evaluate_model"
+        " --model {input.model:q}"
+        " --splits {input.splits:q}"
+        " --adapter {input.adapter:q}"
+        " --base-report {input.base_report:q}"
+        " --config {params.config:q}"
+        " --output {output:q}"
+        " 2>&1 | tee {log:q}"
+
+
+rule compare_runs:
+    "Leaderboard and page of the sweep; completes MLflow and names the champion."
+    input:
+        reports=temper.reports(PLAN),
+    output:
+        "results/sweeps/{name}/leaderboard.csv",
+        "results/sweeps/{name}/leaderboard.json",
+        "results/sweeps/{name}/report.html",
+    params:
+        config=temper.config_of(PLAN, "compare_runs"),
+        folder="results/sweeps/{name}",
+    log:
+        "results/logs/compare_runs/{name}.log",
+    shell:
+        "python -m steps.compare_runs"
+        " --config {params.config:q}"
+        " --plan \"$TEMPER_PLAN\""
+        " --output {params.folder:q}"
+        " 2>&1 | tee {log:q}"
+
+
+onstart:
+    temper.on_start(PLAN)
+
+
+onsuccess:
+    temper.on_success(PLAN)
+
+
+onerror:
+    temper.on_error(PLAN)

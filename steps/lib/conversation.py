@@ -1,0 +1,156 @@
+"""From a conversation to token ids and labels: what the model reads, and what it learns.
+
+The text is tokenized as a whole, and a token is learned when it lies in an assistant's turn. The
+tokens before the last answer are exactly those that generation starts from: where a tokenizer
+would merge the end of the prompt with the start of the answer, the two are tokenized apart.
+"""
+
+import dataclasses
+
+from steps.lib.errors import UserError
+
+IGNORED = -100  # the label that torch's cross_entropy leaves out
+
+
+@dataclasses.dataclass
+class Encoded:
+    """One row. `labels` are not shifted: ``labels[i]`` is ``input_ids[i]`` or IGNORED."""
+
+    input_ids: list[int]
+    labels: list[int]
+    prompt_length: int  # tokens before the last answer
+    retokenized: bool  # a token crossed the border between prompt and answer
+
+
+class Encoder:
+    """Encodes conversations for one tokenizer and one `prompt` config section.
+
+    Args:
+        tokenizer: a fast Hugging Face tokenizer.
+        stop_ids: token ids that end an answer; the first one found in a turn ends what is learned of it.
+        prompt: config section `prompt`.
+    """
+
+    def __init__(self, tokenizer, stop_ids: list[int], prompt: dict):
+        self.tokenizer, self.stop_ids = tokenizer, frozenset(stop_ids)
+        self.learn_all = prompt["loss_on"] == "all"
+        self.template = None
+        if not prompt["apply_chat_template"]:
+            from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+            self.template = ImmutableSandboxedEnvironment(keep_trailing_newline=True).from_string(prompt["template"])
+        elif not tokenizer.chat_template:
+            raise UserError(
+                f"{tokenizer.name_or_path}: this model has no chat template; choose prompt=plain, "
+                "or set prompt.apply_chat_template=false and a prompt.template"
+            )
+
+    def encode(self, messages: list[dict]) -> Encoded:
+        """Token ids and labels of one conversation that ends with the assistant's answer."""
+        pieces = self._pieces(messages)
+        text = "".join(piece for piece, _ in pieces)
+        encoding = self.tokenizer(text, add_special_tokens=self.template is not None, return_offsets_mapping=True)
+        spans = _learned_spans(pieces)
+        ids, offsets = encoding["input_ids"], encoding["offset_mapping"]
+        retokenized = _crosses_border(offsets, spans)
+        if retokenized:
+            ids, learned = self._piecewise(pieces)
+        else:
+            learned = [_span_of(offset, spans) for offset in offsets]
+        return self._finish(ids, learned, len(spans), retokenized)
+
+    def _pieces(self, messages: list[dict]) -> list[tuple[str, bool]]:
+        """The text as (piece, is it the assistant's) in order."""
+        if self.template is not None:
+            return self._template_pieces(messages)
+        pieces, done = [], ""
+        for index, message in enumerate(messages):
+            if message["role"] != "assistant":
+                continue
+            before = self._render(messages[:index], add_generation_prompt=True)
+            after = self._render(messages[: index + 1], add_generation_prompt=False)
+            if not (before.startswith(done) and after.startswith(before)):
+                raise UserError(
+                    f"{self.tokenizer.name_or_path}: its chat template rewrites earlier turns, so the assistant's turns "
+                    "cannot be located; use prompt.apply_chat_template=false with a prompt.template"
+                )
+            pieces += [(before[len(done) :], False), (after[len(before) :], True)]
+            done = after
+        return pieces
+
+    def _render(self, messages: list[dict], add_generation_prompt: bool) -> str:
+        return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
+
+    def _template_pieces(self, messages: list[dict]) -> list[tuple[str, bool]]:
+        *before, answer = messages
+        system = next((message["content"] for message in before if message["role"] == "system"), None)
+        turns = [message for message in before if message["role"] != "system"]
+        if len(turns) != 1:
+            raise UserError(
+                f"prompt.template is for one prompt and one answer, but a row has {len(turns) + 1} turns; "
+                "use prompt.apply_chat_template=true"
+            )
+        prompt = self.template.render(system=system, prompt=turns[0]["content"])
+        return [(prompt, False), (answer["content"], True)]
+
+    def _piecewise(self, pieces) -> tuple[list[int], list[int | None]]:
+        """Tokenize each piece alone, so that no token crosses a border."""
+        ids, learned, turn = [], [], 0
+        for number, (piece, is_assistant) in enumerate(pieces):
+            special = self.template is not None and number == 0
+            part = self.tokenizer(piece, add_special_tokens=special)["input_ids"]
+            if special and part and part[-1] == self.tokenizer.eos_token_id:
+                part = part[:-1]  # a tokenizer that closes every text: the answer is still to come
+            ids += part
+            learned += [turn if is_assistant else None] * len(part)
+            turn += is_assistant
+        return ids, learned
+
+    def _finish(self, ids, learned, turns: int, retokenized: bool) -> Encoded:
+        """Cut behind the last answer's stop token (or add one), and turn `learned` into labels."""
+        last = [index for index, turn in enumerate(learned) if turn == turns - 1]
+        start = last[0] if last else len(ids)
+        stop = next((index for index in last if ids[index] in self.stop_ids), None)
+        if stop is None:
+            end = last[-1] + 1 if last else len(ids)
+            ids, learned = [*ids[:end], self.tokenizer.eos_token_id], [*learned[:end], turns - 1]
+        else:
+            ids, learned = ids[: stop + 1], learned[: stop + 1]
+        labels = list(ids) if self.learn_all else _labels(ids, learned, self.stop_ids)
+        return Encoded(ids, labels, start, retokenized)
+
+
+def _learned_spans(pieces) -> list[tuple[int, int]]:
+    """Character spans of the assistant's turns."""
+    spans, position = [], 0
+    for piece, is_assistant in pieces:
+        if is_assistant:
+            spans.append((position, position + len(piece)))
+        position += len(piece)
+    return spans
+
+
+def _span_of(offset: tuple[int, int], spans) -> int | None:
+    """Which assistant turn a token lies in. A token without characters (added by the tokenizer) lies in none."""
+    start, end = offset
+    if start == end:
+        return None
+    return next((turn for turn, (first, last) in enumerate(spans) if first <= start < last), None)
+
+
+def _crosses_border(offsets, spans) -> bool:
+    starts = {first for first, _ in spans}
+    return any(start < border < end for start, end in offsets for border in starts)
+
+
+def _labels(ids, learned, stop_ids) -> list[int]:
+    """Labels for the assistant's turns, each up to and with its first stop token."""
+    labels, stopped = [], set()
+    for token, turn in zip(ids, learned, strict=True):
+        if turn is None or turn in stopped:
+            labels.append(IGNORED)
+            continue
+        labels.append(token)
+        if token in stop_ids:
+            stopped.add(turn)
+    return labels

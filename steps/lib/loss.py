@@ -1,0 +1,93 @@
+"""The training loss: cross entropy at the learned positions, and logits only there.
+
+A row of 60 tokens has often 2 that are learned. Computing the vocabulary's logits (49,152 wide for
+SmolLM2) for the other 58 is most of a plain forward pass's last layer, and all of it is thrown
+away. So we take the decoder's hidden states, pick the learned positions and flatten them to 2-D:
+on 3-D slices the head becomes a batched product with copied weights.
+"""
+
+import logging
+
+from steps.lib.conversation import IGNORED
+
+log = logging.getLogger("temper")
+
+CHECK_TOLERANCE = 2e-2  # relative; bfloat16 has 8 bits of mantissa, so equal maths differs by up to 1%
+
+
+class SupervisedLoss:
+    """Sum of the cross entropy over a batch's learned tokens, and how many there are.
+
+    Uses the short way (logits at learned positions only) when the model has a decoder and a plain
+    head, and proves on the first batch that it equals the model's own loss; otherwise the plain way,
+    and says so once.
+    """
+
+    def __init__(self):
+        self.short_way: bool | None = None  # not known before the first batch
+
+    def __call__(self, model, batch):
+        """Args: a causal LM (PEFT or not) and a batch with input_ids, attention_mask, labels, each (rows, length).
+
+        Returns:
+            (loss sum: 0-dim float32 tensor with gradient, learned tokens: int)
+        """
+        if self.short_way is None:
+            self.short_way = self._check(model, batch)
+        return short_loss(model, batch) if self.short_way else plain_loss(model, batch)
+
+    def _check(self, model, batch) -> bool:
+        import torch
+
+        if not _has_plain_head(model):
+            log.info("loss: plain way (logits at all positions): no separate decoder and head in %s", type(model).__name__)
+            return False
+        few = {name: value[:2] for name, value in batch.items()}
+        was_training = model.training
+        model.eval()  # no dropout: both ways must see the same network
+        with torch.no_grad():
+            short, plain = short_loss(model, few)[0].item(), plain_loss(model, few)[0].item()
+        model.train(was_training)
+        if abs(short - plain) <= CHECK_TOLERANCE * max(1.0, abs(plain)):
+            return True
+        log.info("loss: plain way: the head does more than one product here (%.4f is not %.4f)", short, plain)
+        return False
+
+
+def short_loss(model, batch):
+    """Loss sum and count with logits at learned positions only."""
+    from torch.nn.functional import cross_entropy
+
+    base = _unwrapped(model)
+    decoder, head = base.base_model, base.get_output_embeddings()
+    hidden = decoder(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)[0]
+    targets = batch["labels"][:, 1:]
+    learned = targets != IGNORED
+    logits = head(hidden[:, :-1][learned]).float()
+    return cross_entropy(logits, targets[learned], reduction="sum"), int(learned.sum())
+
+
+def plain_loss(model, batch):
+    """The same from the model's own logits at all positions."""
+    from torch.nn.functional import cross_entropy
+
+    logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits
+    targets = batch["labels"][:, 1:]
+    logits = logits[:, -targets.shape[1] - 1 : -1].float()  # prompt methods put virtual tokens in front
+    total = cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="sum")
+    return total, int((targets != IGNORED).sum())
+
+
+def _unwrapped(model):
+    """The transformers model inside a PEFT model."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def _has_plain_head(model) -> bool:
+    """Whether calling decoder and head by hand goes through everything the model's forward does."""
+    if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
+        return False
+    base = _unwrapped(model)
+    prefix = getattr(base, "base_model_prefix", "")
+    has_decoder = bool(prefix) and hasattr(base, prefix)
+    return has_decoder and base.get_output_embeddings() is not None and not base.config.is_encoder_decoder

@@ -1,0 +1,92 @@
+"""Loading models and tokenizers, with ``auto`` resolved for this machine."""
+
+import logging
+from pathlib import Path
+
+from steps.lib.errors import UserError
+
+log = logging.getLogger("temper")
+
+
+def device():
+    """The accelerator if there is one, else the CPU."""
+    import torch
+
+    if torch.accelerator.is_available():
+        return torch.accelerator.current_accelerator()
+    return torch.device("cpu")
+
+
+def resolve_dtype(dtype: str):
+    """The torch dtype for a config value; ``auto`` is bfloat16 where the machine computes in it, else float32."""
+    import torch
+
+    if dtype != "auto":
+        return getattr(torch, dtype)
+    return torch.bfloat16 if _has_bfloat16() else torch.float32
+
+
+def _has_bfloat16() -> bool:
+    import torch
+
+    if device().type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device().type != "cpu":
+        return False
+    capabilities = torch.cpu.get_capabilities()
+    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") or capabilities.get("bf16"))
+
+
+def resolve_attention(attn_implementation: str) -> str:
+    """``auto`` is eager on a CPU, where plain attention has the faster backward pass for short rows, else sdpa."""
+    if attn_implementation != "auto":
+        return attn_implementation
+    return "eager" if device().type == "cpu" else "sdpa"
+
+
+def load_model(folder: Path, load: dict):
+    """A causal language model on this machine's device.
+
+    Args:
+        folder: a model in Hugging Face layout.
+        load: the config section `model.load`: dtype and attn_implementation, each may be ``auto``.
+    """
+    from transformers import AutoModelForCausalLM
+
+    model = _from_pretrained(
+        AutoModelForCausalLM,
+        folder,
+        dtype=resolve_dtype(load["dtype"]),
+        attn_implementation=resolve_attention(load["attn_implementation"]),
+    )
+    return model.to(device())
+
+
+def load_tokenizer(folder: Path):
+    """The model's tokenizer; one without a pad token pads with its end of sequence (padding is never learned: labels mask it)."""
+    from transformers import AutoTokenizer
+
+    tokenizer = _from_pretrained(AutoTokenizer, folder)
+    if tokenizer.eos_token_id is None:
+        raise UserError(f"{folder}: its tokenizer has no end-of-sequence token, so answers could never stop")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def stop_token_ids(folder: Path, tokenizer) -> list[int]:
+    """All tokens that end an answer: the tokenizer's and the generation config's end of sequence."""
+    from transformers import GenerationConfig
+
+    ids = {tokenizer.eos_token_id}
+    if (Path(folder) / "generation_config.json").is_file():
+        eos = GenerationConfig.from_pretrained(folder).eos_token_id
+        ids.update(eos if isinstance(eos, list) else [eos] if eos is not None else [])
+    return sorted(ids)
+
+
+def _from_pretrained(cls, folder: Path, **arguments):
+    try:
+        return cls.from_pretrained(folder, local_files_only=True, **arguments)
+    except (OSError, ValueError, ImportError) as error:
+        raise UserError(f"{folder}: cannot be loaded: {' '.join(str(error).split())[:300]}") from None

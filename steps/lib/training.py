@@ -1,0 +1,249 @@
+"""The training loop: `transformers.Trainer` with our loss, order, randomness and records.
+
+Imported inside `run()` only: it needs torch and transformers.
+"""
+
+import functools
+import json
+import logging
+import math
+import time
+from pathlib import Path
+
+import torch
+from torch.utils.data import DataLoader
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+
+from steps.lib.batches import EpochSampler, collate
+from steps.lib.loss import SupervisedLoss
+from steps.lib.progress import Progress
+
+log = logging.getLogger("temper")
+
+
+def training_arguments(train: dict, seed: int, state: Path) -> TrainingArguments:
+    """`train` as TrainingArguments, with what Temper decides itself."""
+    return TrainingArguments(
+        **{
+            "save_total_limit": 2,
+            "dataloader_pin_memory": torch.accelerator.is_available(),
+            **train,
+            "output_dir": str(state),
+            "seed": seed,
+            "data_seed": seed,
+            "report_to": "none",
+            "disable_tqdm": True,
+            "remove_unused_columns": False,
+            "logging_nan_inf_filter": False,  # a diverged run must show its nan, not an average that hides it
+        }
+    )
+
+
+def steps_per_epoch(rows: int, args: TrainingArguments) -> int:
+    """Optimizer steps in one pass over `rows` rows, as Trainer counts them."""
+    per_step = args.train_batch_size * args.world_size
+    batches = rows // per_step if args.dataloader_drop_last else math.ceil(rows / per_step)
+    return max(1, math.ceil(batches / args.gradient_accumulation_steps))
+
+
+class TemperTrainer(Trainer):
+    """Trainer with token-exact loss at learned positions and an order that follows from seed and epoch alone."""
+
+    def __init__(self, *, pad_token_id: int, **arguments):
+        super().__init__(data_collator=functools.partial(collate, pad_token_id=pad_token_id), **arguments)
+        self.remove_callback(PrinterCallback)
+        self.supervised_loss = SupervisedLoss()
+        batch = self.args.train_batch_size * self.args.world_size
+        self.sampler = EpochSampler(_lengths(self.train_dataset), batch, self.args.seed)
+
+    def _get_train_sampler(self, train_dataset=None):  # noqa: ARG002 - Trainer's signature
+        return self.sampler
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """Mean over the learned tokens of the whole optimizer step, however it is cut into batches."""
+        assert not return_outputs, "evaluate() is ours and never asks for outputs"
+        if self.label_smoother is not None:
+            return super().compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)
+        total, count = self.supervised_loss(model, inputs)
+        self.loss_is_scaled_for_ga = num_items_in_batch is not None
+        loss = total / (count if num_items_in_batch is None else num_items_in_batch)
+        if num_items_in_batch is not None and self.args.average_tokens_across_devices:
+            loss = loss * self.accelerator.num_processes
+        return loss
+
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):  # noqa: ARG002 - Trainer's signature
+        """Loss per learned token over the whole validation split (Trainer's own is a mean of batch means)."""
+        dataset = eval_dataset if eval_dataset is not None else self.eval_dataset
+        loss, tokens = self.mean_loss(dataset)
+        metrics = {f"{metric_key_prefix}_loss": loss, f"{metric_key_prefix}_learned_tokens": tokens}
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    @torch.no_grad()
+    def mean_loss(self, dataset) -> tuple[float, int]:
+        """(cross entropy per learned token, learned tokens) of a data set."""
+        lengths = _lengths(dataset)
+        order = sorted(range(len(dataset)), key=lengths.__getitem__)
+        loader = DataLoader(
+            dataset.select(order), batch_size=self.args.per_device_eval_batch_size, collate_fn=self.data_collator
+        )
+        self.model.eval()
+        total, tokens = 0.0, 0
+        for batch in loader:
+            with self.compute_loss_context_manager():
+                loss, count = self.supervised_loss(self.model, self._prepare_inputs(batch))
+            total, tokens = total + loss.item(), tokens + count
+        return total / max(tokens, 1), tokens
+
+
+def _lengths(dataset) -> list[int]:
+    import pyarrow.compute
+
+    return pyarrow.compute.list_value_length(dataset.with_format("arrow")[:]["input_ids"]).to_pylist()
+
+
+class ExactState(TrainerCallback):
+    """Makes every step a function of (seed, step) alone.
+
+    The random state is set anew before each step and the data order before each epoch, so a run
+    that continues from a checkpoint, in the middle of an epoch or at its end, goes on exactly as if
+    it had never stopped; there is no random state to save.
+    """
+
+    def __init__(self, trainer: TemperTrainer, epoch_steps: int):
+        self.trainer, self.epoch_steps = trainer, epoch_steps
+
+    def on_epoch_begin(self, args, state, control, **_):  # noqa: ARG002
+        self.trainer.sampler.epoch = state.global_step // self.epoch_steps
+
+    def on_step_begin(self, args, state, control, **_):  # noqa: ARG002
+        seed = args.seed * 1_000_003 + state.global_step * 1009 + args.process_index
+        torch.manual_seed(seed % 2**63)
+
+
+class EndOfSegment(TrainerCallback):
+    """Always saves a checkpoint at the end of an epoch: the next segment of the trunk starts from it."""
+
+    def on_epoch_end(self, args, state, control, **_):  # noqa: ARG002
+        control.should_save = True
+        return control
+
+
+class StopOnDivergence(TrainerCallback):
+    """Ends training when the loss is no number any more. That is a result, and it is recorded as one."""
+
+    def __init__(self):
+        self.diverged_at: int | None = None
+
+    def on_log(self, args, state, control, logs=None, **_):  # noqa: ARG002
+        loss = (logs or {}).get("loss")
+        if loss is not None and not math.isfinite(loss):
+            self.diverged_at = state.global_step
+            control.should_training_stop = True
+            log.info("the loss is %s at step %d: training stops; a lower train.learning_rate usually helps", loss, state.global_step)
+        return control
+
+
+class MetricsFile(TrainerCallback):
+    """Appends what Trainer logs to metrics.jsonl, the truth that everything else (MLflow, reports) mirrors.
+
+    Each line has the step, the epoch, and the training seconds and real tokens since the very first
+    step, across all interruptions.
+    """
+
+    KEPT = ("loss", "eval_loss", "learning_rate", "grad_norm")
+
+    def __init__(self, path: Path, start_step: int, listener=None):
+        self.path, self.listener = path, listener
+        self.lines = [line for line in read_metrics(path) if line["step"] <= start_step]
+        write_metrics(path, self.lines)
+        self.seconds_before = self.lines[-1]["seconds"] if self.lines else 0.0
+        self.tokens = self.lines[-1]["tokens"] if self.lines else 0
+        self.started = time.monotonic()
+
+    def on_train_begin(self, args, state, control, **_):  # noqa: ARG002
+        self.started = time.monotonic()
+
+    @property
+    def seconds(self) -> float:
+        """Training time so far, earlier parts of the run included."""
+        return self.seconds_before + time.monotonic() - self.started
+
+    def on_log(self, args, state, control, logs=None, **_):  # noqa: ARG002
+        values = {name: logs[name] for name in self.KEPT if name in (logs or {})}
+        if not values:
+            return
+        line = {
+            "step": state.global_step,
+            "epoch": round(state.epoch or 0.0, 6),
+            **{name: _json_number(value) for name, value in values.items()},
+            "seconds": round(self.seconds, 3),
+            "tokens": self.tokens,
+        }
+        self.lines.append(line)
+        with self.path.open("a") as file:
+            file.write(json.dumps(line) + "\n")
+        if self.listener is not None:
+            self.listener(line)
+
+
+def _json_number(value: float) -> float | None:
+    """JSON has no nan: a loss that is no number becomes null."""
+    return value if math.isfinite(value) else None
+
+
+def read_metrics(path: Path) -> list[dict]:
+    """The lines of a metrics.jsonl; a last line that was cut off by a kill is left out."""
+    if not path.is_file():
+        return []
+    lines = []
+    for text in path.read_text().splitlines():
+        try:
+            lines.append(json.loads(text))
+        except json.JSONDecodeError:
+            break
+    return lines
+
+
+def write_metrics(path: Path, lines: list[dict]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+class ShowProgress(TrainerCallback):
+    """One bar, or plain lines in a log, for the whole run."""
+
+    def __init__(self):
+        self.progress, self.note = None, ""
+
+    def on_train_begin(self, args, state, control, **_):  # noqa: ARG002
+        self.progress = Progress(state.max_steps, "train", "steps", initial=state.global_step).__enter__()
+
+    def on_log(self, args, state, control, logs=None, **_):  # noqa: ARG002
+        shown = {name: value for name, value in (logs or {}).items() if name in ("loss", "eval_loss")}
+        for name, value in shown.items():
+            self.note = f"{name} {value:.4f}"
+        if "eval_loss" in shown:
+            log.info("step %d: validation loss %.4f", state.global_step, shown["eval_loss"])
+
+    def on_step_end(self, args, state, control, **_):  # noqa: ARG002
+        self.progress.update(1, self.note)
+
+    def on_train_end(self, args, state, control, **_):  # noqa: ARG002
+        self.progress.__exit__(None, None, None)
+
+
+class CountTokens(TrainerCallback):
+    """Adds up the real tokens (no padding) that each step reads."""
+
+    def __init__(self, trainer: TemperTrainer, metrics: MetricsFile):
+        self.metrics = metrics
+        original = trainer.get_batch_samples
+
+        def counting(*arguments, **keywords):
+            batches, items = original(*arguments, **keywords)
+            metrics.tokens += sum(int(batch["attention_mask"].sum()) for batch in batches)
+            return batches, items
+
+        trainer.get_batch_samples = counting

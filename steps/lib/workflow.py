@@ -1,0 +1,108 @@
+"""What the Snakefile calls: the plan, and look-ups in it for rules."""
+
+import contextlib
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from steps.lib import plan as planning
+from steps.lib import tracking
+from steps.lib.errors import UserError, suggest
+from steps.lib.keys import canonical_json
+
+FROZEN = "TEMPER_PLAN"  # environment variable: jobs that parse the Snakefile again read this plan
+CONFIG_KEYS = ("experiment", "sweep", "overrides")
+
+
+@contextlib.contextmanager
+def one_line_errors():
+    """A fault of the user ends Snakemake with one line and exit code 2."""
+    try:
+        yield
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        sys.exit(2)
+
+
+def load_plan(config: dict) -> planning.Plan:
+    """The plan of this command: frozen once by the main process, then read by every job."""
+    os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # jobs run with our Python
+    with one_line_errors():
+        for key in config:
+            if key not in CONFIG_KEYS:
+                raise UserError(
+                    f"--config {key}=...: {suggest(key, CONFIG_KEYS)} (config values go into overrides=\"{key}=...\")"
+                )
+        if FROZEN not in os.environ:
+            texts = {key: str(config[key]) for key in CONFIG_KEYS if config.get(key) is not None}
+            os.environ[FROZEN] = str(planning.build(**texts).freeze())
+        return planning.load(os.environ[FROZEN])
+
+
+def inputs_of(plan: planning.Plan, stage: str, prefix: str = ""):
+    """Input function of a stage's rule: wildcards -> {input name: path}."""
+    return lambda wildcards: plan.job(stage, prefix + wildcards.name).inputs
+
+
+def config_of(plan: planning.Plan, stage: str, prefix: str = ""):
+    """Params function: wildcards -> the stage's config as one JSON text.
+
+    One text, because Snakemake compares params as a set of values: two values that swap places would go unseen.
+    """
+    if stage == "fetch_data":
+        return lambda wildcards: canonical_json(plan.jobs[f"data/raw/{wildcards.data}/pin-{wildcards.key}.json"].config)
+    return lambda wildcards: canonical_json(plan.job(stage, prefix + wildcards.name).config)
+
+
+def reports(plan: planning.Plan) -> list[str]:
+    """The reports that the comparison waits for."""
+    return [run.artefacts["evaluate_model"] for run in plan.runs]
+
+
+def training_threads(plan: planning.Plan, cores: int | None) -> int:
+    """Cores per training: the machine's, shared evenly by the trainings that can run side by side.
+
+    Two trainings of one thread each finish sooner than two in turn with two threads, and two with two
+    threads each on two cores would fight: measured 6 times slower.
+    """
+    if gpus_per_job():
+        return max(1, min(4, cores or 1))
+    trunks = {job.settings["trunk"] for job in plan.jobs.values() if job.stage == "train_adapter"}
+    return max(1, (cores or 1) // max(1, len(trunks)))
+
+
+def gpus_per_job() -> int:
+    """1 where there is an NVIDIA GPU: the profile's ``resources: gpu=1`` then lets one training run at a time."""
+    return int(shutil.which("nvidia-smi") is not None and subprocess.run(["nvidia-smi", "-L"], capture_output=True).returncode == 0)
+
+
+# --- the workflow's handlers ---------------------------------------------------------------------
+
+
+def on_start(plan: planning.Plan) -> None:
+    """Make the tracking store before eight jobs meet there."""
+    with one_line_errors():
+        tracking.prepare(plan.tracking, plan.sweep)
+
+
+def on_success(plan: planning.Plan) -> None:
+    """Show what came out."""
+    from steps.compare_runs import print_leaderboard
+
+    folder = Path(plan.leaderboard).parent
+    print_leaderboard(folder)
+    print(f"\nreport       {folder / 'report.html'}")
+    if plan.tracking["enabled"]:
+        print("MLflow UI    make ui")
+
+
+def on_error(plan: planning.Plan) -> None:
+    """One line per failed run, with the end of its log."""
+    for job in plan.jobs.values():
+        log = Path("results/logs") / job.stage / f"{Path(job.path).name}.log"
+        if not Path(job.path).exists() and log.is_file():
+            lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
+            if lines:
+                print(f"failed: {job.stage} {Path(job.path).name}: {lines[-1]}  (log: {log})", file=sys.stderr)

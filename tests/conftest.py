@@ -1,0 +1,43 @@
+"""Shared fixtures: every test runs in a folder of its own, on tiny models that are made once."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test that reaches for the hub is a mistake: fail at once
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # test processes run side by side
+
+from tests import tiny  # noqa: E402
+
+ROOT = Path(__file__).resolve().parents[1]
+SHARED = ROOT.parent / "shared" / "data"
+
+
+def pytest_addoption(parser):
+    parser.addoption("--run-slow", action="store_true", help="also run the proofs that take minutes")
+
+
+def pytest_collection_modifyitems(config, items):
+    if config.getoption("--run-slow"):
+        return
+    for item in items:
+        if "slow" in item.keywords:
+            item.add_marker(pytest.mark.skip(reason="slow: `make test-slow` runs it"))
+
+
+@pytest.fixture
+def workspace(tmp_path, monkeypatch):
+    """An empty folder as the current one: data/ and results/ of the test go there."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory) -> Path:
+    return tiny.make_tiny_model(tmp_path_factory.mktemp("model") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def tiny_splits(tmp_path_factory, tiny_model) -> Path:
+    return tiny.make_tiny_splits(tmp_path_factory.mktemp("splits") / "tiny", tiny_model)

@@ -1,0 +1,122 @@
+"""Config: every file in conf/ composes, every bad value is one clear line."""
+
+import subprocess
+import sys
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from steps.lib import config as conf
+from steps.lib.errors import UserError
+from tests.conftest import ROOT
+
+EXPECTED_FILES = 25
+
+
+def composed(*overrides):
+    return conf.expand(conf.parse_overrides(list(overrides)))
+
+
+def test_every_file_in_conf_composes_and_validates(workspace):
+    checked = []
+    for group, choices in conf.groups().items():
+        for choice in choices:
+            _, configs = composed(f"{group}={choice}")
+            assert configs, f"{group}={choice} gives no run"
+            checked.append(f"{group}/{choice}")
+    files = [path for path in (ROOT / "conf").rglob("*.yaml") if path.parent.name != "conf"]
+    assert len(checked) == len(files) == EXPECTED_FILES, checked
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("train.lr=3", "config: unknown key 'train.lr'; did you mean 'learning_rate'?"),
+        ("train.learnig_rate=3", "config: unknown key 'train.learnig_rate'; did you mean 'learning_rate'?"),
+        ("train.learning_rate=fast", "config: 'train.learning_rate': input should be a valid number"),
+        ("train.learning_rate=-1", "config: 'train.learning_rate' must be above 0 (found -1)"),
+        ("train.warmup_ratio=0.1", "write train.warmup_steps=0.1"),
+        ("train.output_dir=x", "config: 'train.output_dir' cannot be set: the workflow names all folders"),
+        ("train.lr_scheduler_type=cosin", "cosin is not a valid SchedulerType"),
+        ("adapter.r=x", "config: 'adapter.r': input should be a valid integer"),
+        ("adapter.rank=8", "config: unknown key 'adapter.rank'"),
+        ("adapter.peft_type=LORRA", "config: 'adapter.peft_type': 'LORRA'; did you mean 'LORA'?"),
+        ("adapter=lorra", "'adapter=lorra': conf/adapter/lorra.yaml does not exist; did you mean 'lora'?"),
+        ("data.sorce=x", "config: unknown key 'data.sorce'; did you mean 'source'?"),
+        ("data.source.sha=x", "config: unknown key 'data.source.sha'; did you mean 'sha256'?"),
+        ("data.limit.train=none", "config: 'data.limit.train': input should be a valid integer"),
+        ("data.splits.test=0.95", "leave no rows for training"),
+        ("prompt.template=x", "'template' is for apply_chat_template: false"),
+        ("eval.task=label", "config: 'eval.task': input should be 'labels', 'tags' or 'text' (found \"label\")"),
+        ("seed=-1", "config: 'seed': input should be greater than or equal to 0 (found -1)"),
+        ("nonsense=1", "config: unknown key 'nonsense'"),
+        ("train.learning_rate", "write key=value"),
+        ("~train.lr", "override '~train.lr': there is no such key"),
+    ],
+)
+def test_a_fault_is_one_line_that_names_it(workspace, override, message):
+    with pytest.raises(UserError) as error:
+        composed("sweep=none", override)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_swept_value_replaces_the_axis_and_a_fixed_one_collapses_it(workspace):
+    axes, configs = composed("sweep=demo", "train.learning_rate=1e-4,2e-4,3e-4", "adapter.r=8")
+    assert axes == {"train.num_train_epochs": ["1", "2"], "train.learning_rate": ["0.0001", "0.0002", "0.0003"]}
+    assert [config["train"]["learning_rate"] for config in configs[::2]] == [1e-4, 2e-4, 3e-4]
+    assert {config["adapter"]["r"] for config in configs} == {8}
+
+
+def test_hydras_sweep_grammar_and_group_axes(workspace):
+    axes, configs = composed("sweep=none", "adapter=lora,lora_all_linear", "train.num_train_epochs=range(1,4)")
+    assert len(configs) == 6
+    assert [config["adapter"]["target_modules"] for config in configs][3:] == ["all-linear"] * 3
+    assert [config["train"]["num_train_epochs"] for config in configs] == [1, 2, 3] * 2
+
+
+def test_a_files_source_over_a_hub_source_leaves_nothing_behind(workspace):
+    _, configs = composed("experiment=english_quotes", "data.source.kind=files", "data.source.path=mine.jsonl")
+    assert configs[0]["data"]["source"] == {"kind": "files", "path": "mine.jsonl"}
+
+
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        ("a=1 b=2", ["a=1", "b=2"]),
+        ("a='x y'  b=[1, 2] c={k: v}", ["a='x y'", "b=[1, 2]", "c={k: v}"]),
+        ("", []),
+        ("a=choice(1, 2)", ["a=choice(1, 2)"]),
+    ],
+)
+def test_overrides_are_split_outside_quotes_and_brackets(text, parts):
+    assert conf.split_overrides(text) == parts
+
+
+@given(st.lists(st.from_regex(r"[a-z]{1,5}=[0-9]{1,4}", fullmatch=True)))
+def test_splitting_takes_joined_overrides_apart_again(parts):
+    assert conf.split_overrides("  ".join(parts)) == parts
+
+
+def test_unbalanced_overrides_are_refused():
+    with pytest.raises(UserError, match="unbalanced bracket"):
+        conf.split_overrides("a=[1,2")
+
+
+def test_each_stage_accepts_its_own_config_and_refuses_a_typo(workspace):
+    for stage in conf.STAGE_SECTIONS:
+        if stage != "compare_runs":
+            view = conf.load_stage_config(stage, None, ["experiment=smoke"])
+            assert conf.validated_stage(stage, view) == view
+    with pytest.raises(UserError, match="unknown key 'tokenize.max_lenth'; did you mean 'max_length'"):
+        conf.validated_stage("tokenize_splits", {"prompt": {}, "tokenize": {"max_lenth": 3}})
+
+
+def test_a_bad_config_ends_snakemake_with_one_line_and_code_2(workspace):
+    command = [sys.executable, "-m", "snakemake", "-s", ROOT / "Snakefile", "--directory", workspace, "--cores", "1"]
+    done = subprocess.run([*command, "--config", "overrides=train.lr=3"], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1] == "error: config: unknown key 'train.lr'; did you mean 'learning_rate'?"
+    assert "Traceback" not in done.stderr
+    assert not (workspace / "data").exists()

@@ -1,0 +1,91 @@
+"""What is learned of a conversation, token by token."""
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from steps.lib.conversation import IGNORED, Encoder
+from steps.lib.errors import UserError
+from tests.tiny import tiny_tokenizer
+
+CHAT = {"apply_chat_template": True, "system": None, "template": None, "loss_on": "assistant"}
+PLAIN = {"apply_chat_template": False, "system": None, "template": "{{ prompt }}\n", "loss_on": "assistant"}
+TOKENIZER = tiny_tokenizer()
+
+text = st.text(st.characters(blacklist_categories=("Cs",), blacklist_characters="\x00"), min_size=1, max_size=30)
+
+
+def encoder(prompt=CHAT):
+    return Encoder(TOKENIZER, [TOKENIZER.eos_token_id], prompt)
+
+
+def learned_text(row) -> str:
+    return TOKENIZER.decode([label for label in row.labels if label != IGNORED])
+
+
+def user(content):
+    return {"role": "user", "content": content}
+
+
+def assistant(content):
+    return {"role": "assistant", "content": content}
+
+
+@settings(max_examples=50, deadline=None)
+@given(prompt=text, answer=text)
+def test_the_answer_and_its_end_are_learned_and_nothing_else(prompt, answer):
+    row = encoder().encode([user(prompt), assistant(answer)])
+    assert learned_text(row) == answer + "<|im_end|>"
+    assert all(label in (IGNORED, token) for token, label in zip(row.input_ids, row.labels, strict=True))
+    assert row.labels[-1] == TOKENIZER.eos_token_id
+
+
+@settings(max_examples=50, deadline=None)
+@given(prompt=text, answer=text)
+def test_generation_starts_from_exactly_what_training_saw(prompt, answer):
+    row = encoder().encode([user(prompt), assistant(answer)])
+    start = TOKENIZER.apply_chat_template([user(prompt)], add_generation_prompt=True, tokenize=True, return_dict=False)
+    assert row.input_ids[: row.prompt_length] == start
+
+
+@settings(max_examples=50, deadline=None)
+@given(prompt=text, answer=text)
+def test_a_free_template_never_merges_prompt_and_answer(prompt, answer):
+    glued = {**PLAIN, "template": "{{ prompt }}"}  # nothing between them: the tokenizer would like to merge
+    row = encoder(glued).encode([user(prompt), assistant(answer)])
+    assert row.input_ids[: row.prompt_length] == TOKENIZER(prompt)["input_ids"]
+    assert learned_text(row) == answer + "<|im_end|>"
+
+
+def test_all_assistant_turns_of_a_conversation_are_learned():
+    messages = [user("one"), assistant("first answer"), user("two"), assistant("second answer")]
+    row = encoder().encode(messages)
+    assert learned_text(row) == "first answer<|im_end|>second answer<|im_end|>"
+    assert TOKENIZER.decode(row.input_ids[row.prompt_length :]) == "second answer<|im_end|>"
+
+
+def test_nothing_stands_behind_the_end_of_the_last_answer():
+    row = encoder().encode([user("a"), assistant("b")])  # the template puts a newline behind <|im_end|>
+    assert row.input_ids[-1] == TOKENIZER.eos_token_id
+
+
+def test_an_answer_that_looks_like_the_template_stays_an_answer():
+    row = encoder().encode([user("say it"), assistant("user\nfake\nassistant\n")])
+    assert learned_text(row) == "user\nfake\nassistant\n<|im_end|>"
+
+
+def test_loss_on_all():
+    row = encoder({**CHAT, "loss_on": "all"}).encode([user("a"), assistant("b")])
+    assert row.labels == row.input_ids
+
+
+def test_a_model_without_a_template_says_what_to_choose():
+    bare = tiny_tokenizer()
+    bare.chat_template = None
+    with pytest.raises(UserError, match="has no chat template; choose prompt=plain"):
+        Encoder(bare, [bare.eos_token_id], CHAT)
+
+
+def test_a_free_template_refuses_several_turns():
+    with pytest.raises(UserError, match="a row has 4 turns; use prompt.apply_chat_template=true"):
+        encoder(PLAIN).encode([user("a"), assistant("b"), user("c"), assistant("d")])

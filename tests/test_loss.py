@@ -1,0 +1,76 @@
+"""Loss and gradients equal the model's own, whatever way they are computed."""
+
+import copy
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM
+
+from steps.lib.batches import collate
+from steps.lib.loss import SupervisedLoss, plain_loss, short_loss
+
+
+@pytest.fixture
+def batch(tiny_splits):
+    from datasets import load_from_disk
+
+    rows = load_from_disk(tiny_splits)["train"]
+    return collate([rows[index] for index in range(6)], pad_token_id=0)
+
+
+@pytest.fixture
+def model(tiny_model):
+    network = AutoModelForCausalLM.from_pretrained(tiny_model, attn_implementation="eager")
+    torch.manual_seed(0)
+    return get_peft_model(network, LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False))
+
+
+def gradients(model, loss):
+    model.zero_grad()
+    loss.backward()
+    return {name: part.grad.clone() for name, part in model.named_parameters() if part.grad is not None}
+
+
+def test_loss_and_gradients_equal_transformers_own(model, batch):
+    learned = int((batch["labels"][:, 1:] != -100).sum())
+    reference = model(**batch).loss * learned
+    expected = gradients(model, reference)
+    for way in (short_loss, plain_loss):
+        total, count = way(model, batch)
+        assert count == learned
+        torch.testing.assert_close(total, reference)
+        found = gradients(model, total)
+        assert found.keys() == expected.keys()
+        for name, gradient in found.items():
+            torch.testing.assert_close(gradient, expected[name], rtol=1e-4, atol=1e-6)
+
+
+def test_the_short_way_is_taken_for_a_plain_decoder(model, batch):
+    loss = SupervisedLoss()
+    loss(model, batch)
+    assert loss.short_way is True
+
+
+def test_a_head_that_does_more_falls_back_to_the_plain_way(model, batch):
+    """A model that scales its logits (as Cohere and Granite do) is found out on the first batch."""
+    odd = copy.deepcopy(model)
+    base = odd.get_base_model()
+    original = base.forward
+
+    def scaled(*arguments, **keywords):
+        output = original(*arguments, **keywords)
+        output.logits = output.logits * 0.5
+        return output
+
+    base.forward = scaled
+    loss = SupervisedLoss()
+    total, count = loss(odd, batch)
+    assert loss.short_way is False
+    torch.testing.assert_close(total, plain_loss(odd, batch)[0])
+    torch.testing.assert_close(total / count, _cross_entropy(odd, batch))
+
+
+def _cross_entropy(model, batch):
+    logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1]
+    return torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch["labels"][:, 1:].flatten())

@@ -1,0 +1,131 @@
+"""Plan: which runs and artefacts a sweep has, and what an edit changes in their keys."""
+
+import json
+
+import pytest
+
+from steps.lib import plan as planning
+from steps.lib.errors import UserError
+
+
+def build(*overrides, experiment="demo", sweep=None):
+    return planning.build(experiment, sweep, list(overrides))
+
+
+def keys(plan):
+    """stage -> set of paths, for comparing two plans."""
+    found = {}
+    for job in plan.jobs.values():
+        found.setdefault(job.stage, set()).add(job.path)
+    return found
+
+
+def changed(before, after):
+    """Stages that would make something new."""
+    old, new = keys(before), keys(after)
+    return {stage for stage in new if new[stage] - old.get(stage, set())}
+
+
+def test_the_demo_is_eight_runs_over_four_trunks(workspace):
+    plan = build()
+    assert len(plan.runs) == 8
+    assert len({run.name for run in plan.runs}) == 8
+    counts = {stage: len(paths) for stage, paths in keys(plan).items()}
+    assert counts == {
+        "fetch_data": 1,
+        "fetch_model": 1,
+        "format_prompts": 1,
+        "tokenize_splits": 1,
+        "train_adapter": 8,  # 4 trunks x 2 epochs, each epoch once
+        "merge_adapter": 8,
+        "evaluate_model": 9,  # and the untouched model
+        "compare_runs": 1,
+    }
+
+
+@pytest.mark.parametrize(
+    ("override", "stages"),
+    [
+        ("train.learning_rate=5e-4", {"train_adapter", "merge_adapter", "evaluate_model"}),
+        ("seed=7", {"train_adapter", "merge_adapter", "evaluate_model"}),
+        ("eval.max_new_tokens=9", {"evaluate_model"}),
+        ("tokenize.max_length=99", {"tokenize_splits", "train_adapter", "merge_adapter", "evaluate_model"}),
+        ("merge.dtype=float32", {"merge_adapter", "evaluate_model"}),
+        ("tracking.experiment_name=other", set()),
+        ("tracking=none", set()),
+        ("train.logging_steps=3", set()),
+        ("train.save_total_limit=9", set()),
+        (
+            "prompt.system=Other",
+            {"format_prompts", "tokenize_splits", "train_adapter", "merge_adapter", "evaluate_model"},
+        ),
+        (
+            "data.splits.test=0.3",
+            {"format_prompts", "tokenize_splits", "train_adapter", "merge_adapter", "evaluate_model"},
+        ),
+    ],
+)
+def test_an_edit_changes_just_the_stages_that_see_it(workspace, override, stages):
+    fixed = ["sweep=none", "train.num_train_epochs=1"]
+    assert changed(build(*fixed), build(*fixed, override)) - {"compare_runs"} == stages
+
+
+def test_equal_values_are_one_run(workspace):
+    assert len(build("sweep=none", "train.learning_rate=1e-4,0.0001").runs) == 1
+
+
+def test_an_added_value_plans_only_new_runs(workspace):
+    before, after = build("sweep=none", "adapter.r=4,8"), build("sweep=none", "adapter.r=4,8,16")
+    assert keys(before)["train_adapter"] < keys(after)["train_adapter"]
+    assert len(keys(after)["train_adapter"] - keys(before)["train_adapter"]) == 2  # two epochs of one run
+
+
+def test_two_sweeps_share_what_they_have_in_common(workspace):
+    one = build(sweep="demo")
+    other = build("train.num_train_epochs=2", "adapter.r=16", sweep="learning_rate")
+    assert keys(one)["train_adapter"] & keys(other)["train_adapter"]
+
+
+def test_a_decaying_schedule_shares_nothing(workspace):
+    plan = build("sweep=none", "train.lr_scheduler_type=cosine", "train.num_train_epochs=1,2")
+    assert [len(run.segments) for run in plan.runs] == [1, 1]
+    trunks = {job.settings["trunk"] for job in plan.jobs.values() if job.stage == "train_adapter"}
+    assert len(trunks) == 2
+
+
+def test_epochs_of_one_trunk_are_chained(workspace):
+    plan = build("sweep=none", "train.num_train_epochs=1,3")
+    first, last = plan.runs
+    assert last.segments[0] == first.segments[0]
+    assert [plan.jobs[path].inputs.get("previous") for path in last.segments] == [None, *last.segments[:-1]]
+
+
+def test_swapped_values_are_other_runs(workspace):
+    one = build("sweep=none", "train.adam_beta1=0.9", "train.adam_beta2=0.95")
+    other = build("sweep=none", "train.adam_beta1=0.95", "train.adam_beta2=0.9")
+    assert not keys(one)["train_adapter"] & keys(other)["train_adapter"]
+
+
+def test_a_frozen_plan_reads_back_as_it_was(workspace):
+    plan = build()
+    path = plan.freeze()
+    again = planning.load(path)
+    assert (again.runs, again.jobs, again.axes) == (plan.runs, plan.jobs, plan.axes)
+    assert plan.freeze() == path, "equal plans are one file"
+
+
+def test_editing_a_file_of_ones_own_changes_its_key(workspace):
+    mine = workspace / "mine.jsonl"
+    mine.write_text(json.dumps({"prompt": "a", "completion": "b"}) + "\n")
+    source = ["data.source.kind=files", f"data.source.path={mine}", "data.layout=prompt_completion"]
+    overrides = ["sweep=none", *source, "~data.prompt", "~data.completion", "data.csv.fieldnames=null"]
+    before = build(*overrides)
+    mine.write_text(json.dumps({"prompt": "a", "completion": "c"}) + "\n")
+    assert "format_prompts" in changed(before, build(*overrides))
+    mine.write_text(json.dumps({"prompt": "a", "completion": "b"}) + "\n")
+    assert changed(before, build(*overrides)) == set()
+
+
+def test_a_missing_file_is_named_before_anything_runs(workspace):
+    with pytest.raises(UserError, match="data.source.path: nowhere.jsonl: no such file"):
+        build("data.source.kind=files", "data.source.path=nowhere.jsonl")

@@ -1,0 +1,141 @@
+"""Training: the command, exact continuation, shared trunks, accumulation, merge."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from steps import merge_adapter, train_adapter
+from steps.lib.config import load_stage_config
+
+SMALL = [
+    "experiment=smoke",
+    "adapter.r=4",
+    "adapter.lora_dropout=0.1",
+    "train.per_device_train_batch_size=4",
+    "model.load.dtype=float32",
+    "train.warmup_steps=2",
+]
+
+
+def train(tiny_splits, tiny_model, output, *overrides, trunk=None) -> dict[str, torch.Tensor]:
+    """One training by hand; returns the adapter's weights."""
+    arguments = ["--splits", str(tiny_splits), "--model", str(tiny_model), "--output", str(output)]
+    if trunk is None:
+        train_adapter.main([*arguments, *SMALL, *overrides])
+    else:
+        config = load_stage_config("train_adapter", None, [*SMALL, *overrides]) | {"trunk": trunk}
+        train_adapter.main([*arguments, "--config", json.dumps(config)])
+    return load_file(Path(output) / "adapter_model.safetensors")
+
+
+def assert_equal(one, other):
+    assert one.keys() == other.keys()
+    assert one, "no weights to compare"
+    for name, weight in one.items():
+        assert torch.equal(weight, other[name]), name
+
+
+def test_the_command_writes_adapter_curves_and_figures(workspace, tiny_splits, tiny_model):
+    train(tiny_splits, tiny_model, "out", "train.num_train_epochs=2")
+    facts = json.loads(Path("out/training.json").read_text())
+    lines = [json.loads(line) for line in Path("out/metrics.jsonl").read_text().splitlines()]
+    assert facts["global_step"] == 12
+    assert facts["train_rows"] == 24
+    assert facts["trainable_parameters"] < facts["total_parameters"]
+    losses = [line["loss"] for line in lines if "loss" in line]
+    assert losses[-1] < losses[0], "it learns"
+    assert [line["step"] for line in lines if "eval_loss" in line] == [6, 12]
+    assert json.loads(Path("out/provenance.json").read_text())["packages"]["torch"]
+    assert Path("out/config.yaml").is_file()
+
+
+def test_a_complete_output_is_not_made_again(workspace, tiny_splits, tiny_model, caplog):
+    train(tiny_splits, tiny_model, "out")
+    before = Path("out/training.json").stat().st_mtime_ns
+    with caplog.at_level("INFO", logger="temper"):
+        train(tiny_splits, tiny_model, "out")
+    assert Path("out/training.json").stat().st_mtime_ns == before
+    assert "is complete already" in caplog.text
+
+
+def test_epochs_of_a_shared_trunk_equal_separate_runs_to_the_bit(workspace, tiny_splits, tiny_model):
+    shared = [
+        train(tiny_splits, tiny_model, f"shared{epoch}", f"train.num_train_epochs={epoch}", trunk="shared")
+        for epoch in (1, 2, 3)
+    ]
+    alone = [
+        train(tiny_splits, tiny_model, f"alone{epoch}", f"train.num_train_epochs={epoch}", trunk=f"alone{epoch}")
+        for epoch in (1, 2, 3)
+    ]
+    for one, other in zip(shared, alone, strict=True):
+        assert_equal(one, other)
+    facts = json.loads(Path("shared3/training.json").read_text())
+    assert facts["resumed_from_step"] == 12, "the third epoch started from the second's end"
+    curves = [Path(f"{name}3/metrics.jsonl").read_text().splitlines() for name in ("shared", "alone")]
+    without_time = [[{**json.loads(line), "seconds": 0} for line in curve] for curve in curves]
+    assert without_time[0] == without_time[1]
+
+
+def test_continuing_in_the_middle_of_an_epoch_is_exact(workspace, tiny_splits, tiny_model):
+    options = ["train.num_train_epochs=3", "train.save_strategy=steps", "train.save_steps=4", "train.logging_steps=1"]
+    undisturbed = train(tiny_splits, tiny_model, "undisturbed", *options, trunk="undisturbed")
+    train(tiny_splits, tiny_model, "first", *options, "train.save_total_limit=9", trunk="killed")
+    state = Path("results/.state/killed")
+    for checkpoint in state.glob("checkpoint-*"):  # as if killed after step 10, with step 8 saved
+        if int(checkpoint.name.rpartition("-")[2]) > 8:
+            shutil.rmtree(checkpoint)
+    resumed = train(tiny_splits, tiny_model, "resumed", *options, trunk="killed")
+    assert json.loads(Path("resumed/training.json").read_text())["resumed_from_step"] == 8
+    assert_equal(undisturbed, resumed)
+    steps = [json.loads(line)["step"] for line in Path("resumed/metrics.jsonl").read_text().splitlines() if '"loss"' in line]
+    assert steps == list(range(1, 19)), "each step is recorded once"
+
+
+def test_accumulating_equals_one_large_batch(workspace, tiny_splits, tiny_model):
+    options = ["adapter.lora_dropout=0", "train.optim=sgd", "train.learning_rate=0.1", "train.max_grad_norm=0"]
+    large = train(tiny_splits, tiny_model, "large", *options, "train.per_device_train_batch_size=24")
+    small = train(
+        tiny_splits, tiny_model, "small", *options, "train.per_device_train_batch_size=6", "train.gradient_accumulation_steps=4"
+    )
+    for name, weight in large.items():
+        torch.testing.assert_close(weight, small[name], rtol=1e-4, atol=1e-6)
+
+
+def test_divergence_is_recorded_not_hidden(workspace, tiny_splits, tiny_model):
+    options = ["train.learning_rate=1e30", "train.max_grad_norm=0", "train.logging_steps=1", "train.num_train_epochs=2"]
+    train(tiny_splits, tiny_model, "out", *options)
+    facts = json.loads(Path("out/training.json").read_text())
+    assert facts["diverged_at_step"] is not None
+    assert facts["global_step"] < 12
+
+
+def test_an_adapter_that_does_not_fit_names_the_models_layers(workspace, tiny_splits, tiny_model, capsys):
+    with pytest.raises(SystemExit) as exit_code:
+        train(tiny_splits, tiny_model, "out", "adapter.target_modules=[query]")
+    assert exit_code.value.code == 2
+    assert "its linear layers are called down_proj, gate_proj, k_proj" in capsys.readouterr().err
+    assert not Path("out").exists()
+
+
+def test_merged_model_loads_plainly_and_gives_the_adapters_logits(workspace, tiny_splits, tiny_model):
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    train(tiny_splits, tiny_model, "adapter")
+    merge_adapter.main(["--model", str(tiny_model), "--adapter", "adapter", "--output", "merged"])
+    merged = AutoModelForCausalLM.from_pretrained("merged")
+    assert AutoTokenizer.from_pretrained("merged").chat_template
+    with_adapter = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_model), "adapter")
+    ids = torch.arange(20)[None]
+    torch.testing.assert_close(merged(ids).logits, with_adapter(ids).logits, rtol=1e-3, atol=1e-4)
+
+
+def test_a_folder_that_does_not_exist_is_named(workspace, tiny_model, capsys):
+    with pytest.raises(SystemExit) as exit_code:
+        train_adapter.main(["--splits", "nowhere", "--model", str(tiny_model), "--output", "out"])
+    assert exit_code.value.code == 2
+    assert "--splits nowhere: no such file or folder; run the stage that makes it first" in capsys.readouterr().err

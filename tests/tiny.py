@@ -1,0 +1,139 @@
+"""Tiny stand-ins for tests: a random Llama with a chat template, and splits that fit it.
+
+Both are made in a moment, are the same each time, and have the layout of the real ones, so a test can run a whole
+stage on them. The model knows nothing: use it for exactness, not for quality.
+"""
+
+import json
+from pathlib import Path
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+SYSTEM = "Classify the sentiment."
+ROWS = {"train": 24, "validation": 8, "test": 8}
+
+SUBJECTS = ("The plot", "A scene", "This film", "The acting", "An old joke", "The music")
+VERDICTS = {"positive": ("is a joy", "works", "moves you deeply"), "negative": ("falls flat", "is dull", "bores")}
+ENDINGS = ("", ", again", ", and the ending knows it", ", which nobody had expected at all", ", I fear")
+
+
+def make_tiny_model(folder: Path, seed: int = 0) -> Path:
+    """Write a random two-layer Llama (float32, 30,000 parameters) and its byte-level tokenizer to `folder`.
+
+    Weights are larger than usual, so that greedy answers differ from prompt to prompt.
+    """
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    tokenizer = tiny_tokenizer()
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+        initializer_range=0.3,
+        tie_word_embeddings=True,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return Path(folder)
+
+
+def tiny_tokenizer():
+    """A BPE tokenizer on bytes, trained on the tiny rows: ChatML template, no unknown tokens, about 400 entries."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400,
+        special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator((f"{prompt} {answer}" for prompt, answer in tiny_rows(90)), trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token="<|im_start|>",
+        eos_token="<|im_end|>",
+        pad_token="<|im_end|>",
+        unk_token="<|endoftext|>",
+        chat_template=CHAT_TEMPLATE,
+    )
+
+
+def tiny_rows(count: int, start: int = 0) -> list[tuple[str, str]]:
+    """`count` (at most 180) different prompts of different lengths with their sentiment, from number `start` on."""
+    rows = []
+    for number in range(start, start + count):
+        label = ("positive", "negative")[number % 2]
+        subject = SUBJECTS[number // 2 % len(SUBJECTS)]
+        verdict = VERDICTS[label][number // 12 % 3]
+        rows.append((f"{subject} {verdict}{ENDINGS[number // 36 % len(ENDINGS)]}.", label))
+    return rows
+
+
+def make_tiny_splits(folder: Path, model_folder: Path, rows: dict | None = None, system: str | None = SYSTEM) -> Path:
+    """Write splits as `tokenize_splits` does, with the tokenizer in `model_folder`.
+
+    Args:
+        rows: split -> how many rows to make up, or the (prompt, answer) pairs themselves; default: `ROWS`.
+        system: the system message; None leaves it out.
+    """
+    from datasets import Dataset, DatasetDict
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(model_folder)
+    splits, number = {}, 0
+    for split, wanted in {**ROWS, **(rows or {})}.items():
+        pairs = tiny_rows(wanted, number) if isinstance(wanted, int) else wanted
+        made = [tiny_row(tokenizer, number + i, prompt, answer, system) for i, (prompt, answer) in enumerate(pairs, 1)]
+        splits[split] = Dataset.from_list(made, features=_features())
+        number += len(pairs)
+    DatasetDict(splits).save_to_disk(str(folder))
+    (Path(folder) / "audit.json").write_text(json.dumps({split: {"rows": len(rows)} for split, rows in splits.items()}))
+    return Path(folder)
+
+
+def tiny_row(tokenizer, number: int, prompt: str, answer: str, system: str | None = SYSTEM) -> dict:
+    """One row of a split: the loss is on the answer and the token that ends it."""
+    messages = [{"role": "system", "content": system}] if system else []
+    messages.append({"role": "user", "content": prompt})
+    start = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    before = tokenizer(start, add_special_tokens=False)["input_ids"]
+    learned = tokenizer(answer + tokenizer.eos_token, add_special_tokens=False)["input_ids"]
+    return {
+        "id": number,
+        "input_ids": before + learned,
+        "labels": [-100] * len(before) + learned,
+        "prompt_length": len(before),
+        "prompt": prompt,
+        "reference": answer,
+    }
+
+
+def _features():
+    from datasets import Features, List, Value
+
+    return Features(
+        {
+            "id": Value("int64"),
+            "input_ids": List(Value("int32")),
+            "labels": List(Value("int32")),
+            "prompt_length": Value("int64"),
+            "prompt": Value("string"),
+            "reference": Value("string"),
+        }
+    )
