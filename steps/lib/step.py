@@ -41,7 +41,7 @@ PACKAGES = (
 )
 
 
-def run_command(step, inputs: dict[str, str], argv=None) -> None:
+def run_command(step, inputs: dict[str, str], argv=None, work=None) -> None:
     """Run the step module as a command and exit the process with 0, 2 (user error) or 130 (Ctrl-C).
 
     Args:
@@ -49,11 +49,12 @@ def run_command(step, inputs: dict[str, str], argv=None) -> None:
         inputs: flag name -> help text, one per input that `run` takes as a keyword. A name that
             ends in ``?`` may be left out; `run` then gets None.
         argv: the arguments, `sys.argv[1:]` unless given.
+        work: what to call in place of `execute`, for a step whose output is no folder.
     """
     try:
-        arguments = _parser(step, inputs).parse_args(argv)
+        arguments = _parser(step, inputs).parse_intermixed_args(argv)
         with logging_to(arguments.log):
-            execute(step, arguments, [name.rstrip("?") for name in inputs])
+            (work or execute)(step, arguments, [name.rstrip("?") for name in inputs])
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
@@ -71,7 +72,8 @@ def _parser(step, inputs: dict[str, str]) -> argparse.ArgumentParser:
     for name, text in inputs.items():
         flag = "--" + name.rstrip("?").replace("_", "-")
         parser.add_argument(flag, required=not name.endswith("?"), help=text)
-    parser.add_argument("--output", required=True, help="folder to write; must not exist, or be complete already")
+    output_help = getattr(step, "OUTPUT_HELP", "folder to write; must not exist, or be complete already")
+    parser.add_argument("--output", required=True, help=output_help)
     parser.add_argument("--config", help="config of this stage: a YAML or JSON file, or JSON text")
     parser.add_argument("--plan", help="frozen plan of the workflow: settings that are in no key, tracking targets")
     parser.add_argument("--log", help="also write the log lines to this file")
@@ -114,7 +116,15 @@ def execute(step, arguments, names: list[str]) -> None:
         with temporary_folder(output) as folder:
             facts = step.run(_deep_merge(config, job.get("settings", {})), output=folder, **inputs) or {}
             write_provenance(folder, step.STAGE, config, inputs, time.time() - started, facts)
+            _readable_weights(folder)
         log.info("%s: wrote %s in %.0f s", step.STAGE, output, time.time() - started)
+
+
+def _readable_weights(folder: Path) -> None:
+    """safetensors makes files that only their owner can read; give them the mode of the others."""
+    mode = (folder / "provenance.json").stat().st_mode
+    for weights in folder.rglob("*.safetensors"):
+        weights.chmod(mode)
 
 
 def _input_path(name: str, value: str | None) -> Path | None:
@@ -184,7 +194,13 @@ def write_provenance(folder: Path, stage: str, config: dict, inputs: dict, secon
     import yaml
 
     (folder / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
-    provenance = {
+    facts = provenance(stage, inputs, seconds, facts)
+    (folder / "provenance.json").write_text(json.dumps(facts, indent=2, ensure_ascii=False) + "\n")
+
+
+def provenance(stage: str, inputs: dict, seconds: float, facts: dict) -> dict:
+    """Who made an artefact, from what, with which code and packages; `facts` are the step's own."""
+    return {
         "stage": stage,
         "inputs": {name: str(path) for name, path in inputs.items() if path is not None},
         "command": " ".join(sys.argv),
@@ -195,7 +211,6 @@ def write_provenance(folder: Path, stage: str, config: dict, inputs: dict, secon
         "peak_memory_bytes": peak_memory(),
         **facts,
     }
-    (folder / "provenance.json").write_text(json.dumps(provenance, indent=2, ensure_ascii=False) + "\n")
 
 
 def package_versions() -> dict[str, str]:

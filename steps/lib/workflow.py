@@ -91,6 +91,8 @@ def on_success(plan: planning.Plan) -> None:
     """Show what came out."""
     from steps.compare_runs import print_leaderboard
 
+    if not Path(plan.leaderboard).exists():  # --until some stage
+        return
     folder = Path(plan.leaderboard).parent
     print_leaderboard(folder)
     print(f"\nreport       {folder / 'report.html'}")

@@ -1,0 +1,265 @@
+"""From a row of raw data to a conversation: ``[{"role": ..., "content": ...}, ...]``, the last one the answer.
+
+A layout is a function ``(row) -> messages``. Messages of complaints name columns; who calls adds file and line.
+"""
+
+from collections.abc import Callable
+
+from steps.lib.errors import UserError, suggest
+
+Messages = list[dict[str, str]]
+
+ROLES = ("system", "user", "assistant")
+SHAREGPT_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
+
+
+def converter(data: dict, system: str | None) -> Callable[[dict], Messages | None]:
+    """A function that turns a row into its conversation, or None when `data.where` leaves it out.
+
+    Args:
+        data: the config section; layout, columns, prompt, completion and where are used.
+        system: a system message to put first, in place of one in the data; None leaves the data's own.
+
+    Raises:
+        UserError: now, for a template that does not compile; when called, for a row that makes no conversation.
+    """
+    renamed = _renamed_columns(data)
+    where = _compiled("where", data["where"]) if data.get("where") else None
+    to_messages = _template_layout(data) if data["layout"] == "template" else LAYOUTS[data["layout"]][0]
+
+    def convert(row: dict) -> Messages | None:
+        if renamed:
+            row = {**row, **{name: _renamed(row, name, theirs) for name, theirs in renamed.items()}}
+        if where and not where(row):
+            return None
+        messages = to_messages(row)
+        if system is not None:
+            messages = [{"role": "system", "content": system}, *without_system(messages)]
+        _refuse_broken_text(messages)
+        return messages
+
+    return convert
+
+
+def _renamed(row: dict, name: str, theirs: str):
+    if theirs not in row:
+        raise UserError(f"no column '{theirs}', which data.columns.{name} names; there are {_names(row)}")
+    return row[theirs]
+
+
+def _refuse_broken_text(messages: Messages) -> None:
+    r"""JSON can spell half a character (a lone \ud83d), which no UTF-8 file can hold."""
+    for message in messages:
+        try:
+            message["content"].encode()
+        except UnicodeEncodeError as error:
+            half = error.object[error.start].encode("unicode_escape").decode()
+            raise UserError(f"the {message['role']}'s text holds half a character ({half}): correct the file") from None
+
+
+def without_system(messages: Messages) -> Messages:
+    """The conversation without its system message."""
+    return [message for message in messages if message["role"] != "system"]
+
+
+def _renamed_columns(data: dict) -> dict[str, str]:
+    """`data.columns`, once it is sure that the layout has the columns it renames."""
+    renamed = data.get("columns") or {}
+    if data["layout"] != "template":
+        known = LAYOUTS[data["layout"]][1]
+        for name in renamed:
+            if name not in known:
+                layout = f"layout '{data['layout']}'"
+                raise UserError(f"config: 'data.columns.{name}': {layout} has no such column; {suggest(name, known)}")
+    return renamed
+
+
+# --- layouts of two texts ------------------------------------------------------------------------
+
+
+def question_answer(row: dict) -> Messages:
+    """Columns question, answer."""
+    return _exchange(_text(row, "question"), _text(row, "answer"))
+
+
+def instruction(row: dict) -> Messages:
+    """Alpaca's columns: instruction, output, and input, which goes after a blank line when there is any."""
+    prompt = _text(row, "instruction")
+    if row.get("input"):
+        prompt = f"{prompt}\n\n{_text(row, 'input')}"
+    return _exchange(prompt, _text(row, "output"))
+
+
+def prompt_completion(row: dict) -> Messages:
+    """TRL's columns: prompt, completion; both are texts, or both are lists of messages."""
+    prompt, completion = _column(row, "prompt"), _column(row, "completion")
+    if isinstance(prompt, list) and isinstance(completion, list):
+        return _checked([*_read(prompt, "prompt"), *_read(completion, "completion")], "completion")
+    return _exchange(_text(row, "prompt"), _text(row, "completion"))
+
+
+def _exchange(prompt: str, answer: str) -> Messages:
+    return [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
+
+
+def _column(row: dict, name: str):
+    try:
+        return row[name]
+    except KeyError:
+        raise UserError(
+            f"no column '{name}'; there are {_names(row)}: choose another data.layout, "
+            f"or say which column it is: data.columns.{name}=..."
+        ) from None
+
+
+def _text(row: dict, name: str) -> str:
+    value = _column(row, name)
+    if isinstance(value, str) and value.strip():
+        return value
+    if value is None or value == "":
+        raise UserError(f'column "{name}" is empty; to leave such rows out, set data.where to "{name}"')
+    if isinstance(value, str):
+        raise UserError(f'column "{name}" is blank; to leave such rows out, set data.where to "{name} | trim"')
+    raise UserError(f"column '{name}' holds {_shown(value)}, not text; data.layout=template makes text of it")
+
+
+def _shown(value) -> str:
+    shown = repr(value)
+    return shown if len(shown) <= 60 else f"{shown[:60]}..."
+
+
+# --- layouts of whole conversations --------------------------------------------------------------
+
+
+def messages(row: dict) -> Messages:
+    """Column messages: a list of role and content."""
+    return _checked(_read(_column(row, "messages"), "messages"), "messages")
+
+
+def sharegpt(row: dict) -> Messages:
+    """Column conversations: a list of from (human, gpt, system) and value; role and content do as well."""
+    return _checked(_read(_column(row, "conversations"), "conversations"), "conversations")
+
+
+def _read(turns, column: str) -> Messages:
+    """A column's list of messages, in our words: role and content."""
+    if not isinstance(turns, list) or not turns:
+        raise UserError(f"column '{column}' holds {_shown(turns)}, not a list of messages")
+    return [_message(turn, f"{column}[{index}]") for index, turn in enumerate(turns)]
+
+
+def _message(turn, name: str) -> dict[str, str]:
+    if not isinstance(turn, dict):
+        raise UserError(f"{name} is {_shown(turn)}, not a message with role and content")
+    given, content = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
+    role = SHAREGPT_ROLES.get(given)
+    if role is None:
+        raise UserError(f"{name}: role {given!r} is not known; {suggest(str(given), SHAREGPT_ROLES)}")
+    if not isinstance(content, str):
+        raise UserError(f"{name}: the content is {_shown(content)}, not text")
+    if not content.strip():
+        raise UserError(f"{name}: the {role}'s message is empty; leave such rows out with data.where")
+    return {"role": role, "content": content}
+
+
+def _checked(messages: Messages, column: str) -> Messages:
+    """The conversation, once it is sure that there is a prompt and, at the end, an answer."""
+    roles = [message["role"] for message in messages]
+    if "system" in roles[1:]:
+        raise UserError(f"column '{column}': a system message after the first message; only the first may be one")
+    if roles[-1] != "assistant":
+        key = "from == 'gpt'" if column == "conversations" else "role == 'assistant'"
+        raise UserError(
+            f"column '{column}' ends with the {roles[-1]}'s message, so there is no answer to learn; "
+            f'to leave such rows out, set data.where to "{column}[-1].{key}"'
+        )
+    if "user" not in roles:
+        raise UserError(f"column '{column}' has an answer but no user's message before it")
+    return messages
+
+
+# layout -> (function, its columns)
+LAYOUTS: dict[str, tuple[Callable[[dict], Messages], tuple[str, ...]]] = {
+    "messages": (messages, ("messages",)),
+    "prompt_completion": (prompt_completion, ("prompt", "completion")),
+    "instruction": (instruction, ("instruction", "input", "output")),
+    "question_answer": (question_answer, ("question", "answer")),
+    "sharegpt": (sharegpt, ("conversations",)),
+}
+
+
+# --- the free layout: Jinja templates over the columns -------------------------------------------
+
+
+def _template_layout(data: dict) -> Callable[[dict], Messages]:
+    prompt, completion = _compiled("prompt", data["prompt"]), _compiled("completion", data["completion"])
+
+    def template(row: dict) -> Messages:
+        return _exchange(_rendered(prompt(row), "prompt", row), _rendered(completion(row), "completion", row))
+
+    return template
+
+
+def _rendered(text: str, key: str, row: dict) -> str:
+    if not text.strip():
+        blank = [name for name, value in row.items() if not value]
+        hint = f'set data.where to "{blank[0]}"' if blank else "use data.where"
+        raise UserError(f"data.{key} gives an empty text; to leave such rows out, {hint} (columns: {_names(row)})")
+    return text
+
+
+def _compiled(key: str, source: str) -> Callable[[dict], object]:
+    """`data.<key>` as a function of the row: a template's text, or the truth of the expression `where`."""
+    import jinja2
+
+    environment = _environment()
+    try:
+        evaluate = _condition(environment, source) if key == "where" else environment.from_string(source).render
+    except jinja2.TemplateSyntaxError as error:
+        raise UserError(f"config: 'data.{key}': {error.message} in line {error.lineno} of: {_shown(source)}") from None
+
+    def evaluated(row: dict):
+        try:
+            return evaluate(row)
+        except Exception as error:  # the template is the user's program: whatever it raises is for the user
+            raise UserError(f"data.{key}: {error} (columns: {_names(row)})") from None
+
+    return evaluated
+
+
+def _condition(environment, source: str) -> Callable[[dict], bool]:
+    expression = environment.compile_expression(source, undefined_to_none=False)
+
+    def holds(row: dict) -> bool:
+        return bool(expression(row))  # a misspelt column raises here; by default it would count as false
+
+    return holds
+
+
+def _names(row: dict) -> str:
+    return ", ".join(map(str, row))
+
+
+def _environment():
+    """Sandboxed Jinja where a misspelt column is an error, and so is a number that is none."""
+    import jinja2
+    from jinja2.filters import FILTERS
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    environment = ImmutableSandboxedEnvironment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
+    for name in ("float", "int"):
+        environment.filters[name] = _strict_number(FILTERS[name])
+    return environment
+
+
+def _strict_number(convert: Callable) -> Callable:
+    """Jinja's filters float and int make 0 of any text; in a label that would be a silent error."""
+    missing = object()
+
+    def strict(value, default=missing, *arguments, **named):
+        number = convert(value, default, *arguments, **named)
+        if number is missing:
+            raise ValueError(f"{_shown(value)} is not a number")
+        return number
+
+    return strict

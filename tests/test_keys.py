@@ -1,0 +1,140 @@
+"""Keys: equal things have equal keys, and every difference that matters makes another."""
+
+import json
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from steps.lib import keys
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(), inner, max_size=4),
+    max_leaves=12,
+)
+
+
+def reordered(value):
+    """The same value with the keys of every dict the other way round."""
+    if isinstance(value, dict):
+        return {key: reordered(value[key]) for key in reversed(value)}
+    return [reordered(item) for item in value] if isinstance(value, list) else value
+
+
+@settings(deadline=None)
+@given(json_values)
+def test_canonical_json_is_json_and_blind_to_the_order_of_keys(value):
+    assert json.loads(keys.canonical_json(value)) == value
+    assert keys.canonical_json(reordered(value)) == keys.canonical_json(value)
+
+
+@settings(deadline=None)
+@given(json_values, json_values)
+def test_different_values_have_different_digests(first, second):
+    same_text = keys.canonical_json(first) == keys.canonical_json(second)
+    assert (keys.digest(first) == keys.digest(second)) == same_text
+
+
+def test_canonical_json_refuses_what_json_cannot_say():
+    with pytest.raises(ValueError):
+        keys.canonical_json({"learning_rate": float("nan")})
+
+
+def test_stage_key_depends_on_stage_config_and_upstream():
+    base = keys.stage_key("fetch_model", {"a": 1}, {"model": "x"})
+    assert len(base) == keys.KEY_LENGTH
+    others = [
+        keys.stage_key("fetch_data", {"a": 1}, {"model": "x"}),
+        keys.stage_key("fetch_model", {"a": 2}, {"model": "x"}),
+        keys.stage_key("fetch_model", {"a": 1}, {"model": "y"}),
+        keys.stage_key("fetch_model", {"a": 1}, {"other": "x"}),
+    ]
+    assert len({base, *others}) == 5
+
+
+# --- the code key --------------------------------------------------------------------------------
+
+CODE = '''"""Docstring."""
+from steps.lib import helper
+from steps.lib.progress import Progress
+
+
+def run(x):
+    """What it does."""
+    return helper.double(x) + 1
+'''
+HELPER = "from steps.lib.deep import FACTOR\n\n\ndef double(x):\n    return FACTOR * x\n"
+
+
+@pytest.fixture
+def package(tmp_path, monkeypatch):
+    """A package of three modules; `package(name, text)` edits one and gives the key of steps.work."""
+    files = {"work": CODE, "lib/helper": HELPER, "lib/deep": "FACTOR = 2\n", "lib/progress": "Progress = 1\n"}
+    monkeypatch.setattr(keys, "PACKAGE_ROOT", tmp_path)
+    (tmp_path / "steps/lib").mkdir(parents=True)
+    for name, text in files.items():
+        (tmp_path / f"steps/{name}.py").write_text(text)
+
+    def edited(name: str | None = None, text: str = "") -> str:
+        if name:
+            (tmp_path / f"steps/{name}.py").write_text(text)
+        forget()
+        return keys.code_key("steps.work")
+
+    yield edited
+    forget()
+
+
+def forget():
+    keys.code_key.cache_clear()
+    keys._tree.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("work", "# a comment\n" + CODE),
+        ("work", CODE.replace("Docstring.", "Other words.").replace("What it does.", "Other words.")),
+        ("work", CODE.replace('    """What it does."""\n', "")),
+        ("work", CODE.replace("helper.double(x) + 1", "(helper.double( x )\n            + 1)")),
+        ("lib/helper", HELPER.replace("return FACTOR", "return FACTOR  ")),
+        ("lib/progress", "Progress = 2\n"),  # only shows what the steps do
+    ],
+)
+def test_code_key_ignores_comments_docstrings_formatting_and_display(package, name, text):
+    before = package()
+    assert package(name, text) == before
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("work", CODE.replace("+ 1", "+ 2")),
+        ("work", CODE.replace("+ 1", "+ 1.0")),
+        ("work", CODE.replace("return helper", 'x = "a string, no docstring"\n    return helper')),
+        ("lib/helper", HELPER.replace("FACTOR * x", "x * FACTOR")),
+        ("lib/deep", "FACTOR = 3\n"),  # two imports away
+    ],
+)
+def test_code_key_sees_every_real_edit(package, name, text):
+    before = package()
+    assert package(name, text) != before
+    assert package(name, {"work": CODE, "lib/helper": HELPER, "lib/deep": "FACTOR = 2\n"}[name]) == before
+
+
+# --- hashes of files -----------------------------------------------------------------------------
+
+
+def test_hash_cache_reads_a_file_again_only_when_it_changed(tmp_path):
+    file, cache = tmp_path / "rows.csv", tmp_path / "state/hashes.json"
+    file.write_text("a,b\n")
+    first = keys.HashCache(cache)
+    assert first.sha256(file) == keys.file_sha256(file)
+    first.save()
+    second = keys.HashCache(cache)
+    assert second.sha256(file) == keys.file_sha256(file)
+    assert not second.changed
+    file.write_text("a,c\n\n")
+    assert second.sha256(file) == keys.file_sha256(file)
+    assert second.changed

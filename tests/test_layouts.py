@@ -1,0 +1,191 @@
+"""Layouts: from a row to a conversation."""
+
+import re
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from steps.lib.errors import UserError
+from steps.lib.layouts import LAYOUTS, converter
+from steps.lib.schema import Data
+
+SOURCE = {"kind": "files", "path": "rows.jsonl"}
+
+
+def convert(row, layout, system=None, **data):
+    return converter({"layout": layout, **data}, system)(row)
+
+
+def turns(*pairs):
+    return [{"role": role, "content": content} for role, content in pairs]
+
+
+HELLO = turns(("user", "Hello"), ("assistant", "Hi"))
+
+
+def test_there_is_a_layout_for_each_the_config_knows():
+    known = Data.model_fields["layout"].annotation.__args__
+    assert {*LAYOUTS, "template"} == set(known)
+
+
+@pytest.mark.parametrize(
+    ("layout", "row", "expected"),
+    [
+        ("question_answer", {"question": "Hello", "answer": "Hi", "other": 3}, HELLO),
+        ("instruction", {"instruction": "Hello", "output": "Hi"}, HELLO),
+        ("instruction", {"instruction": "Hello", "input": "", "output": "Hi"}, HELLO),
+        ("instruction", {"instruction": "Hello", "input": None, "output": "Hi"}, HELLO),
+        (
+            "instruction",
+            {"instruction": "Add.", "input": "1, 2", "output": "3"},
+            turns(("user", "Add.\n\n1, 2"), ("assistant", "3")),
+        ),
+        ("prompt_completion", {"prompt": "Hello", "completion": "Hi"}, HELLO),
+        ("prompt_completion", {"prompt": HELLO[:1], "completion": HELLO[1:]}, HELLO),
+        ("messages", {"messages": [{**message, "name": "x"} for message in HELLO]}, HELLO),
+        ("sharegpt", {"conversations": [{"from": "human", "value": "Hello"}, {"from": "gpt", "value": "Hi"}]}, HELLO),
+        ("sharegpt", {"conversations": HELLO}, HELLO),
+    ],
+)
+def test_layouts(layout, row, expected):
+    assert convert(row, layout) == expected
+
+
+def test_columns_rename():
+    row = {"q": "Hello", "response": "Hi"}
+    assert convert(row, "question_answer", columns={"question": "q", "answer": "response"}) == HELLO
+
+
+@settings(deadline=None)
+@given(st.text(min_size=1).filter(str.strip), st.text(min_size=1).filter(str.strip))
+def test_template_takes_text_as_it_is(quote, tag):
+    """No escaping, no trimming, and nothing in the data is run as a template."""
+    row = {"quote": quote, "tags": [tag, "{{ 1 + 1 }}"]}
+    messages = convert(row, "template", prompt="{{ quote }}", completion="{{ tags | join(', ') }}")
+    assert messages == turns(("user", quote), ("assistant", f"{tag}, {{{{ 1 + 1 }}}}"))
+
+
+def test_where_leaves_rows_out():
+    data = {"layout": "question_answer", "where": "answer and stars | int > 2"}
+    keep = converter(data, None)
+    assert keep({"question": "a", "answer": "", "stars": "5"}) is None
+    assert keep({"question": "a", "answer": "b", "stars": "2"}) is None
+    assert keep({"question": "a", "answer": "b", "stars": "3"}) is not None
+
+
+def test_the_system_message_of_the_config_replaces_that_of_the_data():
+    own = turns(("system", "Old."), *[tuple(message.values()) for message in HELLO])
+    assert convert({"messages": own}, "messages") == own
+    assert convert({"messages": own}, "messages", "New.") == turns(("system", "New.")) + HELLO
+    assert convert({"messages": HELLO}, "messages", "New.") == turns(("system", "New.")) + HELLO
+
+
+# --- rows that make no conversation --------------------------------------------------------------
+
+ASK, ANSWER, SYSTEM = HELLO[0], HELLO[1], {"role": "system", "content": "Be brief."}
+
+
+@pytest.mark.parametrize(
+    ("layout", "row", "message"),
+    [
+        (
+            "question_answer",
+            {"question": "a", "text": "b"},
+            "no column 'answer'; there are question, text: choose another",
+        ),
+        ("question_answer", {"question": "a", "answer": None}, 'column "answer" is empty; to leave such rows out, set'),
+        (
+            "question_answer",
+            {"question": " \n", "answer": "b"},
+            'column "question" is blank; to leave such rows out, set',
+        ),
+        ("question_answer", {"question": "a", "answer": 5}, "column 'answer' holds 5, not text; data.layout=template"),
+        (
+            "question_answer",
+            {"question": "a", "answer": "\ud83d"},
+            r"the assistant's text holds half a character (\ud83d)",
+        ),
+        ("instruction", {"instruction": "a", "input": 3, "output": "b"}, "column 'input' holds 3, not text"),
+        (
+            "prompt_completion",
+            {"prompt": [ASK], "completion": "b"},
+            "column 'prompt' holds [{'role': 'user', 'content': 'H",
+        ),
+        ("messages", {"messages": []}, "column 'messages' holds [], not a list of messages"),
+        ("messages", {"messages": ["a"]}, "messages[0] is 'a', not a message with role and content"),
+        (
+            "messages",
+            {"messages": [{"role": "usr", "content": "a"}]},
+            "messages[0]: role 'usr' is not known; did you mean",
+        ),
+        ("messages", {"messages": [ASK, {**ANSWER, "content": None}]}, "messages[1]: the content is None, not text"),
+        ("messages", {"messages": [ASK, {**ANSWER, "content": ""}]}, "messages[1]: the assistant's message is empty"),
+        (
+            "messages",
+            {"messages": [ASK, SYSTEM, ANSWER]},
+            "column 'messages': a system message after the first message",
+        ),
+        (
+            "messages",
+            {"messages": [ASK]},
+            "column 'messages' ends with the user's message, so there is no answer to learn",
+        ),
+        ("messages", {"messages": [SYSTEM, ANSWER]}, "column 'messages' has an answer but no user's message before it"),
+    ],
+)
+def test_rows_that_make_no_conversation(layout, row, message):
+    with pytest.raises(UserError, match="^" + re.escape(message)) as caught:
+        convert(row, layout)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("layout", "row"),
+    [
+        ("messages", {"messages": [ASK]}),
+        ("sharegpt", {"conversations": [{"from": "human", "value": "Hello"}]}),
+        ("question_answer", {"question": "a", "answer": ""}),
+        ("question_answer", {"question": "a", "answer": " "}),
+    ],
+)
+def test_the_condition_that_an_error_proposes_leaves_the_row_out(layout, row):
+    with pytest.raises(UserError) as caught:
+        convert(row, layout)
+    proposed = re.search(r'set data\.where to "(.*?)"', str(caught.value))[1]
+    assert convert(row, layout, where=proposed) is None
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ({"prompt": "{{ txt }}"}, "data.prompt: 'txt' is undefined (columns: text, label)"),
+        ({"completion": "{{ label | float }}"}, "data.completion: 'good' is not a number (columns: text, label)"),
+        ({"completion": "{{ '' }}"}, "data.completion gives an empty text; to leave such rows out, use data.where"),
+        ({"where": "labl == 'good'"}, "data.where: 'labl' is undefined (columns: text, label)"),
+        ({"where": "labl"}, "data.where: 'labl' is undefined (columns: text, label)"),
+        (
+            {"prompt": "{{ text.__class__.__mro__ }}"},
+            "data.prompt: access to attribute '__class__' of 'str' object is unsafe",
+        ),
+        (
+            {"prompt": "{{ text"},
+            "config: 'data.prompt': unexpected end of template, expected 'end of print statement'. in",
+        ),
+        ({"where": "label =="}, "config: 'data.where': "),
+        ({"completion": "{{ label | uper }}"}, "config: 'data.completion': No filter named 'uper'"),
+    ],
+)
+def test_faults_in_templates(data, message):
+    template = {"prompt": "{{ text }}", "completion": "{{ label }}", **data}
+    with pytest.raises(UserError, match="^" + re.escape(message)):
+        convert({"text": "fine", "label": "good"}, "template", **template)
+
+
+def test_faults_in_columns():
+    with pytest.raises(UserError, match="^config: 'data.columns.prompt': layout 'question_answer' has no such column"):
+        convert({}, "question_answer", columns={"prompt": "q"})
+    with pytest.raises(
+        UserError, match="^no column 'q', which data.columns.question names; there are question, answer"
+    ):
+        convert({"question": "a", "answer": "b"}, "question_answer", columns={"question": "q"})
