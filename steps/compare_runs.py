@@ -1,3 +1,314 @@
-"""Stub."""
+"""Compare the runs of a sweep: a leaderboard, and a page that shows what each swept value does.
+
+By hand, with the config that the sweep's folder keeps (``python -m steps.plan --json`` shows it too)::
+
+    python -m steps.compare_runs --config results/sweeps/demo/config.yaml --output results/sweeps/demo
+    python -m steps.compare_runs --show results/sweeps/demo
+
+Reads   each run's report folder: metrics.json, curves.jsonl. Runs without a report (failed, not yet made) are left
+        out, and named.
+Writes  leaderboard.csv and leaderboard.json (one row per run, best first), report.html, config.yaml; provenance.json
+        comes last. Each file is replaced by itself, so the folder is made again in place, whenever a report is new.
+"""
+
+import csv
+import io
+import json
+import logging
+import os
+import re
+import sys
+import time
+from pathlib import Path
+
+from steps.lib import figures, metrics, pages, plan, tracking
+from steps.lib.errors import UserError
+from steps.lib.step import locked, provenance, run_command
 
 STAGE = "compare_runs"
+OUTPUT_HELP = "folder of the sweep; its files are replaced"
+EXTRAS = ("tokens_per_second", "peak_memory_bytes", "trainable_parameters")
+
+log = logging.getLogger("temper")
+
+
+def compare(config: dict, output: Path) -> dict:
+    """Rank the runs and write the sweep's folder.
+
+    Args:
+        config: {"eval", "sweep": {"name", "axes"}, "runs": [{"name", "point", "report"}]}, and optionally
+            "experiment", for the command that makes the best run again.
+
+    Returns:
+        {"metric", "rows": the leaderboard's rows, best first, "missing": names of runs without a report}
+
+    Raises:
+        UserError: no run has a report.
+    """
+    from yaml import safe_dump
+
+    metric = metrics.check_metric(config["eval"])
+    runs, missing = _reports(config["runs"])
+    runs.sort(key=lambda run: _rank(run, metric))
+    rows = [_row(run, config["eval"]["task"], metric) for run in runs]
+    board = {"sweep": config["sweep"]["name"], "metric": metric, "rows": rows, "missing": missing}
+    output.mkdir(parents=True, exist_ok=True)
+    pages.write_whole(output / "config.yaml", safe_dump(config, sort_keys=False, allow_unicode=True))
+    pages.write_whole(output / "leaderboard.csv", _csv(rows))
+    _write_page(output, config, metric, runs, rows, missing)
+    linked = [{**row, "report": run["report"]} for row, run in zip(rows, runs, strict=True)]
+    base = runs[0]["facts"]["base"]
+    pages.write_whole(output / "leaderboard.json", _json_text({**board, "base": base, "rows": linked}))
+    return board
+
+
+# --- reading the reports -------------------------------------------------------------------------
+
+
+def _reports(planned: list[dict]) -> tuple[list[dict], list[str]]:
+    """(runs with the content of their report, names of runs that have none)."""
+    runs, missing = [], []
+    for run in planned:
+        folder = Path(run["report"])
+        if (folder / "metrics.json").is_file():
+            facts = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+            curves = folder / "curves.jsonl"
+            runs.append({**run, "facts": facts, "curves": pages.read_lines(curves) if curves.is_file() else []})
+        else:
+            missing.append(run["name"])
+            log.info("left out: %s has no report (%s)", run["name"], folder)
+    if not runs:
+        raise UserError(
+            f"none of the sweep's {len(planned)} run(s) has a report: see their logs, and run snakemake again"
+        )
+    if missing:
+        log.info("the leaderboard is partial: %d of %d runs", len(runs), len(planned))
+    return runs, missing
+
+
+def _rank(run: dict, metric: str) -> tuple:
+    value = run["facts"]["test"][metric]
+    return (value if metric in metrics.LOWER_IS_BETTER else -value, run["facts"]["test"]["loss"], run["name"])
+
+
+# --- the leaderboard -----------------------------------------------------------------------------
+
+
+def _row(run: dict, task: str, metric: str) -> dict:
+    """One line of the leaderboard: the run, its swept values, its figures, the base model's, what it cost."""
+    facts, train = run["facts"], run["facts"]["train"] or {}
+    names = dict.fromkeys([metric, *metrics.METRICS[task], "loss"])
+    row = {"run": run["name"], **run["point"]}
+    row |= {f"test_{name}": facts["test"][name] for name in names}
+    row |= {f"base_test_{name}": (facts["base"] or {}).get(name) for name in names}
+    row["train_seconds"] = train.get("train_seconds")
+    row |= {name: train.get(name) for name in EXTRAS}
+    row |= {f"test_{metric}_low": facts["interval"][0], f"test_{metric}_high": facts["interval"][1]}
+    return row
+
+
+def _csv(rows: list[dict]) -> str:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows({name: _cell(value) for name, value in row.items()} for row in rows)
+    return text.getvalue()
+
+
+def _cell(value):
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    return json.dumps(value, ensure_ascii=False) if isinstance(value, dict | list) else value
+
+
+def _json_text(value) -> str:
+    return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+
+
+def print_leaderboard(path: Path) -> None:
+    """Print a sweep's leaderboard as a table, and where its page is.
+
+    Args:
+        path: the sweep's folder.
+    """
+    file = Path(path) / "leaderboard.json"
+    if not file.is_file():
+        raise UserError(f"{file}: no such file; run the sweep first")
+    print(leaderboard_text(json.loads(file.read_text(encoding="utf-8")), Path(path)))
+
+
+def leaderboard_text(board: dict, folder: Path) -> str:
+    """The leaderboard as text: a run a line, best first, and the base model below."""
+    metric, rows = board["metric"], board["rows"]
+    keys = swept_keys(rows)
+    shown = [name for name in rows[0] if name.startswith("test_") and not name.endswith(("_low", "_high"))]
+    head = ["", *short_names(keys).values()]
+    head += [name.removeprefix("test_") for name in shown] + ["95% interval", "train", "run"]
+    table = [head]
+    for rank, row in enumerate(rows, 1):
+        ends = (row[f"test_{metric}_low"], row[f"test_{metric}_high"])
+        line = [str(rank), *(_cell_text(row[key]) for key in keys), *(pages.figure(row[name]) for name in shown)]
+        table.append([*line, "{:.3f} to {:.3f}".format(*ends), pages.seconds(row["train_seconds"]), row["run"]])
+    if board["base"]:
+        base = [pages.figure(board["base"].get(name.removeprefix("test_"))) for name in shown]
+        table.append(["", *("" for _ in keys), *base, "", "", "(base model)"])
+    lines = [f"sweep {board['sweep']}, best {metric} first", "", *_aligned(table), ""]
+    if board["missing"]:
+        lines.append(f"partial: {len(board['missing'])} run(s) without a report: {', '.join(board['missing'])}")
+    return "\n".join([*lines, f"page: {folder / 'report.html'}", f"table: {folder / 'leaderboard.csv'}"])
+
+
+def swept_keys(rows: list[dict]) -> list[str]:
+    """The swept keys of a leaderboard: its columns between the run's name and the first figure."""
+    names = list(rows[0])
+    first = next(index for index, name in enumerate(names) if name.startswith("test_"))
+    return names[1:first]
+
+
+def short_names(keys: list[str]) -> dict[str, str]:
+    """Key -> its last part, ``learning_rate``; the whole key where two would look the same."""
+    last = [key.rpartition(".")[2] for key in keys]
+    return {key: key if last.count(name) > 1 else name for key, name in zip(keys, last, strict=True)}
+
+
+def _cell_text(value) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(_cell(value))
+
+
+def _aligned(table: list[list[str]]) -> list[str]:
+    """Columns of figures to the right, the last one, names, to the left."""
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    lines = []
+    for row in table:
+        cells = [cell.rjust(width) for cell, width in zip(row[:-1], widths, strict=False)]
+        lines.append("  ".join([*cells, row[-1]]).rstrip())
+    return lines
+
+
+# --- the page ------------------------------------------------------------------------------------
+
+
+def _write_page(output: Path, config: dict, metric: str, runs: list, rows: list, missing: list[str]) -> None:
+    keys = swept_keys(rows)
+    best = runs[0]
+    pages.render(
+        "sweep.html",
+        output / "report.html",
+        sweep=config["sweep"]["name"],
+        metric=metric,
+        keys=short_names(keys),
+        runs=[_shown(run, output) for run in runs],
+        best=best,
+        names=dict.fromkeys([metric, *metrics.METRICS[config["eval"]["task"]], "loss"]),
+        missing=missing,
+        planned=len(config["runs"]),
+        rivals=_rivals(runs),
+        published=config["eval"]["published"],
+        effects=_effects(runs, keys, metric),
+        curves=figures.sweep_curves([(_label(run), run["curves"]) for run in runs]),
+        command=_command_for(best, config),
+    )
+
+
+def _shown(run: dict, output: Path) -> dict:
+    """What the table shows of a run; `page` is relative, so that results/ can be moved or sent as a whole."""
+    page = os.path.relpath(Path(run["report"]) / "report.html", output)
+    return {**run, "page": Path(page).as_posix(), "train": run["facts"]["train"] or {}, "label": _label(run)}
+
+
+def _label(run: dict) -> str:
+    """A run's swept values, or its name when nothing is swept."""
+    names = short_names(list(run["point"]))
+    return ", ".join(f"{names[key]}={_cell_text(value)}" for key, value in run["point"].items()) or run["name"]
+
+
+def _rivals(runs: list[dict]) -> int:
+    """How many other runs' intervals overlap with the best one's: their order may be chance."""
+    low, high = runs[0]["facts"]["interval"]
+    others = (run["facts"]["interval"] for run in runs[1:])
+    return sum(other_low <= high and low <= other_high for other_low, other_high in others)
+
+
+def _effects(runs: list[dict], keys: list[str], metric: str) -> list[str]:
+    """One plot per swept key that takes more than one value."""
+    plots = []
+    for key in keys:
+        points = [
+            {
+                "x": _plain(run["point"][key]),
+                "y": run["facts"]["test"][metric],
+                "interval": run["facts"]["interval"],
+                "others": json.dumps({other: run["point"][other] for other in keys if other != key}, default=str),
+                "best": run is runs[0],
+            }
+            for run in runs
+        ]
+        if len({point["x"] for point in points}) > 1:
+            plots.append(figures.axis_effect(points, key, pages.metric_name(metric)))
+    return plots
+
+
+def _plain(value):
+    """A swept value that a plot can place: lists, nulls and booleans go by their text."""
+    return value if isinstance(value, int | float | str) and not isinstance(value, bool) else json.dumps(value)
+
+
+def _command_for(run: dict, config: dict) -> str:
+    """The command that makes this run alone: fixed values collapse the sweep's axes."""
+    experiment = f" experiment={config['experiment']}" if config.get("experiment") else ""
+    overrides = " ".join(f"{key}={_override(value)}" for key, value in run["point"].items())
+    return f"snakemake --cores all --config{experiment}" + (f' overrides="{overrides}"' if overrides else "")
+
+
+def _override(value) -> str:
+    """A value in Hydra's grammar, without the double quotes that the shell would take."""
+    if isinstance(value, list):
+        return "[" + ",".join(map(_override, value)) + "]"
+    if isinstance(value, dict):
+        return "{" + ",".join(f"{key}:{_override(item)}" for key, item in value.items()) + "}"
+    if isinstance(value, str):
+        return value if re.fullmatch(r"[\w./-]+", value) else f"'{value}'"
+    return json.dumps(value)
+
+
+# --- the command ---------------------------------------------------------------------------------
+
+
+def _work(_step, arguments, _inputs) -> None:
+    """As steps.lib.step.execute, for a folder that is made again in place."""
+    from steps.lib.config import load_stage_config
+
+    if not arguments.config:
+        raise UserError("--config is missing: the runs to compare; results/sweeps/<sweep>/config.yaml has them")
+    config = load_stage_config(STAGE, arguments.config, [])
+    output = Path(arguments.output)
+    with locked(output):
+        started = time.time()
+        board = compare(config, output)
+        if arguments.plan:
+            log.info("%s", tracking.mirror(plan.load(arguments.plan), board) or "tracking is off")
+        reports = {run["name"]: run["report"] for run in config["runs"]}
+        facts = provenance(STAGE, reports, time.time() - started, {"missing": board["missing"]})
+        pages.write_whole(output / "provenance.json", _json_text(facts))
+    if not arguments.plan:  # the workflow shows it at its very end
+        print_leaderboard(output)
+
+
+def _show(folder: str) -> None:
+    try:
+        print_leaderboard(Path(folder))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def main(argv=None) -> None:
+    argv = sys.argv[1:] if argv is None else argv
+    if len(argv) == 2 and argv[0] == "--show":
+        _show(argv[1])
+    else:
+        run_command(sys.modules[__name__], {}, argv, work=_work)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,3 +1,357 @@
-"""Stub."""
+"""Judge a model on the test split: its loss, its answers, and a page to read.
+
+By hand::
+
+    python -m steps.evaluate_model --model results/models/Y --splits results/splits/X \\
+        --output results/reports/base eval=sentiment
+    python -m steps.evaluate_model --model results/merged/Z --splits results/splits/X --adapter results/adapters/Z \\
+        --base-report results/reports/base --output results/reports/Z eval=sentiment
+
+Reads   the test split (and, for the majority baseline, the training split's references); a merged or an untouched
+        model; of the adapter only its curves and its config; the untouched model's report, to compare with.
+Writes  metrics.json (all figures, see `figures_of`); predictions.jsonl (one answer a line); curves.jsonl (the
+        training's, if there was one); report.html (one page, nothing fetched from elsewhere).
+"""
+
+import json
+import logging
+import sys
+import time
+from pathlib import Path
+
+from steps.lib import figures, metrics, pages
+from steps.lib.errors import UserError
+from steps.lib.progress import quiet_libraries
+from steps.lib.step import peak_memory, run_command
 
 STAGE = "evaluate_model"
+
+log = logging.getLogger("temper")
+
+
+def run(
+    config: dict,
+    model: Path,
+    splits: Path,
+    output: Path,
+    adapter: Path | None = None,
+    base_report: Path | None = None,
+) -> dict:
+    """Evaluate `model` and write its report.
+
+    Raises:
+        UserError: no test rows, nothing supervised in them, an unknown metric, or a base report of other rows.
+    """
+    quiet_libraries()
+    settings = config["eval"]
+    metric = metrics.check_metric(settings)
+    test, train_references = _rows(splits, settings)
+    base = _base(base_report, settings, test) if base_report else None
+    asked = _ask(model, config, test)
+    judged = _judge(settings, metric, test, asked, base)
+    facts = figures_of(settings, metric, train_references, test, asked, judged, base)
+    facts["train"] = _json(adapter / "training.json") if adapter else None
+    curves = pages.read_lines(adapter / "metrics.jsonl") if adapter else []
+    predictions = _predictions(test, asked, judged, base)
+    pages.write_whole(output / "metrics.json", json.dumps(facts, indent=2, ensure_ascii=False) + "\n")
+    pages.write_whole(output / "predictions.jsonl", pages.json_lines(predictions))
+    if curves:
+        pages.write_whole(output / "curves.jsonl", pages.json_lines(curves))
+    write_page(output, facts, predictions, curves, settings, _configs(config, model, splits, adapter))
+    log.info("%s", headline(facts))
+    return {"metric": metric, "value": facts["test"][metric], "rows": len(test)}
+
+
+# --- what goes in --------------------------------------------------------------------------------
+
+
+def _rows(splits: Path, settings: dict) -> tuple[list[dict], list[str]]:
+    """(test rows, references of the training split where a baseline needs them)."""
+    from datasets import load_from_disk
+
+    loaded = load_from_disk(str(splits))
+    test = list(loaded["test"]) if "test" in loaded else []
+    if not test:
+        raise UserError(
+            f"{splits}: no rows in the test split; raise data.splits.test, or see which rows audit.json left out"
+        )
+    if all(label == -100 for row in test for label in row["labels"]):
+        raise UserError(f"{splits}: no supervised token in the test split; see audit.json there, and prompt.loss_on")
+    wanted = settings["task"] == "labels" and "train" in loaded
+    return test, list(loaded["train"]["reference"]) if wanted else []
+
+
+def _base(folder: Path, settings: dict, test: list[dict]) -> dict:
+    """The untouched model's figures and answers, scored again so that differences can be judged row by row."""
+    facts, rows = _json(folder / "metrics.json"), pages.read_lines(folder / "predictions.jsonl")
+    if facts["task"] != settings["task"] or [row["id"] for row in rows] != [row["id"] for row in test]:
+        raise UserError(
+            f"--base-report {folder}: other test rows or another task; evaluate the base model on these splits"
+        )
+    answers = [row["prediction"] for row in rows]
+    choices = [row["choice"] for row in rows] if "choice" in rows[0] else None
+    return {"facts": facts, "rows": rows, "scores": _scores(settings, rows, answers, rows, choices)}
+
+
+def _json(path: Path) -> dict:
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; run the stage that makes it again")
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+# --- what the model says -------------------------------------------------------------------------
+
+
+def _ask(folder: Path, config: dict, test: list[dict]) -> dict:
+    """Loss of each row, an answer to each prompt and, for labels, which of them the model finds likeliest."""
+    from steps.lib import generation, models, scoring
+
+    settings = config["eval"]
+    tokenizer = models.load_tokenizer(folder)
+    model = models.load_model(folder, config["model"]["load"]).eval()
+    started = time.perf_counter()
+    tokens = _first_tokens(settings, tokenizer, test)
+    losses = scoring.row_losses(model, test, settings["batch_size"], tokenizer.pad_token_id, list(tokens))
+    loss_seconds = time.perf_counter() - started
+    choices = [tokens.get(token) for token in losses.favourites] if tokens else None
+    stop_ids = models.stop_token_ids(folder, tokenizer)
+    answers = generation.generate_answers(model, tokenizer, test, settings, stop_ids)
+    return {"losses": losses, "loss_seconds": loss_seconds, "choices": choices, "answers": answers}
+
+
+def _first_tokens(settings: dict, tokenizer, test: list[dict]) -> dict[int, str]:
+    """First token of a label's answer -> the label. Empty where the first token does not tell the labels apart."""
+    if settings["task"] != "labels":
+        return {}
+    first: dict[str, int] = {}
+    for row in test:
+        label = metrics.reference_label(row["reference"], settings["labels"], row["id"])
+        first.setdefault(label, row["input_ids"][row["prompt_length"]])
+    for label in settings["labels"]:  # one that no row of the split has
+        first.setdefault(label, tokenizer(label, add_special_tokens=False)["input_ids"][0])
+    tokens = {token: label for label, token in first.items()}
+    return tokens if len(tokens) == len(first) else {}
+
+
+# --- how good that is ----------------------------------------------------------------------------
+
+
+def _scores(settings: dict, rows: list[dict], answers: list[str], losses, choices: list[str] | None) -> metrics.Scores:
+    """All figures of the task, loss included. `losses`: rows with `loss_sum` and `tokens`."""
+    scores = metrics.score(settings, [row["reference"] for row in rows], answers, choices)
+    sums, tokens = [row["loss_sum"] for row in losses], [row["tokens"] for row in losses]
+    scores.statistics |= metrics.loss_statistics(sums, tokens)
+    for name in metrics.LOSS_METRICS:
+        scores.values[name] = scores.statistics[name](range(len(rows)))
+    return scores
+
+
+def _judge(settings: dict, metric: str, test: list[dict], asked: dict, base: dict | None) -> dict:
+    """Scores, the intervals of the figures that the page's head shows, and the interval of the gain by tuning."""
+    sums, tokens = asked["losses"].sums, asked["losses"].tokens
+    losses = [{"loss_sum": total, "tokens": number} for total, number in zip(sums, tokens, strict=True)]
+    scores = _scores(settings, test, asked["answers"].texts, losses, asked["choices"])
+    finished = asked["answers"].finished
+    scores.values["unfinished"] = finished.count(False) / len(finished)
+    shown = dict.fromkeys([metric, *(entry["metric"] for entry in settings["published"])])
+    intervals = {name: metrics.interval(scores.statistics[name], len(test)) for name in shown}
+    gain = None
+    if base:
+        gain = metrics.delta_interval(scores.statistics[metric], base["scores"].statistics[metric], len(test))
+    return {"scores": scores, "intervals": intervals, "gain": gain}
+
+
+def figures_of(settings, metric, train_references, test, asked, judged, base) -> dict:
+    """The content of metrics.json.
+
+    `test`: metric -> figure of this model, `base`: the same of the untouched one, or None. `interval`: 95% bootstrap
+    interval of the ranking metric; `intervals`: of every metric that has one; `delta`: the gain over the base model in
+    the ranking metric, and its interval. `baselines`: what needs no model. `train`: the adapter's training.json.
+    """
+    scores, answers = judged["scores"], asked["answers"]
+    references = [row["reference"] for row in test]
+    facts = {
+        "task": settings["task"],
+        "metric": metric,
+        "rows": len(test),
+        "test": _in_order(scores.values, settings["task"]),
+        "base": base["facts"]["test"] if base else None,
+        "interval": judged["intervals"][metric],
+        "intervals": judged["intervals"],
+        "base_intervals": base["facts"]["intervals"] if base else None,
+        "delta": None,
+        "baselines": [],
+        "published": settings["published"],
+        "loss_seconds": round(asked["loss_seconds"], 3),
+        "generate_seconds": round(answers.seconds, 3),
+        "generated_tokens": sum(answers.tokens),
+        "tokens_per_second": round(sum(answers.tokens) / answers.seconds, 1),
+        "peak_memory_bytes": peak_memory(),
+    }
+    if base:
+        facts["delta"] = {"value": scores.values[metric] - base["scores"].values[metric], "interval": judged["gain"]}
+    if settings["task"] == "labels":
+        labels = settings["labels"]
+        facts["baselines"] = [metrics.majority_baseline(settings, train_references, references)]
+        facts["classes"] = metrics.per_class(labels, references, scores.readings)
+        facts["confusion"] = metrics.confusion(labels, references, scores.readings)
+        facts["base_confusion"] = base["facts"].get("confusion") if base else None
+    return facts
+
+
+def _in_order(values: dict, task: str) -> dict:
+    order = (*metrics.METRICS[task], *metrics.LOSS_METRICS, metrics.UNPARSED, "unfinished")
+    return {name: values[name] for name in order if name in values}
+
+
+def _predictions(test: list[dict], asked: dict, judged: dict, base: dict | None) -> list[dict]:
+    """The lines of predictions.jsonl, in the order of the test split."""
+    answers, losses, scores = asked["answers"], asked["losses"], judged["scores"]
+    lines = []
+    for index, row in enumerate(test):
+        line = {name: row[name] for name in ("id", "prompt", "reference")}
+        line |= {"prediction": answers.texts[index], "score": scores.rows[index]}
+        if scores.readings:
+            line["label"] = scores.readings[index]
+        if asked["choices"]:
+            line["choice"] = asked["choices"][index]
+        if base:
+            line["base_prediction"] = base["rows"][index]["prediction"]
+            line["base_score"] = base["scores"].rows[index]
+            if "choice" in base["rows"][index]:
+                line["base_choice"] = base["rows"][index]["choice"]
+        line |= {"finished": answers.finished[index], "loss_sum": losses.sums[index], "tokens": losses.tokens[index]}
+        lines.append(line)
+    return lines
+
+
+def headline(facts: dict) -> str:
+    """One line: the ranking figure, how sure it is, and what tuning changed."""
+    metric, low, high = facts["metric"], *facts["interval"]
+    name, value = pages.metric_name(metric), facts["test"][metric]
+    text = f"test {name} {value:.3f} [{low:.3f}, {high:.3f}] on {facts['rows']} rows"
+    if facts["delta"]:
+        gain, (low, high) = facts["delta"]["value"], facts["delta"]["interval"]
+        text += f"; base model {facts['base'][metric]:.3f}, tuning {gain:+.3f} [{low:+.3f}, {high:+.3f}]"
+    if facts["test"].get(metrics.UNPARSED):
+        text += f"; {facts['test'][metrics.UNPARSED]:.1%} of the free answers name no label"
+    return text
+
+
+# --- the page ------------------------------------------------------------------------------------
+
+
+def write_page(output: Path, facts: dict, predictions: list, curves: list, settings: dict, configs: dict) -> None:
+    """Write report.html. `configs`: heading -> table of dotted keys and values."""
+    groups = sample_groups(predictions, settings["task"])
+    pages.render(
+        "report.html",
+        output / "report.html",
+        name=output.name.removeprefix(".tmp-"),
+        facts=facts,
+        metric=facts["metric"],
+        lower_is_better=metrics.LOWER_IS_BETTER,
+        panels=figures.comparison(_panels(facts)),
+        loss_curves=figures.loss_curves(curves),
+        confusions=_confusions(facts),
+        groups=choose_samples(groups, settings["samples"]),
+        counts={name: len(rows) for name, rows in groups.items()},
+        settings=settings,
+        configs=configs,
+    )
+
+
+def _panels(facts: dict) -> list[dict]:
+    """What the dot plots show: per metric this model, the base model, baselines and published figures."""
+    panels = []
+    for metric, interval in facts["intervals"].items():
+        ours = "tuned" if facts["base"] or facts["train"] else "this model"
+        entries = [{"name": ours, "value": facts["test"][metric], "interval": interval, "kind": "tuned"}]
+        if facts["base"]:
+            low_high = facts["base_intervals"].get(metric)
+            entries.append({"name": "base model", "value": facts["base"][metric], "interval": low_high, "kind": "base"})
+        others = [(entry["name"], entry.get(metric)) for entry in facts["baselines"]]
+        others += [(entry["name"], entry["value"]) for entry in facts["published"] if entry["metric"] == metric]
+        entries += [_without_interval(name, value) for name, value in others if value is not None]
+        panels.append({"title": pages.metric_name(metric), "entries": entries})
+    return panels
+
+
+def _without_interval(name: str, value: float) -> dict:
+    return {"name": name, "value": value, "interval": None, "kind": "other"}
+
+
+def _confusions(facts: dict) -> list[tuple[str, dict]]:
+    if "confusion" not in facts:
+        return []
+    tables = [("tuned" if facts["base"] else "this model", facts["confusion"])]
+    return tables + ([("base model", facts["base_confusion"])] if facts["base_confusion"] else [])
+
+
+# (what a score is, is there a base model?) -> (the groups, worth reading first; which of them a row belongs to)
+GROUPS = {
+    ("labels", True): (
+        ("fixed by tuning", "broken by tuning", "wrong before and after", "right before and after"),
+        lambda row: {(1, 0): 0, (0, 1): 1, (0, 0): 2, (1, 1): 3}[int(row["score"]), int(row["base_score"])],
+    ),
+    ("labels", False): (("right", "wrong"), lambda row: int(row["score"] < 1)),
+    ("graded", True): (
+        ("better than the base model's", "worse than the base model's", "as good as the base model's"),
+        lambda row: 0 if row["score"] > row["base_score"] else 1 if row["score"] < row["base_score"] else 2,
+    ),
+    ("graded", False): (("scored 0.5 or above", "scored below 0.5"), lambda row: int(row["score"] < 0.5)),
+}
+
+
+def sample_groups(predictions: list[dict], task: str) -> dict[str, list[dict]]:
+    """All answers, sorted by what tuning did to them, in the order in which they are worth reading."""
+    compared = bool(predictions) and "base_score" in predictions[0]
+    names, kind = GROUPS["labels" if task == "labels" else "graded", compared]
+    groups: dict[str, list[dict]] = {name: [] for name in names}
+    for row in predictions:
+        groups[names[kind(row)]].append(row)
+    return groups
+
+
+def choose_samples(groups: dict[str, list[dict]], total: int) -> dict[str, list[dict]]:
+    """`total` rows, the groups taking turns while they last; within a group spread evenly over the split."""
+    shares = dict.fromkeys(groups, 0)
+    while sum(shares.values()) < total:
+        open_groups = [name for name, rows in groups.items() if shares[name] < len(rows)]
+        if not open_groups:
+            break
+        for name in open_groups[: total - sum(shares.values())]:
+            shares[name] += 1
+    return {name: _spread(rows, shares[name]) for name, rows in groups.items() if shares[name]}
+
+
+def _spread(rows: list[dict], number: int) -> list[dict]:
+    return [rows[index * len(rows) // number] for index in range(number)]
+
+
+def _configs(config: dict, model: Path, splits: Path, adapter: Path | None) -> dict[str, dict[str, str]]:
+    """The config of this stage and of those before it, as they left it in their folders."""
+    from yaml import safe_load
+
+    inputs = {"model": model, "splits": splits, "adapter": adapter}
+    tables = {"evaluate_model": pages.flat(config)}
+    for name, folder in inputs.items():
+        if folder and (folder / "config.yaml").is_file():
+            stage = _json(folder / "provenance.json")["stage"] if (folder / "provenance.json").is_file() else name
+            tables[stage] = pages.flat(safe_load((folder / "config.yaml").read_text(encoding="utf-8")))
+    tables["inputs"] = {name: str(folder) for name, folder in inputs.items() if folder}
+    return tables
+
+
+def main(argv=None) -> None:
+    inputs = {
+        "model": "folder of merge_adapter, or of fetch_model for the untouched model",
+        "splits": "folder of tokenize_splits",
+        "adapter?": "folder of train_adapter, for the training's curves and times",
+        "base_report?": "report of the untouched model on the same splits, to compare with",
+    }
+    run_command(sys.modules[__name__], inputs, argv)
+
+
+if __name__ == "__main__":
+    main()

@@ -20,7 +20,9 @@ from steps.lib.step import run_command
 
 STAGE = "merge_adapter"
 PROBE_TOKENS = 64
-TOLERANCE = 0.1  # share of the logits' spread; merging into bfloat16 rounds every weight (measured: 0.03; float32: 1e-6)
+TOLERANCE = (
+    0.1  # share of the logits' spread; merging into bfloat16 rounds every weight (measured: 0.03; float32: 1e-6)
+)
 
 log = logging.getLogger("temper")
 
@@ -38,7 +40,9 @@ def run(config: dict, model: Path, adapter: Path, output: Path) -> dict:
     dtype = config["merge"]["dtype"]
     facts = {}
     if is_adapter(adapter):
-        network, facts = _merge(load_model(model, {"dtype": _stored_dtype(model), "attn_implementation": "auto"}), adapter)
+        network, facts = _merge(
+            load_model(model, {"dtype": _stored_dtype(model), "attn_implementation": "auto"}), adapter
+        )
     else:
         network = load_model(adapter, {"dtype": _stored_dtype(model), "attn_implementation": "auto"})
     if dtype != "auto":
@@ -74,7 +78,8 @@ def _merge(network, adapter: Path):
     if not difference <= TOLERANCE:
         raise UserError(
             f"{adapter}: the merged model's logits differ from the adapter's by {difference:.2g} of their spread "
-            f"(at most {TOLERANCE} is rounding); the weights may not be finite, or merge.dtype is too coarse: try merge.dtype=float32"
+            f"(at most {TOLERANCE} is rounding); the weights may not be finite, or merge.dtype is too coarse: "
+            "try merge.dtype=float32"
         )
     return merged, {"logit_difference": difference}
 

@@ -47,8 +47,10 @@ def run(config: dict, prompts: Path, model: Path, output: Path) -> dict:
     audits, splits = {}, {}
     for split in SPLITS:
         rows = _Rows(prompts / f"{split}.jsonl", encoder, config["tokenize"])
-        splits[split] = rows.dataset()
+        made = rows.dataset()
         audits[split] = rows.audit.summary()
+        if len(made):  # `datasets` cannot read back a split without rows
+            splits[split] = made
     DatasetDict(splits).save_to_disk(output)
     audit = {"max_length": config["tokenize"]["max_length"], "splits": audits}
     (output / "audit.json").write_text(json.dumps(audit, indent=2) + "\n")
@@ -82,16 +84,22 @@ class _Rows:
         )
         rows = self._encoded_rows()
         schema = features.arrow_schema
-        batches = iter(lambda: pyarrow.Table.from_pylist(list(itertools.islice(rows, BATCH)), schema=schema), schema.empty_table())
+        batches = iter(
+            lambda: pyarrow.Table.from_pylist(list(itertools.islice(rows, BATCH)), schema=schema), schema.empty_table()
+        )
         table = pyarrow.concat_tables([schema.empty_table(), *batches])
         if not len(table) and self.audit.read:
             raise UserError(
-                f"{self.path}: all {self.audit.read} rows are longer than tokenize.max_length={self.max_length}; raise it"
+                f"{self.path}: all {self.audit.read} rows are longer than "
+                f"tokenize.max_length={self.max_length}; raise it"
             )
         return Dataset(table, info=DatasetInfo(features=features))
 
     def _encoded_rows(self):
-        with self.path.open(encoding="utf-8") as lines, Progress(None, f"tokenize {self.path.stem}", "rows") as progress:
+        with (
+            self.path.open(encoding="utf-8") as lines,
+            Progress(None, f"tokenize {self.path.stem}", "rows") as progress,
+        ):
             for line in lines:
                 row = self._encode(json.loads(line))
                 progress.update()
@@ -149,7 +157,9 @@ class Audit:
     def summary(self) -> dict:
         """Counts, quantiles and a histogram of lengths, and the `max_length` that would keep 99% of the rows."""
         ordered = sorted(self.lengths)
-        quantile = {str(q): ordered[min(len(ordered) - 1, int(q * len(ordered)))] for q in (0.5, 0.9, 0.99)} if ordered else {}
+        quantile = (
+            {str(q): ordered[min(len(ordered) - 1, int(q * len(ordered)))] for q in (0.5, 0.9, 0.99)} if ordered else {}
+        )
         suggested = -(-quantile["0.99"] // 8) * 8 if quantile else None
         return {
             "rows": self.rows,

@@ -49,7 +49,9 @@ def _train(config: dict, splits: Path, model: Path, output: Path, state: Path) -
 
     rows = load_from_disk(splits)
     tokenizer = load_tokenizer(model)
-    args = training.training_arguments(config["train"], config["seed"], state)
+    validation = rows.get("validation")  # data.splits.validation=0 leaves it out
+    train = config["train"] if validation is not None else {**config["train"], "eval_strategy": "no"}
+    args = training.training_arguments(train, config["seed"], state)
     network = add_adapter(load_model(model, config["model"]["load"]), config["adapter"], config["seed"])
     sizes = parameter_counts(network)
     epoch_steps = training.steps_per_epoch(len(rows["train"]), args)
@@ -60,7 +62,7 @@ def _train(config: dict, splits: Path, model: Path, output: Path, state: Path) -
         model=network,
         args=args,
         train_dataset=rows["train"],
-        eval_dataset=rows["validation"],
+        eval_dataset=validation,
         pad_token_id=tokenizer.pad_token_id,
     )
     with tracking.follow(config.get("follow")) as listener:
@@ -92,7 +94,12 @@ def _train(config: dict, splits: Path, model: Path, output: Path, state: Path) -
     }
     training.write_metrics(output / "metrics.jsonl", metrics.lines)
     (output / "training.json").write_text(json.dumps(facts, indent=2) + "\n")
-    log.info("trained %d steps, %.0f tokens/s, validation loss %s", final.global_step, facts["tokens_per_second"], facts["eval_loss"])
+    log.info(
+        "trained %d steps, %.0f tokens/s, validation loss %s",
+        final.global_step,
+        facts["tokens_per_second"],
+        facts["eval_loss"],
+    )
     return {"trained_steps": final.global_step - start}
 
 
@@ -101,7 +108,8 @@ def _headline(rows, sizes: dict, args, target: int, checkpoint: Path | None) -> 
     start = f", continuing from {checkpoint}" if checkpoint else ""
     return (
         f"training {sizes['trainable_parameters']:,} of {sizes['total_parameters']:,} parameters ({share:.2%}) on "
-        f"{len(rows['train'])} rows, to step {target}, batch {args.train_batch_size} x {args.gradient_accumulation_steps}{start}"
+        f"{len(rows['train'])} rows, to step {target}, "
+        f"batch {args.train_batch_size} x {args.gradient_accumulation_steps}{start}"
     )
 
 

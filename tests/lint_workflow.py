@@ -1,6 +1,6 @@
 """`snakemake --lint` less one piece of advice: steps run in the project's .venv, so rules name no container.
 
-    python tests/lint_workflow.py
+python tests/lint_workflow.py
 """
 
 import re

@@ -26,7 +26,9 @@ def test_epochs_and_seeds_differ():
 def test_rows_of_a_batch_have_similar_lengths(batch_size):
     lengths = [number % 97 + 1 for number in range(20 * batch_size)]
     order = epoch_order(lengths, batch_size, seed=1, epoch=0)
-    padded = sum(max(lengths[row] for row in order[at : at + batch_size]) * batch_size for at in range(0, len(order), batch_size))
+    padded = sum(
+        max(lengths[row] for row in order[at : at + batch_size]) * batch_size for at in range(0, len(order), batch_size)
+    )
     assert padded <= 1.35 * sum(lengths)
 
 
@@ -36,5 +38,7 @@ def test_padding_is_masked_and_never_learned(rows):
     assert batch["input_ids"].shape[1] % 8 == 0
     for index, row in enumerate(rows):
         assert batch["input_ids"][index, : len(row)].tolist() == row
-        assert batch["attention_mask"][index].tolist() == [1] * len(row) + [0] * (batch["input_ids"].shape[1] - len(row))
+        assert batch["attention_mask"][index].tolist() == [1] * len(row) + [0] * (
+            batch["input_ids"].shape[1] - len(row)
+        )
         assert torch.all(batch["labels"][index, len(row) :] == IGNORED)

@@ -91,7 +91,9 @@ def test_continuing_in_the_middle_of_an_epoch_is_exact(workspace, tiny_splits, t
     resumed = train(tiny_splits, tiny_model, "resumed", *options, trunk="killed")
     assert json.loads(Path("resumed/training.json").read_text())["resumed_from_step"] == 8
     assert_equal(undisturbed, resumed)
-    steps = [json.loads(line)["step"] for line in Path("resumed/metrics.jsonl").read_text().splitlines() if '"loss"' in line]
+    steps = [
+        json.loads(line)["step"] for line in Path("resumed/metrics.jsonl").read_text().splitlines() if '"loss"' in line
+    ]
     assert steps == list(range(1, 19)), "each step is recorded once"
 
 
@@ -99,7 +101,12 @@ def test_accumulating_equals_one_large_batch(workspace, tiny_splits, tiny_model)
     options = ["adapter.lora_dropout=0", "train.optim=sgd", "train.learning_rate=0.1", "train.max_grad_norm=0"]
     large = train(tiny_splits, tiny_model, "large", *options, "train.per_device_train_batch_size=24")
     small = train(
-        tiny_splits, tiny_model, "small", *options, "train.per_device_train_batch_size=6", "train.gradient_accumulation_steps=4"
+        tiny_splits,
+        tiny_model,
+        "small",
+        *options,
+        "train.per_device_train_batch_size=6",
+        "train.gradient_accumulation_steps=4",
     )
     for name, weight in large.items():
         torch.testing.assert_close(weight, small[name], rtol=1e-4, atol=1e-6)
@@ -139,3 +146,11 @@ def test_a_folder_that_does_not_exist_is_named(workspace, tiny_model, capsys):
         train_adapter.main(["--splits", "nowhere", "--model", str(tiny_model), "--output", "out"])
     assert exit_code.value.code == 2
     assert "--splits nowhere: no such file or folder; run the stage that makes it first" in capsys.readouterr().err
+
+
+def test_training_without_a_validation_split(workspace, tiny_model):
+    from tests.tiny import make_tiny_splits
+
+    splits = make_tiny_splits(workspace / "splits", tiny_model, rows={"validation": 0})
+    train(splits, tiny_model, "out")
+    assert json.loads(Path("out/training.json").read_text())["eval_loss"] is None

@@ -89,7 +89,8 @@ def make_tiny_splits(folder: Path, model_folder: Path, rows: dict | None = None,
     """Write splits as `tokenize_splits` does, with the tokenizer in `model_folder`.
 
     Args:
-        rows: split -> how many rows to make up, or the (prompt, answer) pairs themselves; default: `ROWS`.
+        rows: split -> how many rows to make up (0 leaves the split out: `datasets` cannot read an empty one back), or
+            the (prompt, answer) pairs themselves; default: `ROWS`.
         system: the system message; None leaves it out.
     """
     from datasets import Dataset, DatasetDict
@@ -100,7 +101,8 @@ def make_tiny_splits(folder: Path, model_folder: Path, rows: dict | None = None,
     for split, wanted in {**ROWS, **(rows or {})}.items():
         pairs = tiny_rows(wanted, number) if isinstance(wanted, int) else wanted
         made = [tiny_row(tokenizer, number + i, prompt, answer, system) for i, (prompt, answer) in enumerate(pairs, 1)]
-        splits[split] = Dataset.from_list(made, features=_features())
+        if made:
+            splits[split] = Dataset.from_list(made, features=_features())
         number += len(pairs)
     DatasetDict(splits).save_to_disk(str(folder))
     (Path(folder) / "audit.json").write_text(json.dumps({split: {"rows": len(rows)} for split, rows in splits.items()}))

@@ -22,7 +22,9 @@ def add_adapter(model, adapter: dict, seed: int):
     try:
         return get_peft_model(model, config)
     except ValueError as error:
-        linear = sorted({name.rpartition(".")[2] for name, part in model.named_modules() if isinstance(part, torch.nn.Linear)})
+        linear = sorted(
+            {name.rpartition(".")[2] for name, part in model.named_modules() if isinstance(part, torch.nn.Linear)}
+        )
         raise UserError(
             f"config: adapter does not fit this model: {' '.join(str(error).split())[:200]}; "
             f"its linear layers are called {', '.join(linear)}"

@@ -30,7 +30,7 @@ RESERVED_TRAIN = {
 
 # Renamed or removed in transformers 5: what to write instead.
 RENAMED_TRAIN = {
-    "warmup_ratio": "transformers 5 has no warmup_ratio: write train.warmup_steps=0.1 (below 1 means a share of all steps)",
+    "warmup_ratio": "transformers 5 has no warmup_ratio: write train.warmup_steps=0.1 (below 1: a share of all steps)",
     "evaluation_strategy": "it is called eval_strategy now",
     "group_by_length": "write train.train_sampling_strategy=group_by_length",
     "no_cuda": "write train.use_cpu=true",
@@ -123,6 +123,15 @@ def _compose(group_overrides: tuple[str, ...]):
         if type(error).__module__.startswith("yaml"):
             raise UserError("conf/: " + " ".join(str(error).split())) from None
         raise
+
+
+def chosen_experiment(overrides: Overrides) -> str:
+    """The experiment that was asked for, or the default of conf/config.yaml."""
+    from omegaconf import OmegaConf
+
+    asked = [choice.partition("=")[2] for choice in overrides.groups if choice.startswith("experiment=")]
+    defaults = OmegaConf.load(CONF / "config.yaml").defaults
+    return (asked or [entry["experiment"] for entry in defaults if "experiment" in entry])[-1]
 
 
 def composed(overrides: Overrides):
@@ -235,7 +244,9 @@ def _normalised(config: dict) -> dict:
         source = section.get("source") if isinstance(section, dict) else None
         if isinstance(source, dict) and source.get("kind") in SOURCE_KINDS:
             mine = SOURCE_KINDS[source["kind"]].model_fields
-            section["source"] = {key: value for key, value in source.items() if key in mine or key not in known_anywhere}
+            section["source"] = {
+                key: value for key, value in source.items() if key in mine or key not in known_anywhere
+            }
     return config
 
 
@@ -344,7 +355,9 @@ def _check_type(key: str, value, annotation) -> None:
         adapter.validate_python(value)
     except ValidationError as error:
         message = error.errors(include_url=False)[0]["msg"]
-        raise UserError(f"config: '{key}': {message[0].lower()}{message[1:]} (found {json.dumps(value, default=str)})") from None
+        raise UserError(
+            f"config: '{key}': {message[0].lower()}{message[1:]} (found {json.dumps(value, default=str)})"
+        ) from None
 
 
 def _check_adapter(adapter: dict) -> None:
@@ -353,13 +366,17 @@ def _check_adapter(adapter: dict) -> None:
     if adapter["peft_type"] is None:
         extra = sorted(set(adapter) - {"peft_type"})
         if extra:
-            raise UserError(f"config: unknown key 'adapter.{extra[0]}': full-parameter training takes no adapter fields")
+            raise UserError(
+                f"config: unknown key 'adapter.{extra[0]}': full-parameter training takes no adapter fields"
+            )
         return
     from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PeftType
 
     known = {kind.value: PEFT_TYPE_TO_CONFIG_MAPPING[kind] for kind in PeftType if kind in PEFT_TYPE_TO_CONFIG_MAPPING}
     if adapter["peft_type"] not in known:
-        raise UserError(f"config: 'adapter.peft_type': {adapter['peft_type']!r}; {suggest(str(adapter['peft_type']), known)}")
+        raise UserError(
+            f"config: 'adapter.peft_type': {adapter['peft_type']!r}; {suggest(str(adapter['peft_type']), known)}"
+        )
     cls = known[adapter["peft_type"]]
     fields = _field_types(cls)
     for key, value in adapter.items():
@@ -400,7 +417,9 @@ def _stage_model(stage: str):
         section, _, name = path.partition(".")
         annotation = Config.model_fields[section].annotation
         if name:
-            annotation = create_model(section, __base__=Section, **{name: (annotation.model_fields[name].annotation, ...)})
+            annotation = create_model(
+                section, __base__=Section, **{name: (annotation.model_fields[name].annotation, ...)}
+            )
         fields[section] = (DataView if path == "data" else annotation, ...)
     return create_model(stage, __config__={"extra": "allow"}, **fields)
 
@@ -422,7 +441,9 @@ def load_stage_config(stage: str, given: str | None, overrides: list[str]) -> di
     parsed = parse_overrides(["sweep=none", *overrides])
     axes, configs = expand(parsed)
     if len(configs) != 1:
-        raise UserError(f"a step makes one run, but {', '.join(axes)} is swept: give one value each, e.g. {_first(axes)}")
+        raise UserError(
+            f"a step makes one run, but {', '.join(axes)} is swept: give one value each, e.g. {_first(axes)}"
+        )
     return stage_config(stage, configs[0])
 
 

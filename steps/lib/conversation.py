@@ -71,8 +71,8 @@ class Encoder:
             after = self._render(messages[: index + 1], add_generation_prompt=False)
             if not (before.startswith(done) and after.startswith(before)):
                 raise UserError(
-                    f"{self.tokenizer.name_or_path}: its chat template rewrites earlier turns, so the assistant's turns "
-                    "cannot be located; use prompt.apply_chat_template=false with a prompt.template"
+                    f"{self.tokenizer.name_or_path}: its chat template rewrites earlier turns, so the assistant's "
+                    "turns cannot be located; use prompt.apply_chat_template=false with a prompt.template"
                 )
             pieces += [(before[len(done) :], False), (after[len(before) :], True)]
             done = after

@@ -14,7 +14,7 @@ class UserError(Exception):
 
 
 def suggest(word: str, choices) -> str:
-    """``"did you mean 'x'?"`` when one of `choices` is close to `word` (or has its initials: lr), else what is allowed."""
+    """``"did you mean 'x'?"`` when a choice is close to `word` or has it as initials (lr), else what is allowed."""
     choices = sorted(str(choice) for choice in choices)
     initials = [choice for choice in choices if "".join(part[:1] for part in choice.split("_")) == word]
     close = initials or difflib.get_close_matches(word, choices, n=1)

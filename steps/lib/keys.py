@@ -16,7 +16,9 @@ KEY_LENGTH = 10  # 40 bits: a collision among 10,000 artefacts has a chance of a
 PACKAGE_ROOT = Path(__file__).resolve().parents[2]
 
 # Modules that only watch or show what the steps do. An edit to them changes no artefact.
-NOT_IN_KEYS = frozenset({"steps.lib.tracking", "steps.lib.progress", "steps.lib.errors", "steps.lib.plan"})
+NOT_IN_KEYS = frozenset(
+    f"steps.lib.{name}" for name in ("tracking", "progress", "errors", "plan", "figures", "pages", "workflow")
+)
 
 
 def canonical_json(value) -> str:
@@ -84,7 +86,7 @@ def _source_path(module: str) -> Path:
 
 def file_sha256(path: str | os.PathLike) -> str:
     """Hex sha256 of a file's content."""
-    with open(path, "rb") as file:
+    with Path(path).open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
@@ -101,9 +103,9 @@ class HashCache:
         self.changed = False
 
     def sha256(self, path: str | os.PathLike) -> str:
-        stat = os.stat(path)
+        stat = Path(path).stat()
         stamp = [stat.st_size, stat.st_mtime_ns, stat.st_ino]
-        name = os.path.abspath(path)
+        name = str(Path(path).absolute())
         if name not in self.known or self.known[name][0] != stamp:
             self.known[name] = [stamp, file_sha256(path)]
             self.changed = True
@@ -117,6 +119,9 @@ class HashCache:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             temporary = self.path.with_suffix(f".{os.getpid()}")
             temporary.write_text(json.dumps(self.known))
-            os.replace(temporary, self.path)
+            temporary.replace(self.path)
         except OSError as error:
-            print(f"note: {self.path} cannot be written ({error.strerror}); hashes will be computed again", file=sys.stderr)
+            print(
+                f"note: {self.path} cannot be written ({error.strerror}); hashes will be computed again",
+                file=sys.stderr,
+            )

@@ -40,7 +40,9 @@ class SupervisedLoss:
         import torch
 
         if not _has_plain_head(model):
-            log.info("loss: plain way (logits at all positions): no separate decoder and head in %s", type(model).__name__)
+            log.info(
+                "loss: plain way (logits at all positions): no separate decoder and head in %s", type(model).__name__
+            )
             return False
         few = {name: value[:2] for name, value in batch.items()}
         was_training = model.training

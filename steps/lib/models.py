@@ -63,7 +63,7 @@ def load_model(folder: Path, load: dict):
 
 
 def load_tokenizer(folder: Path):
-    """The model's tokenizer; one without a pad token pads with its end of sequence (padding is never learned: labels mask it)."""
+    """The tokenizer. One without a pad token pads with its end of sequence: labels mask padding, not that token."""
     from transformers import AutoTokenizer
 
     tokenizer = _from_pretrained(AutoTokenizer, folder)

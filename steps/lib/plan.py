@@ -11,9 +11,10 @@ import os
 from pathlib import Path
 
 from steps.lib import raw as raw_data
-from steps.lib.config import expand, parse_overrides, split_overrides, stage_config
+from steps.lib.config import chosen_experiment, expand, parse_overrides, split_overrides, stage_config
 from steps.lib.errors import UserError
 from steps.lib.keys import HashCache, digest, stage_key
+from steps.lib.metrics import check_metric
 from steps.lib.schema import NOT_IN_KEY
 from steps.lib.sources import model_files
 
@@ -99,7 +100,7 @@ class Plan:
             PLANS.mkdir(parents=True, exist_ok=True)
             temporary = path.with_suffix(f".{os.getpid()}")
             temporary.write_text(json.dumps(content, indent=1, ensure_ascii=False))
-            os.replace(temporary, path)
+            temporary.replace(path)
         return path
 
 
@@ -124,16 +125,20 @@ def build(experiment: str | None = None, sweep: str | None = None, overrides: st
     """
     texts = split_overrides(overrides) if isinstance(overrides, str) else list(overrides)
     chosen = [f"{group}={name}" for group, name in (("experiment", experiment), ("sweep", sweep)) if name]
-    axes, configs = expand(parse_overrides([*chosen, *texts]))
+    parsed = parse_overrides([*chosen, *texts])
+    axes, configs = expand(parsed)
     hashes = HashCache(STATE / "hashes.json")
     planner = _Planner(hashes)
     runs = {}
     for config in configs:
+        check_metric(config["eval"])
         run = planner.add_run(config, axes)
         runs.setdefault(run.name, run)  # 1e-4 and 0.0001 are one run
     hashes.save()
     first = configs[0]
-    plan = Plan(first["sweep"]["name"], experiment or "default", axes, first["tracking"], list(runs.values()), planner.jobs)
+    plan = Plan(
+        first["sweep"]["name"], chosen_experiment(parsed), axes, first["tracking"], list(runs.values()), planner.jobs
+    )
     _add_comparison(plan, first)
     _add_tracking_targets(plan)
     return plan
@@ -153,9 +158,12 @@ def _add_comparison(plan: Plan, config: dict) -> None:
         if run.config["eval"] != config["eval"] and run.config["eval"]["task"] != config["eval"]["task"]:
             raise UserError("sweep: runs with different eval.task cannot be ranked together: sweep them apart")
     view = {
+        "experiment": plan.experiment,
         "eval": config["eval"],
         "sweep": {"name": plan.sweep, "axes": plan.axes},
-        "runs": [{"name": run.name, "point": run.point, "report": run.artefacts["evaluate_model"]} for run in plan.runs],
+        "runs": [
+            {"name": run.name, "point": run.point, "report": run.artefacts["evaluate_model"]} for run in plan.runs
+        ],
     }
     path = str(RESULTS / "sweeps" / plan.sweep)
     reports = {run.name: run.artefacts["evaluate_model"] for run in plan.runs}
@@ -206,7 +214,8 @@ class _Planner:
         key = raw_data.pin_key(source)
         if self.sources.setdefault(name, path) != path:
             raise UserError(
-                f"config: two sources for data.name={name}, which has one folder data/raw/{name}: sweep data=..., with a name each"
+                f"config: two sources for data.name={name}, which has one folder data/raw/{name}: "
+                "sweep data=..., with a name each"
             )
         self.jobs.setdefault(path, Job("fetch_data", path, key, stage_config("fetch_data", config), {}))
         return path
@@ -299,7 +308,14 @@ def _slug(config: dict, epochs) -> str:
     rank = f"-r{adapter['r']}" if "r" in adapter else ""
     rate = f"{train.get('learning_rate', 5e-5):g}"
     length = f"{train['max_steps']}steps" if train.get("max_steps", -1) > 0 else f"e{epochs:g}"
-    parts = [config["data"]["name"], config["model"]["name"], config["method"]["name"], kind + rank, f"lr{rate}", length]
+    parts = [
+        config["data"]["name"],
+        config["model"]["name"],
+        config["method"]["name"],
+        kind + rank,
+        f"lr{rate}",
+        length,
+    ]
     return "-".join(parts)
 
 

@@ -29,8 +29,13 @@ class Progress:
 
             scaled = self.unit == "B"
             self.bar = tqdm(
-                total=self.total, initial=self.initial, desc=self.name, unit=self.unit if scaled else f" {self.unit}",
-                unit_scale=scaled, unit_divisor=1024, dynamic_ncols=True,
+                total=self.total,
+                initial=self.initial,
+                desc=self.name,
+                unit=self.unit if scaled else f" {self.unit}",
+                unit_scale=scaled,
+                unit_divisor=1024,
+                dynamic_ncols=True,
             )
         return self
 

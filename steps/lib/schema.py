@@ -106,7 +106,9 @@ class Data(Section):
     def _templates_belong_to_their_layout(self):
         given = self.prompt is not None and self.completion is not None
         if self.layout == "template" and not given:
-            raise ValueError("layout 'template' needs both 'prompt' and 'completion' (Jinja templates over the columns)")
+            raise ValueError(
+                "layout 'template' needs both 'prompt' and 'completion' (Jinja templates over the columns)"
+            )
         if self.layout != "template" and (self.prompt or self.completion):
             raise ValueError(f"'prompt' and 'completion' are for layout 'template', not for '{self.layout}'")
         return self
@@ -258,8 +260,22 @@ STAGE_SECTIONS: dict[str, tuple[str, ...]] = {
 NOT_IN_KEY: dict[str, frozenset[str]] = {
     "data": frozenset({"name", "source"}),  # the raw files' identity stands for the source
     "train": frozenset(
-        "logging_strategy logging_steps logging_first_step logging_nan_inf_filter log_level disable_tqdm "
-        "report_to run_name save_strategy save_steps save_total_limit dataloader_num_workers "
-        "dataloader_pin_memory dataloader_persistent_workers dataloader_prefetch_factor".split()
+        [
+            "logging_strategy",
+            "logging_steps",
+            "logging_first_step",
+            "logging_nan_inf_filter",
+            "log_level",
+            "disable_tqdm",
+            "report_to",
+            "run_name",
+            "save_strategy",
+            "save_steps",
+            "save_total_limit",
+            "dataloader_num_workers",
+            "dataloader_pin_memory",
+            "dataloader_persistent_workers",
+            "dataloader_prefetch_factor",
+        ]
     ),
 }

@@ -14,7 +14,6 @@ import contextlib
 import importlib.metadata
 import json
 import logging
-import os
 import platform
 import resource
 import shutil
@@ -184,7 +183,7 @@ def temporary_folder(output: Path):
         yield folder
         if output.exists():  # an incomplete folder that nobody of ours wrote: Snakemake makes empty ones
             shutil.rmtree(output)
-        os.rename(folder, output)
+        folder.rename(output)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 

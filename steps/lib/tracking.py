@@ -21,6 +21,7 @@ import time
 from pathlib import Path
 
 from steps.lib.errors import UserError
+from steps.lib.metrics import LOWER_IS_BETTER
 
 log = logging.getLogger("temper")
 
@@ -39,8 +40,9 @@ def client(tracking: dict):
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "5")
     logging.getLogger("alembic").setLevel(logging.WARNING)
-    logging.getLogger("mlflow").setLevel(logging.WARNING)
     import mlflow
+
+    logging.getLogger("mlflow").setLevel(logging.WARNING)
 
     return mlflow.MlflowClient(store_uri(tracking))
 
@@ -61,7 +63,9 @@ def prepare(tracking: dict, sweep: str) -> None:
         experiment = _experiment(api, tracking)
         if tracking["tracking_uri"] is None:
             with contextlib.closing(sqlite3.connect("results/mlflow.db")) as database:
-                database.execute("PRAGMA journal_mode=WAL")  # readers (the UI) and writers (jobs) do not block each other
+                database.execute(
+                    "PRAGMA journal_mode=WAL"
+                )  # readers (the UI) and writers (jobs) do not block each other
         parent = _sweep_run(api, experiment, sweep)
         api.update_run(parent, status="RUNNING")
         for run in _search(api, experiment, {SWEEP_TAG: sweep}):
@@ -69,7 +73,8 @@ def prepare(tracking: dict, sweep: str) -> None:
                 api.set_terminated(run.info.run_id, status="KILLED")
     except Exception as error:
         raise UserError(
-            f"tracking store {store_uri(tracking)}: {_one_line(error)}; start the server, or set tracking.tracking_uri, or tracking=none"
+            f"tracking store {store_uri(tracking)}: {_one_line(error)}; "
+            "start the server, or set tracking.tracking_uri, or tracking=none"
         ) from None
 
 
@@ -126,7 +131,7 @@ def follow(target: dict | None):
         a function that takes a line of metrics.jsonl and returns at once.
     """
     if target is None or not target["tracking"]["enabled"]:
-        yield lambda line: None
+        yield lambda _line: None
         return
     lines: queue.Queue = queue.Queue()
     over = threading.Event()
@@ -184,12 +189,12 @@ def _sent_steps(api, run: str) -> dict[str, set[int]]:
 # --- after training, from the files --------------------------------------------------------------
 
 
-def mirror(plan, board: list[dict]) -> str | None:
+def mirror(plan, board: dict) -> str | None:
     """Complete the MLflow run of every sweep point that has a report, and name the champion.
 
     Args:
         plan: a `steps.lib.plan.Plan`.
-        board: the leaderboard's rows, best first; `run` is the run's name.
+        board: {"metric", "rows": the leaderboard's rows, best first; `run` is the run's name}.
 
     Returns:
         one line for the log; None when tracking is off.
@@ -207,7 +212,9 @@ def mirror(plan, board: list[dict]) -> str | None:
         _finish_sweep(api, experiment, plan, board)
         champion = _register_champion(api, plan, board, ids)
     except Exception as error:  # the results are in files; the next comparison mirrors again
-        return f"tracking: not up to date: {_one_line(error)}; it is brought up to date by the next `snakemake` with a reachable store"
+        return (
+            f"tracking: not up to date: {_one_line(error)}; the next comparison with a reachable store mirrors it all"
+        )
     return f"tracking: {len(ids)} run(s) in {store_uri(tracking)}; {champion}"
 
 
@@ -221,7 +228,12 @@ def _mirror_run(api, experiment: str, sweep: str, run) -> str:
     lines = [json.loads(line) for line in (adapter / "metrics.jsonl").read_text().splitlines()]
     _send_lines(api, run_id, lines, _sent_steps(api, run_id))
     _log_results(api, run_id, json.loads((report / "metrics.json").read_text()))
-    for file in (report / "report.html", report / "predictions.jsonl", adapter / "config.yaml", adapter / "provenance.json"):
+    for file in (
+        report / "report.html",
+        report / "predictions.jsonl",
+        adapter / "config.yaml",
+        adapter / "provenance.json",
+    ):
         api.log_artifact(run_id, str(file))
     if (adapter / "adapter_config.json").is_file():  # a full model is gigabytes: its folder is named in a tag instead
         api.log_artifacts(run_id, str(adapter), "adapter")
@@ -271,39 +283,41 @@ def _log_results(api, run_id: str, metrics: dict) -> None:
     for prefix, scores in (("test_", metrics["test"]), ("base_test_", metrics["base"] or {})):
         values |= {prefix + name: value for name, value in scores.items()}
     training = metrics["train"] or {}
-    values |= {name: training.get(name) for name in ("train_seconds", "tokens_per_second", "peak_memory_bytes", "trainable_parameters")}
+    values |= {
+        name: training.get(name)
+        for name in ("train_seconds", "tokens_per_second", "peak_memory_bytes", "trainable_parameters")
+    }
     now = int(time.time() * 1000)
     numbers = {name: value for name, value in values.items() if isinstance(value, (int, float))}
     api.log_batch(run_id, metrics=[Metric(name, value, now, 0) for name, value in numbers.items()])
 
 
-def _finish_sweep(api, experiment: str, plan, board: list[dict]) -> None:
+def _finish_sweep(api, experiment: str, plan, board: dict) -> None:
     run_id = _sweep_run(api, experiment, plan.sweep)
     for axis, values in plan.axes.items():
         api.set_tag(run_id, f"axis.{axis}", ", ".join(str(value) for value in values))
     page = Path("results/sweeps") / plan.sweep
     for name in ("leaderboard.csv", "report.html"):
         api.log_artifact(run_id, str(page / name))
-    complete = len(board) == len(plan.runs)
+    complete = len(board["rows"]) == len(plan.runs)
     api.set_terminated(run_id, status="FINISHED" if complete else "FAILED")
 
 
-def _register_champion(api, plan, board: list[dict], ids: dict[str, str]) -> str:
+def _register_champion(api, plan, board: dict, ids: dict[str, str]) -> str:
     """Register the best run under the data set's name, with the alias ``champion``.
 
     A champion that an earlier sweep found on the same splits and by the same metric stays if it is better.
     """
     from mlflow.exceptions import MlflowException
 
-    best = board[0]
+    best, score = board["rows"][0], f"test_{board['metric']}"
     run = next(run for run in plan.runs if run.name == best["run"])
     name = plan.tracking["registered_model_name"] or run.config["data"]["name"]
-    score = next(column for column in best if column.startswith("test_"))
-    measured = f"{score} on {run['artefacts']['tokenize_splits']}"
+    measured = f"{score} on {run.artefacts['tokenize_splits']}"
     with contextlib.suppress(MlflowException):  # it exists
         api.create_registered_model(name)
     holder = _champion(api, name)
-    if holder is not None and holder.tags.get("temper.measured") == measured and float(holder.tags["temper.score"]) >= best[score]:
+    if holder is not None and _holds(holder.tags, measured, best[score], board["metric"]):
         return f"champion of '{name}' is still version {holder.version}"
     source = f"{api.get_run(ids[best['run']]).info.artifact_uri}/adapter"
     version = api.create_model_version(name, source, run_id=ids[best["run"]]).version
@@ -311,6 +325,14 @@ def _register_champion(api, plan, board: list[dict], ids: dict[str, str]) -> str
     api.set_model_version_tag(name, version, "temper.score", str(best[score]))
     api.set_registered_model_alias(name, "champion", version)
     return f"champion of '{name}' is version {version}"
+
+
+def _holds(tags: dict, measured: str, score: float, metric: str) -> bool:
+    """Whether the champion with these tags was measured in the same way and is at least as good as `score`."""
+    if tags.get("temper.measured") != measured:
+        return False
+    held = float(tags["temper.score"])
+    return held <= score if metric in LOWER_IS_BETTER else held >= score
 
 
 def _champion(api, name: str):

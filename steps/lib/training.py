@@ -141,7 +141,11 @@ class StopOnDivergence(TrainerCallback):
         if loss is not None and not math.isfinite(loss):
             self.diverged_at = state.global_step
             control.should_training_stop = True
-            log.info("the loss is %s at step %d: training stops; a lower train.learning_rate usually helps", loss, state.global_step)
+            log.info(
+                "the loss is %s at step %d: training stops; a lower train.learning_rate usually helps",
+                loss,
+                state.global_step,
+            )
         return control
 
 

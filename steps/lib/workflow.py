@@ -33,7 +33,7 @@ def load_plan(config: dict) -> planning.Plan:
         for key in config:
             if key not in CONFIG_KEYS:
                 raise UserError(
-                    f"--config {key}=...: {suggest(key, CONFIG_KEYS)} (config values go into overrides=\"{key}=...\")"
+                    f'--config {key}=...: {suggest(key, CONFIG_KEYS)} (config values go into overrides="{key}=...")'
                 )
         if FROZEN not in os.environ:
             texts = {key: str(config[key]) for key in CONFIG_KEYS if config.get(key) is not None}
@@ -75,7 +75,10 @@ def training_threads(plan: planning.Plan, cores: int | None) -> int:
 
 def gpus_per_job() -> int:
     """1 where there is an NVIDIA GPU: the profile's ``resources: gpu=1`` then lets one training run at a time."""
-    return int(shutil.which("nvidia-smi") is not None and subprocess.run(["nvidia-smi", "-L"], capture_output=True).returncode == 0)
+    return int(
+        shutil.which("nvidia-smi") is not None
+        and subprocess.run(["nvidia-smi", "-L"], capture_output=True).returncode == 0
+    )
 
 
 # --- the workflow's handlers ---------------------------------------------------------------------

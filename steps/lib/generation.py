@@ -1,0 +1,120 @@
+"""Answers of a model to prompts, in batches, in the order of the prompts."""
+
+import dataclasses
+import logging
+import time
+
+from steps.lib.progress import Progress
+
+log = logging.getLogger("temper")
+
+SEED = 0  # of sampling, together with the row's id
+
+
+@dataclasses.dataclass
+class Answers:
+    """In the order of the prompts: the text, whether the model ended it by itself, how many tokens it took."""
+
+    texts: list[str]
+    finished: list[bool]
+    tokens: list[int]
+    seconds: float
+
+
+def generate_answers(model, tokenizer, rows: list[dict], settings: dict, stop_ids: list[int]) -> Answers:
+    """Let the model answer each row's prompt, `input_ids[:prompt_length]`.
+
+    Greedy unless `do_sample`. A sampled answer depends on the row's id alone: each row draws from its own random
+    stream, so neither the batch size nor the other rows change it. The model's own generation defaults (some ship with
+    sampling or penalties switched on) are left out: the config says all there is.
+
+    Args:
+        rows: `id`, `input_ids`, `prompt_length`.
+        settings: the config section `eval`: batch_size, max_new_tokens, do_sample, temperature, top_p.
+        stop_ids: tokens that end an answer.
+    """
+    import torch
+
+    answers = Answers([""] * len(rows), [False] * len(rows), [0] * len(rows), 0.0)
+    order = sorted(range(len(rows)), key=lambda row: rows[row]["prompt_length"], reverse=True)  # longest first: memory
+    own_defaults, model.generation_config = model.generation_config, _greedy(settings, tokenizer, stop_ids)
+    started = time.perf_counter()
+    try:
+        with torch.inference_mode(), Progress(len(rows), "generate", "rows") as progress:
+            for start in range(0, len(order), settings["batch_size"]):
+                members = order[start : start + settings["batch_size"]]
+                new = _batch(model, [rows[row] for row in members], settings, tokenizer.pad_token_id)
+                for row, ids in zip(members, new, strict=True):
+                    _store(answers, row, ids, tokenizer, set(stop_ids))
+                progress.update(len(members), f"{sum(answers.tokens)} tokens")
+    finally:
+        model.generation_config = own_defaults
+    answers.seconds = time.perf_counter() - started
+    return answers
+
+
+def _greedy(settings: dict, tokenizer, stop_ids: list[int]):
+    """Sampling is done by `_RowSampling`, so that generation itself is always greedy."""
+    from transformers import GenerationConfig
+
+    return GenerationConfig(
+        max_new_tokens=settings["max_new_tokens"],
+        do_sample=False,
+        eos_token_id=stop_ids,
+        pad_token_id=tokenizer.pad_token_id,
+        use_cache=True,
+    )
+
+
+def _batch(model, rows: list[dict], settings: dict, pad_token_id: int) -> list[list[int]]:
+    """New token ids of each row. Prompts are padded on the left, so that all answers start at one position."""
+    import torch
+
+    prompts = [row["input_ids"][: row["prompt_length"]] for row in rows]
+    longest = max(map(len, prompts))
+    ids = torch.full((len(rows), longest), pad_token_id)
+    mask = torch.zeros_like(ids)
+    for index, prompt in enumerate(prompts):
+        ids[index, longest - len(prompt) :] = torch.as_tensor(prompt)
+        mask[index, longest - len(prompt) :] = 1
+    processors = _samplers(rows, settings)
+    output = model.generate(
+        input_ids=ids.to(model.device), attention_mask=mask.to(model.device), logits_processor=processors
+    )
+    return output[:, longest:].tolist()
+
+
+def _store(answers: Answers, row: int, ids: list[int], tokenizer, stop_ids: set[int]) -> None:
+    end = next((at for at, token in enumerate(ids) if token in stop_ids), None)
+    answers.finished[row] = end is not None
+    answers.tokens[row] = len(ids) if end is None else end + 1
+    answers.texts[row] = tokenizer.decode(ids[:end], skip_special_tokens=True).strip()
+
+
+def _samplers(rows: list[dict], settings: dict):
+    from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopPLogitsWarper
+
+    processors = LogitsProcessorList()
+    if settings["do_sample"]:
+        if settings["temperature"] != 1.0:
+            processors.append(TemperatureLogitsWarper(settings["temperature"]))
+        if settings["top_p"] < 1.0:
+            processors.append(TopPLogitsWarper(settings["top_p"]))
+        processors.append(_RowSampling([row["id"] for row in rows]))
+    return processors
+
+
+class _RowSampling:
+    """Sampling as a logits processor: the largest of logits plus Gumbel noise is a draw from their softmax."""
+
+    def __init__(self, ids: list[int]):
+        import torch
+
+        self.streams = [torch.Generator().manual_seed((SEED << 32) + row_id) for row_id in ids]
+
+    def __call__(self, input_ids, scores):
+        import torch
+
+        del input_ids
+        draws = [torch.empty(scores.shape[1]).exponential_(generator=stream) for stream in self.streams]
+        return scores.float() - torch.stack(draws).log().to(scores.device)

@@ -1,0 +1,298 @@
+"""Metrics on the test split: which there are per task, how an answer is read, how sure a figure is.
+
+All are shares between 0 and 1 (chrF too, which sacrebleu gives from 0 to 100), except loss (nats per token) and
+perplexity. The computing is left to scikit-learn, rouge-score and sacrebleu.
+"""
+
+import dataclasses
+import functools
+import logging
+import math
+import unicodedata
+from collections.abc import Callable, Sequence
+
+from steps.lib.errors import UserError, suggest
+
+log = logging.getLogger("temper")
+
+# The task's metrics; the first ranks runs unless eval.metric names another.
+METRICS = {
+    "labels": ("accuracy", "f1", "generated_accuracy", "exact_match"),
+    "tags": ("f1", "precision", "recall", "exact_match"),
+    "text": ("rouge_l", "chrf", "exact_match"),
+}
+LOSS_METRICS = ("loss", "perplexity")
+LOWER_IS_BETTER = frozenset({*LOSS_METRICS, "unparsed", "unfinished"})
+
+UNPARSED = "unparsed"
+RESAMPLES = 1000
+SEED = 0  # of the bootstrap: the same answers give the same interval
+
+Statistic = Callable[[Sequence[int]], float]  # row numbers -> the metric on these rows
+
+
+# --- what may be asked for -----------------------------------------------------------------------
+
+
+def check_metric(eval_config: dict) -> str:
+    """The metric that ranks runs. Cheap, so that it can be asked before any job starts.
+
+    Raises:
+        UserError: a metric (the ranking one or a published one) that the task does not have; labels that an answer
+            could not tell apart.
+    """
+    task = eval_config["task"]
+    allowed = (*METRICS[task], *LOSS_METRICS)
+    metric = eval_config.get("metric") or METRICS[task][0]
+    if metric not in allowed:
+        raise UserError(f"config: 'eval.metric': task '{task}' has no metric '{metric}'; {suggest(metric, allowed)}")
+    for figure in eval_config.get("published") or []:
+        if figure["metric"] not in allowed:
+            known = suggest(figure["metric"], allowed)
+            raise UserError(f"config: 'eval.published': '{figure['name']}' has metric '{figure['metric']}'; {known}")
+    if task == "labels":
+        _check_labels(eval_config["labels"])
+    return metric
+
+
+def _check_labels(labels: list[str]) -> None:
+    seen: dict[str, str] = {}
+    for label in labels:
+        other = seen.setdefault(normalised(label), label)
+        if other is not label:
+            raise UserError(f"config: 'eval.labels': '{other}' and '{label}' are one, case and punctuation aside")
+
+
+# --- reading answers -----------------------------------------------------------------------------
+
+
+def normalised(text: str) -> str:
+    """Text without case, punctuation and repeated blanks; a text of nothing else (an emoji, ``+``) is only stripped."""
+    text = unicodedata.normalize("NFKC", text).casefold()
+    words = "".join(char if char.isalnum() else " " for char in text).split()
+    return " ".join(words) or text.strip()
+
+
+def read_label(text: str, labels: list[str]) -> str | None:
+    """The label that a free answer gives, or None.
+
+    The whole answer when it is a label, case and punctuation aside (``Positive.``); else the label that occurs first
+    as whole words (``It is a positive review``), the longest one where several start at the same word. So ``not
+    positive`` reads as positive: the rule looks for words, it does not understand.
+    """
+    answer = normalised(text)
+    found = []
+    for label in labels:
+        wanted = normalised(label)
+        if answer == wanted:
+            return label
+        at = f" {answer} ".find(f" {wanted} ")
+        if at >= 0:
+            found.append((at, -len(wanted), label))
+    return min(found)[2] if found else None
+
+
+def read_tags(text: str, separator: str = ",") -> frozenset[str]:
+    """The set of tags in an answer; case and blanks around a tag do not count, an empty tag is none."""
+    tags = (" ".join(tag.split()).casefold() for tag in text.split(separator))
+    return frozenset(tag for tag in tags if tag)
+
+
+def set_scores(reference: frozenset, prediction: frozenset) -> tuple[float, float, float]:
+    """(precision, recall, F1) of one set. Nothing wanted and nothing given is right; only one of them empty is 0."""
+    if not reference and not prediction:
+        return 1.0, 1.0, 1.0
+    common = len(reference & prediction)
+    precision = common / len(prediction) if prediction else 0.0
+    recall = common / len(reference) if reference else 0.0
+    return precision, recall, 2 * common / (len(reference) + len(prediction))
+
+
+# --- scoring -------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class Scores:
+    """Figures for one model on the test split.
+
+    `values`: metric -> figure on all rows. `rows`: one score per row, between 0 and 1, as the samples show it.
+    `statistics`: metric -> function from row numbers to the figure on these rows, for intervals.
+    `readings`: task labels only: the label each row is given, or ``unparsed``.
+    """
+
+    values: dict[str, float]
+    rows: list[float]
+    statistics: dict[str, Statistic]
+    readings: list[str] | None = None
+
+
+def score(eval_config: dict, references: list[str], predictions: list[str], choices: list[str] | None = None) -> Scores:
+    """Score answers with all metrics of the task.
+
+    Args:
+        choices: task labels: the label that the model finds likeliest of all, row by row. Accuracy and F1 are those of
+            the choices, as is usual for multiple-choice tasks: a model that knows the answer but chats around it is not
+            taken for ignorant, and the gain by tuning not for larger than it is. `generated_accuracy` and ``unparsed``
+            are those of the free answers. Without choices all are.
+
+    Raises:
+        UserError: task labels, and a reference is none of them.
+    """
+    scorer = {"labels": _score_labels, "tags": _score_tags, "text": _score_text}[eval_config["task"]]
+    statistics, rows, readings = scorer(eval_config, references, predictions, choices)
+    exact = [float(given.strip() == wanted.strip()) for given, wanted in zip(predictions, references, strict=True)]
+    statistics.setdefault("exact_match", _mean_of(exact))
+    everything = range(len(references))
+    values = {name: statistic(everything) for name, statistic in statistics.items()}
+    return Scores(values, rows, statistics, readings)
+
+
+def _score_labels(eval_config: dict, references: list[str], predictions: list[str], choices: list[str] | None):
+    import numpy as np
+    from sklearn.metrics import f1_score
+
+    labels = eval_config["labels"]
+    codes = {label: code for code, label in enumerate([*labels, UNPARSED])}
+    wanted = [reference_label(text, labels, row) for row, text in enumerate(references, 1)]
+    free = [read_label(text, labels) or UNPARSED for text in predictions]
+    readings = free if choices is None else choices
+    true, read, said = (np.array([codes[label] for label in column]) for column in (wanted, readings, free))
+
+    # An unparsed answer counts against its true class, and is no class of its own in the average.
+    def f1(rows):
+        return float(f1_score(true[rows], read[rows], labels=range(len(labels)), average="macro", zero_division=0))
+
+    right = (true == read).astype(float)
+    unparsed = [float(reading == UNPARSED) for reading in free]
+    statistics = {"accuracy": _mean_of(right), "f1": f1, "generated_accuracy": _mean_of(true == said)}
+    statistics[UNPARSED] = _mean_of(unparsed)
+    return statistics, right.tolist(), readings
+
+
+def reference_label(text: str, labels: list[str], row: int) -> str:
+    """The label that a reference is, case and punctuation aside. `row`: its number, for the error message."""
+    for label in labels:
+        if normalised(label) == normalised(text):
+            return label
+    raise UserError(
+        f"test split, row {row}: the reference '{text[:60]}' is no label of eval.labels ({', '.join(labels)}); "
+        "correct eval.labels, or data.completion, which makes the references"
+    )
+
+
+def _score_tags(eval_config: dict, references: list[str], predictions: list[str], _choices):
+    read = functools.partial(read_tags, separator=eval_config["separator"])
+    pairs = [(read(wanted), read(given)) for wanted, given in zip(references, predictions, strict=True)]
+    precision, recall, f1 = zip(*(set_scores(*pair) for pair in pairs), strict=True)
+    statistics = {
+        "f1": _mean_of(f1),
+        "precision": _mean_of(precision),
+        "recall": _mean_of(recall),
+        "exact_match": _mean_of([float(wanted == given) for wanted, given in pairs]),
+    }
+    return statistics, list(f1), None
+
+
+def _score_text(_eval_config: dict, references: list[str], predictions: list[str], _choices):
+    from rouge_score.rouge_scorer import RougeScorer
+
+    _warn_of_other_scripts(references)
+    scorer = RougeScorer(["rougeL"], use_stemmer=True)
+    pairs = zip(references, predictions, strict=True)
+    rows = [scorer.score(wanted, given)["rougeL"].fmeasure for wanted, given in pairs]
+    return {"rouge_l": _mean_of(rows), "chrf": _chrf(references, predictions)}, rows, None
+
+
+def _warn_of_other_scripts(references: list[str]) -> None:
+    letters = [char for text in references for char in text if char.isalpha()]
+    foreign = sum(not char.isascii() for char in letters)
+    if foreign > len(letters) / 2:
+        log.warning("rouge-score sees the letters a to z only, and most here are others: set eval.metric=chrf")
+
+
+def _chrf(references: list[str], predictions: list[str]) -> Statistic:
+    """Corpus chrF from the n-gram counts of the rows, counted once, however often rows are resampled."""
+    import numpy as np
+    from sacrebleu.metrics import CHRF
+
+    chrf = CHRF()
+    counts = np.array(chrf._extract_corpus_statistics(predictions, [references]))
+    return lambda rows: chrf._compute_score_from_stats(counts[rows].sum(axis=0).tolist()).score / 100
+
+
+def _mean_of(values) -> Statistic:
+    import numpy as np
+
+    array = np.asarray(values, dtype=float)
+    return lambda rows: float(array[rows].mean())
+
+
+def loss_statistics(sums: list[float], tokens: list[int]) -> dict[str, Statistic]:
+    """Loss per token and perplexity from each row's summed loss and number of tokens."""
+    import numpy as np
+
+    sums, tokens = np.asarray(sums, dtype=float), np.asarray(tokens, dtype=float)
+
+    def loss(rows) -> float:
+        return float(sums[rows].sum() / max(tokens[rows].sum(), 1.0))
+
+    return {"loss": loss, "perplexity": lambda rows: perplexity(loss(rows))}
+
+
+def perplexity(loss: float) -> float:
+    """exp(loss), kept within what a float holds."""
+    return math.exp(min(loss, 700.0))
+
+
+# --- how sure ------------------------------------------------------------------------------------
+
+
+def interval(statistic: Statistic, rows: int) -> list[float]:
+    """95% bootstrap interval: the metric's 2.5% and 97.5% quantiles over 1,000 test splits drawn from this one.
+
+    It says how much the figure could move with other test rows of the same kind. Training again with another seed moves
+    it too; that is not in here.
+    """
+    import numpy as np
+
+    rng = np.random.default_rng(SEED)
+    values = [statistic(rng.integers(rows, size=rows)) for _ in range(RESAMPLES)]
+    return [float(value) for value in np.quantile(values, [0.025, 0.975])]
+
+
+def delta_interval(ours: Statistic, theirs: Statistic, rows: int) -> list[float]:
+    """95% interval of `ours` - `theirs` on the same rows: narrower than two intervals side by side suggest."""
+    return interval(lambda picked: ours(picked) - theirs(picked), rows)
+
+
+# --- label tasks: what is confused with what -------------------------------------------------------
+
+
+def per_class(labels: list[str], references: list[str], readings: list[str]) -> dict[str, dict[str, float]]:
+    """label -> precision, recall, f1 and how many rows of the test split have it."""
+    from sklearn.metrics import precision_recall_fscore_support
+
+    wanted = [read_label(text, labels) for text in references]
+    columns = precision_recall_fscore_support(wanted, readings, labels=labels, zero_division=0)
+    names = ("precision", "recall", "f1", "rows")
+    table = zip(*(column.tolist() for column in columns), strict=True)
+    return {label: dict(zip(names, figures, strict=True)) for label, figures in zip(labels, table, strict=True)}
+
+
+def confusion(labels: list[str], references: list[str], readings: list[str]) -> dict:
+    """Counts by true label (lines) and read label (columns; ``unparsed`` last, if there is any)."""
+    from sklearn.metrics import confusion_matrix
+
+    columns = [*labels, UNPARSED] if UNPARSED in readings else list(labels)
+    wanted = [read_label(text, labels) for text in references]
+    counts = confusion_matrix(wanted, readings, labels=columns)[: len(labels)]
+    return {"labels": list(labels), "columns": columns, "counts": counts.tolist()}
+
+
+def majority_baseline(eval_config: dict, train_references: list[str], references: list[str]) -> dict:
+    """What always answering the most frequent label of the training split would score on the test split."""
+    labels = eval_config["labels"]
+    seen = [read_label(text, labels) for text in train_references or references]
+    majority = max(labels, key=seen.count)
+    scores = score(eval_config, references, [majority] * len(references))
+    return {"name": "majority class", "answer": majority, **{name: scores.values[name] for name in METRICS["labels"]}}

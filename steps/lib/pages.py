@@ -1,0 +1,136 @@
+"""HTML pages from the templates in steps/templates: self-contained, everything escaped."""
+
+import functools
+import json
+import os
+from pathlib import Path
+
+TEMPLATES = Path(__file__).resolve().parents[1] / "templates"
+
+METRIC_NAMES = {
+    "accuracy": "accuracy",
+    "f1": "F1",
+    "exact_match": "exact match",
+    "precision": "precision",
+    "recall": "recall",
+    "rouge_l": "ROUGE-L",
+    "chrf": "chrF",
+    "loss": "loss",
+    "perplexity": "perplexity",
+    "generated_accuracy": "accuracy of free answers",
+    "unparsed": "no label found",
+    "unfinished": "cut off",
+}
+
+METRIC_NOTES = {
+    "accuracy": "share of rows where, of all labels, the model finds the right one likeliest",
+    "f1": "labels: mean of the classes' F1 (macro); tags: mean F1 of each row's sets",
+    "exact_match": "share of answers equal to the reference",
+    "precision": "tags: mean share of given tags that are wanted",
+    "recall": "tags: mean share of wanted tags that are given",
+    "rouge_l": "longest common subsequence with the reference, F-measure with stemming, mean over rows",
+    "chrf": "character n-gram F-score over the whole split, 0 to 1",
+    "loss": "cross entropy in nats per supervised token of the reference answers",
+    "perplexity": "exp(loss)",
+    "generated_accuracy": "share of generated answers that name the right label; one that names none counts as wrong",
+    "unparsed": "share of generated answers with none of the labels in them",
+    "unfinished": "share of answers that did not end within eval.max_new_tokens",
+}
+
+
+def render(template: str, output: Path, **context) -> None:
+    """Write `output` from a template, whole or not at all."""
+    write_whole(output, _environment().get_template(template).render(**context))
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file by way of a temporary one, so that nobody ever reads half of it."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)
+
+
+def read_lines(path: Path) -> list[dict]:
+    """The objects of a JSON lines file."""
+    with path.open(encoding="utf-8") as file:
+        return [json.loads(line) for line in file if line.strip()]
+
+
+def json_lines(rows: list[dict]) -> str:
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+@functools.cache
+def _environment():
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    environment = Environment(
+        loader=FileSystemLoader(TEMPLATES),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {
+        "figure": figure,
+        "signed": signed,
+        "metric": metric_name,
+        "seconds": seconds,
+        "size": size,
+        "count": count,
+    }
+    environment.globals["METRIC_NOTES"] = METRIC_NOTES
+    return environment
+
+
+# --- how figures read ----------------------------------------------------------------------------
+
+
+def metric_name(metric: str) -> str:
+    return METRIC_NAMES.get(metric, metric)
+
+
+def figure(value) -> str:
+    """A metric with three decimals; large ones shorter; a dash for none."""
+    if value is None:
+        return "–"
+    return f"{value:.3f}" if abs(value) < 100 else f"{value:,.0f}" if abs(value) < 1e6 else f"{value:.1e}"
+
+
+def signed(value) -> str:
+    """A difference with its sign."""
+    if value is None:
+        return "–"
+    return ("−" if value < 0 else "+") + figure(abs(value))
+
+
+def seconds(value) -> str:
+    """``47 s``, ``3 min 20 s``, ``2 h 05 min``."""
+    if value is None:
+        return "–"
+    if value < 60:
+        return f"{value:.1f} s" if value < 10 else f"{value:.0f} s"
+    minutes, rest = divmod(round(value), 60)
+    return f"{minutes} min {rest:02} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02} min"
+
+
+def size(value) -> str:
+    """Bytes in MiB or GiB."""
+    if value is None:
+        return "–"
+    return f"{value / 2**20:,.0f} MiB" if value < 2**30 else f"{value / 2**30:.1f} GiB"
+
+
+def count(value) -> str:
+    """A number with thousands marked."""
+    return "–" if value is None else f"{value:,.0f}"
+
+
+def flat(value, prefix: str = "") -> dict[str, str]:
+    """Dotted names and values of a nested config, for a table."""
+    if isinstance(value, dict) and value:
+        rows = {}
+        for name, item in value.items():
+            rows |= flat(item, f"{prefix}.{name}" if prefix else name)
+        return rows
+    return {prefix: value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)}

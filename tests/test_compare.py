@@ -1,0 +1,215 @@
+"""compare_runs: order and columns of the leaderboard, partial sweeps, the page."""
+
+import csv
+import json
+
+import pytest
+
+from steps import compare_runs
+from steps.lib.errors import UserError
+from steps.lib.schema import Eval
+
+FIGURES = {
+    "f1": 0.8,
+    "generated_accuracy": 0.75,
+    "exact_match": 0.7,
+    "perplexity": 1.5,
+    "unparsed": 0.0,
+    "unfinished": 0.0,
+}
+NASTY = "<img src=x onerror=alert(1)>"
+
+
+def write_report(folder, accuracy: float, loss: float, base: float | None = 0.5) -> str:
+    """A report folder as evaluate_model leaves it."""
+    folder.mkdir(parents=True)
+    delta = {"value": accuracy - (base or 0), "interval": [0.1, 0.2]}
+    facts = {
+        "task": "labels",
+        "metric": "accuracy",
+        "rows": 100,
+        "test": {"accuracy": accuracy, "loss": loss, **FIGURES},
+        "base": None if base is None else {"accuracy": base, "loss": 3.0, **FIGURES},
+        "interval": [accuracy - 0.02, accuracy + 0.02],
+        "delta": None if base is None else delta,
+        "train": {
+            "train_seconds": 90.0,
+            "tokens_per_second": 1400.0,
+            "peak_memory_bytes": 2**31,
+            "trainable_parameters": 4096,
+        },
+        "loss_seconds": 1.0,
+        "generate_seconds": 2.0,
+    }
+    (folder / "metrics.json").write_text(json.dumps(facts))
+    curves = [
+        {"step": 1, "epoch": 0.5, "loss": 2.0},
+        {"step": 2, "epoch": 1.0, "loss": loss},
+        {"step": 2, "epoch": 1.0, "eval_loss": loss},
+    ]
+    (folder / "curves.jsonl").write_text("".join(json.dumps(line) + "\n" for line in curves))
+    return str(folder)
+
+
+@pytest.fixture
+def sweep(tmp_path):
+    """(config of a 2 x 2 sweep, its folder). c and d share their accuracy, d has the lower loss; a has the lowest."""
+    reports = tmp_path / "results" / "reports"
+    figures = {"a": (0.8, 0.2), "b": (0.95, 0.3), "c": (0.9, 0.45), "d": (0.9, 0.4)}
+    points = [(1e-4, 4), (1e-4, 16), (1e-3, 4), (1e-3, 16)]
+    runs = [
+        {
+            "name": name,
+            "point": {"train.learning_rate": rate, "adapter.r": rank},
+            "report": write_report(reports / name, *figures[name]),
+        }
+        for name, (rate, rank) in zip(figures, points, strict=True)
+    ]
+    settings = Eval(task="labels", labels=["negative", "positive"]).model_dump(mode="json")
+    axes = {"train.learning_rate": ["1e-4", "1e-3"], "adapter.r": ["4", "16"]}
+    config = {"experiment": "demo", "eval": settings, "sweep": {"name": "rates", "axes": axes}, "runs": runs}
+    return config, tmp_path / "results" / "sweeps" / "rates"
+
+
+def board_of(folder) -> list[dict]:
+    with (folder / "leaderboard.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
+def test_best_first_and_ties_by_loss(sweep):
+    config, output = sweep
+    board = compare_runs.compare(config, output)
+    assert [row["run"] for row in board["rows"]] == ["b", "d", "c", "a"]
+    assert [row["run"] for row in board_of(output)] == ["b", "d", "c", "a"]
+
+
+def test_a_metric_that_is_better_when_lower(sweep):
+    config, output = sweep
+    config["eval"]["metric"] = "loss"
+    board = compare_runs.compare(config, output)
+    assert [row["run"] for row in board["rows"]] == ["a", "b", "d", "c"]
+    assert next(name for name in board["rows"][0] if name.startswith("test_")) == "test_loss"
+
+
+def test_columns(sweep):
+    config, output = sweep
+    compare_runs.compare(config, output)
+    row = board_of(output)[0]
+    columns = [
+        *("run", "train.learning_rate", "adapter.r"),
+        *("test_accuracy", "test_f1", "test_generated_accuracy", "test_exact_match", "test_loss"),
+        *(
+            "base_test_accuracy",
+            "base_test_f1",
+            "base_test_generated_accuracy",
+            "base_test_exact_match",
+            "base_test_loss",
+        ),
+        *("train_seconds", "tokens_per_second", "peak_memory_bytes", "trainable_parameters"),
+        *("test_accuracy_low", "test_accuracy_high"),
+    ]
+    assert list(row) == columns
+    assert (row["train.learning_rate"], row["adapter.r"], row["test_accuracy"]) == ("0.0001", "16", "0.95")
+    assert (row["base_test_accuracy"], row["train_seconds"]) == ("0.5", "90")
+
+
+def test_a_run_without_a_report_is_left_out_and_named(sweep, capsys):
+    config, output = sweep
+    config["runs"].append(
+        {"name": "failed", "point": {"train.learning_rate": 1.0, "adapter.r": 4}, "report": "nowhere"}
+    )
+    compare_runs.main(["--config", json.dumps(config), "--output", str(output)])
+    said = capsys.readouterr()
+    assert "left out: failed has no report (nowhere)" in said.err
+    assert "4 of 5 runs" in said.err
+    assert "partial: 1 run(s) without a report: failed" in said.out
+    assert "Partial:" in (output / "report.html").read_text()
+    assert len(board_of(output)) == 4
+
+
+def test_no_report_at_all(sweep):
+    config, output = sweep
+    for run in config["runs"]:
+        run["report"] = "nowhere"
+    with pytest.raises(UserError, match="none of the sweep's 4 run"):
+        compare_runs.compare(config, output)
+    assert not (output / "leaderboard.csv").exists()
+
+
+def test_made_again_in_place_from_its_own_config(sweep, capsys):
+    config, output = sweep
+    compare_runs.main(["--config", json.dumps(config), "--output", str(output)])
+    first = capsys.readouterr().out
+    write_report(output.parents[1] / "reports" / "e", 0.99, 0.1)
+    (output / "config.yaml").write_text((output / "config.yaml").read_text().replace("reports/a", "reports/e"))
+    compare_runs.main(["--config", str(output / "config.yaml"), "--output", str(output)])
+    assert capsys.readouterr().out != first
+    assert board_of(output)[0]["test_accuracy"] == "0.99"
+    left = sorted(path.name for path in output.iterdir())
+    assert left == ["config.yaml", "leaderboard.csv", "leaderboard.json", "provenance.json", "report.html"]
+
+
+def test_show_prints_the_leaderboard(sweep, capsys):
+    config, output = sweep
+    compare_runs.compare(config, output)
+    compare_runs.main(["--show", str(output)])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "sweep rates, best accuracy first"
+    assert lines[2].split()[:4] == ["learning_rate", "r", "accuracy", "f1"]
+    assert lines[3].split()[:4] == ["1", "0.0001", "16", "0.950"]
+    assert lines[7].split() == ["0.500", "0.800", "0.750", "0.700", "3.000", "(base", "model)"]
+    assert f"page: {output / 'report.html'}" in lines
+
+
+def test_show_without_a_leaderboard(tmp_path, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        compare_runs.main(["--show", str(tmp_path)])
+    assert stopped.value.code == 2
+    assert capsys.readouterr().err.startswith("error: ")
+
+
+def test_the_page(sweep):
+    config, output = sweep
+    compare_runs.compare(config, output)
+    page = (output / "report.html").read_text()
+    assert page.count("<svg") == 3  # one per swept key, and the loss curves
+    assert 'href="../../reports/b/report.html"' in page
+    assert "experiment=demo overrides=&#34;train.learning_rate=0.0001 adapter.r=16&#34;" in page
+    assert "overlap" not in page  # 0.95 is clear of 0.90 at intervals of 0.02
+
+
+def test_the_page_admits_that_the_order_may_be_chance(sweep):
+    config, output = sweep
+    write_report(output.parents[1] / "reports" / "near", 0.94, 0.3)
+    config["runs"].append({**config["runs"][0], "name": "near", "report": str(output.parents[1] / "reports" / "near")})
+    compare_runs.compare(config, output)
+    assert "one other run overlaps" in (output / "report.html").read_text()
+
+
+def test_the_page_shows_html_as_text(sweep):
+    config, output = sweep
+    for run in config["runs"]:
+        run["point"]["prompt.system"] = f"{NASTY} {run['name']}"
+    compare_runs.compare(config, output)
+    page = (output / "report.html").read_text()
+    assert NASTY not in page
+    assert "&lt;img src=x" in page
+
+
+def test_a_single_run_without_a_base_model(tmp_path):
+    report = write_report(tmp_path / "results" / "reports" / "only", 0.9, 0.2, base=None)
+    settings = Eval(task="labels", labels=["negative", "positive"]).model_dump(mode="json")
+    runs = [{"name": "only", "point": {}, "report": report}]
+    output = tmp_path / "results" / "sweeps" / "single"
+    compare_runs.compare({"eval": settings, "sweep": {"name": "single", "axes": {}}, "runs": runs}, output)
+    assert board_of(output)[0]["base_test_accuracy"] == ""
+    assert "only" in (output / "report.html").read_text()
+
+
+def test_overrides_are_written_in_hydras_grammar():
+    from steps.lib.config import parse_overrides
+
+    values = [1e-05, 16, True, None, "all-linear", "two words", ["q_proj", "v_proj"], {"a": 1}]
+    texts = [f"key={compare_runs._override(value)}" for value in values]
+    assert [override.value() for override in parse_overrides(texts).values] == values
+    assert not any('"' in text for text in texts)

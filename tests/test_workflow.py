@@ -1,0 +1,165 @@
+"""The workflow itself, on the real embedded model: from nothing to a leaderboard, and again, and after edits."""
+
+import csv
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import ROOT, SHARED
+
+pytestmark = pytest.mark.xdist_group("workflow")
+DOWNLOADS = ROOT / "results" / ".state" / "downloads"  # of `make demo`, if it ran: the same wheel need not come again
+
+
+def snakemake(folder: Path, *arguments: str, check: bool = True) -> subprocess.CompletedProcess:
+    """Run Snakemake as a user does, with data/ and results/ in `folder`."""
+    command = [sys.executable, "-m", "snakemake", "-s", ROOT / "Snakefile", "--directory", folder, "--cores", "2"]
+    command += ["--workflow-profile", ROOT / "profiles" / "default"]
+    environment = {name: value for name, value in os.environ.items() if name not in ("OMP_NUM_THREADS", "TEMPER_PLAN")}
+    done = subprocess.run(
+        [*command, *arguments], capture_output=True, text=True, env=environment, cwd=ROOT, check=False
+    )
+    if check:
+        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
+    return done
+
+
+def executed(done: subprocess.CompletedProcess) -> dict[str, int]:
+    """rule -> how many of its jobs ran, less the rule that only asks."""
+    counts: dict[str, int] = {}
+    for rule in re.findall(r"^\s*(?:local)?rule (\w+):", done.stdout + done.stderr, flags=re.MULTILINE):
+        counts[rule] = counts.get(rule, 0) + 1
+    counts.pop("all", None)
+    return counts
+
+
+def leaderboard(folder: Path, sweep: str) -> list[dict]:
+    with (folder / "results" / "sweeps" / sweep / "leaderboard.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.fixture(scope="module")
+def smoke(tmp_path_factory):
+    """A folder in which experiment=smoke ran once, and what that printed."""
+    folder = tmp_path_factory.mktemp("smoke")
+    if DOWNLOADS.is_dir():
+        shutil.copytree(DOWNLOADS, folder / "results" / ".state" / "downloads")
+    return folder, snakemake(folder, "--config", "experiment=smoke")
+
+
+def test_smoke_goes_from_nothing_to_a_leaderboard(smoke):
+    folder, done = smoke
+    assert executed(done) == {
+        "fetch_data": 1,
+        "fetch_model": 1,
+        "format_prompts": 1,
+        "tokenize_splits": 1,
+        "train_adapter": 2,
+        "merge_adapter": 2,
+        "evaluate_base": 1,
+        "evaluate_model": 2,
+        "compare_runs": 1,
+    }
+    rows = leaderboard(folder, "smoke")
+    assert len(rows) == 2
+    needed = {
+        "run",
+        "train.learning_rate",
+        "test_accuracy",
+        "test_loss",
+        "base_test_accuracy",
+        "base_test_loss",
+        "train_seconds",
+    }
+    assert needed <= set(rows[0])
+    assert float(rows[0]["test_accuracy"]) >= float(rows[1]["test_accuracy"]), "best first"
+    assert float(rows[0]["test_loss"]) < float(rows[0]["base_test_loss"]), "64 rows teach the form of an answer"
+    assert rows[0]["run"] in done.stdout, "the leaderboard is printed"
+    assert "results/sweeps/smoke/report.html" in done.stdout
+    assert (folder / "results" / "mlflow.db").is_file()
+    page = (folder / "results" / "sweeps" / "smoke" / "report.html").read_text()
+    assert rows[0]["run"] in page
+    assert "VADER" in page
+
+
+def test_a_second_run_has_nothing_to_do(smoke):
+    folder, _ = smoke
+    done = snakemake(folder, "--config", "experiment=smoke")
+    assert executed(done) == {}
+    assert "Nothing to be done" in done.stdout + done.stderr
+
+
+def test_tracking_and_logging_keys_rerun_nothing(smoke):
+    folder, _ = smoke
+    done = snakemake(folder, "--config", "experiment=smoke", "overrides=train.logging_steps=7 tracking.flush_seconds=9")
+    assert executed(done) == {}
+
+
+def test_touching_the_raw_file_reruns_nothing(smoke):
+    folder, _ = smoke
+    raw = next((folder / "data" / "raw" / "movie_reviews").glob("*.txt"))
+    raw.touch()
+    assert executed(snakemake(folder, "--config", "experiment=smoke")) == {}
+
+
+def test_a_changed_eval_section_reruns_evaluation_and_comparison_only(smoke):
+    folder, _ = smoke
+    done = snakemake(folder, "--config", "experiment=smoke", "overrides=eval.max_new_tokens=4")
+    assert executed(done) == {"evaluate_base": 1, "evaluate_model": 2, "compare_runs": 1}
+    back = snakemake(folder, "--config", "experiment=smoke")
+    assert executed(back) == {"compare_runs": 1}, "taking the edit back makes nothing again but the comparison"
+
+
+def test_an_edited_row_reruns_format_and_below(smoke):
+    folder, _ = smoke
+    raw = next((folder / "data" / "raw" / "movie_reviews").glob("*.txt"))
+    original = raw.read_bytes()
+    raw.write_bytes(original.replace(b"Effective but too tepid biopic", b"Effective yet too tepid biopic", 1))
+    assert raw.read_bytes() != original
+    done = snakemake(folder, "-n", "--config", "experiment=smoke")
+    raw.write_bytes(original)
+    assert executed(done) == {
+        "format_prompts": 1,
+        "tokenize_splits": 1,
+        "train_adapter": 2,
+        "merge_adapter": 2,
+        "evaluate_base": 1,
+        "evaluate_model": 2,
+        "compare_runs": 1,
+    }
+
+
+def test_one_failed_run_is_named_and_leaves_nothing_half_written(smoke):
+    folder, _ = smoke
+    done = snakemake(
+        folder, "--config", "experiment=smoke", "overrides=sweep=none adapter.target_modules=[nonsense]", check=False
+    )
+    assert done.returncode != 0
+    failed = [line for line in done.stderr.splitlines() if line.startswith("failed: train_adapter")]
+    assert len(failed) == 1
+    assert "its linear layers are called" in failed[0]
+    assert not list((folder / "results").glob("*/.tmp-*"))
+
+
+@pytest.mark.parametrize("name", ["english_quotes", "lamini_docs"])
+@pytest.mark.slow
+def test_own_files_in_place_of_the_hub(smoke, name):
+    """The two hub data sets, from local files: the whole chain on a few rows."""
+    path = SHARED / f"{name}.jsonl"
+    if not path.is_file():
+        pytest.skip(f"{path} is not here: ../shared/data is only beside the developers' checkouts")
+    folder, _ = smoke
+    overrides = (
+        f"data.source.kind=files data.source.path={path} "
+        "data.limit.train=64 data.limit.validation=16 data.limit.test=16 "
+        "train.num_train_epochs=1 train.per_device_train_batch_size=8 eval.max_new_tokens=16"
+    )
+    snakemake(folder, "--config", f"experiment={name}", f"overrides={overrides}")
+    rows = leaderboard(folder, name)
+    assert len(rows) == 1
+    assert float(rows[0]["test_loss"]) < float(rows[0]["base_test_loss"])
