@@ -43,7 +43,7 @@ def run(config: dict, splits: Path, model: Path, output: Path) -> dict:
 def _train(config: dict, splits: Path, model: Path, output: Path, state: Path) -> dict:
     from datasets import load_from_disk
 
-    from steps.lib import tracking, training
+    from steps.lib import checkpoints, tracking, training
     from steps.lib.adapters import add_adapter, parameter_counts
     from steps.lib.models import load_model, load_tokenizer
 
@@ -56,8 +56,8 @@ def _train(config: dict, splits: Path, model: Path, output: Path, state: Path) -
     sizes = parameter_counts(network)
     epoch_steps = training.steps_per_epoch(len(rows["train"]), args)
     target = args.max_steps if args.max_steps > 0 else round(epoch_steps * args.num_train_epochs)
-    checkpoint = last_checkpoint(state, target)
-    start = checkpoint_step(checkpoint)
+    checkpoint = checkpoints.last_whole(state, target)
+    start = checkpoints.step_of(checkpoint)
     trainer = training.TemperTrainer(
         model=network,
         args=args,
@@ -70,7 +70,7 @@ def _train(config: dict, splits: Path, model: Path, output: Path, state: Path) -
         divergence = training.StopOnDivergence()
         trainer.add_callback(training.ExactState(trainer, epoch_steps))
         trainer.add_callback(training.CountTokens(trainer, metrics))
-        for callback in (divergence, metrics, training.ShowProgress(), training.EndOfSegment()):
+        for callback in (divergence, metrics, training.ShowProgress(), training.SealedCheckpoints()):
             trainer.add_callback(callback)
         log.info("%s", _headline(rows, sizes, args, target, checkpoint))
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
@@ -115,17 +115,6 @@ def _headline(rows, sizes: dict, args, target: int, checkpoint: Path | None) -> 
 
 def _last(lines: list[dict], name: str) -> float | None:
     return next((line[name] for line in reversed(lines) if name in line), None)
-
-
-def checkpoint_step(checkpoint: Path | None) -> int:
-    return int(checkpoint.name.removeprefix("checkpoint-")) if checkpoint else 0
-
-
-def last_checkpoint(state: Path, up_to: int) -> Path | None:
-    """The newest whole checkpoint of the trunk that is not past step `up_to`."""
-    found = [path for path in state.glob("checkpoint-*") if (path / "trainer_state.json").is_file()]
-    usable = [path for path in found if checkpoint_step(path) <= up_to]
-    return max(usable, key=checkpoint_step, default=None)
 
 
 def main(argv=None) -> None:

@@ -154,3 +154,24 @@ def test_training_without_a_validation_split(workspace, tiny_model):
     splits = make_tiny_splits(workspace / "splits", tiny_model, rows={"validation": 0})
     train(splits, tiny_model, "out")
     assert json.loads(Path("out/training.json").read_text())["eval_loss"] is None
+
+
+@pytest.mark.parametrize("damage", ["cut off", "not sealed", "missing file"])
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(workspace, tiny_splits, tiny_model, damage, caplog):
+    options = ["train.num_train_epochs=2", "train.save_strategy=steps", "train.save_steps=4"]
+    undisturbed = train(tiny_splits, tiny_model, "undisturbed", *options, trunk="undisturbed")
+    train(tiny_splits, tiny_model, "first", *options, trunk="damaged")
+    last = Path("results/.state/damaged/checkpoint-12")
+    if damage == "cut off":
+        weights = last / "adapter_model.safetensors"
+        weights.write_bytes(weights.read_bytes()[:-10])
+    elif damage == "not sealed":
+        (last / "complete.json").unlink()
+    else:
+        (last / "optimizer.pt").unlink()
+    with caplog.at_level("INFO", logger="temper"):
+        again = train(tiny_splits, tiny_model, "again", *options, trunk="damaged")
+    assert "checkpoint-12" in caplog.text
+    assert "the one before it is used" in caplog.text
+    assert json.loads(Path("again/training.json").read_text())["resumed_from_step"] == 8
+    assert_equal(undisturbed, again)

@@ -51,6 +51,13 @@ class Job:
     inputs: dict[str, str]
     settings: dict = dataclasses.field(default_factory=dict)
 
+    @property
+    def log(self) -> Path:
+        """Where the Snakefile's rule of this stage writes its log."""
+        path = Path(self.path)
+        name = f"{path.parent.name}-{self.key}" if self.stage == "fetch_data" else path.name
+        return RESULTS / "logs" / self.stage / f"{name}.log"
+
 
 @dataclasses.dataclass
 class Run:

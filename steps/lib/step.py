@@ -50,12 +50,15 @@ def run_command(step, inputs: dict[str, str], argv=None, work=None) -> None:
         argv: the arguments, `sys.argv[1:]` unless given.
         work: what to call in place of `execute`, for a step whose output is no folder.
     """
+    arguments = _parser(step, inputs).parse_intermixed_args(argv)
     try:
-        arguments = _parser(step, inputs).parse_intermixed_args(argv)
         with logging_to(arguments.log):
             (work or execute)(step, arguments, [name.rstrip("?") for name in inputs])
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
+        if arguments.log:
+            with Path(arguments.log).open("a", encoding="utf-8") as file:
+                print(f"error: {error}", file=file)
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

@@ -14,6 +14,7 @@ import torch
 from torch.utils.data import DataLoader
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
+from steps.lib import checkpoints
 from steps.lib.batches import EpochSampler, collate
 from steps.lib.loss import SupervisedLoss
 from steps.lib.progress import Progress
@@ -25,9 +26,10 @@ def training_arguments(train: dict, seed: int, state: Path) -> TrainingArguments
     """`train` as TrainingArguments, with what Temper decides itself."""
     return TrainingArguments(
         **{
-            "save_total_limit": 2,
             "dataloader_pin_memory": torch.accelerator.is_available(),
             **train,
+            # Trainer deletes old checkpoints before the new one is sealed, so one more must always stay.
+            "save_total_limit": max(2, train.get("save_total_limit") or 2),
             "output_dir": str(state),
             "seed": seed,
             "data_seed": seed,
@@ -122,12 +124,15 @@ class ExactState(TrainerCallback):
         torch.manual_seed(seed % 2**63)
 
 
-class EndOfSegment(TrainerCallback):
-    """Always saves a checkpoint at the end of an epoch: the next segment of the trunk starts from it."""
+class SealedCheckpoints(TrainerCallback):
+    """Seals each checkpoint, and has one saved at the end of every epoch: the trunk's next segment starts from it."""
 
     def on_epoch_end(self, args, state, control, **_):  # noqa: ARG002
         control.should_save = True
         return control
+
+    def on_save(self, args, state, control, **_):  # noqa: ARG002
+        checkpoints.seal(Path(args.output_dir) / f"checkpoint-{state.global_step}")
 
 
 class StopOnDivergence(TrainerCallback):

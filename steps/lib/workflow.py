@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 from steps.lib import plan as planning
@@ -13,6 +14,7 @@ from steps.lib.errors import UserError, suggest
 from steps.lib.keys import canonical_json
 
 FROZEN = "TEMPER_PLAN"  # environment variable: jobs that parse the Snakefile again read this plan
+STARTED = time.time()  # logs older than this command are not its failures
 CONFIG_KEYS = ("experiment", "sweep", "overrides")
 
 
@@ -104,10 +106,21 @@ def on_success(plan: planning.Plan) -> None:
 
 
 def on_error(plan: planning.Plan) -> None:
-    """One line per failed run, with the end of its log."""
+    """A leaderboard of the runs that did end, and one line per failed job with the end of its log."""
+    _compare_what_is_there(plan)
     for job in plan.jobs.values():
-        log = Path("results/logs") / job.stage / f"{Path(job.path).name}.log"
-        if not Path(job.path).exists() and log.is_file():
-            lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
+        if not Path(job.path).exists() and job.log.is_file() and job.log.stat().st_mtime >= STARTED:
+            lines = [line for line in job.log.read_text(errors="replace").splitlines() if line.strip()]
             if lines:
-                print(f"failed: {job.stage} {Path(job.path).name}: {lines[-1]}  (log: {log})", file=sys.stderr)
+                print(f"failed: {job.stage} {job.log.stem}: {lines[-1]}  (log: {job.log})", file=sys.stderr)
+
+
+def _compare_what_is_there(plan: planning.Plan) -> None:
+    """A partial leaderboard, when at least one run has its report."""
+    from steps import compare_runs
+
+    job = plan.jobs[str(Path(plan.leaderboard).parent)]
+    if any((Path(run.artefacts["evaluate_model"]) / "metrics.json").is_file() for run in plan.runs):
+        board = compare_runs.compare(job.config, Path(job.path))
+        tracking.mirror(plan, board)
+        compare_runs.print_leaderboard(Path(job.path))

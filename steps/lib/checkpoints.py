@@ -1,0 +1,70 @@
+"""Checkpoints that are whole or do not count.
+
+Trainer writes a checkpoint file by file, so a kill leaves half of one. Ours is whole when its `complete.json`,
+written last, names every file with the sha256 that the file still has.
+"""
+
+import json
+import logging
+import os
+from pathlib import Path
+
+from steps.lib.keys import file_sha256
+
+log = logging.getLogger("temper")
+
+SEAL = "complete.json"
+
+
+def step_of(checkpoint: Path | None) -> int:
+    """The optimizer step of ``checkpoint-<step>``; 0 for None."""
+    return int(checkpoint.name.removeprefix("checkpoint-")) if checkpoint else 0
+
+
+def seal(checkpoint: Path) -> None:
+    """Declare a checkpoint whole: everything is on the disk before `complete.json` appears, by one rename."""
+    files = [path for path in sorted(checkpoint.rglob("*")) if path.is_file() and path.name != SEAL]
+    for path in files:
+        _to_disk(path)
+    sums = {str(path.relative_to(checkpoint)): file_sha256(path) for path in files}
+    temporary = checkpoint / f".{SEAL}"
+    temporary.write_text(json.dumps(sums, indent=1))
+    _to_disk(temporary)
+    temporary.replace(checkpoint / SEAL)
+    _to_disk(checkpoint)
+
+
+def _to_disk(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def fault(checkpoint: Path) -> str | None:
+    """What is wrong with a checkpoint, in a few words; None when it is whole."""
+    try:
+        sums = json.loads((checkpoint / SEAL).read_text())
+    except FileNotFoundError:
+        return "was not written to its end"
+    except ValueError:
+        return f"{SEAL} is no JSON"
+    for name, expected in sums.items():
+        path = checkpoint / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if file_sha256(path) != expected:
+            return f"{name} is damaged"
+    return None
+
+
+def last_whole(state: Path, up_to: int) -> Path | None:
+    """The newest whole checkpoint in `state` that is not past step `up_to`. Others are named and passed over."""
+    found = [path for path in state.glob("checkpoint-*") if path.is_dir() and step_of(path) <= up_to]
+    for checkpoint in sorted(found, key=step_of, reverse=True):
+        wrong = fault(checkpoint)
+        if wrong is None:
+            return checkpoint
+        log.info("%s %s: the one before it is used", checkpoint, wrong)
+    return None
