@@ -4,7 +4,7 @@ PYTHON ?= python3
 CORES ?= all
 RUN := .venv/bin
 
-.PHONY: demo test test-slow lint ui lock clean help
+.PHONY: demo test test-slow lint explain ui lock clean help
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -23,7 +23,11 @@ lint: .venv/installed  ## ruff, and Snakemake's own lint less its advice on cont
 	$(RUN)/ruff format --check .
 	$(RUN)/python tests/lint_workflow.py
 
+explain: .venv/installed  ## what the next run would make, why, and how long it may take: make explain ARGS="--experiment demo"
+	@$(RUN)/python -m steps.explain $(ARGS)
+
 ui: .venv/installed  ## open the MLflow UI on http://127.0.0.1:5000
+	@mkdir -p results
 	MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false $(RUN)/mlflow server --workers 1 --host 127.0.0.1 --port 5000 \
 		--backend-store-uri sqlite:///results/mlflow.db
 

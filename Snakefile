@@ -5,6 +5,9 @@
 
 Every path below results/ ends in a key that hashes whatever made it (see steps/lib/plan.py), so a path
 that exists is right, and nothing is made twice. The rules hold no logic: what to make is in the plan.
+
+Outputs are marked `update`, so that Snakemake never deletes one: a step writes its folder whole, by one rename, and
+leaves alone what is complete, be it by a second command at the same time or by the orphan of a killed one.
 """
 
 from snakemake.utils import min_version
@@ -37,7 +40,7 @@ rule all:
 rule fetch_data:
     "Raw data, as pinned; the pin file says what was fetched."
     output:
-        "data/raw/{data}/pin-{key}.json",
+        update("data/raw/{data}/pin-{key}.json"),
     params:
         config=temper.config_of(PLAN, "fetch_data"),
     log:
@@ -52,7 +55,7 @@ rule fetch_data:
 rule fetch_model:
     "The base model, in Hugging Face layout."
     output:
-        directory("results/models/{name}"),
+        update(directory("results/models/{name}")),
     params:
         config=temper.config_of(PLAN, "fetch_model"),
     log:
@@ -69,7 +72,7 @@ rule format_prompts:
     input:
         unpack(temper.inputs_of(PLAN, "format_prompts")),
     output:
-        directory("results/prompts/{name}"),
+        update(directory("results/prompts/{name}")),
     params:
         config=temper.config_of(PLAN, "format_prompts"),
     log:
@@ -87,7 +90,7 @@ rule tokenize_splits:
     input:
         unpack(temper.inputs_of(PLAN, "tokenize_splits")),
     output:
-        directory("results/splits/{name}"),
+        update(directory("results/splits/{name}")),
     params:
         config=temper.config_of(PLAN, "tokenize_splits"),
     log:
@@ -106,13 +109,14 @@ rule train_adapter:
     input:
         unpack(temper.inputs_of(PLAN, "train_adapter")),
     output:
-        directory("results/adapters/{name}"),
+        update(directory("results/adapters/{name}")),
     params:
         config=temper.config_of(PLAN, "train_adapter"),
     log:
         "results/logs/train_adapter/{name}.log",
     benchmark:
         "results/logs/train_adapter/{name}.benchmark.tsv"
+    priority: 1  # trainings are the longest chain: what else is ready fills the cores at the end
     threads: temper.training_threads(PLAN, workflow.cores)
     resources:
         gpu=temper.gpus_per_job(),
@@ -131,7 +135,7 @@ rule merge_adapter:
     input:
         unpack(temper.inputs_of(PLAN, "merge_adapter")),
     output:
-        directory("results/merged/{name}"),
+        update(directory("results/merged/{name}")),
     params:
         config=temper.config_of(PLAN, "merge_adapter"),
     log:
@@ -150,7 +154,7 @@ rule evaluate_base:
     input:
         unpack(temper.inputs_of(PLAN, "evaluate_model", prefix="base-")),
     output:
-        directory("results/reports/base-{name}"),
+        update(directory("results/reports/base-{name}")),
     params:
         config=temper.config_of(PLAN, "evaluate_model", prefix="base-"),
     log:
@@ -172,7 +176,7 @@ rule evaluate_model:
     input:
         unpack(temper.inputs_of(PLAN, "evaluate_model")),
     output:
-        directory("results/reports/{name}"),
+        update(directory("results/reports/{name}")),
     params:
         config=temper.config_of(PLAN, "evaluate_model"),
     log:

@@ -1,6 +1,7 @@
 """The workflow itself, on the real embedded model: from nothing to a leaderboard, and again, and after edits."""
 
 import csv
+import json
 import os
 import re
 import shutil
@@ -10,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from steps import explain
+from steps.lib import plan as planning
 from tests.conftest import ROOT, SHARED
 
 pytestmark = pytest.mark.xdist_group("workflow")
@@ -115,14 +118,20 @@ def test_a_changed_eval_section_reruns_evaluation_and_comparison_only(smoke):
     assert executed(back) == {"compare_runs": 1}, "taking the edit back makes nothing again but the comparison"
 
 
-def test_an_edited_row_reruns_format_and_below(smoke):
+def test_an_edited_row_reruns_format_and_below(smoke, monkeypatch):
     folder, _ = smoke
     raw = next((folder / "data" / "raw" / "movie_reviews").glob("*.txt"))
     original = raw.read_bytes()
-    raw.write_bytes(original.replace(b"Effective but too tepid biopic", b"Effective yet too tepid biopic", 1))
+    used = next((folder / "results" / "prompts").glob("*/train.jsonl")).read_text().splitlines()[0]
+    row = json.loads(used)
+    raw.write_bytes(original.replace(row["messages"][-2]["content"].encode(), b"Quite another review.", 1))
     assert raw.read_bytes() != original
     done = snakemake(folder, "-n", "--config", "experiment=smoke")
+    monkeypatch.chdir(folder)
+    explained = explain.explain(planning.build("smoke"))
     raw.write_bytes(original)
+    assert f"data/raw/movie_reviews: row {row['id']} changed" in explained
+    assert "forecast: " in explained
     assert executed(done) == {
         "format_prompts": 1,
         "tokenize_splits": 1,
@@ -132,6 +141,16 @@ def test_an_edited_row_reruns_format_and_below(smoke):
         "evaluate_model": 2,
         "compare_runs": 1,
     }
+
+
+def test_explain_names_what_a_person_changed(smoke, monkeypatch):
+    folder, _ = smoke
+    monkeypatch.chdir(folder)
+    assert "all 2 run(s) are there" in explain.explain(planning.build("smoke"))
+    changed = explain.explain(planning.build("smoke", "none", ["train.learning_rate=5e-4"]))
+    assert re.search(r"train\.learning_rate 0\.(0003|001) -> 0\.0005", changed)
+    assert "new adapter" in changed
+    assert "tokenize_splits" not in changed
 
 
 def test_one_failed_run_is_named_and_leaves_nothing_half_written(smoke):

@@ -44,8 +44,12 @@ def code_key(module: str) -> str:
     Comments, blank lines, formatting and docstrings are not part of a syntax tree as hashed
     here, so editing them reruns nothing.
     """
-    trees = {name: _tree(name)[0] for name in sorted(_reachable(module))}
-    return digest(trees)
+    return digest(code_hashes(module))
+
+
+def code_hashes(module: str) -> dict[str, str]:
+    """The same, module by module, to name the one that changed."""
+    return {name: digest(_tree(name)[0]) for name in sorted(_reachable(module))}
 
 
 def _reachable(module: str) -> set[str]:

@@ -133,4 +133,4 @@ def flat(value, prefix: str = "") -> dict[str, str]:
         for name, item in value.items():
             rows |= flat(item, f"{prefix}.{name}" if prefix else name)
         return rows
-    return {prefix: value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)}
+    return {prefix: value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, sort_keys=True)}

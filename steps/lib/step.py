@@ -23,6 +23,7 @@ import time
 from pathlib import Path
 
 from steps.lib.errors import UserError
+from steps.lib.keys import code_hashes
 
 log = logging.getLogger("temper")
 
@@ -205,6 +206,7 @@ def provenance(stage: str, inputs: dict, seconds: float, facts: dict) -> dict:
     return {
         "stage": stage,
         "inputs": {name: str(path) for name, path in inputs.items() if path is not None},
+        "code": code_hashes(f"steps.{stage}"),
         "command": " ".join(sys.argv),
         "packages": package_versions(),
         "python": platform.python_version(),
