@@ -143,19 +143,25 @@ def leaderboard_text(board: dict, folder: Path) -> str:
     keys = swept_keys(rows)
     shown = [name for name in rows[0] if name.startswith("test_") and not name.endswith(("_low", "_high"))]
     head = ["", *short_names(keys).values()]
-    head += [name.removeprefix("test_") for name in shown] + ["95% interval", "train", "run"]
+    head += [name.removeprefix("test_") for name in shown] + ["95% interval", "train", "key"]
     table = [head]
     for rank, row in enumerate(rows, 1):
         ends = (row[f"test_{metric}_low"], row[f"test_{metric}_high"])
         line = [str(rank), *(_cell_text(row[key]) for key in keys), *(pages.figure(row[name]) for name in shown)]
-        table.append([*line, "{:.3f} to {:.3f}".format(*ends), pages.seconds(row["train_seconds"]), row["run"]])
+        table.append([*line, "{:.3f} to {:.3f}".format(*ends), pages.seconds(row["train_seconds"]), key_of(row)])
     if board["base"]:
         base = [pages.figure(board["base"].get(name.removeprefix("test_"))) for name in shown]
         table.append(["", *("" for _ in keys), *base, "", "", "(base model)"])
     lines = [f"sweep {board['sweep']}, best {metric} first", "", *_aligned(table), ""]
     if board["missing"]:
         lines.append(f"partial: {len(board['missing'])} run(s) without a report: {', '.join(board['missing'])}")
-    return "\n".join([*lines, f"page: {folder / 'report.html'}", f"table: {folder / 'leaderboard.csv'}"])
+    lines += [f"page: {folder / 'report.html'}", f"table: {folder / 'leaderboard.csv'}"]
+    return "\n".join([*lines, "each run: results/reports/*-<key>/report.html"])
+
+
+def key_of(row: dict) -> str:
+    """The end of a run's name: enough to find its folders, and short enough for a terminal."""
+    return row["run"].rpartition("-")[2]
 
 
 def swept_keys(rows: list[dict]) -> list[str]:

@@ -82,8 +82,8 @@ def test_smoke_goes_from_nothing_to_a_leaderboard(smoke):
     assert needed <= set(rows[0])
     assert float(rows[0]["test_accuracy"]) >= float(rows[1]["test_accuracy"]), "best first"
     assert float(rows[0]["test_loss"]) < float(rows[0]["base_test_loss"]), "64 rows teach the form of an answer"
-    assert rows[0]["run"] in done.stdout, "the leaderboard is printed"
-    assert "results/sweeps/smoke/report.html" in done.stdout
+    assert f"{rows[0]['run'].rpartition('-')[2]}\n" in done.stdout, "the leaderboard is printed"
+    assert "page: results/sweeps/smoke/report.html" in done.stdout
     assert (folder / "results" / "mlflow.db").is_file()
     page = (folder / "results" / "sweeps" / "smoke" / "report.html").read_text()
     assert rows[0]["run"] in page

@@ -11,6 +11,7 @@ A sweep point is one MLflow run, found by its tags, a child of its sweep's run.
 """
 
 import contextlib
+import getpass
 import json
 import logging
 import os
@@ -22,6 +23,7 @@ from pathlib import Path
 
 from steps.lib.errors import UserError
 from steps.lib.metrics import LOWER_IS_BETTER
+from steps.lib.step import git_commit
 
 log = logging.getLogger("temper")
 
@@ -102,7 +104,7 @@ def _sweep_run(api, experiment: str, sweep: str) -> str:
     found = _search(api, experiment, {SWEEP_TAG: sweep, RUN_TAG: "-"})
     if found:
         return found[0].info.run_id
-    tags = {SWEEP_TAG: sweep, RUN_TAG: "-"}
+    tags = {SWEEP_TAG: sweep, RUN_TAG: "-", **_origin()}
     return api.create_run(experiment, tags=tags, run_name=f"sweep {sweep}").info.run_id
 
 
@@ -112,8 +114,17 @@ def _child_run(api, experiment: str, sweep: str, name: str, title: str) -> str:
     if found:
         return found[0].info.run_id
     parent = _sweep_run(api, experiment, sweep)
-    tags = {SWEEP_TAG: sweep, RUN_TAG: name, "mlflow.parentRunId": parent}
+    tags = {SWEEP_TAG: sweep, RUN_TAG: name, "mlflow.parentRunId": parent, **_origin()}
     return api.create_run(experiment, tags=tags, run_name=title).info.run_id
+
+
+def _origin() -> dict[str, str]:
+    """Who made a run with which code, in the columns that the UI has for it."""
+    tags = {"mlflow.source.name": "temper", "mlflow.source.type": "PROJECT"}
+    with contextlib.suppress(OSError, KeyError):  # a container's user may have no name
+        tags["mlflow.user"] = getpass.getuser()
+    commit = git_commit()
+    return tags | ({"mlflow.source.git.commit": commit} if commit else {})
 
 
 # --- while training ------------------------------------------------------------------------------

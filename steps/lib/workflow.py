@@ -98,11 +98,9 @@ def on_success(plan: planning.Plan) -> None:
 
     if not Path(plan.leaderboard).exists():  # --until some stage
         return
-    folder = Path(plan.leaderboard).parent
-    print_leaderboard(folder)
-    print(f"\nreport       {folder / 'report.html'}")
+    print_leaderboard(Path(plan.leaderboard).parent)
     if plan.tracking["enabled"]:
-        print("MLflow UI    make ui")
+        print("MLflow: make ui, then http://127.0.0.1:5000")
 
 
 def on_error(plan: planning.Plan) -> None:
