@@ -48,15 +48,17 @@ def compare(config: dict, output: Path) -> dict:
     from yaml import safe_dump
 
     metric = metrics.check_metric(config["eval"])
-    runs, missing = _reports(config["runs"])
+    reports, missing = _reports(config["runs"])
+    runs, diverged = _without_diverged(reports)
     runs.sort(key=lambda run: _rank(run, metric))
     rows = [_row(run, config["eval"]["task"], metric) for run in runs]
+    rows += [_diverged_row(run, rows[0]) for run in diverged]
     board = {"sweep": config["sweep"]["name"], "metric": metric, "rows": rows, "missing": missing}
     output.mkdir(parents=True, exist_ok=True)
     pages.write_whole(output / "config.yaml", safe_dump(config, sort_keys=False, allow_unicode=True))
     pages.write_whole(output / "leaderboard.csv", _csv(rows))
-    _write_page(output, config, metric, runs, rows, missing)
-    linked = [{**row, "report": run["report"]} for row, run in zip(rows, runs, strict=True)]
+    _write_page(output, config, metric, runs, rows, missing, diverged)
+    linked = [{**row, "report": run["report"]} for row, run in zip(rows, [*runs, *diverged], strict=True)]
     base = runs[0]["facts"]["base"]
     pages.write_whole(output / "leaderboard.json", _json_text({**board, "base": base, "rows": linked}))
     return board
@@ -86,6 +88,21 @@ def _reports(planned: list[dict]) -> tuple[list[dict], list[str]]:
     return runs, missing
 
 
+def _without_diverged(runs: list[dict]) -> tuple[list[dict], list[dict]]:
+    """(runs with figures, runs whose training diverged)."""
+    diverged = [run for run in runs if run["facts"].get("diverged_at_step") is not None]
+    if len(diverged) == len(runs):
+        steps = ", ".join(str(run["facts"]["diverged_at_step"]) for run in diverged)
+        raise UserError(f"every run with a report diverged (at steps {steps}): lower train.learning_rate")
+    return [run for run in runs if run not in diverged], diverged
+
+
+def _diverged_row(run: dict, like: dict) -> dict:
+    """A line of the leaderboard without figures; it stands below all others."""
+    known = {"run": run["name"], **run["point"], "train_seconds": (run["facts"]["train"] or {}).get("train_seconds")}
+    return {name: known.get(name) for name in like} | {"diverged_at_step": run["facts"]["diverged_at_step"]}
+
+
 def _rank(run: dict, metric: str) -> tuple:
     value = run["facts"]["test"][metric]
     return (value if metric in metrics.LOWER_IS_BETTER else -value, run["facts"]["test"]["loss"], run["name"])
@@ -109,7 +126,8 @@ def _row(run: dict, task: str, metric: str) -> dict:
 
 def _csv(rows: list[dict]) -> str:
     text = io.StringIO()
-    writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
+    names = dict.fromkeys(name for row in rows for name in row)  # the last may be diverged_at_step
+    writer = csv.DictWriter(text, fieldnames=list(names), lineterminator="\n")
     writer.writeheader()
     writer.writerows({name: _cell(value) for name, value in row.items()} for row in rows)
     return text.getvalue()
@@ -146,6 +164,12 @@ def leaderboard_text(board: dict, folder: Path) -> str:
     head += [name.removeprefix("test_") for name in shown] + ["95% interval", "train", "key"]
     table = [head]
     for rank, row in enumerate(rows, 1):
+        if row.get("diverged_at_step") is not None:
+            point = [_cell_text(row[key]) for key in keys]
+            table.append(
+                ["", *point, *("" for _ in shown), f"diverged, step {row['diverged_at_step']}", "", key_of(row)]
+            )
+            continue
         ends = (row[f"test_{metric}_low"], row[f"test_{metric}_high"])
         line = [str(rank), *(_cell_text(row[key]) for key in keys), *(pages.figure(row[name]) for name in shown)]
         table.append([*line, "{:.3f} to {:.3f}".format(*ends), pages.seconds(row["train_seconds"]), key_of(row)])
@@ -194,7 +218,7 @@ def _aligned(table: list[list[str]]) -> list[str]:
 # --- the page ------------------------------------------------------------------------------------
 
 
-def _write_page(output: Path, config: dict, metric: str, runs: list, rows: list, missing: list[str]) -> None:
+def _write_page(output: Path, config: dict, metric: str, runs: list, rows: list, missing: list, diverged: list) -> None:
     keys = swept_keys(rows)
     best = runs[0]
     pages.render(
@@ -207,6 +231,7 @@ def _write_page(output: Path, config: dict, metric: str, runs: list, rows: list,
         best=best,
         names=dict.fromkeys([metric, *metrics.METRICS[config["eval"]["task"]], "loss"]),
         missing=missing,
+        diverged=[_shown(run, output) for run in diverged],
         planned=len(config["runs"]),
         rivals=_rivals(runs),
         published=config["eval"]["published"],

@@ -20,6 +20,7 @@ import time
 from pathlib import Path
 
 from steps.lib import figures, metrics, pages
+from steps.lib.adapters import DIVERGED
 from steps.lib.errors import UserError
 from steps.lib.progress import quiet_libraries
 from steps.lib.step import peak_memory, run_command
@@ -45,6 +46,8 @@ def run(
     quiet_libraries()
     settings = config["eval"]
     metric = metrics.check_metric(settings)
+    if (model / DIVERGED).is_file():
+        return _report_divergence(_json(model / DIVERGED)["step"], settings, metric, adapter, output)
     test, train_references = _rows(splits, settings)
     base = _base(base_report, settings, test) if base_report else None
     asked = _ask(model, config, test)
@@ -60,6 +63,25 @@ def run(
     write_page(output, facts, predictions, curves, settings, _configs(config, model, splits, adapter))
     log.info("%s", headline(facts))
     return {"metric": metric, "value": facts["test"][metric], "rows": len(test)}
+
+
+def _report_divergence(step: int, settings: dict, metric: str, adapter: Path, output: Path) -> dict:
+    """The report of a training whose loss was no number any more: its curve, and no figures."""
+    curves = pages.read_lines(adapter / "metrics.jsonl")
+    facts = {
+        "task": settings["task"],
+        "metric": metric,
+        "diverged_at_step": step,
+        "train": _json(adapter / "training.json"),
+    }
+    pages.write_whole(output / "metrics.json", json.dumps(facts, indent=2) + "\n")
+    pages.write_whole(output / "predictions.jsonl", "")
+    pages.write_whole(output / "curves.jsonl", pages.json_lines(curves))
+    name = output.name.removeprefix(".tmp-")
+    loss_curves = figures.loss_curves([line for line in curves if None not in line.values()])
+    pages.render("diverged.html", output / "report.html", name=name, step=step, loss_curves=loss_curves)
+    log.info("the training diverged at step %d: no model to evaluate", step)
+    return {"diverged_at_step": step}
 
 
 # --- what goes in --------------------------------------------------------------------------------

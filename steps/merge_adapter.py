@@ -8,12 +8,15 @@ By hand::
 Reads   the base model; the adapter (a full-parameter run passes through).
 Writes  the merged model in Hugging Face layout, with the base's tokenizer. Before writing, the merged
         model's logits are compared with the adapter's on a fixed input; provenance.json has the difference.
+        Of a training that diverged there is nothing to merge: diverged.json says at which step.
 """
 
+import json
 import logging
 import sys
 from pathlib import Path
 
+from steps.lib.adapters import DIVERGED, is_adapter
 from steps.lib.errors import UserError
 from steps.lib.progress import quiet_libraries
 from steps.lib.step import run_command
@@ -33,10 +36,14 @@ def run(config: dict, model: Path, adapter: Path, output: Path) -> dict:
     Raises:
         UserError: the merged model does not compute what base and adapter compute together.
     """
-    from steps.lib.adapters import is_adapter
     from steps.lib.models import load_model, load_tokenizer
 
     quiet_libraries()
+    diverged_at = json.loads((adapter / "training.json").read_text())["diverged_at_step"]
+    if diverged_at is not None:  # a result, not a model: the report says so
+        (output / DIVERGED).write_text(json.dumps({"step": diverged_at}))
+        log.info("the training diverged at step %d: there is nothing to merge", diverged_at)
+        return {"diverged_at_step": diverged_at}
     dtype = config["merge"]["dtype"]
     facts = {}
     if is_adapter(adapter):

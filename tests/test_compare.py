@@ -213,3 +213,17 @@ def test_overrides_are_written_in_hydras_grammar():
     texts = [f"key={compare_runs._override(value)}" for value in values]
     assert [override.value() for override in parse_overrides(texts).values] == values
     assert not any('"' in text for text in texts)
+
+
+def test_a_diverged_run_stands_below_the_others_without_figures(sweep, capsys):
+    config, output = sweep
+    folder = output.parents[1] / "reports" / "a"
+    facts = {"task": "labels", "metric": "accuracy", "diverged_at_step": 7, "train": {"train_seconds": 3.0}}
+    (folder / "metrics.json").write_text(json.dumps(facts))
+    board = compare_runs.compare(config, output)
+    assert board["rows"][-1]["run"] == config["runs"][0]["name"]
+    row = board_of(output)[-1]
+    assert (row["test_accuracy"], row["train_seconds"], row["diverged_at_step"]) == ("", "3", "7")
+    compare_runs.print_leaderboard(output)
+    assert "diverged, step 7" in capsys.readouterr().out
+    assert "<strong>Diverged:</strong>" in (output / "report.html").read_text()

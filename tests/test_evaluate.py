@@ -315,3 +315,20 @@ def test_samples_are_shared_out_fairly_and_spread():
     assert chosen == {"many": [0, 20, 40, 60, 80], "few": [1], "some": [0, 2, 4, 6, 8]}
     assert evaluate_model.choose_samples(groups, 0) == {}
     assert sum(map(len, evaluate_model.choose_samples(groups, 1000).values())) == 111
+
+
+def test_a_diverged_training_has_a_report_that_says_so(tmp_path, monkeypatch, tiny_model, tiny_splits):
+    from steps import merge_adapter, train_adapter
+
+    monkeypatch.chdir(tmp_path)
+    options = ["experiment=smoke", "train.learning_rate=1e30", "train.max_grad_norm=0", "train.logging_steps=1"]
+    options += ["train.num_train_epochs=2", "train.per_device_train_batch_size=4"]
+    splits = ["--splits", str(tiny_splits)]
+    train_adapter.main([*splits, "--model", str(tiny_model), "--output", "adapter", *options])
+    merge_adapter.main(["--model", str(tiny_model), "--adapter", "adapter", "--output", "merged"])
+    evaluate_model.main(
+        [*splits, "--model", "merged", "--adapter", "adapter", "--output", "report", "experiment=smoke"]
+    )
+    facts = json.loads((tmp_path / "report" / "metrics.json").read_text())
+    assert facts["diverged_at_step"] == facts["train"]["diverged_at_step"]
+    assert "The training diverged" in (tmp_path / "report" / "report.html").read_text()

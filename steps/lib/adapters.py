@@ -4,6 +4,8 @@ from pathlib import Path
 
 from steps.lib.errors import UserError
 
+DIVERGED = "diverged.json"  # in a merged folder, in place of a model: the training's loss was no number any more
+
 
 def add_adapter(model, adapter: dict, seed: int):
     """`model` with a fresh adapter, or itself with all parameters trainable (``peft_type: null``).

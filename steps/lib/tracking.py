@@ -291,8 +291,10 @@ def _log_results(api, run_id: str, metrics: dict) -> None:
     from mlflow.entities import Metric
 
     values = {}
-    for prefix, scores in (("test_", metrics["test"]), ("base_test_", metrics["base"] or {})):
-        values |= {prefix + name: value for name, value in scores.items()}
+    for prefix, scores in (("test_", metrics.get("test")), ("base_test_", metrics.get("base"))):
+        values |= {prefix + name: value for name, value in (scores or {}).items()}
+    if metrics.get("diverged_at_step") is not None:
+        api.set_tag(run_id, "temper.diverged_at_step", str(metrics["diverged_at_step"]))
     training = metrics["train"] or {}
     values |= {
         name: training.get(name)
