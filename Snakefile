@@ -35,6 +35,7 @@ rule all:
     "The comparison of all runs of the sweep."
     input:
         PLAN.leaderboard,
+        PLAN.complete,
 
 
 rule fetch_data:
@@ -205,6 +206,7 @@ rule compare_runs:
         "results/sweeps/{name}/leaderboard.csv",
         "results/sweeps/{name}/leaderboard.json",
         "results/sweeps/{name}/report.html",
+        "results/sweeps/{name}/provenance.json",
     params:
         config=temper.config_of(PLAN, "compare_runs"),
         folder="results/sweeps/{name}",

@@ -99,6 +99,11 @@ class Plan:
     def leaderboard(self) -> str:
         return str(RESULTS / "sweeps" / self.sweep / "leaderboard.csv")
 
+    @property
+    def complete(self) -> str:
+        """Written last, and only by a comparison of all runs: a partial leaderboard is no reason to stop."""
+        return str(RESULTS / "sweeps" / self.sweep / "provenance.json")
+
     def freeze(self) -> Path:
         """Write the plan to ``results/.plans/<hash>.json`` and return the path."""
         content = dataclasses.asdict(self)

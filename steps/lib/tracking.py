@@ -23,7 +23,7 @@ from pathlib import Path
 
 from steps.lib.errors import UserError
 from steps.lib.metrics import LOWER_IS_BETTER
-from steps.lib.step import git_commit
+from steps.lib.step import git_commit, locked
 
 log = logging.getLogger("temper")
 
@@ -58,8 +58,12 @@ def prepare(tracking: dict, sweep: str) -> None:
     Raises:
         UserError: the tracking store cannot be reached.
     """
-    if not tracking["enabled"]:
-        return
+    if tracking["enabled"]:
+        with locked(Path("results/mlflow.db")):  # two commands that both meet a fresh store would both fill it
+            _prepare(tracking, sweep)
+
+
+def _prepare(tracking: dict, sweep: str) -> None:
     try:
         api = client(tracking)
         experiment = _experiment(api, tracking)

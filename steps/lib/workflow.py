@@ -119,6 +119,7 @@ def _compare_what_is_there(plan: planning.Plan) -> None:
 
     job = plan.jobs[str(Path(plan.leaderboard).parent)]
     if any((Path(run.artefacts["evaluate_model"]) / "metrics.json").is_file() for run in plan.runs):
+        Path(plan.complete).unlink(missing_ok=True)
         board = compare_runs.compare(job.config, Path(job.path))
         tracking.mirror(plan, board)
         compare_runs.print_leaderboard(Path(job.path))
