@@ -160,6 +160,7 @@ rule evaluate_base:
         config=temper.config_of(PLAN, "evaluate_model", prefix="base-"),
     log:
         "results/logs/evaluate_model/base-{name}.log",
+    priority: 2  # cheap, and the first to trip over labels that do not fit the data
     threads: temper.training_threads(PLAN, workflow.cores)
     resources:
         gpu=temper.gpus_per_job(),

@@ -23,7 +23,7 @@ from pathlib import Path
 from steps.lib import sources
 from steps.lib.errors import UserError
 from steps.lib.keys import file_sha256
-from steps.lib.raw import is_pin, pin_key, source_files
+from steps.lib.raw import is_pin, pin_key, read_pin, source_files
 from steps.lib.step import locked, provenance, run_command
 
 STAGE = "fetch_data"
@@ -45,7 +45,7 @@ def run(config: dict, output: Path) -> None:
     started = time.time()
     source, folder = config["data"]["source"], output.parent
     fetch = {"package": _fetch_package, "hub": _fetch_hub, "files": _fetch_files}[source["kind"]]
-    earlier = [json.loads(path.read_text()) | {"path": path} for path in folder.glob("pin-*.json")]
+    earlier = [read_pin(path) | {"path": path} for path in folder.glob("pin-*.json")]
     with _scratch(folder) as scratch:
         facts = fetch(source, scratch)
         files = {path.name: file_sha256(path) for path in sorted(scratch.iterdir())}
@@ -140,7 +140,7 @@ def _pin(output: Path, source: dict) -> Path:
 
 def _is_there(pin: Path) -> bool:
     """The pin and all files it names, edited or not; a dangling link counts as gone."""
-    return pin.is_file() and all((pin.parent / name).exists() for name in json.loads(pin.read_text())["files"])
+    return pin.is_file() and all((pin.parent / name).exists() for name in read_pin(pin)["files"])
 
 
 def main(argv=None) -> None:

@@ -11,18 +11,21 @@ from steps.lib import config as conf
 from steps.lib.errors import UserError
 from tests.conftest import ROOT
 
-EXPECTED_FILES = 25
+EXPECTED_FILES = 26
 
 
 def composed(*overrides):
-    return conf.expand(conf.parse_overrides(list(overrides)))
+    """(axes, configs)"""
+    axes, points = conf.expand(conf.parse_overrides(list(overrides)))
+    return axes, [config for _, config in points]
 
 
 def test_every_file_in_conf_composes_and_validates(workspace):
     checked = []
     for group, choices in conf.groups().items():
         for choice in choices:
-            _, configs = composed(f"{group}={choice}")
+            alone = [] if group in ("experiment", "sweep") else ["sweep=none"]
+            _, configs = composed(*alone, f"{group}={choice}")
             assert configs, f"{group}={choice} gives no run"
             checked.append(f"{group}/{choice}")
     files = [path for path in (ROOT / "conf").rglob("*.yaml") if path.parent.name != "conf"]
@@ -53,6 +56,22 @@ def test_every_file_in_conf_composes_and_validates(workspace):
         ("nonsense=1", "config: unknown key 'nonsense'"),
         ("train.learning_rate", "write key=value"),
         ("~train.lr", "override '~train.lr': there is no such key"),
+        ("train.learning_rate='1e-3'", "config: 'train.learning_rate': input should be a valid number"),
+        ("train.learning_rate=nan", "config: 'train.learning_rate' is nan: a finite number is needed"),
+        ("train.learning_rate=true", "config: 'train.learning_rate': input should be a valid number"),
+        ("train.num_train_epochs=1e18", "config: 'train.num_train_epochs' must be from 0 to 10000"),
+        ("train.hub_token=x", "a token never belongs into a config"),
+        ("adapter.peft_type=lora", "config: 'adapter.peft_type': 'lora'; did you mean 'LORA'?"),
+        ("adapter.lora_dropout=-1", "config: 'adapter.lora_dropout' must be from 0 to below 1"),
+        ("seed=range(1,1)", "sweep 'seed=range(1,1)': the axis has no values"),
+        ("tracking=mlflow,none", "tracking cannot be an axis"),
+        ("train@foo=default", "packages (@...) are not supported"),
+        ("data.source=[]", "override 'data.source=[]': does not fit what is there"),
+        ("sweep.axes=[1]", "does not fit what is there"),
+        ("sweep.name=..", "config: 'sweep.name': string should match pattern"),
+        ("data.csv.delimiter=ab", "config: 'data.csv.delimiter': string should have at most 1 character"),
+        ("data.splits.test=0", "config: 'data.splits.test': input should be greater than 0"),
+        ("prompt.system=über", "put a value with blanks or other special characters in quotes"),
     ],
 )
 def test_a_fault_is_one_line_that_names_it(workspace, override, message):
@@ -97,6 +116,18 @@ def test_overrides_are_split_outside_quotes_and_brackets(text, parts):
 @given(st.lists(st.from_regex(r"[a-z]{1,5}=[0-9]{1,4}", fullmatch=True)))
 def test_splitting_takes_joined_overrides_apart_again(parts):
     assert conf.split_overrides("  ".join(parts)) == parts
+
+
+def test_values_in_a_sweep_file_are_what_they_are_in_yaml(workspace, monkeypatch):
+    from omegaconf import OmegaConf
+
+    axes = {"prompt.system": [None, "be, rude", "it's"], "data.limit": [{"train": 10}]}
+    base = conf.composed(conf.parse_overrides(["sweep=none"]))
+    OmegaConf.update(base, "sweep.axes", axes)
+    monkeypatch.setattr(conf, "composed", lambda overrides: base.copy())
+    _, points = conf.expand(conf.parse_overrides([]))
+    assert [config["prompt"]["system"] for _, config in points] == [None, "be, rude", "it's"]
+    assert {config["data"]["limit"]["train"] for _, config in points} == {10}
 
 
 def test_unbalanced_overrides_are_refused():

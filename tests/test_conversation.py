@@ -86,6 +86,21 @@ def test_a_model_without_a_template_says_what_to_choose():
         Encoder(bare, [bare.eos_token_id], CHAT)
 
 
+@pytest.mark.parametrize("template", ["{{ promt }}", "no variable", "{{ prompt }} {{ user }}", "{{ prompt"])
+def test_a_template_without_the_prompt_is_refused(template):
+    with pytest.raises(UserError, match="config: 'prompt.template'"):
+        encoder({**PLAIN, "template": template})
+
+
+def test_a_chat_template_that_refuses_a_role_is_named():
+    strict = tiny_tokenizer()
+    strict.chat_template = "{{ raise_exception('System role not supported') if messages[0]['role'] == 'system' }}x"
+    with pytest.raises(UserError, match="refuses messages of the roles system, user: System role not supported"):
+        Encoder(strict, [strict.eos_token_id], CHAT).encode(
+            [{"role": "system", "content": "s"}, user("a"), assistant("b")]
+        )
+
+
 def test_a_free_template_refuses_several_turns():
     with pytest.raises(UserError, match="a row has 4 turns; use prompt.apply_chat_template=true"):
         encoder(PLAIN).encode([user("a"), assistant("b"), user("c"), assistant("d")])

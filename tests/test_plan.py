@@ -100,6 +100,18 @@ def test_epochs_of_one_trunk_are_chained(workspace):
     assert [plan.jobs[path].inputs.get("previous") for path in last.segments] == [None, *last.segments[:-1]]
 
 
+def test_axes_over_groups_are_told_apart_by_the_choice(workspace):
+    plan = build("sweep=none", "adapter=lora,lora_all_linear")
+    assert [run.point for run in plan.runs] == [{"adapter": "lora"}, {"adapter": "lora_all_linear"}]
+
+
+def test_a_damaged_cache_or_plan_heals(workspace):
+    path = build().freeze()
+    path.write_text("{")
+    (workspace / "results" / ".state" / "hashes.json").write_text("garbage")
+    assert planning.load(build().freeze()).runs
+
+
 def test_swapped_values_are_other_runs(workspace):
     one = build("sweep=none", "train.adam_beta1=0.9", "train.adam_beta2=0.95")
     other = build("sweep=none", "train.adam_beta1=0.95", "train.adam_beta2=0.9")

@@ -175,3 +175,36 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(workspace, tin
     assert "the one before it is used" in caplog.text
     assert json.loads(Path("again/training.json").read_text())["resumed_from_step"] == 8
     assert_equal(undisturbed, again)
+
+
+def test_an_output_that_is_not_ours_is_never_touched(workspace, tiny_splits, tiny_model, capsys):
+    (workspace / "thesis").mkdir()
+    (workspace / "thesis" / "chapter.tex").write_text("x")
+    (workspace / "file").write_text("x")
+    for output in ("thesis", "file", ".", ""):
+        with pytest.raises(SystemExit) as exit_code:
+            train(tiny_splits, tiny_model, output)
+        assert exit_code.value.code == 2
+        assert "--output" in capsys.readouterr().err
+    assert (workspace / "thesis" / "chapter.tex").read_text() == "x"
+    assert (workspace / "file").read_text() == "x"
+
+
+def test_swapped_folders_are_named(workspace, tiny_splits, tiny_model, capsys):
+    with pytest.raises(SystemExit) as exit_code:
+        train(tiny_model, tiny_splits, "out")
+    assert exit_code.value.code == 2
+    assert "not a folder of tokenize_splits: it has no dataset_dict.json" in capsys.readouterr().err
+
+
+def test_full_parameter_training_passes_through_the_merge(workspace, tiny_splits, tiny_model):
+    from transformers import AutoModelForCausalLM
+
+    arguments = ["--splits", str(tiny_splits), "--model", str(tiny_model), "--output", "full"]
+    train_adapter.main([*arguments, "experiment=smoke", "adapter=full", "train.per_device_train_batch_size=4"])
+    merge_adapter.main(["--model", str(tiny_model), "--adapter", "full", "--output", "merged"])
+    trained, merged = (AutoModelForCausalLM.from_pretrained(folder) for folder in ("full", "merged"))
+    base = AutoModelForCausalLM.from_pretrained(tiny_model)
+    ids = torch.arange(20)[None]
+    assert torch.equal(merged(ids).logits, trained(ids).logits)
+    assert not torch.equal(merged(ids).logits, base(ids).logits)

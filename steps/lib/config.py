@@ -7,6 +7,7 @@ import importlib.metadata
 import itertools
 import json
 import logging
+import math
 import typing
 from pathlib import Path
 
@@ -26,13 +27,17 @@ RESERVED_TRAIN = {
     "report_to": "use 'tracking'",
     "run_name": "runs are named by the plan",
     "push_to_hub": "publishing is a step of its own, never part of training",
+    "hub_token": "a token never belongs into a config, which is stored and shown",
+    "remove_unused_columns": "the collator takes what it needs",
+    "train_sampling_strategy": "rows of similar length always train together",
+    "do_train": "training is what the stage does",
 }
 
 # Renamed or removed in transformers 5: what to write instead.
 RENAMED_TRAIN = {
     "warmup_ratio": "transformers 5 has no warmup_ratio: write train.warmup_steps=0.1 (below 1: a share of all steps)",
     "evaluation_strategy": "it is called eval_strategy now",
-    "group_by_length": "write train.train_sampling_strategy=group_by_length",
+    "group_by_length": "rows of similar length always train together",
     "no_cuda": "write train.use_cpu=true",
 }
 
@@ -89,17 +94,30 @@ def parse_overrides(overrides: list[str]) -> Overrides:
     sorted_out = Overrides([], [], {})
     for text in overrides:
         try:
-            override = parser.parse_override(text)
-        except HydraException as error:
-            reason = str(error).splitlines()[0]
-            raise UserError(f"override '{text}': {reason} (write key=value)") from None
-        if override.is_sweep_override():
-            sorted_out.axes[override.key_or_group] = list(override.sweep_string_iterator())
+            override = parser.parse_override(text.strip())
+            swept = list(override.sweep_string_iterator()) if override.is_sweep_override() else None
+        except (HydraException, ValueError) as error:
+            reason = " ".join(str(error).split())[:200]
+            hint = "write key=value; put a value with blanks or other special characters in quotes: key='a b'"
+            raise UserError(f"override '{text}': {reason} ({hint})") from None
+        if override.package is not None:
+            raise UserError(f"override '{text}': packages (@...) are not supported: write group=choice or key=value")
+        if swept is not None:
+            _check_axis(override.key_or_group, swept, text)
+            sorted_out.axes[override.key_or_group] = swept
         elif override.key_or_group in groups():
             sorted_out.groups.append(_known_choice(override.key_or_group, str(override.value()), text))
         else:
             sorted_out.values.append(override)
     return sorted_out
+
+
+def _check_axis(key: str, values: list[str], text: str) -> None:
+    """Refuse axes that are empty, or that do not make runs that can be ranked together."""
+    if not values:
+        raise UserError(f"sweep '{text}': the axis has no values")
+    if key.split(".")[0] in ("experiment", "sweep", "tracking") or key == "eval.metric":
+        raise UserError(f"sweep '{text}': {key} cannot be an axis: it does not change what a run is; give one value")
 
 
 def _known_choice(group: str, choice: str, text: str) -> str:
@@ -136,18 +154,27 @@ def chosen_experiment(overrides: Overrides) -> str:
 
 def composed(overrides: Overrides):
     """The unresolved OmegaConf config for these overrides (sweep axes left out)."""
-    from omegaconf import OmegaConf, open_dict
+    from omegaconf import OmegaConf
 
     config = _compose(tuple(overrides.groups)).copy()
     OmegaConf.set_struct(config, False)
     for override in overrides.values:
-        key = override.key_or_group
-        with open_dict(config):
-            if override.is_delete():
-                _delete(config, key)
-            else:
-                OmegaConf.update(config, key, override.value(), merge=True)
+        if override.is_delete():
+            _delete(config, override.key_or_group)
+        else:
+            _update(config, override)
     return config
+
+
+def _update(config, override) -> None:
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    try:
+        OmegaConf.update(config, override.key_or_group, override.value(), merge=True)
+    except (OmegaConfBaseException, ValueError, TypeError, IndexError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"override '{override.input_line}': does not fit what is there: {reason}") from None
 
 
 def _delete(config, key: str) -> None:
@@ -160,20 +187,18 @@ def _delete(config, key: str) -> None:
     del node[name]
 
 
-def expand(overrides: Overrides) -> tuple[dict, list[dict]]:
+def expand(overrides: Overrides) -> tuple[dict, list[tuple[dict, dict]]]:
     """The sweep's axes and one validated config per grid point.
 
     A swept value on the command line replaces that axis of the sweep file, a fixed one collapses it.
 
     Returns:
-        (axes: key -> list of values as text, configs in the axes' order, last axis fastest)
+        (axes: key -> list of values as text; per grid point, last axis fastest, its values by key and its config)
     """
-    from omegaconf import OmegaConf
-
     base = composed(overrides)
     axes = _axes(base, overrides)
     group_axes = [key for key in axes if key in groups()]
-    configs = []
+    points = []
     for point in itertools.product(*axes.values()):
         chosen = [f"{key}={value}" for key, value in zip(axes, point, strict=True)]
         picked = parse_overrides(chosen)
@@ -182,28 +207,55 @@ def expand(overrides: Overrides) -> tuple[dict, list[dict]]:
         else:
             picked_base = base.copy()
         for override in picked.values:
-            OmegaConf.update(picked_base, override.key_or_group, override.value(), merge=True)
-        configs.append(validated(to_container(picked_base)))
-    return axes, configs
+            _update(picked_base, override)
+        config = validated(to_container(picked_base))
+        texts = dict(zip(axes, point, strict=True))
+        points.append(({key: text if key in groups() else _at(config, key) for key, text in texts.items()}, config))
+    return axes, points
+
+
+def _at(config: dict, key: str):
+    """The value at a dotted key."""
+    for part in key.split("."):
+        config = config[part]
+    return config
 
 
 def _axes(config, overrides: Overrides) -> dict[str, list[str]]:
     """key -> values as Hydra text, from the sweep file and the command line."""
     from omegaconf import OmegaConf
 
-    in_file = OmegaConf.to_container(config).get("sweep", {}).get("axes") or {}
+    in_file = OmegaConf.to_container(config)["sweep"].get("axes") or {}
+    if not isinstance(in_file, dict):
+        raise UserError("config: 'sweep.axes' must map config keys to values, e.g. {train.learning_rate: '1e-4,3e-4'}")
     fixed = {override.key_or_group for override in overrides.values}
     fixed |= {choice.partition("=")[0] for choice in overrides.groups}
     axes = {}
     for key, value in in_file.items():
         if isinstance(value, list):
-            value = ",".join(str(item) for item in value)
+            value = ",".join(_hydra_text(item) for item in value)
+        elif not isinstance(value, str):
+            value = _hydra_text(value)
         parsed = parse_overrides([f"{key}={value}"])
         one_value = [_value_text(item) for item in parsed.values] + [item.partition("=")[2] for item in parsed.groups]
         if key not in fixed:
             axes[key] = parsed.axes.get(key) or one_value
     axes.update(overrides.axes)
     return axes
+
+
+def _hydra_text(value) -> str:
+    """A YAML value in Hydra's grammar: what it was in the file, it is as an override."""
+    if value is None or isinstance(value, bool):
+        return json.dumps(value)
+    if isinstance(value, str):
+        escaped = value.replace("'", "\\'")
+        return f"'{escaped}'"
+    if isinstance(value, list):
+        return "[" + ",".join(map(_hydra_text, value)) + "]"
+    if isinstance(value, dict):
+        return "{" + ",".join(f"{key}:{_hydra_text(item)}" for key, item in value.items()) + "}"
+    return str(value)
 
 
 def _value_text(override) -> str:
@@ -254,7 +306,7 @@ def _model_dump(model, values: dict, prefix: str) -> dict:
     from pydantic import ValidationError
 
     try:
-        return model.model_validate(values).model_dump(mode="json")
+        return model.model_validate(values).model_dump()
     except ValidationError as error:
         raise UserError(explain(error, model, prefix)) from None
 
@@ -299,6 +351,7 @@ def check_library_sections(train: dict, adapter: dict) -> None:
         if key in train:
             raise UserError(f"config: 'train.{key}' cannot be set: {reason}")
     versions = [importlib.metadata.version(name) for name in ("transformers", "peft")]
+    _refuse_nan({"train": train, "adapter": adapter})
     stamp = CHECKED / digest([train, adapter, versions])
     if stamp.exists():
         return
@@ -309,6 +362,14 @@ def check_library_sections(train: dict, adapter: dict) -> None:
     with contextlib.suppress(OSError):  # a read-only results/ only costs the next check its time
         stamp.parent.mkdir(parents=True, exist_ok=True)
         stamp.touch()
+
+
+def _refuse_nan(value, key: str = "") -> None:
+    if isinstance(value, dict):
+        for name, item in value.items():
+            _refuse_nan(item, f"{key}.{name}" if key else name)
+    elif isinstance(value, float) and not math.isfinite(value):
+        raise UserError(f"config: '{key}' is {value}: a finite number is needed")
 
 
 def _check_train(train: dict) -> None:
@@ -335,6 +396,13 @@ def _check_ranges(train: dict) -> None:
         value = train.get(key)
         if value is not None and not value > 0:
             raise UserError(f"config: 'train.{key}' must be above 0 (found {value})")
+    for key, (low, high) in {
+        "num_train_epochs": (0, 10_000),
+        "weight_decay": (0, 1),
+        "label_smoothing_factor": (0, 1),
+    }.items():
+        if train.get(key) is not None and not low <= train[key] <= high:
+            raise UserError(f"config: 'train.{key}' must be from {low} to {high} (found {train[key]})")
 
 
 def _field_types(cls) -> dict[str, object]:
@@ -352,7 +420,7 @@ def _check_type(key: str, value, annotation) -> None:
     except PydanticUserError:
         return  # an annotation that pydantic cannot check: the class's own check has to do
     try:
-        adapter.validate_python(value)
+        adapter.validate_python(value, strict=True)
     except ValidationError as error:
         message = error.errors(include_url=False)[0]["msg"]
         raise UserError(
@@ -363,21 +431,24 @@ def _check_type(key: str, value, annotation) -> None:
 def _check_adapter(adapter: dict) -> None:
     if "peft_type" not in adapter:
         raise UserError("config: 'adapter.peft_type' is missing; choose adapter=lora or adapter=full")
-    if adapter["peft_type"] is None:
-        extra = sorted(set(adapter) - {"peft_type"})
-        if extra:
-            raise UserError(
-                f"config: unknown key 'adapter.{extra[0]}': full-parameter training takes no adapter fields"
-            )
-        return
-    from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PeftType
+    if adapter["peft_type"] is not None:
+        _check_peft(adapter, _peft_class(adapter["peft_type"]))
+    elif len(adapter) > 1:
+        extra = min(set(adapter) - {"peft_type"})
+        raise UserError(f"config: unknown key 'adapter.{extra}': full-parameter training takes no adapter fields")
 
-    known = {kind.value: PEFT_TYPE_TO_CONFIG_MAPPING[kind] for kind in PeftType if kind in PEFT_TYPE_TO_CONFIG_MAPPING}
-    if adapter["peft_type"] not in known:
-        raise UserError(
-            f"config: 'adapter.peft_type': {adapter['peft_type']!r}; {suggest(str(adapter['peft_type']), known)}"
-        )
-    cls = known[adapter["peft_type"]]
+
+def _peft_class(peft_type):
+    """PEFT's config class of an adapter type."""
+    from peft import PEFT_TYPE_TO_CONFIG_MAPPING
+
+    known = {kind.value: cls for kind, cls in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
+    if not isinstance(peft_type, str) or peft_type not in known:
+        raise UserError(f"config: 'adapter.peft_type': {peft_type!r}; {suggest(str(peft_type), known)}")
+    return known[peft_type]
+
+
+def _check_peft(adapter: dict, cls) -> None:
     fields = _field_types(cls)
     for key, value in adapter.items():
         if key not in fields:
@@ -386,10 +457,15 @@ def _check_adapter(adapter: dict) -> None:
             _check_type(f"adapter.{key}", value, fields[key])
     if not adapter.get("r", 1) > 0:
         raise UserError(f"config: 'adapter.r' must be above 0 (found {adapter['r']})")
+    if not 0 <= adapter.get("lora_dropout", 0) < 1:
+        raise UserError(f"config: 'adapter.lora_dropout' must be from 0 to below 1 (found {adapter['lora_dropout']})")
     try:
-        cls(**{key: value for key, value in adapter.items() if key != "peft_type"})
+        config = cls(**{key: value for key, value in adapter.items() if key != "peft_type"})
     except (ValueError, TypeError, ImportError) as error:
         raise UserError("config: adapter: " + " ".join(str(error).split())[:300]) from None
+    if config.is_prompt_learning:
+        kind = adapter["peft_type"]
+        raise UserError(f"config: 'adapter.peft_type': {kind} cannot be merged, which the pipeline needs: use LORA")
 
 
 # --- what a stage sees ---------------------------------------------------------------------------
@@ -439,12 +515,12 @@ def load_stage_config(stage: str, given: str | None, overrides: list[str]) -> di
     if given:
         return validated_stage(stage, _config_text(given) if given.lstrip().startswith("{") else _config_file(given))
     parsed = parse_overrides(["sweep=none", *overrides])
-    axes, configs = expand(parsed)
-    if len(configs) != 1:
+    axes, points = expand(parsed)
+    if len(points) != 1:
         raise UserError(
             f"a step makes one run, but {', '.join(axes)} is swept: give one value each, e.g. {_first(axes)}"
         )
-    return stage_config(stage, configs[0])
+    return stage_config(stage, points[0][1])
 
 
 def _config_text(text: str) -> dict:

@@ -36,9 +36,7 @@ class Encoder:
         self.learn_all = prompt["loss_on"] == "all"
         self.template = None
         if not prompt["apply_chat_template"]:
-            from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-            self.template = ImmutableSandboxedEnvironment(keep_trailing_newline=True).from_string(prompt["template"])
+            self.template = _compiled(prompt["template"])
         elif not tokenizer.chat_template:
             raise UserError(
                 f"{tokenizer.name_or_path}: this model has no chat template; choose prompt=plain, "
@@ -79,7 +77,18 @@ class Encoder:
         return pieces
 
     def _render(self, messages: list[dict], add_generation_prompt: bool) -> str:
-        return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
+        from jinja2 import TemplateError
+
+        try:
+            return self.tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=add_generation_prompt
+            )
+        except (TemplateError, LookupError, TypeError) as error:
+            roles = ", ".join(message["role"] for message in messages)
+            raise UserError(
+                f"{self.tokenizer.name_or_path}: its chat template refuses messages of the roles {roles}: "
+                f"{' '.join(str(error).split())[:200]}; try prompt.system=null, or prompt=plain"
+            ) from None
 
     def _template_pieces(self, messages: list[dict]) -> list[tuple[str, bool]]:
         *before, answer = messages
@@ -90,7 +99,12 @@ class Encoder:
                 f"prompt.template is for one prompt and one answer, but a row has {len(turns) + 1} turns; "
                 "use prompt.apply_chat_template=true"
             )
-        prompt = self.template.render(system=system, prompt=turns[0]["content"])
+        from jinja2 import TemplateError
+
+        try:
+            prompt = self.template.render(system=system, prompt=turns[0]["content"])
+        except (TemplateError, ArithmeticError, TypeError) as error:
+            raise UserError(f"config: 'prompt.template': {error}; it may use 'prompt' and 'system'") from None
         return [(prompt, False), (answer["content"], True)]
 
     def _piecewise(self, pieces) -> tuple[list[int], list[int | None]]:
@@ -118,6 +132,22 @@ class Encoder:
             ids, learned = ids[: stop + 1], learned[: stop + 1]
         labels = list(ids) if self.learn_all else _labels(ids, learned, self.stop_ids)
         return Encoded(ids, labels, start, retokenized)
+
+
+def _compiled(template: str):
+    """The free template, checked: a misspelt variable would train on rows without their prompt."""
+    from jinja2 import StrictUndefined, TemplateSyntaxError, meta
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    environment = ImmutableSandboxedEnvironment(keep_trailing_newline=True, undefined=StrictUndefined)
+    try:
+        used = meta.find_undeclared_variables(environment.parse(template))
+    except TemplateSyntaxError as error:
+        raise UserError(f"config: 'prompt.template': {error}") from None
+    if "prompt" not in used or used - {"prompt", "system"}:
+        found = ", ".join(sorted(used)) or "no variable"
+        raise UserError(f"config: 'prompt.template' must use 'prompt', and may use 'system' (found {found})")
+    return environment.from_string(template)
 
 
 def _learned_spans(pieces) -> list[tuple[int, int]]:

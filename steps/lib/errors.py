@@ -17,7 +17,8 @@ def suggest(word: str, choices) -> str:
     """``"did you mean 'x'?"`` when a choice is close to `word` or has it as initials (lr), else what is allowed."""
     choices = sorted(str(choice) for choice in choices)
     initials = [choice for choice in choices if "".join(part[:1] for part in choice.split("_")) == word]
-    close = initials or difflib.get_close_matches(word, choices, n=1)
+    same = [choice for choice in choices if choice.casefold() == word.casefold()]
+    close = same or initials or difflib.get_close_matches(word, choices, n=1)
     if close:
         return f"did you mean '{close[0]}'?"
     shown = ", ".join(choices[:MOST_SHOWN])

@@ -103,8 +103,18 @@ class HashCache:
 
     def __init__(self, path: Path):
         self.path = path
-        self.known = json.loads(path.read_text()) if path.is_file() else {}
+        self.known = self._read(path)
         self.changed = False
+
+    @staticmethod
+    def _read(path: Path) -> dict:
+        """What was remembered; a damaged file is only a cache that is lost."""
+        try:
+            known = json.loads(path.read_text())
+        except (OSError, ValueError):
+            return {}
+        whole = isinstance(known, dict) and all(isinstance(v, list) and len(v) == 2 for v in known.values())
+        return known if whole else {}
 
     def sha256(self, path: str | os.PathLike) -> str:
         stat = Path(path).stat()

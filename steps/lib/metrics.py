@@ -56,10 +56,12 @@ def check_metric(eval_config: dict) -> str:
 
 
 def _check_labels(labels: list[str]) -> None:
-    seen: dict[str, str] = {}
-    for label in labels:
-        other = seen.setdefault(normalised(label), label)
-        if other is not label:
+    seen: dict[str, tuple[int, str]] = {}
+    for index, label in enumerate(labels):
+        if not label.strip():
+            raise UserError("config: 'eval.labels': an empty label could not be told from no answer")
+        first, other = seen.setdefault(normalised(label), (index, label))
+        if first != index:
             raise UserError(f"config: 'eval.labels': '{other}' and '{label}' are one, case and punctuation aside")
 
 

@@ -34,6 +34,7 @@ FOLDERS = {
 
 # Learning-rate schedules that do not look at the total number of steps: runs that differ only in
 # num_train_epochs share their history, so they are one chain of epoch segments.
+MOST_SEGMENTS = 200  # a longer training is one job: Snakemake follows chains of jobs by recursion
 TOTAL_INDEPENDENT = frozenset({"constant", "constant_with_warmup"})
 
 
@@ -108,11 +109,13 @@ class Plan:
         """Write the plan to ``results/.plans/<hash>.json`` and return the path."""
         content = dataclasses.asdict(self)
         path = PLANS / f"{digest(content)}.json"
-        if not path.is_file():
+        try:
             PLANS.mkdir(parents=True, exist_ok=True)
             temporary = path.with_suffix(f".{os.getpid()}")
             temporary.write_text(json.dumps(content, indent=1, ensure_ascii=False))
-            temporary.replace(path)
+            temporary.replace(path)  # written anew each time, so that a damaged one heals
+        except OSError as error:
+            raise UserError(f"{path}: cannot be written ({error.strerror}); make results/ a writable folder") from None
         return path
 
 
@@ -138,13 +141,14 @@ def build(experiment: str | None = None, sweep: str | None = None, overrides: st
     texts = split_overrides(overrides) if isinstance(overrides, str) else list(overrides)
     chosen = [f"{group}={name}" for group, name in (("experiment", experiment), ("sweep", sweep)) if name]
     parsed = parse_overrides([*chosen, *texts])
-    axes, configs = expand(parsed)
+    axes, points = expand(parsed)
+    configs = [config for _, config in points]
     hashes = HashCache(STATE / "hashes.json")
     planner = _Planner(hashes)
     runs = {}
-    for config in configs:
+    for point, config in points:
         check_metric(config["eval"])
-        run = planner.add_run(config, axes)
+        run = planner.add_run(config, point)
         runs.setdefault(run.name, run)  # 1e-4 and 0.0001 are one run
     hashes.save()
     first = configs[0]
@@ -191,7 +195,7 @@ class _Planner:
         self.identities: dict[str, dict] = {}
         self.sources: dict[str, str] = {}  # data set's name -> its pin
 
-    def add_run(self, config: dict, axes: dict) -> Run:
+    def add_run(self, config: dict, point: dict) -> Run:
         data, model = config["data"]["name"], config["model"]["name"]
         pin = self._raw(config)
         base = self._job("fetch_model", model, config, {}, extra=self._model_files(config))
@@ -216,7 +220,6 @@ class _Planner:
             "base_report": base_report.path,
         }
         name = Path(report.path).name
-        point = {key: _select(config, key) for key in axes}
         return Run(name, report.key, point, config, artefacts, [segment.path for segment in adapters])
 
     def _raw(self, config: dict) -> str:
@@ -302,7 +305,7 @@ def _without_unkeyed(view: dict) -> tuple[dict, dict]:
 def _shares_trunk(train: dict) -> bool:
     """Whether runs that differ only in num_train_epochs go through the same states."""
     epochs = train.get("num_train_epochs", 3)
-    whole = float(epochs) == int(epochs) and epochs >= 1
+    whole = float(epochs) == int(epochs) and 1 <= epochs <= MOST_SEGMENTS
     warmup = train.get("warmup_steps") or 0
     return (
         train.get("lr_scheduler_type", "linear") in TOTAL_INDEPENDENT
@@ -329,11 +332,3 @@ def _slug(config: dict, epochs) -> str:
         length,
     ]
     return "-".join(parts)
-
-
-def _select(config: dict, key: str):
-    """The value at a dotted key; for a config group (``model``) the name of the choice."""
-    value = config
-    for part in key.split("."):
-        value = value.get(part) if isinstance(value, dict) else None
-    return value.get("name") if isinstance(value, dict) else value

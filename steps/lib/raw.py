@@ -102,8 +102,25 @@ def identity_on_disk(raw: Path) -> dict:
     return _identity(raw, found)
 
 
+def read_pin(pin: Path) -> dict:
+    """The content of a pin file.
+
+    Raises:
+        UserError: it is damaged.
+    """
+    try:
+        recorded = json.loads(pin.read_text())
+        names = list(recorded["files"])
+        whole = isinstance(recorded["source"], dict) and all(name == Path(name).name for name in names)
+    except (ValueError, LookupError, TypeError):
+        whole = False
+    if not whole:
+        raise UserError(f"{pin}: damaged; delete it, and the data is fetched again (edited files are kept)")
+    return recorded
+
+
 def _identity(pin: Path, found: dict[str, str]) -> dict:
-    recorded = json.loads(pin.read_text())
+    recorded = read_pin(pin)
     if recorded["source"]["kind"] != "files" and recorded["files"] == found:
         return {"pin": pin.stem.removeprefix("pin-")}
     return {"files": list(found.values())}

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 class Section(BaseModel):
     """Base of all sections: an unknown key is an error, never ignored."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
 
 # --- where data and models come from -------------------------------------------------------------
@@ -32,7 +32,7 @@ class FilesSource(Section):
     """Files of one's own, read in place. `path`: a file or a list of files; for a model its folder."""
 
     kind: Literal["files"]
-    path: str | list[str]
+    path: Annotated[str, Field(min_length=1)] | Annotated[list[str], Field(min_length=1)]
 
 
 class PackageSource(Section):
@@ -42,7 +42,7 @@ class PackageSource(Section):
     """
 
     kind: Literal["package"]
-    requirement: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]+==[A-Za-z0-9.!+_-]+$")]
+    requirement: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*==[A-Za-z0-9.!+_-]+$")]
     sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
     sdist: bool = False  # the source distribution instead of the wheel
     member: str | list[str]
@@ -58,8 +58,8 @@ SOURCE_KINDS = {"hub": HubSource, "files": FilesSource, "package": PackageSource
 class Csv(Section):
     """How to read csv files; the names are those of Python's csv module."""
 
-    delimiter: str = ","
-    quotechar: str | None = '"'  # null: quotes have no meaning
+    delimiter: Annotated[str, Field(min_length=1, max_length=1)] = ","
+    quotechar: Annotated[str, Field(min_length=1, max_length=1)] | None = '"'  # null: quotes have no meaning
     fieldnames: list[str] | None = None  # column names when the file has no header line
 
 
@@ -67,7 +67,7 @@ class SplitSizes(Section):
     """Share of the rows (below 1, by a hash of the prompt) that validation and test get; train gets the rest."""
 
     validation: Annotated[float, Field(ge=0, lt=1)] = 0.1
-    test: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    test: Annotated[float, Field(gt=0, lt=1)] = 0.1
 
     @model_validator(mode="after")
     def _leave_rows_for_training(self):
@@ -90,7 +90,7 @@ Layout = Literal["messages", "prompt_completion", "instruction", "question_answe
 class Data(Section):
     """A data set: where it is, how its rows become conversations, how it is split."""
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]+$")]
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$")]
     source: Source
     format: Literal["json", "jsonl", "csv", "parquet"] | None = None  # null: by the file's ending
     csv: Csv = Csv()
@@ -158,7 +158,7 @@ class ModelLoad(Section):
 class Model(Section):
     """A base model."""
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]+$")]
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$")]
     source: Source
     load: ModelLoad = ModelLoad()
 
@@ -192,10 +192,10 @@ class Eval(Section):
 
     task: Literal["labels", "tags", "text"]
     labels: list[str] | None = None  # task labels: all of them
-    separator: str = ","  # task tags
+    separator: Annotated[str, Field(min_length=1)] = ","  # task tags
     metric: str | None = None  # the one that ranks runs; null: the task's own
     batch_size: Annotated[int, Field(gt=0)] = 32
-    max_new_tokens: Annotated[int, Field(gt=0)] = 64
+    max_new_tokens: Annotated[int, Field(gt=0, le=100_000)] = 64
     do_sample: bool = False
     temperature: Annotated[float, Field(gt=0)] = 1.0
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
@@ -222,7 +222,7 @@ class Tracking(Section):
 class Sweep(Section):
     """Axes in Hydra's sweep grammar: config key -> ``1e-4,3e-4``, ``range(1,4)``, ``choice(a,b)``."""
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]+$")]
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$")]
     axes: dict[str, Any] = {}
 
 

@@ -107,7 +107,7 @@ def execute(step, arguments, names: list[str]) -> None:
     """Load the config, lock the output, run the step into a temporary folder, rename it into place."""
     from steps.lib.config import load_stage_config
 
-    output = Path(arguments.output)
+    output = _output_path(arguments.output)
     inputs = {name: _input_path(name, getattr(arguments, name)) for name in names}
     config = load_stage_config(step.STAGE, arguments.config, arguments.overrides)
     job = _planned_job(arguments.plan, output)
@@ -130,19 +130,53 @@ def _readable_weights(folder: Path) -> None:
         weights.chmod(mode)
 
 
+# What a folder must hold to be what a flag asks for, and the stages that make such a folder.
+MARKERS = {
+    "prompts": (("train.jsonl",), "format_prompts"),
+    "splits": (("dataset_dict.json",), "tokenize_splits"),
+    "model": (("config.json", "diverged.json"), "fetch_model or merge_adapter"),
+    "adapter": (("training.json",), "train_adapter"),
+    "base_report": (("metrics.json",), "evaluate_model"),
+}
+
+
 def _input_path(name: str, value: str | None) -> Path | None:
     if value is None:
         return None
-    if not Path(value).exists():
-        raise UserError(f"--{name} {value}: no such file or folder; run the stage that makes it first")
-    return Path(value)
+    path, flag = Path(value), "--" + name.replace("_", "-")
+    if not path.exists():
+        raise UserError(f"{flag} {value}: no such file or folder; run the stage that makes it first")
+    files, stage = MARKERS.get(name, ((), ""))
+    if files and not any((path / file).is_file() for file in files):
+        raise UserError(f"{flag} {value}: not a folder of {stage}: it has no {' or '.join(files)}")
+    return path
+
+
+def _output_path(value: str) -> Path:
+    """The output folder; nobody's files are ever replaced by it.
+
+    Raises:
+        UserError: the path is taken by a file, or by a folder that no step wrote.
+    """
+    path = Path(value)
+    if not path.name or path.name == "..":
+        raise UserError(f"--output {value!r}: name a new folder")
+    if path.is_symlink() or (path.exists() and not path.is_dir()):
+        raise UserError(f"--output {value}: is there already and is no folder; name a new folder")
+    ours = {"provenance.json", ".snakemake_timestamp"}  # Snakemake leaves the latter in a folder it made itself
+    if path.is_dir() and any(path.iterdir()) and not any((path / name).exists() for name in ours):
+        raise UserError(f"--output {value}: has files that no step wrote; name a new folder, or move them away")
+    return path
 
 
 def _planned_job(plan: str | None, output: Path) -> dict:
     """The plan's entry for this output: what the workflow knows that is in no key."""
     if not plan:
         return {}
-    return json.loads(Path(plan).read_text())["jobs"].get(str(output), {})
+    try:
+        return json.loads(Path(plan).read_text())["jobs"].get(str(output), {})
+    except (OSError, ValueError, LookupError) as error:
+        raise UserError(f"--plan {plan}: is no plan ({error}); run snakemake again, which writes it anew") from None
 
 
 def _deep_merge(base: dict, extra: dict) -> dict:

@@ -37,10 +37,18 @@ def load_plan(config: dict) -> planning.Plan:
                 raise UserError(
                     f'--config {key}=...: {suggest(key, CONFIG_KEYS)} (config values go into overrides="{key}=...")'
                 )
-        if FROZEN not in os.environ:
-            texts = {key: str(config[key]) for key in CONFIG_KEYS if config.get(key) is not None}
+        if not os.environ.get(FROZEN):
+            texts = {key: _with_quotes(str(config[key])) for key in CONFIG_KEYS if config.get(key) is not None}
             os.environ[FROZEN] = str(planning.build(**texts).freeze())
         return planning.load(os.environ[FROZEN])
+
+
+def _with_quotes(text: str) -> str:
+    """Put back the closing quote of ``key='a b'``: Snakemake strips quotes from the ends of --config values."""
+    for quote in "'\"":
+        if text.replace(f"\\{quote}", "").count(quote) % 2:
+            text += quote
+    return text
 
 
 def inputs_of(plan: planning.Plan, stage: str, prefix: str = ""):
