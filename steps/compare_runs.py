@@ -17,6 +17,7 @@ import json
 import logging
 import os
 import re
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -55,6 +56,7 @@ def compare(config: dict, output: Path) -> dict:
     rows += [_diverged_row(run, rows[0]) for run in diverged]
     board = {"sweep": config["sweep"]["name"], "metric": metric, "rows": rows, "missing": missing}
     output.mkdir(parents=True, exist_ok=True)
+    _keep_other_experiment(output, config.get("experiment"))
     pages.write_whole(output / "config.yaml", safe_dump(config, sort_keys=False, allow_unicode=True))
     pages.write_whole(output / "leaderboard.csv", _csv(rows))
     _write_page(output, config, metric, runs, rows, missing, diverged)
@@ -62,6 +64,20 @@ def compare(config: dict, output: Path) -> dict:
     base = runs[0]["facts"]["base"]
     pages.write_whole(output / "leaderboard.json", _json_text({**board, "base": base, "rows": linked}))
     return board
+
+
+def _keep_other_experiment(output: Path, experiment: str | None) -> None:
+    """Two experiments over the same sweep share its folder: the page of the other one is kept beside it."""
+    from yaml import safe_load
+
+    config, board = output / "config.yaml", output / "leaderboard.csv"
+    if not (config.is_file() and board.is_file()):
+        return
+    other = safe_load(config.read_text(encoding="utf-8")).get("experiment")
+    if other and other != experiment:
+        kept = output.with_name(f"{output.name}-{other}")
+        shutil.copytree(output, kept, dirs_exist_ok=True)
+        log.info("%s was of experiment=%s: kept as %s", output, other, kept)
 
 
 # --- reading the reports -------------------------------------------------------------------------
@@ -288,7 +304,8 @@ def _command_for(run: dict, config: dict) -> str:
     """The command that makes this run alone: fixed values collapse the sweep's axes."""
     experiment = f" experiment={config['experiment']}" if config.get("experiment") else ""
     overrides = " ".join(f"{key}={_override(value)}" for key, value in run["point"].items())
-    return f"snakemake --cores all --config{experiment}" + (f' overrides="{overrides}"' if overrides else "")
+    # sweep=none: alone, the run gets a page of its own, and this one stays.
+    return f"snakemake --cores all --config{experiment} sweep=none" + (f' overrides="{overrides}"' if overrides else "")
 
 
 def _override(value) -> str:

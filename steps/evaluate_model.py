@@ -22,6 +22,7 @@ from pathlib import Path
 from steps.lib import figures, metrics, pages
 from steps.lib.adapters import DIVERGED
 from steps.lib.errors import UserError
+from steps.lib.keys import flat
 from steps.lib.progress import quiet_libraries
 from steps.lib.step import peak_memory, run_command
 
@@ -356,11 +357,11 @@ def _configs(config: dict, model: Path, splits: Path, adapter: Path | None) -> d
     from yaml import safe_load
 
     inputs = {"model": model, "splits": splits, "adapter": adapter}
-    tables = {"evaluate_model": pages.flat(config)}
+    tables = {"evaluate_model": flat(config)}
     for name, folder in inputs.items():
         if folder and (folder / "config.yaml").is_file():
             stage = _json(folder / "provenance.json")["stage"] if (folder / "provenance.json").is_file() else name
-            tables[stage] = pages.flat(safe_load((folder / "config.yaml").read_text(encoding="utf-8")))
+            tables[stage] = flat(safe_load((folder / "config.yaml").read_text(encoding="utf-8")))
     tables["inputs"] = {name: str(folder) for name, folder in inputs.items() if folder}
     return tables
 

@@ -17,8 +17,7 @@ from pathlib import Path
 
 from steps.lib import plan as planning
 from steps.lib.errors import UserError
-from steps.lib.keys import code_hashes
-from steps.lib.pages import flat
+from steps.lib.keys import code_hashes, flat
 
 MOST_ROWS = 5  # changed rows that are named
 
@@ -49,7 +48,7 @@ def explain(plan: planning.Plan) -> str:
         like = most_similar(job)
         lines.append(f"  {job.stage:16} {Path(job.path).name}")
         lines.append(f"  {'':16}   {'; '.join(reasons(job, like, {job.path for job in missing}))}")
-        forecast.add(like)
+        forecast.add(like if _comparable(job, like) else None)
     return "\n".join([*lines, forecast.text()])
 
 
@@ -123,6 +122,8 @@ def changed_rows(job: planning.Job, prompts: Path) -> str:
     from steps.format_prompts import SPLITS, conversations
 
     raw = Path(job.inputs["raw"])
+    if not raw.is_file():
+        return f"{raw.parent}: still to be fetched"
     before = {}
     for split in SPLITS:
         for line in (prompts / f"{split}.jsonl").read_text(encoding="utf-8").splitlines():
@@ -138,6 +139,11 @@ def changed_rows(job: planning.Job, prompts: Path) -> str:
     named = ", ".join(str(number) for number in sorted(changed)[:MOST_ROWS])
     more = f" and {len(changed) - MOST_ROWS} more" if len(changed) > MOST_ROWS else ""
     return f"{raw.parent}: row{'s' if len(changed) > 1 else ''} {named}{more} changed"
+
+
+def _comparable(job: planning.Job, like: Made | None) -> bool:
+    """Whether `like` did the same amount of work: on the same splits, or a stage whose work hardly varies."""
+    return like is not None and job.inputs.get("splits") == like.provenance["inputs"].get("splits")
 
 
 # --- forecast ------------------------------------------------------------------------------------
@@ -158,9 +164,9 @@ class Forecast:
         self.bytes += sum(path.stat().st_size for path in like.path.rglob("*") if path.is_file())
 
     def text(self) -> str:
-        unknown = f"; {self.unknown} job(s) have no like yet" if self.unknown else ""
+        unknown = f"; nothing to go by for {self.unknown} job(s)" if self.unknown else ""
         if not self.known:
-            return f"forecast: nothing to go by yet{unknown}"
+            return "forecast: nothing to go by yet"
         return (
             f"forecast: {self.seconds:.0f} s of jobs (less where they run side by side), "
             f"{self.bytes / 2**20:.0f} MiB of disk, as {self.known} similar job(s) took{unknown}"

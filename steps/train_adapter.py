@@ -18,6 +18,7 @@ import logging
 import sys
 from pathlib import Path
 
+from steps.lib.errors import UserError
 from steps.lib.keys import digest
 from steps.lib.progress import quiet_libraries
 from steps.lib.step import locked, peak_memory, run_command
@@ -48,6 +49,8 @@ def _train(config: dict, splits: Path, model: Path, output: Path, state: Path) -
     from steps.lib.models import load_model, load_tokenizer
 
     rows = load_from_disk(splits)
+    if config.get("labels"):  # what the evaluation would refuse is better refused before training
+        _check_references(rows, config["labels"])
     tokenizer = load_tokenizer(model)
     validation = rows.get("validation")  # data.splits.validation=0 leaves it out
     train = config["train"] if validation is not None else {**config["train"], "eval_strategy": "no"}
@@ -73,6 +76,8 @@ def _train(config: dict, splits: Path, model: Path, output: Path, state: Path) -
         for callback in (divergence, metrics, training.ShowProgress(), training.SealedCheckpoints()):
             trainer.add_callback(callback)
         log.info("%s", _headline(rows, sizes, args, target, checkpoint))
+        if target <= args.warmup_steps:
+            log.info("note: %d steps end within train.warmup_steps=%g: lower it", target, args.warmup_steps)
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         seconds = metrics.seconds
     network.save_pretrained(output)
@@ -94,13 +99,22 @@ def _train(config: dict, splits: Path, model: Path, output: Path, state: Path) -
     }
     training.write_metrics(output / "metrics.jsonl", metrics.lines)
     (output / "training.json").write_text(json.dumps(facts, indent=2) + "\n")
-    log.info(
-        "trained %d steps, %.0f tokens/s, validation loss %s",
-        final.global_step,
-        facts["tokens_per_second"],
-        facts["eval_loss"],
-    )
+    log.info("trained %d steps, %.0f tokens/s", final.global_step, facts["tokens_per_second"])
     return {"trained_steps": final.global_step - start}
+
+
+def _check_references(rows, labels: list[str]) -> None:
+    """Every answer of a labelling task must be one of its labels."""
+    from steps.lib.metrics import normalised
+
+    known = {normalised(label) for label in labels}
+    for split, part in rows.items():
+        for number, reference in zip(part["id"], part["reference"], strict=True):
+            if normalised(reference) not in known:
+                raise UserError(
+                    f"{split} split, row {number} of the raw data: the answer '{reference[:60]}' is no label of "
+                    f"eval.labels ({', '.join(labels)}); correct the row, data.completion or eval.labels"
+                )
 
 
 def _headline(rows, sizes: dict, args, target: int, checkpoint: Path | None) -> str:

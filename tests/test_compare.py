@@ -174,7 +174,7 @@ def test_the_page(sweep):
     page = (output / "report.html").read_text()
     assert page.count("<svg") == 3  # one per swept key, and the loss curves
     assert 'href="../../reports/b/report.html"' in page
-    assert "experiment=demo overrides=&#34;train.learning_rate=0.0001 adapter.r=16&#34;" in page
+    assert "experiment=demo sweep=none overrides=&#34;train.learning_rate=0.0001 adapter.r=16&#34;" in page
     assert "overlap" not in page  # 0.95 is clear of 0.90 at intervals of 0.02
 
 
@@ -227,3 +227,13 @@ def test_a_diverged_run_stands_below_the_others_without_figures(sweep, capsys):
     compare_runs.print_leaderboard(output)
     assert "diverged, step 7" in capsys.readouterr().out
     assert "<strong>Diverged:</strong>" in (output / "report.html").read_text()
+
+
+def test_another_experiments_page_over_the_same_sweep_is_kept(sweep):
+    config, output = sweep
+    compare_runs.compare(config, output)
+    before = (output / "leaderboard.csv").read_text()
+    fewer = {**config, "experiment": "other", "runs": config["runs"][:2]}
+    compare_runs.compare(fewer, output)
+    assert (output / "leaderboard.csv").read_text() != before
+    assert (output.with_name("rates-demo") / "leaderboard.csv").read_text() == before

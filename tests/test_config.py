@@ -1,5 +1,6 @@
 """Config: every file in conf/ composes, every bad value is one clear line."""
 
+import shutil
 import subprocess
 import sys
 
@@ -151,3 +152,18 @@ def test_a_bad_config_ends_snakemake_with_one_line_and_code_2(workspace):
     assert done.stderr.splitlines()[-1] == "error: config: unknown key 'train.lr'; did you mean 'learning_rate'?"
     assert "Traceback" not in done.stderr
     assert not (workspace / "data").exists()
+
+
+def test_a_misspelt_key_is_named_before_the_one_it_leaves_missing(workspace):
+    with pytest.raises(UserError, match="unknown key 'data.layuot'; did you mean 'layout'"):
+        composed("sweep=none", "~data.layout", "data.layuot=messages")
+
+
+def test_a_package_line_that_is_not_the_first_is_named(workspace, monkeypatch, tmp_path_factory):
+    copy = tmp_path_factory.mktemp("conf") / "conf"
+    shutil.copytree(ROOT / "conf", copy)
+    experiment = copy / "experiment" / "mine.yaml"
+    experiment.write_text("# conf/experiment/mine.yaml\n" + (copy / "experiment" / "smoke.yaml").read_text())
+    monkeypatch.setattr(conf, "CONF", copy)
+    with pytest.raises(UserError, match="mine.yaml: the line '# @package _global_' must be the first of the file"):
+        composed("experiment=mine")

@@ -141,3 +141,12 @@ def test_editing_a_file_of_ones_own_changes_its_key(workspace):
 def test_a_missing_file_is_named_before_anything_runs(workspace):
     with pytest.raises(UserError, match="data.source.path: nowhere.jsonl: no such file"):
         build("data.source.kind=files", "data.source.path=nowhere.jsonl")
+
+
+def test_explain_before_anything_was_fetched(workspace):
+    from steps import explain
+
+    text = explain.explain(build())
+    assert "sweep demo: 29 job(s) to run, and the comparison" in text
+    assert "nothing like it was made yet" in text
+    assert "forecast: nothing to go by yet" in text

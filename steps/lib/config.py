@@ -128,6 +128,7 @@ def _known_choice(group: str, choice: str, text: str) -> str:
 
 @functools.lru_cache(maxsize=256)
 def _compose(group_overrides: tuple[str, ...]):
+    _check_package_lines(group_overrides)
     from hydra import compose, initialize_config_dir
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
@@ -150,6 +151,16 @@ def chosen_experiment(overrides: Overrides) -> str:
     asked = [choice.partition("=")[2] for choice in overrides.groups if choice.startswith("experiment=")]
     defaults = OmegaConf.load(CONF / "config.yaml").defaults
     return (asked or [entry["experiment"] for entry in defaults if "experiment" in entry])[-1]
+
+
+def _check_package_lines(group_overrides: tuple[str, ...]) -> None:
+    """Hydra reads ``# @package`` on the first line only, and says something else entirely when it stands lower."""
+    for choice in group_overrides:
+        group, _, name = choice.partition("=")
+        path = CONF / group / f"{name}.yaml"
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+        if any(line.startswith("# @package") for line in lines[1:]):
+            raise UserError(f"conf/{group}/{name}.yaml: the line '# @package _global_' must be the first of the file")
 
 
 def composed(overrides: Overrides):
@@ -313,7 +324,9 @@ def _model_dump(model, values: dict, prefix: str) -> dict:
 
 def explain(error, model, prefix: str = "") -> str:
     """One line for pydantic's first complaint: key, value found, what is allowed."""
-    fault = error.errors(include_url=False)[0]
+    faults = error.errors(include_url=False)
+    unknown = [fault for fault in faults if fault["type"] == "extra_forbidden"]
+    fault = (unknown or faults)[0]  # a misspelt key is the reason why another one is missing
     path = [str(part) for part in fault["loc"] if part not in SOURCE_KINDS]  # the union's tag is no key of ours
     key = ".".join([prefix, *path] if prefix else path)
     if fault["type"] == "extra_forbidden":

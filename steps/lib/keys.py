@@ -31,6 +31,16 @@ def digest(value) -> str:
     return hashlib.sha256(canonical_json(value).encode()).hexdigest()[:KEY_LENGTH]
 
 
+def flat(value, prefix: str = "") -> dict[str, str]:
+    """Dotted names and values of a nested config, for a table."""
+    if isinstance(value, dict) and value:
+        rows = {}
+        for name, item in value.items():
+            rows |= flat(item, f"{prefix}.{name}" if prefix else name)
+        return rows
+    return {prefix: value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, sort_keys=True)}
+
+
 def stage_key(stage: str, config: dict, upstream: dict[str, str]) -> str:
     """The key of one artefact. `upstream` maps the stage's input names to their keys."""
     code = code_key(f"steps.{stage}")

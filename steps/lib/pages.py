@@ -124,13 +124,3 @@ def size(value) -> str:
 def count(value) -> str:
     """A number with thousands marked."""
     return "–" if value is None else f"{value:,.0f}"
-
-
-def flat(value, prefix: str = "") -> dict[str, str]:
-    """Dotted names and values of a nested config, for a table."""
-    if isinstance(value, dict) and value:
-        rows = {}
-        for name, item in value.items():
-            rows |= flat(item, f"{prefix}.{name}" if prefix else name)
-        return rows
-    return {prefix: value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, sort_keys=True)}

@@ -259,7 +259,7 @@ class _Planner:
         epochs = config["train"].get("num_train_epochs", 3)
         if not _shares_trunk(config["train"]):
             job = self._job("train_adapter", _slug(config, epochs), config, inputs)
-            job.settings["trunk"] = job.key
+            job.settings |= {"trunk": job.key, "labels": config["eval"]["labels"]}
             return [job]
         trunk_config = copy.deepcopy(config)
         del trunk_config["train"]["num_train_epochs"]
@@ -270,7 +270,7 @@ class _Planner:
             part["train"]["num_train_epochs"] = epoch
             before = {"previous": segments[-1].path} if segments else {}
             job = self._job("train_adapter", _slug(config, epoch), part, {**inputs, **before}, unkeyed={"previous"})
-            job.settings["trunk"] = trunk
+            job.settings |= {"trunk": trunk, "labels": config["eval"]["labels"]}
             segments.append(job)
         return segments
 

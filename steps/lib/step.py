@@ -23,7 +23,7 @@ import time
 from pathlib import Path
 
 from steps.lib.errors import UserError
-from steps.lib.keys import code_hashes
+from steps.lib.keys import code_hashes, flat
 
 log = logging.getLogger("temper")
 
@@ -87,6 +87,7 @@ def _parser(step, inputs: dict[str, str]) -> argparse.ArgumentParser:
 @contextlib.contextmanager
 def logging_to(path: str | None):
     """Log to the terminal and, when `path` is given, to that file."""
+    logging.getLogger().addHandler(logging.NullHandler())  # or a library's basicConfig shows every line twice
     handlers = [logging.StreamHandler(sys.stderr)]
     if path:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
@@ -113,6 +114,7 @@ def execute(step, arguments, names: list[str]) -> None:
     job = _planned_job(arguments.plan, output)
     with locked(output):
         if is_complete(output):
+            _refuse_other_config(output, config)
             log.info("%s is complete already: nothing to do", output)
             return
         started = time.time()
@@ -121,6 +123,21 @@ def execute(step, arguments, names: list[str]) -> None:
             write_provenance(folder, step.STAGE, config, inputs, time.time() - started, facts)
             _readable_weights(folder)
         log.info("%s: wrote %s in %.0f s", step.STAGE, output, time.time() - started)
+
+
+def _refuse_other_config(output: Path, config: dict) -> None:
+    """By hand, a folder has no key in its name: one made with another config must not pass for this one."""
+    from omegaconf import OmegaConf
+
+    if not (output / "config.yaml").is_file():
+        return
+    before, now = flat(OmegaConf.to_container(OmegaConf.load(output / "config.yaml"))), flat(config)
+    for key in sorted({*before, *now}):
+        if before.get(key, "null") != now.get(key, "null"):
+            raise UserError(
+                f"--output {output}: was made with another config ({key}: {before.get(key)}, now {now.get(key)}); "
+                "delete it, or name another folder"
+            )
 
 
 def _readable_weights(folder: Path) -> None:

@@ -1,6 +1,7 @@
 """What the Snakefile calls: the plan, and look-ups in it for rules."""
 
 import contextlib
+import json
 import os
 import shutil
 import subprocess
@@ -106,7 +107,10 @@ def on_success(plan: planning.Plan) -> None:
 
     if not Path(plan.leaderboard).exists():  # --until some stage
         return
-    print_leaderboard(Path(plan.leaderboard).parent)
+    folder = Path(plan.leaderboard).parent
+    print_leaderboard(folder)
+    best = json.loads((folder / "leaderboard.json").read_text())["rows"][0]["run"]
+    print(f"best model: {next(run.artefacts['merge_adapter'] for run in plan.runs if run.name == best)}")
     if plan.tracking["enabled"]:
         print("MLflow: make ui, then http://127.0.0.1:5000")
 
