@@ -22,6 +22,7 @@ import time
 from pathlib import Path
 
 from steps.lib.errors import UserError
+from steps.lib.keys import flat
 from steps.lib.metrics import LOWER_IS_BETTER
 from steps.lib.step import git_commit, locked
 
@@ -262,18 +263,9 @@ def _log_params(api, run_id: str, config: dict) -> None:
     from mlflow.entities import Param
 
     sections = {name: value for name, value in config.items() if name not in ("tracking", "sweep")}
-    params = [Param(name, str(value)[:6000]) for name, value in _flat(sections)]
+    params = [Param(name, value[:6000]) for name, value in flat(sections).items()]
     for start in range(0, len(params), 100):
         api.log_batch(run_id, params=params[start : start + 100])
-
-
-def _flat(value, prefix: str = ""):
-    """Dotted names and leaf values of a nested config."""
-    if isinstance(value, dict) and value:
-        for name, item in value.items():
-            yield from _flat(item, f"{prefix}.{name}" if prefix else name)
-    else:
-        yield prefix, value
 
 
 def _log_dataset(api, run_id: str, run) -> None:
