@@ -23,7 +23,7 @@ import time
 from pathlib import Path
 
 from steps.lib import figures, metrics, pages, plan, tracking
-from steps.lib.errors import UserError
+from steps.lib.errors import UserError, one_line_errors
 from steps.lib.step import locked, provenance, run_command
 
 STAGE = "compare_runs"
@@ -342,18 +342,11 @@ def _work(_step, arguments, _inputs) -> None:
         print_leaderboard(output)
 
 
-def _show(folder: str) -> None:
-    try:
-        print_leaderboard(Path(folder))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-
-
 def main(argv=None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     if len(argv) == 2 and argv[0] == "--show":
-        _show(argv[1])
+        with one_line_errors():
+            print_leaderboard(Path(argv[1]))
     else:
         run_command(sys.modules[__name__], {}, argv, work=_work)
 

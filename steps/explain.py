@@ -12,12 +12,12 @@ Reads conf/, data/raw/ and results/; makes nothing.
 import argparse
 import dataclasses
 import json
-import sys
 from pathlib import Path
 
 from steps.lib import plan as planning
-from steps.lib.errors import UserError
-from steps.lib.keys import code_hashes, flat
+from steps.lib.config import stored_config
+from steps.lib.errors import one_line_errors
+from steps.lib.keys import changed_keys, code_hashes, flat
 
 MOST_ROWS = 5  # changed rows that are named
 
@@ -30,11 +30,8 @@ def main(argv=None) -> None:
     parser.add_argument("--sweep", help="a file of conf/sweep; default: the experiment's own")
     parser.add_argument("overrides", nargs="*", help="Hydra overrides, as for snakemake")
     arguments = parser.parse_intermixed_args(argv)
-    try:
+    with one_line_errors():
         print(explain(planning.build(arguments.experiment, arguments.sweep, arguments.overrides)))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
 
 
 def explain(plan: planning.Plan) -> str:
@@ -73,12 +70,9 @@ def most_similar(job: planning.Job) -> Made | None:
 
 
 def _read(folder: Path) -> Made | None:
-    from omegaconf import OmegaConf
-
     if not (folder / "config.yaml").is_file():
         return None
-    config = OmegaConf.to_container(OmegaConf.load(folder / "config.yaml"))
-    return Made(folder, flat(config), json.loads((folder / "provenance.json").read_text()))
+    return Made(folder, stored_config(folder), json.loads((folder / "provenance.json").read_text()))
 
 
 def _distance(job: planning.Job, made: Made) -> int:
@@ -87,9 +81,7 @@ def _distance(job: planning.Job, made: Made) -> int:
 
 
 def _changed_keys(job: planning.Job, made: Made) -> list[str]:
-    now = flat(job.config)
-    # A key that is not set and one that is null are the same: defaults are filled in when a stage starts.
-    return [key for key in sorted({*now, *made.config}) if now.get(key, "null") != made.config.get(key, "null")]
+    return changed_keys(made.config, flat(job.config))
 
 
 def reasons(job: planning.Job, like: Made | None, missing: set[str]) -> list[str]:

@@ -10,11 +10,10 @@ Reads conf/ and the raw data's identity; writes nothing but the cache of file ha
 import argparse
 import dataclasses
 import json
-import sys
 from pathlib import Path
 
 from steps.lib import plan as planning
-from steps.lib.errors import UserError
+from steps.lib.errors import one_line_errors
 
 
 def main(argv=None) -> None:
@@ -26,11 +25,8 @@ def main(argv=None) -> None:
     parser.add_argument("--json", action="store_true", help="print the whole plan as JSON")
     parser.add_argument("overrides", nargs="*", help="Hydra overrides; a swept value (key=a,b) becomes an axis")
     arguments = parser.parse_args(argv)
-    try:
+    with one_line_errors():
         plan = planning.build(arguments.experiment, arguments.sweep, arguments.overrides)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
     if arguments.json:
         print(json.dumps(dataclasses.asdict(plan), indent=2, ensure_ascii=False))
     else:

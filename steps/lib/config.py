@@ -12,7 +12,7 @@ import typing
 from pathlib import Path
 
 from steps.lib.errors import UserError, suggest
-from steps.lib.keys import PACKAGE_ROOT, canonical_json, digest
+from steps.lib.keys import PACKAGE_ROOT, canonical_json, digest, flat
 from steps.lib.schema import SOURCE_KINDS, STAGE_SECTIONS, Config, DataView, Section
 
 CONF = PACKAGE_ROOT / "conf"
@@ -519,6 +519,11 @@ def validated_stage(stage: str, view: dict) -> dict:
     if "train" in filled:
         check_library_sections(filled["train"], filled["adapter"])
     return filled
+
+
+def stored_config(folder: Path) -> dict[str, str]:
+    """The `config.yaml` of an artefact as flat keys and texts."""
+    return flat(_config_file(str(folder / "config.yaml")))
 
 
 def load_stage_config(stage: str, given: str | None, overrides: list[str]) -> dict:

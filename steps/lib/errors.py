@@ -1,6 +1,8 @@
 """The one error class of Temper, and how it reaches the user."""
 
+import contextlib
 import difflib
+import sys
 
 MOST_SHOWN = 15  # longer lists of choices drown the message
 
@@ -11,6 +13,16 @@ class UserError(Exception):
     The message is one line that says what was found, where, and what to do. Commands print it
     as ``error: <message>`` and exit with code 2, without a traceback.
     """
+
+
+@contextlib.contextmanager
+def one_line_errors():
+    """End the process with one line and exit code 2 when the user can fix what is wrong."""
+    try:
+        yield
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        sys.exit(2)
 
 
 def suggest(word: str, choices) -> str:

@@ -41,6 +41,14 @@ def flat(value, prefix: str = "") -> dict[str, str]:
     return {prefix: value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, sort_keys=True)}
 
 
+def changed_keys(before: dict[str, str], now: dict[str, str]) -> list[str]:
+    """Keys whose values differ between two flat configs.
+
+    A key that is not set and one that is null are the same: defaults are filled in when a stage starts.
+    """
+    return [key for key in sorted({*before, *now}) if before.get(key, "null") != now.get(key, "null")]
+
+
 def stage_key(stage: str, config: dict, upstream: dict[str, str]) -> str:
     """The key of one artefact. `upstream` maps the stage's input names to their keys."""
     code = code_key(f"steps.{stage}")

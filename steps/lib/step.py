@@ -23,7 +23,7 @@ import time
 from pathlib import Path
 
 from steps.lib.errors import UserError
-from steps.lib.keys import code_hashes, flat
+from steps.lib.keys import changed_keys, code_hashes, flat
 
 log = logging.getLogger("temper")
 
@@ -127,17 +127,16 @@ def execute(step, arguments, names: list[str]) -> None:
 
 def _refuse_other_config(output: Path, config: dict) -> None:
     """By hand, a folder has no key in its name: one made with another config must not pass for this one."""
-    from omegaconf import OmegaConf
+    from steps.lib.config import stored_config
 
     if not (output / "config.yaml").is_file():
         return
-    before, now = flat(OmegaConf.to_container(OmegaConf.load(output / "config.yaml"))), flat(config)
-    for key in sorted({*before, *now}):
-        if before.get(key, "null") != now.get(key, "null"):
-            raise UserError(
-                f"--output {output}: was made with another config ({key}: {before.get(key)}, now {now.get(key)}); "
-                "delete it, or name another folder"
-            )
+    before, now = stored_config(output), flat(config)
+    for key in changed_keys(before, now):
+        raise UserError(
+            f"--output {output}: was made with another config ({key}: {before.get(key)}, now {now.get(key)}); "
+            "delete it, or name another folder"
+        )
 
 
 def _readable_weights(folder: Path) -> None:

@@ -46,7 +46,6 @@ def client(tracking: dict):
     import mlflow
 
     logging.getLogger("mlflow").setLevel(logging.WARNING)
-
     return mlflow.MlflowClient(store_uri(tracking))
 
 
@@ -70,9 +69,8 @@ def _prepare(tracking: dict, sweep: str) -> None:
         experiment = _experiment(api, tracking)
         if tracking["tracking_uri"] is None:
             with contextlib.closing(sqlite3.connect("results/mlflow.db")) as database:
-                database.execute(
-                    "PRAGMA journal_mode=WAL"
-                )  # readers (the UI) and writers (jobs) do not block each other
+                # Readers (the UI) and writers (jobs) then do not block each other.
+                database.execute("PRAGMA journal_mode=WAL")
         parent = _sweep_run(api, experiment, sweep)
         api.update_run(parent, status="RUNNING")
         for run in _search(api, experiment, {SWEEP_TAG: sweep}):

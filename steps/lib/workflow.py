@@ -1,6 +1,6 @@
 """What the Snakefile calls: the plan, and look-ups in it for rules."""
 
-import contextlib
+import functools
 import json
 import os
 import shutil
@@ -11,22 +11,12 @@ from pathlib import Path
 
 from steps.lib import plan as planning
 from steps.lib import tracking
-from steps.lib.errors import UserError, suggest
+from steps.lib.errors import UserError, one_line_errors, suggest
 from steps.lib.keys import canonical_json
 
 FROZEN = "TEMPER_PLAN"  # environment variable: jobs that parse the Snakefile again read this plan
 STARTED = time.time()  # logs older than this command are not its failures
 CONFIG_KEYS = ("experiment", "sweep", "overrides")
-
-
-@contextlib.contextmanager
-def one_line_errors():
-    """A fault of the user ends Snakemake with one line and exit code 2."""
-    try:
-        yield
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        sys.exit(2)
 
 
 def load_plan(config: dict) -> planning.Plan:
@@ -84,6 +74,7 @@ def training_threads(plan: planning.Plan, cores: int | None) -> int:
     return max(1, (cores or 1) // max(1, len(trunks)))
 
 
+@functools.cache
 def gpus_per_job() -> int:
     """1 where there is an NVIDIA GPU: the profile's ``resources: gpu=1`` then lets one training run at a time."""
     return int(
