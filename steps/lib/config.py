@@ -213,10 +213,13 @@ def expand(overrides: Overrides) -> tuple[dict, list[tuple[dict, dict]]]:
     for point in itertools.product(*axes.values()):
         chosen = [f"{key}={value}" for key, value in zip(axes, point, strict=True)]
         picked = parse_overrides(chosen)
+        # Every point sets the same keys, so one config serves all; but a mapping would merge with the point before.
         if group_axes:
             picked_base = composed(Overrides(overrides.groups + picked.groups, overrides.values, {}))
+        elif any(isinstance(override.value(), dict) for override in picked.values):
+            picked_base = composed(overrides)
         else:
-            picked_base = base.copy()
+            picked_base = base
         for override in picked.values:
             _update(picked_base, override)
         config = validated(to_container(picked_base))
@@ -363,9 +366,8 @@ def check_library_sections(train: dict, adapter: dict) -> None:
     for key, reason in RESERVED_TRAIN.items():
         if key in train:
             raise UserError(f"config: 'train.{key}' cannot be set: {reason}")
-    versions = [importlib.metadata.version(name) for name in ("transformers", "peft")]
     _refuse_nan({"train": train, "adapter": adapter})
-    stamp = CHECKED / digest([train, adapter, versions])
+    stamp = CHECKED / digest([train, adapter, _library_versions()])
     if stamp.exists():
         return
     for library in ("transformers", "bitsandbytes"):  # their remarks at import are not about this config
@@ -375,6 +377,11 @@ def check_library_sections(train: dict, adapter: dict) -> None:
     with contextlib.suppress(OSError):  # a read-only results/ only costs the next check its time
         stamp.parent.mkdir(parents=True, exist_ok=True)
         stamp.touch()
+
+
+@functools.cache
+def _library_versions() -> list[str]:
+    return [importlib.metadata.version(name) for name in ("transformers", "peft")]
 
 
 def _refuse_nan(value, key: str = "") -> None:
