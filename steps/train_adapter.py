@@ -10,11 +10,14 @@ Writes  the adapter as PEFT saves it; metrics.jsonl (curves); training.json (tim
 
 Checkpoints stand in ``results/.state/<trunk>/``, outside the output, and training continues from
 the last one by itself. Runs that differ only in ``num_train_epochs`` under a schedule that does not
-depend on the total share a trunk: epoch 2 continues where epoch 1 ended.
+depend on the total share a trunk: epoch 2 continues where epoch 1 ended. Under ``warmup_stable_decay`` they share
+the plateau, whose folders hold a checkpoint in place of an adapter; each wanted epoch's decay branches off from there.
 """
 
 import json
 import logging
+import math
+import shutil
 import sys
 from pathlib import Path
 
@@ -51,36 +54,43 @@ def _train(config: dict, splits: Path, model: Path, output: Path, state: Path) -
     rows = load_from_disk(splits)
     if config.get("labels"):  # what the evaluation would refuse is better refused before training
         _check_references(rows, config["labels"])
-    tokenizer = load_tokenizer(model)
     validation = rows.get("validation")  # data.splits.validation=0 leaves it out
     train = config["train"] if validation is not None else {**config["train"], "eval_strategy": "no"}
     args = training.training_arguments(train, config["seed"], state)
+    epoch_steps = training.steps_per_epoch(len(rows["train"]), args)
+    total = args.max_steps if args.max_steps > 0 else math.ceil(epoch_steps * args.num_train_epochs)
+    is_plateau = config.get("part") == "plateau"
+    end = _plateau_end(args, total) if is_plateau else total
+    plateau = [Path(config["plateau"])] if config.get("plateau") else []
+    checkpoint = checkpoints.last_whole([state, *plateau], end)
     network = add_adapter(load_model(model, config["model"]["load"]), config["adapter"], config["seed"])
     sizes = parameter_counts(network)
-    epoch_steps = training.steps_per_epoch(len(rows["train"]), args)
-    target = args.max_steps if args.max_steps > 0 else round(epoch_steps * args.num_train_epochs)
-    checkpoint = checkpoints.last_whole(state, target)
-    start = checkpoints.step_of(checkpoint)
     trainer = training.TemperTrainer(
         model=network,
         args=args,
         train_dataset=rows["train"],
         eval_dataset=validation,
-        pad_token_id=tokenizer.pad_token_id,
+        pad_token_id=load_tokenizer(model).pad_token_id,
+        schedule_steps=total,
     )
     with tracking.follow(config.get("follow")) as listener:
-        metrics = training.MetricsFile(state / "metrics.jsonl", start, listener)
+        metrics = training.MetricsFile(state / "metrics.jsonl", checkpoint, listener)
         divergence = training.StopOnDivergence()
         trainer.add_callback(training.ExactState(trainer, epoch_steps))
         trainer.add_callback(training.CountTokens(trainer, metrics))
-        for callback in (divergence, metrics, training.ShowProgress(), training.SealedCheckpoints()):
+        for callback in (divergence, metrics, training.ShowProgress(), training.SealedCheckpoints(epoch_steps)):
             trainer.add_callback(callback)
-        log.info("%s", _headline(rows, sizes, args, target, checkpoint))
-        if target <= args.warmup_steps:
-            log.info("note: %d steps end within train.warmup_steps=%g: lower it", target, args.warmup_steps)
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        log.info("%s", _headline(rows, sizes, args, end, checkpoint))
+        if end <= args.warmup_steps:
+            log.info("note: %d steps end within train.warmup_steps=%g: lower it", end, args.warmup_steps)
+        if end > 0:
+            args.max_steps = end
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         seconds = metrics.seconds
-    network.save_pretrained(output)
+    if is_plateau:
+        _keep_checkpoint(checkpoints.last_whole([state], end), output)
+    else:
+        network.save_pretrained(output)
     final = trainer.state
     facts = {
         "train_seconds": round(seconds, 3),
@@ -93,14 +103,26 @@ def _train(config: dict, splits: Path, model: Path, output: Path, state: Path) -
         "final_loss": _last(metrics.lines, "loss"),
         "eval_loss": _last(metrics.lines, "eval_loss"),
         "diverged_at_step": divergence.diverged_at,
-        "resumed_from_step": start,
+        "resumed_from_step": checkpoints.step_of(checkpoint),
         "dtype": str(next(network.parameters()).dtype).removeprefix("torch."),
         "device": str(args.device),
     }
     training.write_metrics(output / "metrics.jsonl", metrics.lines)
     (output / "training.json").write_text(json.dumps(facts, indent=2) + "\n")
     log.info("trained %d steps, %.0f tokens/s", final.global_step, facts["tokens_per_second"])
-    return {"trained_steps": final.global_step - start}
+    trained = final.global_step - facts["resumed_from_step"]
+    return {"trained_steps": trained, "trained_epochs": trained / epoch_steps, "part": config.get("part")}
+
+
+def _plateau_end(args, total: int) -> int:
+    """The step at which a warmup-stable-decay schedule over `total` steps begins to decay; 0 when it has no plateau."""
+    return max(0, total - args.lr_scheduler_kwargs["num_decay_steps"])
+
+
+def _keep_checkpoint(checkpoint: Path | None, output: Path) -> None:
+    """A plateau's adapter is its checkpoint, which the decay branch and the next epoch's plateau start from."""
+    if checkpoint is not None:  # else it diverged, or the decay is longer than the first epoch
+        shutil.copytree(checkpoint, output / checkpoint.name)
 
 
 def _check_references(rows, labels: list[str]) -> None:

@@ -12,7 +12,7 @@ from steps.lib import config as conf
 from steps.lib.errors import UserError
 from tests.conftest import ROOT
 
-EXPECTED_FILES = 26
+EXPECTED_FILES = 27
 
 
 def composed(*overrides):

@@ -100,6 +100,25 @@ def test_epochs_of_one_trunk_are_chained(workspace):
     assert [plan.jobs[path].inputs.get("previous") for path in last.segments] == [None, *last.segments[:-1]]
 
 
+def test_a_decay_at_the_end_branches_off_a_shared_plateau(workspace):
+    plan = build("sweep=none", "train=warmup_stable_decay", "train.num_train_epochs=1,3")
+    one, three = plan.runs
+    assert len(one.segments) == 2, "a plateau and its decay"
+    assert len(three.segments) == 4, "three plateaus and a decay"
+    assert one.segments[0] == three.segments[0]
+    assert len({path for run in plan.runs for path in run.segments}) == 5
+    jobs = [plan.jobs[path] for path in three.segments]
+    assert [job.settings.get("part") for job in jobs] == ["plateau", "plateau", "plateau", None]
+    assert jobs[3].settings["plateau"] == three.segments[2]
+    assert jobs[3].settings["trunk"] != jobs[0].settings["trunk"] == jobs[2].settings["trunk"]
+
+
+def test_with_a_fixed_plateau_nothing_is_shared(workspace):
+    kwargs = "train.lr_scheduler_kwargs={num_decay_steps:2,num_stable_steps:5}"
+    plan = build("sweep=none", "train=warmup_stable_decay", kwargs, "train.num_train_epochs=1,3")
+    assert [len(run.segments) for run in plan.runs] == [1, 1]
+
+
 def test_axes_over_groups_are_told_apart_by_the_choice(workspace):
     plan = build("sweep=none", "adapter=lora,lora_all_linear")
     assert [run.point for run in plan.runs] == [{"adapter": "lora"}, {"adapter": "lora_all_linear"}]

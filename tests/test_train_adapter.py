@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 
 from steps import merge_adapter, train_adapter
 from steps.lib.config import load_stage_config
+from steps.lib.training import read_metrics
 
 SMALL = [
     "experiment=smoke",
@@ -78,6 +79,49 @@ def test_epochs_of_a_shared_trunk_equal_separate_runs_to_the_bit(workspace, tiny
     curves = [Path(f"{name}3/metrics.jsonl").read_text().splitlines() for name in ("shared", "alone")]
     without_time = [[{**json.loads(line), "seconds": 0} for line in curve] for curve in curves]
     assert without_time[0] == without_time[1]
+
+
+DECAYING = ["train=warmup_stable_decay", "train.lr_scheduler_kwargs.num_decay_steps=4"]
+
+
+def segment(tiny_splits, tiny_model, output, epochs, **settings):
+    """One training job of a plan with a decay at the end."""
+    overrides = [*SMALL, *DECAYING, f"train.num_train_epochs={epochs}"]
+    config = load_stage_config("train_adapter", None, overrides) | settings
+    arguments = ["--splits", str(tiny_splits), "--model", str(tiny_model), "--output", str(output)]
+    train_adapter.main([*arguments, "--config", json.dumps(config)])
+
+
+def test_decay_branches_off_a_plateau_equal_separate_runs_to_the_bit(workspace, tiny_splits, tiny_model):
+    segment(tiny_splits, tiny_model, "plateau1", 1, trunk="shared", part="plateau")
+    segment(tiny_splits, tiny_model, "plateau2", 2, trunk="shared", part="plateau", plateau="plateau1")
+    for epochs, steps in ((1, 4), (2, 4)):  # 6 steps an epoch: plateaus end at 2 and 8
+        segment(tiny_splits, tiny_model, f"branch{epochs}", epochs, trunk=f"b{epochs}", plateau=f"plateau{epochs}")
+        alone = train(tiny_splits, tiny_model, f"alone{epochs}", *DECAYING, f"train.num_train_epochs={epochs}")
+        assert_equal(alone, load_file(f"branch{epochs}/adapter_model.safetensors"))
+        assert json.loads(Path(f"branch{epochs}/provenance.json").read_text())["trained_steps"] == steps
+        evaluated = [
+            line["step"] for line in read_metrics(Path(f"branch{epochs}/metrics.jsonl")) if "eval_loss" in line
+        ]
+        assert evaluated == [6, 12][:epochs], "the plateau's own end is no epoch's end"
+    assert json.loads(Path("plateau2/provenance.json").read_text())["trained_steps"] == 6
+
+
+@pytest.mark.parametrize("lost", ["state", "plateau"])
+def test_a_branch_needs_neither_state_nor_plateau(workspace, tiny_splits, tiny_model, lost):
+    segment(tiny_splits, tiny_model, "plateau1", 1, trunk="shared", part="plateau")
+    shutil.rmtree({"state": "results/.state/shared", "plateau": "plateau1/checkpoint-2"}[lost])
+    segment(tiny_splits, tiny_model, "branch", 1, trunk="b", plateau="plateau1")
+    alone = train(tiny_splits, tiny_model, "alone", *DECAYING, "train.num_train_epochs=1")
+    assert_equal(alone, load_file("branch/adapter_model.safetensors"))
+
+
+def test_a_decay_longer_than_the_first_epoch(workspace, tiny_splits, tiny_model):
+    overrides = [*SMALL, *DECAYING, "train.lr_scheduler_kwargs.num_decay_steps=8", "train.num_train_epochs=1"]
+    config = load_stage_config("train_adapter", None, overrides) | {"trunk": "t", "part": "plateau"}
+    arguments = ["--splits", str(tiny_splits), "--model", str(tiny_model), "--output", "plateau"]
+    train_adapter.main([*arguments, "--config", json.dumps(config)])
+    assert json.loads(Path("plateau/training.json").read_text())["global_step"] == 0
 
 
 def test_continuing_in_the_middle_of_an_epoch_is_exact(workspace, tiny_splits, tiny_model):

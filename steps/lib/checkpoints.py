@@ -59,10 +59,12 @@ def fault(checkpoint: Path) -> str | None:
     return None
 
 
-def last_whole(state: Path, up_to: int) -> Path | None:
-    """The newest whole checkpoint in `state` that is not past step `up_to`. Others are named and passed over."""
-    found = [path for path in state.glob("checkpoint-*") if path.is_dir() and step_of(path) <= up_to]
+def last_whole(folders: list[Path], up_to: int) -> Path | None:
+    """The newest whole checkpoint in `folders` that is not past step `up_to`. Others are named and passed over."""
+    found = [path for folder in folders for path in folder.glob("checkpoint-*") if path.is_dir()]
     for checkpoint in sorted(found, key=step_of, reverse=True):
+        if step_of(checkpoint) > up_to:
+            continue
         wrong = fault(checkpoint)
         if wrong is None:
             return checkpoint

@@ -404,9 +404,23 @@ def _check_train(train: dict) -> None:
         _check_type(f"train.{key}", value, fields[key])
     _check_ranges(train)
     try:
-        TrainingArguments(output_dir="unused", **{**train, "report_to": "none"})
+        args = TrainingArguments(output_dir="unused", **{**train, "report_to": "none"})
     except (ValueError, TypeError, ImportError) as error:
         raise UserError("config: train: " + " ".join(str(error).split())[:300]) from None
+    _check_schedule(args)
+
+
+def _check_schedule(args) -> None:
+    """Make the learning-rate schedule once, for a single weight: it is what knows its own arguments."""
+    import torch
+    from transformers import get_scheduler
+
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=1.0)
+    try:
+        get_scheduler(args.lr_scheduler_type, optimizer, 1, 100, scheduler_specific_kwargs=args.lr_scheduler_kwargs)
+    except (ValueError, TypeError) as error:
+        name = args.lr_scheduler_type.value
+        raise UserError(f"config: 'train.lr_scheduler_kwargs' does not fit lr_scheduler_type={name}: {error}") from None
 
 
 def _check_ranges(train: dict) -> None:

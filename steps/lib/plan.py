@@ -32,10 +32,14 @@ FOLDERS = {
     "compare_runs": "sweeps",
 }
 
+STAGES = ("fetch_data", *FOLDERS)  # in the order of the pipeline
+
 # Learning-rate schedules that do not look at the total number of steps: runs that differ only in
-# num_train_epochs share their history, so they are one chain of epoch segments.
+# num_train_epochs share their history, so they are one chain of epoch segments. With DECAYING_AT_THE_END
+# they share all but the decay: each wanted epoch is a branch from the chain's plateau.
 MOST_SEGMENTS = 200  # a longer training is one job: Snakemake follows chains of jobs by recursion
-TOTAL_INDEPENDENT = frozenset({"constant", "constant_with_warmup"})
+TOTAL_INDEPENDENT = frozenset({"constant", "constant_with_warmup", "inverse_sqrt"})
+DECAYING_AT_THE_END = "warmup_stable_decay"
 
 
 @dataclasses.dataclass
@@ -258,31 +262,45 @@ class _Planner:
         inputs = {"splits": splits.path, "model": base.path}
         epochs = config["train"].get("num_train_epochs", 3)
         if not _shares_trunk(config["train"]):
-            job = self._job("train_adapter", _slug(config, epochs), config, inputs)
-            job.settings |= {"trunk": job.key, "labels": config["eval"]["labels"]}
-            return [job]
+            return [self._alone(config, epochs, inputs)]
         trunk_config = copy.deepcopy(config)
         del trunk_config["train"]["num_train_epochs"]
         trunk = self._key("train_adapter", trunk_config, inputs)[0]
+        decays = config["train"]["lr_scheduler_type"] == DECAYING_AT_THE_END
         segments: list[Job] = []
         for epoch in range(1, int(epochs) + 1):
             part = copy.deepcopy(config)
             part["train"]["num_train_epochs"] = epoch
             before = {"previous": segments[-1].path} if segments else {}
-            job = self._job("train_adapter", _slug(config, epoch), part, {**inputs, **before}, unkeyed={"previous"})
+            slug, also = _slug(config, epoch), {}
+            if decays:  # up to the decay of this many epochs; it never happened for the next epoch's segment
+                slug, also = f"{slug}-plateau", {"part": "plateau"}
+            job = self._job("train_adapter", slug, part, {**inputs, **before}, unkeyed={"previous"}, upstream=also)
             job.settings |= {"trunk": trunk, "labels": config["eval"]["labels"]}
+            if decays:
+                job.settings |= {"part": "plateau", "plateau": before.get("previous")}
             segments.append(job)
+        if decays:
+            branch = self._alone(config, epochs, {**inputs, "previous": segments[-1].path})
+            branch.settings["plateau"] = segments[-1].path
+            segments.append(branch)
         return segments
 
-    def _key(self, stage: str, config: dict, inputs: dict, extra: dict | None = None, unkeyed=frozenset()):
-        """(key, keyed config, settings) of one artefact."""
+    def _alone(self, config: dict, epochs, inputs: dict) -> Job:
+        """A training whose checkpoints no other shares."""
+        job = self._job("train_adapter", _slug(config, epochs), config, inputs, unkeyed={"previous"})
+        job.settings |= {"trunk": job.key, "labels": config["eval"]["labels"]}
+        return job
+
+    def _key(self, stage: str, config: dict, inputs: dict, extra=None, unkeyed=frozenset(), upstream=None):
+        """(key, keyed config, settings) of one artefact; `extra` adds to its config, `upstream` to its inputs' keys."""
         keyed, settings = _without_unkeyed(stage_config(stage, config))
         keyed.update(extra or {})
-        upstream = {name: self.jobs[path].key for name, path in inputs.items() if name not in unkeyed | {"raw"}}
-        return stage_key(stage, keyed, upstream), keyed, settings
+        keys = {name: self.jobs[path].key for name, path in inputs.items() if name not in unkeyed | {"raw"}}
+        return stage_key(stage, keyed, keys | (upstream or {})), keyed, settings
 
-    def _job(self, stage, slug, config, inputs, extra=None, unkeyed=frozenset()) -> Job:
-        key, keyed, settings = self._key(stage, config, inputs, extra, unkeyed)
+    def _job(self, stage, slug, config, inputs, extra=None, unkeyed=frozenset(), upstream=None) -> Job:
+        key, keyed, settings = self._key(stage, config, inputs, extra, unkeyed, upstream)
         path = str(RESULTS / FOLDERS[stage] / f"{slug}-{key}")
         return self.jobs.setdefault(path, Job(stage, path, key, keyed, inputs, settings))
 
@@ -303,17 +321,24 @@ def _without_unkeyed(view: dict) -> tuple[dict, dict]:
 
 
 def _shares_trunk(train: dict) -> bool:
-    """Whether runs that differ only in num_train_epochs go through the same states."""
+    """Whether runs that differ only in num_train_epochs go through the same states, a decay at their end aside."""
     epochs = train.get("num_train_epochs", 3)
     whole = float(epochs) == int(epochs) and 1 <= epochs <= MOST_SEGMENTS
     warmup = train.get("warmup_steps") or 0
     return (
-        train.get("lr_scheduler_type", "linear") in TOTAL_INDEPENDENT
+        _schedule_allows(train)
         and whole
         and train.get("max_steps", -1) <= 0
         and (warmup == 0 or warmup >= 1)  # below 1 it is a share of the total
         and not train.get("load_best_model_at_end", False)
     )
+
+
+def _schedule_allows(train: dict) -> bool:
+    schedule = train.get("lr_scheduler_type", "linear")
+    if schedule == DECAYING_AT_THE_END:  # with num_stable_steps the decay does not stand at the end
+        return "num_stable_steps" not in (train.get("lr_scheduler_kwargs") or {})
+    return schedule in TOTAL_INDEPENDENT
 
 
 def _slug(config: dict, epochs) -> str:

@@ -262,6 +262,7 @@ def provenance(stage: str, inputs: dict, seconds: float, facts: dict) -> dict:
         "python": platform.python_version(),
         "git": git_commit(),
         "seconds": round(seconds, 3),
+        "ended": round(time.time(), 3),
         "peak_memory_bytes": peak_memory(),
         **facts,
     }

@@ -51,12 +51,17 @@ def steps_per_epoch(rows: int, args: TrainingArguments) -> int:
 class TemperTrainer(Trainer):
     """Trainer with token-exact loss at learned positions and an order that follows from seed and epoch alone."""
 
-    def __init__(self, *, pad_token_id: int, **arguments):
+    def __init__(self, *, pad_token_id: int, schedule_steps: int, **arguments):
+        """`schedule_steps`: the total that the learning-rate schedule is made for; the training may end before."""
         super().__init__(data_collator=functools.partial(collate, pad_token_id=pad_token_id), **arguments)
         self.remove_callback(PrinterCallback)
         self.supervised_loss = SupervisedLoss()
+        self.schedule_steps = schedule_steps
         batch = self.args.train_batch_size * self.args.world_size
         self.sampler = EpochSampler(_lengths(self.train_dataset), batch, self.args.seed)
+
+    def create_scheduler(self, num_training_steps, optimizer=None):  # noqa: ARG002 - Trainer's signature
+        return super().create_scheduler(self.schedule_steps, optimizer)
 
     def _get_train_sampler(self, train_dataset=None):  # noqa: ARG002 - Trainer's signature
         return self.sampler
@@ -125,10 +130,15 @@ class ExactState(TrainerCallback):
 
 
 class SealedCheckpoints(TrainerCallback):
-    """Seals each checkpoint, and has one saved at the end of every epoch: the trunk's next segment starts from it."""
+    """Seals each checkpoint, and has one saved where a segment ends: the trunk's next segment starts from it."""
+
+    def __init__(self, epoch_steps: int):
+        self.epoch_steps = epoch_steps
 
     def on_epoch_end(self, args, state, control, **_):  # noqa: ARG002
         control.should_save = True
+        if state.global_step % self.epoch_steps:  # a plateau's end, which Trainer takes for the end of an epoch
+            control.should_evaluate = False
         return control
 
     def on_save(self, args, state, control, **_):  # noqa: ARG002
@@ -163,9 +173,11 @@ class MetricsFile(TrainerCallback):
 
     KEPT = ("loss", "eval_loss", "learning_rate", "grad_norm")
 
-    def __init__(self, path: Path, start_step: int, listener=None):
+    def __init__(self, path: Path, checkpoint: Path | None, listener=None):
+        """Start `path` anew with what stood beside the checkpoint when it was written."""
         self.path, self.listener = path, listener
-        self.lines = [line for line in read_metrics(path) if line["step"] <= start_step]
+        before = read_metrics(checkpoint.parent / path.name) if checkpoint else []
+        self.lines = [line for line in before if line["step"] <= checkpoints.step_of(checkpoint)]
         write_metrics(path, self.lines)
         self.seconds_before = self.lines[-1]["seconds"] if self.lines else 0.0
         self.tokens = self.lines[-1]["tokens"] if self.lines else 0
