@@ -18,7 +18,7 @@ from pathlib import Path
 
 from steps.lib import plan as planning
 from steps.lib.errors import one_line_errors
-from steps.lib.forecast import Archive, Forecast, Made
+from steps.lib.forecast import Archive, Forecast, Made, same_part
 from steps.lib.keys import changed_keys, code_hashes, flat
 from steps.lib.workflow import training_threads
 
@@ -77,6 +77,8 @@ def reasons(job: planning.Job, like: Made | None, missing: dict) -> list[str]:
         found.append(changed_rows(job, like.path))
     found += [f"code of {name} changed" for name in _changed_modules(job, like)]
     found += [f"new {name}" for name, path in job.inputs.items() if path in missing and name != "previous"]
+    if not found and not same_part(job, like):
+        return ["nothing like it was made yet"]
     if not found:
         others = [name for name, path in job.inputs.items() if like.provenance["inputs"].get(name, path) != path]
         found = [f"other {name}" for name in others] or ["its folder was deleted, or never finished"]

@@ -2,6 +2,8 @@
 
 import contextlib
 import difflib
+import errno
+import os
 import sys
 
 MOST_SHOWN = 15  # longer lists of choices drown the message
@@ -23,6 +25,32 @@ def one_line_errors():
     except UserError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(2)
+
+
+# Libraries wrap what the system says (safetensors in its own error, torch in a RuntimeError), but they all quote it.
+# "inline_container" is torch.save whose file was cut short.
+FULL = [os.strerror(errno.ENOSPC), os.strerror(errno.EDQUOT), "disk is full", "inline_container.cc"]
+READ_ONLY = [os.strerror(errno.EROFS)]
+NO_MEMORY = ["out of memory", "can't allocate memory", "Unable to allocate", os.strerror(errno.ENOMEM)]
+
+
+def lack(error: BaseException, output: str) -> UserError | None:
+    """What the machine lacks, when that is what `error` or one it came from says: room or rights on disk, memory."""
+    said = ""
+    while error is not None:
+        said += f"{type(error).__name__}: {error}\n"
+        error = error.__cause__ or error.__context__
+    again = "then run the same command again: it goes on where this one stopped"
+    if any(text in said for text in FULL):
+        return UserError(f"{output}: the disk is full; free some space (results/merged/ can go first), {again}")
+    if any(text in said for text in READ_ONLY):
+        return UserError(f"{output}: the disk is read-only; make it writable, {again}")
+    if "MemoryError" in said or any(text in said for text in NO_MEMORY):
+        return UserError(
+            f"{output}: out of memory; lower train.per_device_train_batch_size (and raise gradient_accumulation_steps "
+            "by as much), or eval.batch_size, or tokenize.max_length, or set train.gradient_checkpointing=true"
+        )
+    return None
 
 
 def suggest(word: str, choices) -> str:

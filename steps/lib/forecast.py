@@ -49,11 +49,7 @@ class Archive:
         if folder not in self.stages:
             self.stages[folder] = [made for path in folder.glob("*/provenance.json") if (made := _read(path.parent))]
         items, names = set_items(flat(job.config)), set(job.inputs) - {"previous"}
-        alike = [
-            made
-            for made in self.stages[folder]
-            if set(made.provenance["inputs"]) == names and made.provenance.get("part") == job.settings.get("part")
-        ]
+        alike = [made for made in self.stages[folder] if set(made.provenance["inputs"]) == names]
         return min(
             alike, key=lambda made: (_distance(job, items, made), -made.provenance.get("ended", 0)), default=None
         )
@@ -61,7 +57,12 @@ class Archive:
 
 def _distance(job, items: frozenset, made: Made) -> int:
     inputs = sum(made.provenance["inputs"].get(name) != path for name, path in job.inputs.items() if name != "previous")
-    return inputs + len(items ^ made.items)
+    return inputs + len(items ^ made.items) + (not same_part(job, made))
+
+
+def same_part(job, made: Made) -> bool:
+    """Whether both are plateaus of a trunk, or both are not."""
+    return made.provenance.get("part") == job.settings.get("part")
 
 
 def _read(folder: Path) -> Made | None:

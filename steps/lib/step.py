@@ -22,7 +22,7 @@ import sys
 import time
 from pathlib import Path
 
-from steps.lib.errors import UserError
+from steps.lib.errors import UserError, lack
 from steps.lib.keys import changed_keys, code_hashes, flat
 
 log = logging.getLogger("temper")
@@ -55,15 +55,18 @@ def run_command(step, inputs: dict[str, str], argv=None, work=None) -> None:
     try:
         with logging_to(arguments.log):
             (work or execute)(step, arguments, [name.rstrip("?") for name in inputs])
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        if arguments.log:
-            with Path(arguments.log).open("a", encoding="utf-8") as file:
-                print(f"error: {error}", file=file)
-        sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
+    except Exception as error:
+        known = error if isinstance(error, UserError) else lack(error, arguments.output)
+        if known is None:
+            raise
+        print(f"error: {known}", file=sys.stderr)
+        if arguments.log:
+            with contextlib.suppress(OSError), Path(arguments.log).open("a", encoding="utf-8") as file:
+                print(f"error: {known}", file=file)
+        sys.exit(2)
 
 
 def _parser(step, inputs: dict[str, str]) -> argparse.ArgumentParser:

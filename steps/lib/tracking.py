@@ -21,7 +21,7 @@ import threading
 import time
 from pathlib import Path
 
-from steps.lib.errors import UserError
+from steps.lib.errors import UserError, lack
 from steps.lib.keys import flat
 from steps.lib.metrics import LOWER_IS_BETTER
 from steps.lib.step import git_commit, locked
@@ -65,6 +65,8 @@ def prepare(tracking: dict, sweep: str) -> None:
 
 def _prepare(tracking: dict, sweep: str) -> None:
     try:
+        if tracking["tracking_uri"] is None:
+            _make_store(tracking)
         api = client(tracking)
         experiment = _experiment(api, tracking)
         if tracking["tracking_uri"] is None:
@@ -77,10 +79,19 @@ def _prepare(tracking: dict, sweep: str) -> None:
             if run.info.status == "RUNNING" and run.info.run_id != parent:
                 api.set_terminated(run.info.run_id, status="KILLED")
     except Exception as error:
-        raise UserError(
+        raise lack(error, store_uri(tracking)) or UserError(
             f"tracking store {store_uri(tracking)}: {_one_line(error)}; "
             "start the server, or set tracking.tracking_uri, or tracking=none"
         ) from None
+
+
+def _make_store(tracking: dict) -> None:
+    """Make the SQLite file whole or not at all: MLflow cannot go on with half of its tables."""
+    store, temporary = Path("results/mlflow.db"), Path("results/.tmp-mlflow.db")
+    if not store.exists():
+        temporary.unlink(missing_ok=True)
+        client({**tracking, "tracking_uri": f"sqlite:///{temporary.resolve()}"}).search_experiments(max_results=1)
+        temporary.rename(store)
 
 
 def _experiment(api, tracking: dict) -> str:

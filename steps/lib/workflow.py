@@ -111,9 +111,19 @@ def on_error(plan: planning.Plan) -> None:
     _compare_what_is_there(plan)
     for job in plan.jobs.values():
         if not Path(job.path).exists() and job.log.is_file() and job.log.stat().st_mtime >= STARTED:
-            lines = [line for line in job.log.read_text(errors="replace").splitlines() if line.strip()]
-            if lines:
-                print(f"failed: {job.stage} {job.log.stem}: {lines[-1]}  (log: {job.log})", file=sys.stderr)
+            print(f"failed: {job.stage} {job.log.stem}: {_end_of(job.log)}  (log: {job.log})", file=sys.stderr)
+
+
+def _end_of(log: Path) -> str:
+    """Why a job ended: the last line of its log, unless it was killed before it could say anything."""
+    text = log.read_text(errors="replace")
+    lines = [line for line in text.splitlines() if line.strip()] or ["(nothing)"]
+    if lines[-1].startswith(("error: ", "interrupted")) or "Traceback (most recent call last)" in text:
+        return lines[-1]
+    return (
+        "killed from outside, most likely by the system for want of memory "
+        f"(lower train.per_device_train_batch_size, or run with fewer --cores); its last line was: {lines[-1]}"
+    )
 
 
 def _compare_what_is_there(plan: planning.Plan) -> None:

@@ -1,0 +1,89 @@
+"""A full disk, a read-only one, too little memory: one line, nothing half-written, and the next run completes."""
+
+import contextlib
+import json
+import os
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from steps import train_adapter
+from steps.lib.config import load_stage_config
+from steps.lib.errors import UserError, lack
+from tests.conftest import ROOT
+
+
+@contextlib.contextmanager
+def small_disk(folder: Path, kilobytes: int):
+    """A file system of that size at `folder`; yields a function that gives it another size or other options."""
+    folder.mkdir(parents=True, exist_ok=True)
+    options = f"size={kilobytes}k"
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", folder], capture_output=True).returncode:
+        pytest.skip("mounting a tmpfs needs root")
+    try:
+        yield lambda options: subprocess.run(["mount", "-o", f"remount,{options}", folder], check=True)
+    finally:
+        subprocess.run(["umount", "--lazy", folder], check=True)  # weights that were read are still mapped
+
+
+def arguments(splits, model, output, config) -> list[str]:
+    return ["--splits", str(splits), "--model", str(model), "--output", str(output), "--config", json.dumps(config)]
+
+
+@pytest.fixture
+def config():
+    overrides = ["experiment=smoke", "train.num_train_epochs=2", "model.load.dtype=float32"]
+    return load_stage_config("train_adapter", None, overrides) | {"trunk": "trunk"}
+
+
+@pytest.mark.parametrize("kilobytes", [8, 100, 300])  # full before, within and after the first checkpoint
+def test_a_full_disk_is_one_line_and_the_next_run_completes(
+    workspace, tiny_splits, tiny_model, config, kilobytes, capsys
+):
+    train_adapter.main(arguments(tiny_splits, tiny_model, "elsewhere", config | {"trunk": "undisturbed"}))
+    with small_disk(workspace / "small", kilobytes) as remount:
+        (workspace / "small" / "state").mkdir()
+        Path("results/.state/trunk").symlink_to(workspace / "small" / "state")
+        command = arguments(tiny_splits, tiny_model, "small/adapter", config)
+        with pytest.raises(SystemExit) as ended:
+            train_adapter.main(command)
+        assert ended.value.code == 2
+        said = capsys.readouterr().err
+        assert said.splitlines()[-1].startswith("error: small/adapter: the disk is full; free some space")
+        assert not Path("small/adapter").exists()
+        remount("size=20m")
+        train_adapter.main(command)
+        expected = load_file("elsewhere/adapter_model.safetensors")
+        found = load_file("small/adapter/adapter_model.safetensors")
+        assert all(torch.equal(weight, found[name]) for name, weight in expected.items())
+
+
+def test_a_read_only_disk_is_one_line(workspace, tiny_splits, tiny_model, config, capsys):
+    with small_disk(workspace / "results", 1000) as remount:
+        remount("ro")
+        with pytest.raises(SystemExit) as ended:
+            train_adapter.main(arguments(tiny_splits, tiny_model, "results/adapters/x", config))
+        assert ended.value.code == 2
+        assert "the disk is read-only" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_too_little_memory_is_one_line(workspace, tiny_splits, tiny_model, config):
+    command = [sys.executable, "-m", "steps.train_adapter", *arguments(tiny_splits, tiny_model, "x", config)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    limit = lambda: resource.setrlimit(resource.RLIMIT_AS, (2**30, 2**30))  # noqa: E731
+    failed = subprocess.run(command, capture_output=True, text=True, env=environment, preexec_fn=limit)
+    assert failed.returncode == 2, failed.stderr
+    assert "error: x: out of memory; lower train.per_device_train_batch_size" in failed.stderr
+
+
+def test_other_errors_are_not_explained_away():
+    assert lack(ValueError("shapes do not match"), "x") is None
+    wrapped = RuntimeError("inline_container.cc:672 unexpected pos")
+    assert "disk is full" in str(lack(wrapped, "x"))
+    with pytest.raises(UserError, match="read-only"):
+        raise lack(OSError(30, os.strerror(30)), "x")
