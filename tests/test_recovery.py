@@ -1,7 +1,9 @@
 """Two commands at once, a killed one, a failing run: the whole workflow on a tiny model."""
 
+import contextlib
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -9,10 +11,13 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from steps.lib import tracking
 from tests import tiny
 from tests.conftest import ROOT
+from tests.test_resources import small_disk
 from tests.test_tracking import SETTINGS
 from tests.test_workflow import leaderboard
 
@@ -46,7 +51,9 @@ def project(tmp_path, tiny_model):
 
 
 def start(command, folder: Path, name: str) -> subprocess.Popen:
+    """Start a command in a session of its own; PROJECT marks its processes, orphans too."""
     environment = {key: value for key, value in os.environ.items() if key not in ("OMP_NUM_THREADS", "TEMPER_PLAN")}
+    environment["PROJECT"] = str(folder)
     log = (folder / f"{name}.out").open("w")
     return subprocess.Popen(command, stdout=log, stderr=log, env=environment, cwd=ROOT, start_new_session=True)
 
@@ -120,3 +127,102 @@ def test_a_failed_run_does_not_stop_the_others(project):
     again = start([*command[:-1], bad], folder, "again")
     assert again.wait(timeout=500) == 1
     assert "train_adapter: wrote" not in output(folder, "again"), "only the failed run is tried again"
+
+
+def test_two_sweeps_that_share_runs_at_once(project, monkeypatch):
+    folder, command = project
+    other = command[-1].replace("sweep=none", "sweep=learning_rate").replace("1e-3,1e-2", "1e-3,5e-3")
+    both = [start(command, folder, "one"), start([*command[:-1], other], folder, "two")]
+    assert [process.wait(timeout=900) for process in both] == [0, 0], output(folder, "one") + output(folder, "two")
+    assert_finished(folder, monkeypatch)
+    assert len(leaderboard(folder, "learning_rate")) == 4
+    for stage, trunks in (("train_adapter", 3 * 2), ("merge_adapter", 3 * 2), ("evaluate_model", 3 * 2 + 1)):
+        made = (output(folder, "one") + output(folder, "two")).count(f"{stage}: wrote ")
+        assert made == trunks, f"{stage}: each of three rates and two epochs once"
+
+
+def test_a_full_disk_in_the_middle_of_a_sweep(project, monkeypatch):
+    folder, command = project
+    with small_disk(folder / "results", 2_000) as remount:  # room for the tracking store and half of the sweep
+        failed = start(command, folder, "failed")
+        assert failed.wait(timeout=900) in (1, 2)
+        assert "the disk is full; free some space" in output(folder, "failed")
+        remount("size=100m")
+        again = start(command, folder, "again")
+        assert again.wait(timeout=900) == 0, output(folder, "again")
+        assert_finished(folder, monkeypatch)
+
+
+def test_a_training_killed_for_its_memory_is_named(project):
+    folder, command = project
+    killed = start(command, folder, "killed")
+    kill_one_training(folder, killed)
+    assert killed.wait(timeout=900) == 1
+    failed = [line for line in output(folder, "killed").splitlines() if line.startswith("failed: train_adapter")]
+    assert failed
+    assert all("most likely by the system for want of memory" in line for line in failed)
+    again = start(command, folder, "again")
+    assert again.wait(timeout=900) == 0, output(folder, "again")
+
+
+def processes(folder: Path) -> list[int]:
+    """All processes that were started for the project in `folder`, orphans included."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/environ"):
+        try:
+            if f"PROJECT={folder}\0".encode() in path.read_bytes() + b"\0":
+                found.append(int(path.parent.name))
+        except OSError:  # it has ended
+            continue
+    return found
+
+
+def kill_one_training(folder: Path, main: subprocess.Popen) -> bool:
+    """Kill a training as the system does when memory is short. False when the command ended before there was one."""
+    while main.poll() is None:
+        for pid in processes(folder):
+            try:
+                if b"steps.train_adapter" in Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0"):
+                    os.kill(pid, signal.SIGKILL)
+                    return True
+            except (OSError, ProcessLookupError):
+                continue
+        time.sleep(0.1)
+    return False
+
+
+def kill(kind: str, folder: Path, main: subprocess.Popen) -> bool:
+    """Kill a training, the main process alone (its jobs live on as orphans), or everything at once."""
+    if kind == "training":
+        return kill_one_training(folder, main)
+    if main.poll() is not None:
+        return False
+    for pid in [main.pid] if kind == "main" else processes(folder):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    return True
+
+
+@pytest.mark.parametrize("kills", [12])
+def test_whatever_is_killed_and_when_the_sweep_ends_as_undisturbed(project, monkeypatch, tmp_path_factory, kills):
+    folder, command = project
+    undisturbed = tmp_path_factory.mktemp("undisturbed")
+    there = [str(undisturbed) if part == str(folder) else part for part in command]
+    assert start(there, undisturbed, "undisturbed").wait(timeout=900) == 0
+    rng, counts = random.Random(kills), {"training": 0, "main": 0, "all": 0}
+    for attempt in range(kills):
+        main = start(command, folder, f"killed{attempt}")
+        time.sleep(rng.uniform(3, 30))
+        kind = rng.choice(sorted(counts))
+        counts[kind] += kill(kind, folder, main)
+        if kind == "training":
+            main.wait(timeout=900)
+    last = start(command, folder, "last")
+    assert last.wait(timeout=900) == 0, output(folder, "last")
+    assert_finished(folder, monkeypatch)
+    print(f"kills: {counts}")
+    adapters = sorted((undisturbed / "results" / "adapters").glob("*/adapter_model.safetensors"))
+    assert len(adapters) == 4
+    for path in adapters:
+        expected, found = load_file(path), load_file(folder / path.relative_to(undisturbed))
+        assert all(torch.equal(weight, found[name]) for name, weight in expected.items()), path
