@@ -97,7 +97,7 @@ def _code_now(stage: str) -> dict[str, str]:
 
 def changed_rows(job: planning.Job, prompts: Path) -> str:
     """Which raw rows differ from those that `prompts` was made from."""
-    from steps.format_prompts import SPLITS, conversations
+    from steps.format_prompts import SPLITS, examples, record
 
     raw = Path(job.inputs["raw"])
     if not raw.is_file():
@@ -105,13 +105,14 @@ def changed_rows(job: planning.Job, prompts: Path) -> str:
     before = {}
     for split in SPLITS:
         for line in (prompts / f"{split}.jsonl").read_text(encoding="utf-8").splitlines():
-            record = json.loads(line)
-            before[record["id"]] = record["messages"]
-    now = dict(conversations(raw, job.config["data"], job.config["prompt"]["system"]))
+            made = json.loads(line)
+            before[made["id"]] = made
+    rows_now = examples(raw, job.config["data"], job.config["prompt"]["system"])
+    now = {number: example and record(number, example) for number, example in rows_now}
     rows = json.loads((prompts / "stats.json").read_text())["rows"]
     if len(now) != rows:
         return f"{raw.parent}: {rows} -> {len(now)} rows"
-    changed = [number for number, messages in before.items() if now.get(number) != messages]
+    changed = [number for number, made in before.items() if now.get(number) != made]
     if not changed:
         return f"{raw.parent}: a row that no split uses changed"
     named = ", ".join(str(number) for number in sorted(changed)[:MOST_ROWS])

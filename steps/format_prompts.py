@@ -6,7 +6,8 @@ r"""Turn raw rows into conversations and split them into train, validation and t
 Reads:  the files of a data folder (named by the folder or its pin), or one file of rows; the config sections data
         and prompt.system.
 Writes: train.jsonl, validation.jsonl, test.jsonl: {"id": row number in the raw data, from 1, "messages": [...]},
-        where the last message is the assistant's answer; stats.json: how many rows went where.
+        where the last message is the assistant's answer, and of a preference pair "rejected": the worse answer to
+        the same prompt; stats.json: how many rows went where.
 
 A row's split is decided by a hash of its prompt: the messages before the last answer, without the system message.
 Editing, adding or moving rows therefore never moves another row to another split, rows with the same prompt are
@@ -55,8 +56,8 @@ def run(config: dict, raw: Path, output: Path) -> dict:
     _refuse_other_identity(raw, identity, config.get("raw", identity))
     limits = data["limit"]
     with Splits(output, data["splits"], limits) as splits, Progress(None, "format", "rows") as progress:
-        for number, messages in conversations(raw, data, config["prompt"]["system"]):
-            splits.add(number, messages)
+        for number, example in examples(raw, data, config["prompt"]["system"]):
+            splits.add(number, example)
             progress.update()
     _refuse_other_identity(raw, raw_data.identity_on_disk(raw), identity)
     stats = splits.stats()
@@ -102,18 +103,18 @@ def _summary(stats: dict) -> str:
 # --- reading -------------------------------------------------------------------------------------
 
 
-def conversations(raw: Path, data: dict, system: str | None) -> Iterator[tuple[int, layouts.Messages | None]]:
-    """(row number from 1 through all files, its conversation; None when `data.where` leaves the row out)."""
+def examples(raw: Path, data: dict, system: str | None) -> Iterator[tuple[int, layouts.Example | None]]:
+    """(row number from 1 through all files, its example; None when `data.where` leaves the row out)."""
     convert = layouts.converter(data, system)
     count = itertools.count(1)
     for path in raw_data.data_files(raw):
         file = RawFile(path, data.get("format"), data.get("csv") or {})
         for number, row in file:
             try:
-                messages = convert(row)
+                example = convert(row)
             except UserError as error:
                 raise UserError(f"{file.place(number)}: {error}") from None
-            yield next(count), messages
+            yield next(count), example
 
 
 # --- splitting -----------------------------------------------------------------------------------
@@ -146,6 +147,12 @@ def split_of(position: int, shares: dict[str, float]) -> str:
     return "validation" if position < shares["test"] + shares["validation"] else "train"
 
 
+def record(number: int, example: layouts.Example) -> dict:
+    """A line of train.jsonl and its likes."""
+    pair = {} if example.rejected is None else {"rejected": example.rejected}
+    return {"id": number, "messages": example.messages, **pair}
+
+
 class Splits:
     """Writes conversations to the files of their splits. Holds 16 bytes a row in memory, for the counts."""
 
@@ -155,16 +162,17 @@ class Splits:
         self.left_out = 0
         self.prompts, self.rows = array.array("Q"), array.array("Q")  # hash of each prompt; of prompt and answer
 
-    def add(self, number: int, messages: layouts.Messages | None) -> None:
+    def add(self, number: int, example: layouts.Example | None) -> None:
         """Take the row `number`; None counts as left out by `data.where`."""
-        if messages is None:
+        if example is None:
             self.left_out += 1
             return
-        hashed = prompt_hash(messages)
+        hashed = prompt_hash(example.messages)
         self.prompts.append(hashed.split)
-        answer = hashlib.blake2b(messages[-1]["content"].encode(), digest_size=8, key=hashed.rank.to_bytes(8)).digest()
+        answers = [example.messages[-1]["content"], *([] if example.rejected is None else [example.rejected])]
+        answer = hashlib.blake2b("\0".join(answers).encode(), digest_size=8, key=hashed.rank.to_bytes(8)).digest()
         self.rows.append(int.from_bytes(answer))
-        line = json.dumps({"id": number, "messages": messages}, ensure_ascii=False)
+        line = json.dumps(record(number, example), ensure_ascii=False)
         self.files[split_of(hashed.split, self.shares)].add(hashed.rank, line)
 
     def stats(self) -> dict:

@@ -7,8 +7,10 @@ By hand::
 
 Reads   the prompts' train.jsonl, validation.jsonl and test.jsonl; the model's tokenizer.
 Writes  a `datasets.DatasetDict` (train, validation, test) with the columns id, input_ids, labels
-        (-100 where nothing is learned), prompt_length, prompt, reference; audit.json (counts, length
-        histogram, suggested max_length) and audit.txt (rows with their learned tokens marked).
+        (-100 where nothing is learned), prompt_length, prompt, reference; of preference pairs also
+        rejected_input_ids, rejected_labels, rejected: the same prompt tokens with the rejected answer (the other
+        columns are then those of the chosen one); audit.json (counts, length histogram, suggested max_length) and
+        audit.txt (rows with their learned tokens marked).
 """
 
 import itertools
@@ -17,7 +19,7 @@ import logging
 import sys
 from pathlib import Path
 
-from steps.lib.conversation import IGNORED, Encoder
+from steps.lib.conversation import IGNORED, Encoded, Encoder
 from steps.lib.errors import UserError
 from steps.lib.progress import Progress, quiet_libraries
 from steps.lib.step import run_command
@@ -72,17 +74,21 @@ class _Rows:
         import pyarrow
         from datasets import Dataset, DatasetInfo, Features, List, Value
 
-        features = Features(
-            {
-                "id": Value("int64"),
-                "input_ids": List(Value("int32")),
-                "labels": List(Value("int32")),
-                "prompt_length": Value("int32"),
-                "prompt": Value("string"),
-                "reference": Value("string"),
-            }
-        )
+        columns = {
+            "id": Value("int64"),
+            "input_ids": List(Value("int32")),
+            "labels": List(Value("int32")),
+            "prompt_length": Value("int32"),
+            "prompt": Value("string"),
+            "reference": Value("string"),
+        }
         rows = self._encoded_rows()
+        first = next(rows, {})
+        if "rejected" in first:
+            ids = List(Value("int32"))
+            columns |= {"rejected_input_ids": ids, "rejected_labels": ids, "rejected": Value("string")}
+        features = Features(columns)
+        rows = itertools.chain([first] if first else [], rows)
         schema = features.arrow_schema
         batches = iter(
             lambda: pyarrow.Table.from_pylist(list(itertools.islice(rows, BATCH)), schema=schema), schema.empty_table()
@@ -107,32 +113,48 @@ class _Rows:
                     yield row
 
     def _encode(self, record: dict) -> dict | None:
-        messages = record["messages"]
-        encoded = self.encoder.encode(messages)
-        ids, labels = encoded.input_ids, encoded.labels
+        messages, rejected = record["messages"], record.get("rejected")
+        if rejected is None:
+            encoded = [self.encoder.encode(messages)]
+        else:
+            encoded = list(self.encoder.encode_pair(messages, rejected))
         self.audit.count(encoded, self.max_length)
-        if len(ids) > self.max_length:
-            if self.policy == "error":
-                raise UserError(
-                    f"{self.path}: row {record['id']} has {len(ids)} tokens, tokenize.max_length is {self.max_length}; "
-                    "raise it, or set tokenize.max_length_policy to drop or truncate"
-                )
-            if self.policy == "drop":
-                return None
-            ids, labels = ids[: self.max_length], labels[: self.max_length]
-            if all(label == IGNORED for label in labels):
-                self.audit.nothing_left += 1
+        if max(len(one.input_ids) for one in encoded) > self.max_length:
+            encoded = self._shortened(encoded, record["id"])
+            if encoded is None:
                 return None
         user = next(message["content"] for message in reversed(messages) if message["role"] == "user")
-        self.audit.keep(ids, labels)
-        return {
+        self.audit.keep(encoded)
+        row = {
             "id": record["id"],
-            "input_ids": ids,
-            "labels": labels,
-            "prompt_length": min(encoded.prompt_length, len(ids)),
+            "input_ids": encoded[0].input_ids,
+            "labels": encoded[0].labels,
+            "prompt_length": encoded[0].prompt_length,
             "prompt": user,
             "reference": messages[-1]["content"],
         }
+        if rejected is not None:
+            row |= {"rejected_input_ids": encoded[1].input_ids, "rejected_labels": encoded[1].labels}
+            row["rejected"] = rejected
+        return row
+
+    def _shortened(self, encoded: list[Encoded], number: int) -> list[Encoded] | None:
+        """What `max_length_policy` makes of a row, or of a pair, that is too long; None: it is dropped."""
+        if self.policy == "error":
+            longest = max(len(one.input_ids) for one in encoded)
+            raise UserError(
+                f"{self.path}: row {number} has {longest} tokens, tokenize.max_length is {self.max_length}; "
+                "raise it, or set tokenize.max_length_policy to drop or truncate"
+            )
+        if self.policy == "drop":
+            return None
+        short = [one.cut(self.max_length) for one in encoded]
+        # Of a pair only the answers are learned, so a prompt that fills the row leaves nothing.
+        nothing = [all(label == IGNORED for label in one.labels) for one in short]
+        if any(nothing) or (len(short) == 2 and short[0].prompt_length >= self.max_length):
+            self.audit.nothing_left += 1
+            return None
+        return short
 
 
 class Audit:
@@ -141,18 +163,20 @@ class Audit:
     def __init__(self):
         self.lengths: list[int] = []  # of all rows, also of those that were dropped
         self.read = self.too_long = self.nothing_left = self.retokenized = 0
-        self.rows = self.tokens = self.learned = 0
+        self.rows = self.tokens = self.learned = self.rejected = 0
 
-    def count(self, encoded, max_length: int) -> None:
+    def count(self, encoded: list[Encoded], max_length: int) -> None:
+        """A row that was read: one text, or the two of a pair, of which the longer counts."""
         self.read += 1
-        self.lengths.append(len(encoded.input_ids))
-        self.too_long += len(encoded.input_ids) > max_length
-        self.retokenized += encoded.retokenized
+        self.lengths.append(max(len(one.input_ids) for one in encoded))
+        self.too_long += self.lengths[-1] > max_length
+        self.retokenized += encoded[0].retokenized
 
-    def keep(self, ids: list[int], labels: list[int]) -> None:
+    def keep(self, encoded: list[Encoded]) -> None:
         self.rows += 1
-        self.tokens += len(ids)
-        self.learned += sum(label != IGNORED for label in labels)
+        self.tokens += sum(len(one.input_ids) for one in encoded)
+        self.learned += _learned(encoded[0])
+        self.rejected += sum(_learned(one) for one in encoded[1:])
 
     def summary(self) -> dict:
         """Counts, quantiles and a histogram of lengths, and the `max_length` that would keep 99% of the rows."""
@@ -170,11 +194,16 @@ class Audit:
             "tokenized_piecewise": self.retokenized,
             "tokens": self.tokens,
             "learned_tokens": self.learned,
+            **({"rejected_tokens": self.rejected} if self.rejected else {}),
             "longest": ordered[-1] if ordered else None,
             "quantiles": quantile,
             "suggested_max_length": suggested,
             "histogram": _histogram(ordered),
         }
+
+
+def _learned(encoded: Encoded) -> int:
+    return sum(label != IGNORED for label in encoded.labels)
 
 
 def _histogram(lengths: list[int]) -> dict[str, int]:
@@ -188,16 +217,31 @@ def _histogram(lengths: list[int]) -> dict[str, int]:
 
 def _shown_rows(train, tokenizer) -> str:
     """The first rows as text; what is learned stands between >>> and <<<."""
+    pairs = "rejected" in train.column_names
     lines = ["What the model reads in training. It learns what stands between >>> and <<<, nothing else.\n"]
+    if pairs:
+        lines = [
+            "What the model reads in training, the chosen answer first. Supervised fine-tuning learns what stands\n"
+            "between >>> and <<< in it; preference optimization compares the last answers of the two.\n"
+        ]
     for row in train.select(range(min(SHOWN, len(train)))):
-        text, learning = "", False
-        for token, label in zip(row["input_ids"], row["labels"], strict=True):
-            if (label != IGNORED) != learning:
-                text += "<<<" if learning else ">>>"
-                learning = not learning
-            text += tokenizer.decode([token])
-        lines.append(f"--- row {row['id']}\n{text}{'<<<' if learning else ''}\n")
+        title = f"--- row {row['id']}"
+        lines.append(f"{title}{', chosen' if pairs else ''}\n{_marked(row['input_ids'], row['labels'], tokenizer)}\n")
+        if pairs:
+            lines.append(
+                f"{title}, rejected\n{_marked(row['rejected_input_ids'], row['rejected_labels'], tokenizer)}\n"
+            )
     return "\n".join(lines)
+
+
+def _marked(ids: list[int], labels: list[int], tokenizer) -> str:
+    text, learning = "", False
+    for token, label in zip(ids, labels, strict=True):
+        if (label != IGNORED) != learning:
+            text += "<<<" if learning else ">>>"
+            learning = not learning
+        text += tokenizer.decode([token])
+    return text + ("<<<" if learning else "")
 
 
 def _report(audits: dict[str, dict]) -> None:

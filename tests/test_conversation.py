@@ -104,3 +104,23 @@ def test_a_chat_template_that_refuses_a_role_is_named():
 def test_a_free_template_refuses_several_turns():
     with pytest.raises(UserError, match="a row has 4 turns; use prompt.apply_chat_template=true"):
         encoder(PLAIN).encode([user("a"), assistant("b"), user("c"), assistant("d")])
+
+
+@settings(max_examples=100, deadline=None)
+@given(prompt=text, chosen=text, rejected=text, settings=st.sampled_from([CHAT, PLAIN]))
+def test_both_answers_of_a_pair_follow_the_same_prompt_tokens(prompt, chosen, rejected, settings):
+    pair = encoder(settings).encode_pair([user(prompt), assistant(chosen)], rejected)
+    starts = [row.input_ids[: row.prompt_length] for row in pair]
+    assert starts[0] == starts[1]
+    for row, answer in zip(pair, (chosen, rejected), strict=True):
+        assert learned_text(row) == answer + "<|im_end|>"
+
+
+def test_an_answer_that_merges_with_the_prompt_takes_both_apart():
+    """The end of this template merges with an answer that starts with a letter, and not with one that starts with ?."""
+    merging = encoder({**PLAIN, "template": "{{ prompt }} posit"})
+    messages, rejected = [user("x"), assistant("ive")], "?"
+    assert merging.encode(messages).retokenized
+    assert not merging.encode([user("x"), assistant(rejected)]).retokenized
+    chosen, other = merging.encode_pair(messages, rejected)
+    assert chosen.input_ids[: chosen.prompt_length] == other.input_ids[: other.prompt_length]

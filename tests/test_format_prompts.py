@@ -1,6 +1,7 @@
 """format_prompts: which rows land in which split, and that nothing is lost without a word."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from steps import format_prompts
 from steps.format_prompts import Splits, main, prompt_hash, split_of
 from steps.lib.errors import UserError
 from steps.lib.keys import file_sha256
+from steps.lib.layouts import Example
 
 SHARES = {"validation": 0.2, "test": 0.3}
 NO_LIMIT = {"train": None, "validation": None, "test": None}
@@ -34,7 +36,7 @@ def written(folder, table, limits=NO_LIMIT, system=None) -> dict[str, list[tuple
     """split -> its (prompt, answer) pairs, after writing a table."""
     with Splits(folder, SHARES, {**NO_LIMIT, **limits}) as splits:
         for number, pair in enumerate(table, start=1):
-            splits.add(number, conversation(*pair, system))
+            splits.add(number, Example(conversation(*pair, system)))
     return {name: [pair_of(row) for row in read(folder / f"{name}.jsonl")] for name in format_prompts.SPLITS}
 
 
@@ -262,6 +264,31 @@ def test_raw_files_that_change_while_they_are_read_are_refused(tmp_path, monkeyp
         format_prompts.run(config, raw=Path("rows.jsonl"), output=tmp_path)
 
 
+# --- preference pairs ----------------------------------------------------------------------------
+
+
+def test_the_rejected_answer_is_kept_beside_the_conversation_and_moves_no_split(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    rows = [{"question": f"{number}?", "answer": ("yes", "no")[number % 2]} for number in range(40)]
+    Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run(rejected_from=["yes", "no"])
+    for split in format_prompts.SPLITS:
+        for record in read(OUTPUT / f"{split}.jsonl"):
+            assert {record["messages"][-1]["content"], record["rejected"]} == {"yes", "no"}
+    ids = {split: [record["id"] for record in read(OUTPUT / f"{split}.jsonl")] for split in format_prompts.SPLITS}
+    shutil.rmtree(OUTPUT)
+    run()
+    assert ids == {split: [row["id"] for row in read(OUTPUT / f"{split}.jsonl")] for split in format_prompts.SPLITS}
+
+
+def test_rows_that_differ_in_what_they_reject_are_no_duplicates(folder):
+    table = [("yes", "no"), ("yes", "maybe"), ("yes", "no")]
+    with Splits(folder, SHARES, NO_LIMIT) as splits:
+        for number, (chosen, rejected) in enumerate(table, start=1):
+            splits.add(number, Example(conversation("?", chosen), rejected))
+        assert splits.stats()["duplicates"] == 1
+
+
 DATA = Path(__file__).resolve().parents[2] / "shared/data"
 
 
@@ -271,6 +298,7 @@ DATA = Path(__file__).resolve().parents[2] / "shared/data"
     [
         ("lamini_docs.jsonl", 1400, {"where": "answer"}),
         ("alpaca_demo.json", 999, {"layout": "instruction"}),
+        ("preference_demo.json", 300, {"layout": "preference", "columns": {"prompt": "conversations"}}),
         (
             "english_quotes.jsonl",
             3002,

@@ -14,7 +14,8 @@ SOURCE = {"kind": "files", "path": "rows.jsonl"}
 
 
 def convert(row, layout, system=None, **data):
-    return converter({"layout": layout, **data}, system)(row)
+    example = converter({"layout": layout, **data}, system)(row)
+    return example and example.messages
 
 
 def turns(*pairs):
@@ -189,3 +190,87 @@ def test_faults_in_columns():
         UserError, match="^no column 'q', which data.columns.question names; there are question, answer"
     ):
         convert({"question": "a", "answer": "b"}, "question_answer", columns={"question": "q"})
+
+
+# --- preference pairs ----------------------------------------------------------------------------
+
+HOW = [{"role": "user", "content": "How?"}]
+WELL, BADLY = {"role": "assistant", "content": "Well."}, {"role": "assistant", "content": "Badly."}
+
+
+def pair(row, layout="preference", **data):
+    return converter({"layout": layout, **data}, None)(row)
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": "How?", "chosen": "Well.", "rejected": "Badly."},
+        {"prompt": HOW, "chosen": [WELL], "rejected": [BADLY]},
+        {"prompt": HOW, "chosen": WELL, "rejected": "Badly."},
+        {"chosen": [*HOW, WELL], "rejected": [*HOW, BADLY]},
+        {
+            "prompt": [{"from": "human", "value": "How?"}],
+            "chosen": {"from": "gpt", "value": "Well."},
+            "rejected": {"from": "gpt", "value": "Badly."},
+        },
+    ],
+)
+def test_all_forms_of_a_preference_pair(row):
+    assert pair(row) == ([*HOW, WELL], "Badly.")
+
+
+def test_the_prompt_of_a_pair_may_have_another_name():
+    row = {"conversations": HOW, "chosen": WELL, "rejected": BADLY}
+    assert pair(row, columns={"prompt": "conversations"}) == ([*HOW, WELL], "Badly.")
+
+
+def test_a_template_says_what_is_rejected():
+    template = {
+        "prompt": "{{ text }}",
+        "completion": "{{ label }}",
+        "rejected": "{{ 'no' if label == 'yes' else 'yes' }}",
+    }
+    assert pair({"text": "Is it?", "label": "yes"}, "template", **template).rejected == "no"
+
+
+def test_another_label_is_picked_by_the_row_alone():
+    labels = ["happy", "angry", "neutral"]
+    rows = [{"question": f"Row {number}", "answer": labels[number % 3]} for number in range(300)]
+    picked = [pair(row, "question_answer", rejected_from=labels).rejected for row in rows]
+    assert all(label != row["answer"] for label, row in zip(picked, rows, strict=True))
+    assert picked[::-1] == [pair(row, "question_answer", rejected_from=labels[:]).rejected for row in rows[::-1]]
+    happy = [label for label, row in zip(picked, rows, strict=True) if row["answer"] == "happy"]
+    assert 30 < happy.count("angry") < 70, "both others are picked"
+
+
+@pytest.mark.parametrize(
+    ("row", "data", "message"),
+    [
+        ({"prompt": "a", "chosen": "b", "rejected": "b"}, {}, "the chosen and the rejected answer are the same ('b')"),
+        ({"prompt": "a", "chosen": "b"}, {}, "no column 'rejected'"),
+        ({"chosen": "b", "rejected": "c"}, {}, "no column 'prompt'"),
+        ({"prompt": "a", "chosen": "", "rejected": "c"}, {}, 'column "chosen" is empty'),
+        ({"prompt": "a", "chosen": "b", "rejected": 7}, {}, "column 'rejected' holds 7, not text"),
+        ({"prompt": "a", "chosen": "b", "rejected": "\ud83d"}, {}, "the rejected answer's text holds half a character"),
+        (
+            {"chosen": [*HOW, WELL], "rejected": [{"role": "user", "content": "Who?"}, BADLY]},
+            {},
+            "'chosen' and 'rejected' differ before their last message",
+        ),
+        (
+            {"question": "a", "answer": "b"},
+            {"rejected_from": ["c", "d"]},
+            "the answer 'b' is none of data.rejected_from",
+        ),
+    ],
+)
+def test_pairs_that_are_none_are_named(row, data, message):
+    with pytest.raises(UserError) as error:
+        pair(row, "question_answer" if data else "preference", **data)
+    assert message in str(error.value)
+
+
+def test_the_proposed_where_leaves_out_pairs_of_two_prompts():
+    row = {"chosen": [*HOW, WELL], "rejected": [{"role": "user", "content": "Who?"}, BADLY]}
+    assert pair(row, where="chosen[:-1] == rejected[:-1]") is None

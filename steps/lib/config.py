@@ -13,9 +13,10 @@ from pathlib import Path
 
 from steps.lib.errors import UserError, suggest
 from steps.lib.keys import PACKAGE_ROOT, canonical_json, digest, flat
-from steps.lib.schema import SOURCE_KINDS, STAGE_SECTIONS, Config, DataView, Section
+from steps.lib.schema import METHODS, SOURCE_KINDS, STAGE_SECTIONS, Config, Data, DataView, Section
 
 CONF = PACKAGE_ROOT / "conf"
+UNIONS = {"source": SOURCE_KINDS, "method": METHODS}  # sections that are one of several models, by their tag
 CHECKED = Path("results/.state/checked-configs")  # library sections that were found valid, by hash
 
 # Fields of TrainingArguments that Temper decides itself, and where the user's choice goes instead.
@@ -295,7 +296,35 @@ def validated(config: dict) -> dict:
     config = _normalised(config)
     filled = _model_dump(Config, config, "")
     check_library_sections(filled["train"], filled["adapter"])
+    _check_method(filled)
     return filled
+
+
+def _check_method(config: dict) -> None:
+    """What the method needs of the other sections."""
+    method = config["method"]
+    if method["name"] != "dpo":
+        return
+    if not Data.model_validate(config["data"]).has_pairs:
+        raise UserError(
+            "config: method=dpo needs preference pairs: choose data.layout=preference, or say what the rejected answer "
+            "is with data.rejected (layout template) or data.rejected_from (a list of labels)"
+        )
+    if config["train"].get("label_smoothing_factor"):
+        raise UserError("config: 'train.label_smoothing_factor' is for method=sft; see method.label_smoothing")
+    if method["sft"]:
+        first = sft_config(config)
+        try:
+            check_library_sections(first["train"], first["adapter"])
+        except UserError as error:
+            raise UserError(f"config: 'method.sft': {str(error).removeprefix('config: ')}") from None
+
+
+def sft_config(config: dict) -> dict:
+    """The config of the supervised fine-tuning that `method.sft` asks for: this config, with its differences."""
+    first = config["method"]["sft"]
+    adapter = first["adapter"] if "peft_type" in first["adapter"] else {**config["adapter"], **first["adapter"]}
+    return {**config, "method": {"name": "sft"}, "train": {**config["train"], **first["train"]}, "adapter": adapter}
 
 
 def _normalised(config: dict) -> dict:
@@ -330,7 +359,7 @@ def explain(error, model, prefix: str = "") -> str:
     faults = error.errors(include_url=False)
     unknown = [fault for fault in faults if fault["type"] == "extra_forbidden"]
     fault = (unknown or faults)[0]  # a misspelt key is the reason why another one is missing
-    path = [str(part) for part in fault["loc"] if part not in SOURCE_KINDS]  # the union's tag is no key of ours
+    path = [str(part) for part in _without_tags(fault["loc"])]
     key = ".".join([prefix, *path] if prefix else path)
     if fault["type"] == "extra_forbidden":
         known = _fields_at(model, fault["loc"][:-1])
@@ -344,17 +373,23 @@ def explain(error, model, prefix: str = "") -> str:
     return f"config: '{key}': {message}{shown}"
 
 
+def _without_tags(location) -> list:
+    """A pydantic location without the tags of unions (``source.hub``, ``method.dpo``), which are no keys of ours."""
+    before = [None, *location]
+    return [part for last, part in zip(before, location, strict=False) if part not in UNIONS.get(last, ())]
+
+
 def _fields_at(model, location) -> list[str]:
     """Field names of the section that a pydantic error location points into."""
-    for part in location:
-        if part in SOURCE_KINDS:
-            model = SOURCE_KINDS[part]
+    for last, part in zip([None, *location], location, strict=False):
+        if part in UNIONS.get(last, ()):
+            model = UNIONS[last][part]
         elif not isinstance(part, int):
             annotation = model.model_fields[part].annotation
             if hasattr(annotation, "model_fields"):
                 model = annotation
-            elif part == "published":
-                model = annotation.__args__[0]
+            elif part in ("published", "sft"):
+                model = annotation.__args__[0]  # list[Published], SftFirst | None
     return list(model.model_fields)
 
 
@@ -517,6 +552,18 @@ def stage_config(stage: str, config: dict) -> dict:
     return json.loads(canonical_json(view))
 
 
+def _annotation(model, name: str):
+    """The type of a field; of a union with its tag, without which a fault would be told of all its members."""
+    from pydantic import Field
+
+    field = model.model_fields[name]
+    return (
+        typing.Annotated[field.annotation, Field(discriminator=field.discriminator)]
+        if field.discriminator
+        else field.annotation
+    )
+
+
 @functools.cache
 def _stage_model(stage: str):
     """A pydantic model of what the stage may see. Other keys at the top are facts the planner adds (identities)."""
@@ -525,11 +572,9 @@ def _stage_model(stage: str):
     fields: dict = {}
     for path in STAGE_SECTIONS[stage]:
         section, _, name = path.partition(".")
-        annotation = Config.model_fields[section].annotation
+        annotation = _annotation(Config, section)
         if name:
-            annotation = create_model(
-                section, __base__=Section, **{name: (annotation.model_fields[name].annotation, ...)}
-            )
+            annotation = create_model(section, __base__=Section, **{name: (_annotation(annotation, name), ...)})
         fields[section] = (DataView if path == "data" else annotation, ...)
     return create_model(stage, __config__={"extra": "allow"}, **fields)
 

@@ -19,7 +19,11 @@ class Encoded:
     input_ids: list[int]
     labels: list[int]
     prompt_length: int  # tokens before the last answer
-    retokenized: bool  # a token crossed the border between prompt and answer
+    retokenized: bool  # the turns were tokenized apart: a token would have crossed the border between them
+
+    def cut(self, length: int) -> "Encoded":
+        """The first `length` tokens."""
+        return Encoded(self.input_ids[:length], self.labels[:length], min(self.prompt_length, length), self.retokenized)
 
 
 class Encoder:
@@ -43,19 +47,35 @@ class Encoder:
                 "or set prompt.apply_chat_template=false and a prompt.template"
             )
 
-    def encode(self, messages: list[dict]) -> Encoded:
-        """Token ids and labels of one conversation that ends with the assistant's answer."""
+    def encode(self, messages: list[dict], piecewise: bool = False) -> Encoded:
+        """Token ids and labels of one conversation that ends with the assistant's answer.
+
+        Args:
+            piecewise: tokenize the turns apart even where no token would cross a border.
+        """
         pieces = self._pieces(messages)
         text = "".join(piece for piece, _ in pieces)
         encoding = self.tokenizer(text, add_special_tokens=self.template is not None, return_offsets_mapping=True)
         spans = _learned_spans(pieces)
         ids, offsets = encoding["input_ids"], encoding["offset_mapping"]
-        retokenized = _crosses_border(offsets, spans)
+        retokenized = piecewise or _crosses_border(offsets, spans)
         if retokenized:
             ids, learned = self._piecewise(pieces)
         else:
             learned = [_span_of(offset, spans) for offset in offsets]
         return self._finish(ids, learned, len(spans), retokenized)
+
+    def encode_pair(self, messages: list[dict], rejected: str) -> tuple[Encoded, Encoded]:
+        """The conversation with its own (chosen) and with the rejected answer, after exactly the same prompt tokens.
+
+        Where one of the answers merges with the end of the prompt, both are tokenized apart from it.
+        """
+        other = [*messages[:-1], {"role": "assistant", "content": rejected}]
+        pair = self.encode(messages), self.encode(other)
+        prompts = [encoded.input_ids[: encoded.prompt_length] for encoded in pair]
+        if prompts[0] != prompts[1]:
+            pair = self.encode(messages, piecewise=True), self.encode(other, piecewise=True)
+        return pair
 
     def _pieces(self, messages: list[dict]) -> list[tuple[str, bool]]:
         """The text as (piece, is it the assistant's) in order."""

@@ -1,9 +1,12 @@
 """From a row of raw data to a conversation: ``[{"role": ..., "content": ...}, ...]``, the last one the answer.
 
-A layout is a function ``(row) -> messages``. Messages of complaints name columns; who calls adds file and line.
+A layout is a function ``(row) -> messages``. Of a preference pair these end with the chosen answer; what is rejected
+comes from a function of its own, ``(row, messages) -> text``. Complaints name columns; who calls adds file and line.
 """
 
+import hashlib
 from collections.abc import Callable
+from typing import NamedTuple
 
 from steps.lib.errors import UserError, suggest
 
@@ -13,11 +16,18 @@ ROLES = ("system", "user", "assistant")
 SHAREGPT_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 
 
-def converter(data: dict, system: str | None) -> Callable[[dict], Messages | None]:
-    """A function that turns a row into its conversation, or None when `data.where` leaves it out.
+class Example(NamedTuple):
+    """One row: a conversation that ends with the (chosen) answer and, of a preference pair, the rejected answer."""
+
+    messages: Messages
+    rejected: str | None = None
+
+
+def converter(data: dict, system: str | None) -> Callable[[dict], Example | None]:
+    """A function that turns a row into an example, or None when `data.where` leaves it out.
 
     Args:
-        data: the config section; layout, columns, prompt, completion and where are used.
+        data: the config section; layout, columns, prompt, completion, rejected, rejected_from and where are used.
         system: a system message to put first, in place of one in the data; None leaves the data's own.
 
     Raises:
@@ -26,17 +36,19 @@ def converter(data: dict, system: str | None) -> Callable[[dict], Messages | Non
     renamed = _renamed_columns(data)
     where = _compiled("where", data["where"]) if data.get("where") else None
     to_messages = _template_layout(data) if data["layout"] == "template" else LAYOUTS[data["layout"]][0]
+    to_rejected = _rejected(data)
 
-    def convert(row: dict) -> Messages | None:
+    def convert(row: dict) -> Example | None:
         if renamed:
             row = {**row, **{name: _renamed(row, name, theirs) for name, theirs in renamed.items()}}
         if where and not where(row):
             return None
         messages = to_messages(row)
+        rejected = to_rejected(row, messages)
         if system is not None:
             messages = [{"role": "system", "content": system}, *without_system(messages)]
-        _refuse_broken_text(messages)
-        return messages
+        _refuse_broken_text([*messages, *([_said("rejected answer", rejected)] if rejected else [])])
+        return Example(messages, rejected)
 
     return convert
 
@@ -99,7 +111,11 @@ def prompt_completion(row: dict) -> Messages:
 
 
 def _exchange(prompt: str, answer: str) -> Messages:
-    return [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
+    return [_said("user", prompt), _said("assistant", answer)]
+
+
+def _said(role: str, content: str) -> dict[str, str]:
+    return {"role": role, "content": content}
 
 
 def _column(row: dict, name: str):
@@ -178,6 +194,73 @@ def _checked(messages: Messages, column: str) -> Messages:
     return messages
 
 
+# --- preference pairs: what is rejected -------------------------------------------------------------
+
+
+def preference(row: dict) -> Messages:
+    """TRL's columns: prompt, chosen, rejected. Here the conversation with the chosen answer.
+
+    The prompt is a text or a list of messages; the answers are texts, messages or lists of messages. Without a column
+    prompt, chosen and rejected are whole conversations that differ in the last message.
+    """
+    return _with_answer(row, "chosen")
+
+
+def _with_answer(row: dict, column: str) -> Messages:
+    prompt = row.get("prompt")
+    if prompt is None:
+        if not isinstance(_column(row, column), list):
+            _text(row, "prompt")  # complains: there is none, and an answer alone is no conversation
+        return _checked(_read(row[column], column), column)
+    before = _read(prompt, "prompt") if isinstance(prompt, list) else [_said("user", _text(row, "prompt"))]
+    answer = _column(row, column)
+    if isinstance(answer, dict):
+        return _checked([*before, _message(answer, column)], column)
+    after = _read(answer, column) if isinstance(answer, list) else [_said("assistant", _text(row, column))]
+    return _checked([*before, *after], column)
+
+
+def _rejected(data: dict) -> Callable[[dict, Messages], str | None]:
+    """The function that says what a row rejects; its result is None where there are no pairs."""
+    if data["layout"] == "preference":
+        return _rejected_column
+    if data.get("rejected") is not None:
+        template = _compiled("rejected", data["rejected"])
+        return lambda row, messages: _other_than_chosen(_rendered(template(row), "rejected", row), messages)
+    if data.get("rejected_from") is not None:
+        return lambda _row, messages: another_label(data["rejected_from"], messages)
+    return lambda _row, _messages: None
+
+
+def _rejected_column(row: dict, messages: Messages) -> str:
+    with_rejected = _with_answer(row, "rejected")
+    if with_rejected[:-1] != messages[:-1]:
+        raise UserError(
+            "columns 'chosen' and 'rejected' differ before their last message, so they answer different prompts; "
+            'to leave such rows out, set data.where to "chosen[:-1] == rejected[:-1]"'
+        )
+    return _other_than_chosen(with_rejected[-1]["content"], messages)
+
+
+def _other_than_chosen(rejected: str, messages: Messages) -> str:
+    if rejected == messages[-1]["content"]:
+        raise UserError(
+            f"the chosen and the rejected answer are the same ({_shown(rejected)}), which prefers nothing; "
+            "correct the row, or leave such rows out with data.where"
+        )
+    return rejected
+
+
+def another_label(labels: list[str], messages: Messages) -> str:
+    """One of the labels that the answer is not. Of several it is picked by a hash of the conversation."""
+    answer = messages[-1]["content"]
+    if answer not in labels:
+        raise UserError(f"the answer {_shown(answer)} is none of data.rejected_from ({', '.join(labels)})")
+    others = [label for label in labels if label != answer]
+    asked = repr([[message["role"], message["content"]] for message in without_system(messages)])
+    return others[int.from_bytes(hashlib.sha256(asked.encode(errors="replace")).digest()[:8]) % len(others)]
+
+
 # layout -> (function, its columns)
 LAYOUTS: dict[str, tuple[Callable[[dict], Messages], tuple[str, ...]]] = {
     "messages": (messages, ("messages",)),
@@ -185,6 +268,7 @@ LAYOUTS: dict[str, tuple[Callable[[dict], Messages], tuple[str, ...]]] = {
     "instruction": (instruction, ("instruction", "input", "output")),
     "question_answer": (question_answer, ("question", "answer")),
     "sharegpt": (sharegpt, ("conversations",)),
+    "preference": (preference, ("prompt", "chosen", "rejected")),
 }
 
 

@@ -84,7 +84,9 @@ class SplitLimits(Section):
     test: Annotated[int, Field(gt=0)] | None = None
 
 
-Layout = Literal["messages", "prompt_completion", "instruction", "question_answer", "sharegpt", "template"]
+Layout = Literal[
+    "messages", "prompt_completion", "instruction", "question_answer", "sharegpt", "preference", "template"
+]
 
 
 class Data(Section):
@@ -98,6 +100,10 @@ class Data(Section):
     columns: dict[str, str] = {}  # the layout's column -> the file's column, where the names differ
     prompt: str | None = None  # layout template: Jinja over the row's columns
     completion: str | None = None
+    rejected: str | None = None  # layout template: the worse answer of a preference pair
+    rejected_from: Annotated[list[str], Field(min_length=2)] | None = (
+        None  # labels: the worse answer is another of them
+    )
     where: str | None = None  # Jinja expression over the row's columns; rows where it is false are left out
     splits: SplitSizes = SplitSizes()
     limit: SplitLimits = SplitLimits()
@@ -109,9 +115,22 @@ class Data(Section):
             raise ValueError(
                 "layout 'template' needs both 'prompt' and 'completion' (Jinja templates over the columns)"
             )
-        if self.layout != "template" and (self.prompt or self.completion):
-            raise ValueError(f"'prompt' and 'completion' are for layout 'template', not for '{self.layout}'")
+        if self.layout != "template" and (self.prompt or self.completion or self.rejected):
+            names = "'prompt', 'completion' and 'rejected'"
+            raise ValueError(f"{names} are for layout 'template', not for '{self.layout}'")
         return self
+
+    @model_validator(mode="after")
+    def _one_source_of_rejected_answers(self):
+        if self.rejected_from is not None and (self.rejected is not None or self.layout == "preference"):
+            what = "layout 'preference'" if self.layout == "preference" else "'rejected'"
+            raise ValueError(f"'rejected_from' and {what} both say what the rejected answer is: leave one out")
+        return self
+
+    @property
+    def has_pairs(self) -> bool:
+        """Whether each row has a rejected answer beside the chosen one."""
+        return self.layout == "preference" or self.rejected is not None or self.rejected_from is not None
 
 
 class DataView(Data):
@@ -163,10 +182,39 @@ class Model(Section):
     load: ModelLoad = ModelLoad()
 
 
-class Method(Section):
-    """What is learned from."""
+class Sft(Section):
+    """Supervised fine-tuning: learn the answers."""
 
     name: Literal["sft"]
+
+
+class SftFirst(Section):
+    """The supervised fine-tuning that a preference optimization starts from, as differences to the run's config."""
+
+    train: dict[str, Any] = {}
+    adapter: dict[str, Any] = {}
+
+
+class Dpo(Section):
+    """Direct preference optimization: learn to prefer the chosen answer to the rejected one. Names as in TRL."""
+
+    name: Literal["dpo"]
+    beta: Annotated[float, Field(gt=0)] = 0.1  # how closely the model is held to the reference
+    loss_type: Literal["sigmoid", "hinge", "ipo", "robust"] = "sigmoid"
+    label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0  # robust: share of pairs that are the wrong way round
+    sft: SftFirst | None = None  # null: start from the model as it is
+
+    @model_validator(mode="after")
+    def _smoothing_is_for_robust(self):
+        if self.label_smoothing and self.loss_type != "robust":
+            raise ValueError(
+                f"label_smoothing {self.label_smoothing} is for loss_type 'robust'; '{self.loss_type}' ignores it"
+            )
+        return self
+
+
+Method = Annotated[Sft | Dpo, Field(discriminator="name")]
+METHODS = {"sft": Sft, "dpo": Dpo}
 
 
 class Merge(Section):
@@ -250,6 +298,7 @@ STAGE_SECTIONS: dict[str, tuple[str, ...]] = {
     "fetch_model": ("model.source",),
     "format_prompts": ("data", "prompt.system"),
     "tokenize_splits": ("prompt", "tokenize"),
+    "reference_logprobs": ("model.load",),
     "train_adapter": ("method", "adapter", "train", "seed", "model.load"),
     "merge_adapter": ("merge",),
     "evaluate_model": ("eval", "model.load"),
