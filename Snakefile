@@ -105,6 +105,29 @@ rule tokenize_splits:
         " 2>&1 | tee {log:q}"
 
 
+rule reference_logprobs:
+    "How likely the model finds both answers of each preference pair before it is trained."
+    input:
+        unpack(temper.inputs_of(PLAN, "reference_logprobs")),
+    output:
+        update(directory("results/references/{name}")),
+    params:
+        config=temper.config_of(PLAN, "reference_logprobs"),
+    log:
+        "results/logs/reference_logprobs/{name}.log",
+    priority: 2  # all trainings of the sweep wait for it
+    threads: temper.training_threads(PLAN, workflow.cores)
+    resources:
+        gpu=temper.gpus_per_job(),
+    shell:
+        "python -m steps.reference_logprobs"
+        " --splits {input.splits:q}"
+        " --model {input.model:q}"
+        " --config {params.config:q}"
+        " --output {output:q}"
+        " 2>&1 | tee {log:q}"
+
+
 rule train_adapter:
     "One training, or one epoch of a trunk that several runs share."
     input:
@@ -113,6 +136,7 @@ rule train_adapter:
         update(directory("results/adapters/{name}")),
     params:
         config=temper.config_of(PLAN, "train_adapter"),
+        references=temper.flags_of(PLAN, "train_adapter", "references"),
     log:
         "results/logs/train_adapter/{name}.log",
     benchmark:
@@ -125,6 +149,7 @@ rule train_adapter:
         "python -m steps.train_adapter"
         " --splits {input.splits:q}"
         " --model {input.model:q}"
+        " {params.references}"
         " --config {params.config:q}"
         " --plan \"$TEMPER_PLAN\""
         " --output {output:q}"
@@ -181,6 +206,7 @@ rule evaluate_model:
         update(directory("results/reports/{name}")),
     params:
         config=temper.config_of(PLAN, "evaluate_model"),
+        references=temper.flags_of(PLAN, "evaluate_model", "references", "start_report"),
     log:
         "results/logs/evaluate_model/{name}.log",
     wildcard_constraints:
@@ -194,6 +220,7 @@ rule evaluate_model:
         " --splits {input.splits:q}"
         " --adapter {input.adapter:q}"
         " --base-report {input.base_report:q}"
+        " {params.references}"
         " --config {params.config:q}"
         " --output {output:q}"
         " 2>&1 | tee {log:q}"

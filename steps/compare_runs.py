@@ -52,14 +52,15 @@ def compare(config: dict, output: Path) -> dict:
     reports, missing = _reports(config["runs"])
     runs, diverged = _without_diverged(reports)
     runs.sort(key=lambda run: _rank(run, metric))
-    rows = [_row(run, config["eval"]["task"], metric) for run in runs]
+    names = _shown_metrics(runs, config["eval"]["task"], metric)
+    rows = [_row(run, names, metric) for run in runs]
     rows += [_diverged_row(run, rows[0]) for run in diverged]
     board = {"sweep": config["sweep"]["name"], "metric": metric, "rows": rows, "missing": missing}
     output.mkdir(parents=True, exist_ok=True)
     _keep_other_experiment(output, config.get("experiment"))
     pages.write_whole(output / "config.yaml", safe_dump(config, sort_keys=False, allow_unicode=True))
     pages.write_whole(output / "leaderboard.csv", _csv(rows))
-    _write_page(output, config, metric, runs, rows, missing, diverged)
+    _write_page(output, config, metric, names, runs, rows, missing, diverged)
     linked = [{**row, "report": run["report"]} for row, run in zip(rows, [*runs, *diverged], strict=True)]
     base = runs[0]["facts"]["base"]
     pages.write_whole(output / "leaderboard.json", _json_text({**board, "base": base, "rows": linked}))
@@ -127,12 +128,19 @@ def _rank(run: dict, metric: str) -> tuple:
 # --- the leaderboard -----------------------------------------------------------------------------
 
 
-def _row(run: dict, task: str, metric: str) -> dict:
+def _shown_metrics(runs: list[dict], task: str, metric: str) -> list[str]:
+    """The leaderboard's figures: the ranking one, the task's, the loss; of preference pairs what any run has."""
+    pairs = [
+        name for name in (metrics.PREFERENCE, *metrics.REWARDS[:2]) if any(name in run["facts"]["test"] for run in runs)
+    ]
+    return list(dict.fromkeys([metric, *metrics.METRICS[task], "loss", *pairs]))
+
+
+def _row(run: dict, names: list[str], metric: str) -> dict:
     """One line of the leaderboard: the run, its swept values, its figures, the base model's, what it cost."""
     facts, train = run["facts"], run["facts"]["train"] or {}
-    names = dict.fromkeys([metric, *metrics.METRICS[task], "loss"])
     row = {"run": run["name"], **run["point"]}
-    row |= {f"test_{name}": facts["test"][name] for name in names}
+    row |= {f"test_{name}": facts["test"].get(name) for name in names}
     row |= {f"base_test_{name}": (facts["base"] or {}).get(name) for name in names}
     row["train_seconds"] = train.get("train_seconds")
     row |= {name: train.get(name) for name in EXTRAS}
@@ -234,7 +242,16 @@ def _aligned(table: list[list[str]]) -> list[str]:
 # --- the page ------------------------------------------------------------------------------------
 
 
-def _write_page(output: Path, config: dict, metric: str, runs: list, rows: list, missing: list, diverged: list) -> None:
+def _write_page(
+    output: Path,
+    config: dict,
+    metric: str,
+    names: list[str],
+    runs: list,
+    rows: list,
+    missing: list,
+    diverged: list,
+) -> None:
     keys = swept_keys(rows)
     best = runs[0]
     pages.render(
@@ -245,7 +262,7 @@ def _write_page(output: Path, config: dict, metric: str, runs: list, rows: list,
         keys=short_names(keys),
         runs=[_shown(run, output) for run in runs],
         best=best,
-        names=dict.fromkeys([metric, *metrics.METRICS[config["eval"]["task"]], "loss"]),
+        names=names,
         missing=missing,
         diverged=[_shown(run, output) for run in diverged],
         planned=len(config["runs"]),

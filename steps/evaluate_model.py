@@ -8,7 +8,8 @@ By hand::
         --base-report results/reports/base --output results/reports/Z eval=sentiment
 
 Reads   the test split (and, for the majority baseline, the training split's references); a merged or an untouched
-        model; of the adapter only its curves and its config; the untouched model's report, to compare with.
+        model; of the adapter only its curves and its config; the untouched model's report, to compare with; after
+        preference optimization the reference's log-probabilities, and the report of the model that it started from.
 Writes  metrics.json (all figures, see `figures_of`); predictions.jsonl (one answer a line); curves.jsonl (the
         training's, if there was one); report.html (one page, nothing fetched from elsewhere).
 """
@@ -38,11 +39,14 @@ def run(
     output: Path,
     adapter: Path | None = None,
     base_report: Path | None = None,
+    references: Path | None = None,
+    start_report: Path | None = None,
 ) -> dict:
     """Evaluate `model` and write its report.
 
     Raises:
-        UserError: no test rows, nothing supervised in them, an unknown metric, or a base report of other rows.
+        UserError: no test rows, nothing supervised in them, an unknown metric, or a base report or references of
+            other rows.
     """
     quiet_libraries()
     settings = config["eval"]
@@ -53,8 +57,11 @@ def run(
     base = _base(base_report, settings, test) if base_report else None
     asked = _ask(model, config, test)
     judged = _judge(settings, metric, test, asked, base)
+    train = _json(adapter / "training.json") if adapter else None
+    if references:
+        judged["scores"].values |= metrics.rewards(train["beta"], asked["rows"], _references(references, test))
     facts = figures_of(settings, metric, train_references, test, asked, judged, base)
-    facts["train"] = _json(adapter / "training.json") if adapter else None
+    facts |= {"train": train, "start": _start(start_report, metric)}
     curves = pages.read_lines(adapter / "metrics.jsonl") if adapter else []
     predictions = _predictions(test, asked, judged, base)
     pages.write_whole(output / "metrics.json", json.dumps(facts, indent=2, ensure_ascii=False) + "\n")
@@ -116,6 +123,25 @@ def _base(folder: Path, settings: dict, test: list[dict]) -> dict:
     return {"facts": facts, "rows": rows, "scores": _scores(settings, rows, answers, rows, choices)}
 
 
+def _references(folder: Path, test: list[dict]) -> list[dict]:
+    """The test split's figures of the model that preference optimization started from."""
+    from datasets import load_from_disk
+
+    figures = load_from_disk(str(folder))
+    rows = list(figures["test"]) if "test" in figures else []
+    if [row["id"] for row in rows] != [row["id"] for row in test]:
+        raise UserError(f"--references {folder}: of other test rows; run reference_logprobs on these splits")
+    return rows
+
+
+def _start(folder: Path | None, metric: str) -> dict | None:
+    """Figures of the model that this training started from, when that was trained itself."""
+    if folder is None:
+        return None
+    facts = _json(folder / "metrics.json")
+    return {"name": "before, fine-tuned", "test": facts["test"], "intervals": facts["intervals"], "metric": metric}
+
+
 def _json(path: Path) -> dict:
     if not path.is_file():
         raise UserError(f"{path}: no such file; run the stage that makes it again")
@@ -139,7 +165,20 @@ def _ask(folder: Path, config: dict, test: list[dict]) -> dict:
     choices = [tokens.get(token) for token in losses.favourites] if tokens else None
     stop_ids = models.stop_token_ids(folder, tokenizer)
     answers = generation.generate_answers(model, tokenizer, test, settings, stop_ids)
-    return {"losses": losses, "loss_seconds": loss_seconds, "choices": choices, "answers": answers}
+    rows = [{"loss_sum": total, "tokens": count} for total, count in zip(losses.sums, losses.tokens, strict=True)]
+    if "rejected_input_ids" in test[0]:
+        _add_preferences(rows, model, test, settings["batch_size"], tokenizer.pad_token_id)
+    return {"rows": rows, "loss_seconds": loss_seconds, "choices": choices, "answers": answers}
+
+
+def _add_preferences(rows: list[dict], model, test: list[dict], batch_size: int, pad_token_id: int) -> None:
+    """Give each of `rows` the log-probabilities of its chosen and its rejected answer."""
+    from steps.lib import preferences, scoring
+
+    for name, side in (("chosen_logp", preferences.chosen_of), ("rejected_logp", preferences.rejected_of)):
+        answers = [{**side(row), "prompt_length": row["prompt_length"]} for row in test]
+        for row, total in zip(rows, scoring.row_losses(model, answers, batch_size, pad_token_id).sums, strict=True):
+            row[name] = -total
 
 
 def _first_tokens(settings: dict, tokenizer, test: list[dict]) -> dict[int, str]:
@@ -160,23 +199,30 @@ def _first_tokens(settings: dict, tokenizer, test: list[dict]) -> dict[int, str]
 
 
 def _scores(settings: dict, rows: list[dict], answers: list[str], losses, choices: list[str] | None) -> metrics.Scores:
-    """All figures of the task, loss included. `losses`: rows with `loss_sum` and `tokens`."""
+    """All figures of the task, loss and preferences included.
+
+    `losses`: rows with `loss_sum` and `tokens` and, of preference pairs, `chosen_logp` and `rejected_logp`.
+    """
     scores = metrics.score(settings, [row["reference"] for row in rows], answers, choices)
     sums, tokens = [row["loss_sum"] for row in losses], [row["tokens"] for row in losses]
     scores.statistics |= metrics.loss_statistics(sums, tokens)
-    for name in metrics.LOSS_METRICS:
+    if "chosen_logp" in losses[0]:
+        chosen, rejected = ([row[name] for row in losses] for name in ("chosen_logp", "rejected_logp"))
+        scores.statistics[metrics.PREFERENCE] = metrics.preference_statistic(chosen, rejected)
+    for name in scores.statistics.keys() - scores.values.keys():
         scores.values[name] = scores.statistics[name](range(len(rows)))
     return scores
 
 
 def _judge(settings: dict, metric: str, test: list[dict], asked: dict, base: dict | None) -> dict:
     """Scores, the intervals of the figures that the page's head shows, and the interval of the gain by tuning."""
-    sums, tokens = asked["losses"].sums, asked["losses"].tokens
-    losses = [{"loss_sum": total, "tokens": number} for total, number in zip(sums, tokens, strict=True)]
-    scores = _scores(settings, test, asked["answers"].texts, losses, asked["choices"])
+    scores = _scores(settings, test, asked["answers"].texts, asked["rows"], asked["choices"])
+    if metric not in scores.statistics:
+        raise UserError(f"eval.metric={metric} needs preference pairs, and the splits have none: see data.layout")
     finished = asked["answers"].finished
     scores.values["unfinished"] = finished.count(False) / len(finished)
     shown = dict.fromkeys([metric, *(entry["metric"] for entry in settings["published"])])
+    shown |= dict.fromkeys(name for name in [metrics.PREFERENCE] if name in scores.statistics)
     intervals = {name: metrics.interval(scores.statistics[name], len(test)) for name in shown}
     gain = None
     if base:
@@ -223,13 +269,14 @@ def figures_of(settings, metric, train_references, test, asked, judged, base) ->
 
 
 def _in_order(values: dict, task: str) -> dict:
-    order = (*metrics.METRICS[task], *metrics.LOSS_METRICS, metrics.UNPARSED, "unfinished")
+    order = (*metrics.METRICS[task], *metrics.LOSS_METRICS, metrics.PREFERENCE, *metrics.REWARDS, metrics.UNPARSED)
+    order = (*order, "unfinished")
     return {name: values[name] for name in order if name in values}
 
 
 def _predictions(test: list[dict], asked: dict, judged: dict, base: dict | None) -> list[dict]:
     """The lines of predictions.jsonl, in the order of the test split."""
-    answers, losses, scores = asked["answers"], asked["losses"], judged["scores"]
+    answers, scores = asked["answers"], judged["scores"]
     lines = []
     for index, row in enumerate(test):
         line = {name: row[name] for name in ("id", "prompt", "reference")}
@@ -243,7 +290,9 @@ def _predictions(test: list[dict], asked: dict, judged: dict, base: dict | None)
             line["base_score"] = base["scores"].rows[index]
             if "choice" in base["rows"][index]:
                 line["base_choice"] = base["rows"][index]["choice"]
-        line |= {"finished": answers.finished[index], "loss_sum": losses.sums[index], "tokens": losses.tokens[index]}
+        line |= {"finished": answers.finished[index], **asked["rows"][index]}
+        if "rejected" in row:
+            line["rejected"] = row["rejected"]
         lines.append(line)
     return lines
 
@@ -276,6 +325,7 @@ def write_page(output: Path, facts: dict, predictions: list, curves: list, setti
         lower_is_better=metrics.LOWER_IS_BETTER,
         panels=figures.comparison(_panels(facts)),
         loss_curves=figures.loss_curves(curves),
+        reward_curves=figures.reward_curves(curves),
         confusions=_confusions(facts),
         groups=choose_samples(groups, settings["samples"]),
         counts={name: len(rows) for name, rows in groups.items()},
@@ -293,6 +343,12 @@ def _panels(facts: dict) -> list[dict]:
         if facts["base"]:
             low_high = facts["base_intervals"].get(metric)
             entries.append({"name": "base model", "value": facts["base"][metric], "interval": low_high, "kind": "base"})
+        if facts["start"]:
+            start = facts["start"]
+            low_high = start["intervals"].get(metric)
+            entries.append(
+                {"name": start["name"], "value": start["test"][metric], "interval": low_high, "kind": "other"}
+            )
         others = [(entry["name"], entry.get(metric)) for entry in facts["baselines"]]
         others += [(entry["name"], entry["value"]) for entry in facts["published"] if entry["metric"] == metric]
         entries += [_without_interval(name, value) for name, value in others if value is not None]
@@ -372,6 +428,8 @@ def main(argv=None) -> None:
         "splits": "folder of tokenize_splits",
         "adapter?": "folder of train_adapter, for the training's curves and times",
         "base_report?": "report of the untouched model on the same splits, to compare with",
+        "references?": "folder of reference_logprobs, after preference optimization",
+        "start_report?": "report of the model that the training started from, when that was trained itself",
     }
     run_command(sys.modules[__name__], inputs, argv)
 

@@ -5,7 +5,7 @@ By hand::
     python -m steps.train_adapter --splits results/splits/X --model results/models/Y \\
         --output results/adapters/Z experiment=smoke train.learning_rate=1e-3
 
-Reads   the train and validation splits; the base model.
+Reads   the train and validation splits; the base model; for method=dpo the reference's log-probabilities.
 Writes  the adapter as PEFT saves it; metrics.jsonl (curves); training.json (time, memory, speed, sizes).
 
 Checkpoints stand in ``results/.state/<trunk>/``, outside the output, and training continues from
@@ -32,26 +32,45 @@ STATE = Path("results/.state")
 log = logging.getLogger("temper")
 
 
-def run(config: dict, splits: Path, model: Path, output: Path) -> dict:
+def run(config: dict, splits: Path, model: Path, output: Path, references: Path | None = None) -> dict:
     """Train, or continue training, up to ``train.num_train_epochs`` (or ``train.max_steps``).
 
     Raises:
-        UserError: nothing to train on, or an adapter config that does not fit the model.
+        UserError: nothing to train on, an adapter config that does not fit the model, or references of other rows.
     """
     quiet_libraries()
-    state = STATE / config.get("trunk", f"by-hand-{digest([config, str(splits), str(model)])}")
+    by_hand = [config, str(splits), str(model), *([str(references)] if references else [])]
+    state = STATE / config.get("trunk", f"by-hand-{digest(by_hand)}")
     with locked(state):
-        return _train(config, splits, model, output, state)
+        return _train(config, _rows(config, splits, references), model, output, state)
 
 
-def _train(config: dict, splits: Path, model: Path, output: Path, state: Path) -> dict:
-    from datasets import load_from_disk
-
-    from steps.lib import checkpoints, tracking, training
-    from steps.lib.adapters import add_adapter, parameter_counts
-    from steps.lib.models import load_model, load_tokenizer
+def _rows(config: dict, splits: Path, references: Path | None):
+    """The splits; for preference optimization with the reference's figures beside each pair."""
+    from datasets import DatasetDict, concatenate_datasets, load_from_disk
 
     rows = load_from_disk(splits)
+    if config["method"]["name"] != "dpo":
+        return rows
+    if references is None:
+        raise UserError("--references is missing: method=dpo needs the folder of reference_logprobs for these splits")
+    figures = load_from_disk(references)
+    for split, part in rows.items():
+        if split not in figures or list(part["id"]) != list(figures[split]["id"]):
+            raise UserError(f"--references {references}: of other rows than {splits}; run reference_logprobs on these")
+    return DatasetDict(
+        {
+            split: concatenate_datasets([part, figures[split].remove_columns("id")], axis=1)
+            for split, part in rows.items()
+        }
+    )
+
+
+def _train(config: dict, rows, model: Path, output: Path, state: Path) -> dict:
+    from steps.lib import checkpoints, tracking, training
+    from steps.lib.adapters import add_adapter, load_for_training, parameter_counts
+    from steps.lib.models import load_model, load_tokenizer
+
     if config.get("labels"):  # what the evaluation would refuse is better refused before training
         _check_references(rows, config["labels"])
     validation = rows.get("validation")  # data.splits.validation=0 leaves it out
@@ -63,9 +82,11 @@ def _train(config: dict, splits: Path, model: Path, output: Path, state: Path) -
     end = _plateau_end(args, total) if is_plateau else total
     plateau = [Path(config["plateau"])] if config.get("plateau") else []
     checkpoint = checkpoints.last_whole([state, *plateau], end)
-    network = add_adapter(load_model(model, config["model"]["load"]), config["adapter"], config["seed"])
+    load = load_for_training(config["adapter"], config["model"]["load"])
+    network = add_adapter(load_model(model, load), config["adapter"], config["seed"])
     sizes = parameter_counts(network)
-    trainer = training.TemperTrainer(
+    trainer = training.trainer_for(
+        config["method"],
         model=network,
         args=args,
         train_dataset=rows["train"],
@@ -99,6 +120,7 @@ def _train(config: dict, splits: Path, model: Path, output: Path, state: Path) -
         **sizes,
         "peak_memory_bytes": peak_memory(),
         "train_rows": len(rows["train"]),
+        **({"beta": config["method"]["beta"]} if config["method"]["name"] == "dpo" else {}),
         "global_step": final.global_step,
         "final_loss": _last(metrics.lines, "loss"),
         "eval_loss": _last(metrics.lines, "eval_loss"),
@@ -154,7 +176,11 @@ def _last(lines: list[dict], name: str) -> float | None:
 
 
 def main(argv=None) -> None:
-    inputs = {"splits": "folder of tokenize_splits", "model": "folder of fetch_model"}
+    inputs = {
+        "splits": "folder of tokenize_splits",
+        "model": "folder of fetch_model, or of merge_adapter to start from a trained model",
+        "references?": "folder of reference_logprobs, for method=dpo",
+    }
     run_command(sys.modules[__name__], inputs, argv)
 
 

@@ -39,5 +39,10 @@ def tiny_model(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def tiny_pairs(tmp_path_factory, tiny_model) -> Path:
+    return tiny.make_tiny_splits(tmp_path_factory.mktemp("splits") / "pairs", tiny_model, pairs=True)
+
+
+@pytest.fixture(scope="session")
 def tiny_splits(tmp_path_factory, tiny_model) -> Path:
     return tiny.make_tiny_splits(tmp_path_factory.mktemp("splits") / "tiny", tiny_model)

@@ -12,7 +12,7 @@ from steps.lib import config as conf
 from steps.lib.errors import UserError
 from tests.conftest import ROOT
 
-EXPECTED_FILES = 27
+EXPECTED_FILES = 30
 
 
 def composed(*overrides):
@@ -26,6 +26,7 @@ def test_every_file_in_conf_composes_and_validates(workspace):
     for group, choices in conf.groups().items():
         for choice in choices:
             alone = [] if group in ("experiment", "sweep") else ["sweep=none"]
+            alone += ["data.rejected_from=[positive,negative]"] if (group, choice) == ("method", "dpo") else []
             _, configs = composed(*alone, f"{group}={choice}")
             assert configs, f"{group}={choice} gives no run"
             checked.append(f"{group}/{choice}")
@@ -72,6 +73,11 @@ def test_every_file_in_conf_composes_and_validates(workspace):
         ("sweep.name=..", "config: 'sweep.name': string should match pattern"),
         ("data.csv.delimiter=ab", "config: 'data.csv.delimiter': string should have at most 1 character"),
         ("data.splits.test=0", "config: 'data.splits.test': input should be greater than 0"),
+        ("method=dpo", "config: method=dpo needs preference pairs: choose data.layout=preference, or say what"),
+        ("method.beta=1", "config: unknown key 'method.beta'"),
+        ("method.name=kto", "does not match any of the expected tags: 'sft', 'dpo'"),
+        ("eval.metric=preference_accuracy", "config: 'eval.metric': preference_accuracy needs preference pairs"),
+        ("data.layout=preference", "'prompt', 'completion' and 'rejected' are for layout 'template'"),
         ("prompt.system=über", "put a value with blanks or other special characters in quotes"),
     ],
 )
@@ -80,6 +86,34 @@ def test_a_fault_is_one_line_that_names_it(workspace, override, message):
         composed("sweep=none", override)
     assert message in str(error.value)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("method.beta=0", "config: 'method.beta': input should be greater than 0 (found 0)"),
+        ("method.bta=1", "config: unknown key 'method.bta'; did you mean 'beta'?"),
+        ("method.loss_type=dpo", "config: 'method.loss_type': input should be 'sigmoid', 'hinge', 'ipo' or 'robust'"),
+        ("method.label_smoothing=0.1", "label_smoothing 0.1 is for loss_type 'robust'; 'sigmoid' ignores it"),
+        ("method.label_smoothing=0.5", "config: 'method.label_smoothing': input should be less than 0.5 (found 0.5)"),
+        ("method.sft={tran:{}}", "config: unknown key 'method.sft.tran'; did you mean 'train'?"),
+        ("method.sft={train:{lr:1}}", "config: 'method.sft': unknown key 'train.lr'; did you mean 'learning_rate'?"),
+        ("train.label_smoothing_factor=0.1", "config: 'train.label_smoothing_factor' is for method=sft"),
+        ("data.rejected=x", "'rejected_from' and 'rejected' both say what the rejected answer is"),
+        ("data.rejected_from=[a]", "config: 'data.rejected_from': list should have at least 2 items"),
+    ],
+)
+def test_a_fault_of_preference_optimization_is_one_line(workspace, override, message):
+    with pytest.raises(UserError) as error:
+        composed("experiment=dpo", override)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_stage_by_itself_names_the_same_faults(workspace):
+    view = conf.load_stage_config("train_adapter", None, ["experiment=dpo"])
+    with pytest.raises(UserError, match="unknown key 'method.bta'; did you mean 'beta'"):
+        conf.validated_stage("train_adapter", {**view, "method": {"name": "dpo", "bta": 1}})
 
 
 def test_a_swept_value_replaces_the_axis_and_a_fixed_one_collapses_it(workspace):

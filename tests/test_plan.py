@@ -70,6 +70,55 @@ def test_an_edit_changes_just_the_stages_that_see_it(workspace, override, stages
     assert changed(build(*fixed), build(*fixed, override)) - {"compare_runs"} == stages
 
 
+def test_preference_optimization_adds_one_stage_that_a_sweep_shares(workspace):
+    plan = build("method.beta=0.1,0.3", "adapter.r=4,8", "train.learning_rate=1e-4,2e-4", experiment="dpo")
+    counts = {stage: len(paths) for stage, paths in keys(plan).items()}
+    assert (len(plan.runs), counts["train_adapter"], counts["reference_logprobs"]) == (8, 8, 1)
+    reference = next(job for job in plan.jobs.values() if job.stage == "reference_logprobs")
+    for job in plan.jobs.values():
+        if job.stage == "train_adapter":
+            assert job.inputs["references"] == reference.path
+    assert "reference_logprobs" not in keys(build())
+
+
+def test_all_parameters_are_compared_with_a_reference_in_their_own_precision(workspace):
+    def precision(*overrides):
+        jobs = build(*overrides, experiment="dpo").jobs.values()
+        return next(job.config["model"]["load"]["dtype"] for job in jobs if job.stage == "reference_logprobs")
+
+    assert precision() == "auto"
+    assert precision("adapter=full") == "float32"
+
+
+def test_fine_tuning_comes_first_and_is_the_plain_one(workspace):
+    plan = build(experiment="sft_dpo")
+    alone = build(
+        "method=sft", "~method.sft", "train.learning_rate=1e-3", "train.num_train_epochs=1", experiment="sft_dpo"
+    )
+    (run,), (first,) = plan.runs, alone.runs
+    training = plan.jobs[run.artefacts["train_adapter"]]
+    assert training.inputs["model"] == first.artefacts["merge_adapter"], "it starts from the merged model"
+    assert plan.jobs[training.inputs["references"]].inputs["model"] == first.artefacts["merge_adapter"]
+    assert plan.jobs[run.artefacts["merge_adapter"]].inputs["model"] == first.artefacts["merge_adapter"]
+    assert run.artefacts["start_report"] == first.artefacts["evaluate_model"]
+    assert keys(alone)["train_adapter"] < keys(plan)["train_adapter"], "the fine-tuning alone is the same artefact"
+
+
+@pytest.mark.parametrize(
+    ("override", "again"),
+    [
+        ("method.sft.train.learning_rate=2e-3", 2),  # both trainings
+        ("method.sft.adapter={r:4}", 2),
+        ("method.beta=0.3", 1),
+        ("train.learning_rate=2e-4", 1),
+        ("method.sft.train.logging_steps=7", 0),
+    ],
+)
+def test_an_edit_to_one_of_two_trainings(workspace, override, again):
+    before, after = build(experiment="sft_dpo"), build(override, experiment="sft_dpo")
+    assert len(keys(after)["train_adapter"] - keys(before)["train_adapter"]) == again
+
+
 def test_equal_values_are_one_run(workspace):
     assert len(build("sweep=none", "train.learning_rate=1e-4,0.0001").runs) == 1
 

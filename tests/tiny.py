@@ -85,13 +85,16 @@ def tiny_rows(count: int, start: int = 0) -> list[tuple[str, str]]:
     return rows
 
 
-def make_tiny_splits(folder: Path, model_folder: Path, rows: dict | None = None, system: str | None = SYSTEM) -> Path:
+def make_tiny_splits(
+    folder: Path, model_folder: Path, rows: dict | None = None, system: str | None = SYSTEM, pairs: bool = False
+) -> Path:
     """Write splits as `tokenize_splits` does, with the tokenizer in `model_folder`.
 
     Args:
         rows: split -> how many rows to make up (0 leaves the split out: `datasets` cannot read an empty one back), or
             the (prompt, answer) pairs themselves; default: `ROWS`.
         system: the system message; None leaves it out.
+        pairs: preference pairs: the other sentiment is rejected.
     """
     from datasets import Dataset, DatasetDict
     from transformers import AutoTokenizer
@@ -99,11 +102,13 @@ def make_tiny_splits(folder: Path, model_folder: Path, rows: dict | None = None,
     tokenizer = AutoTokenizer.from_pretrained(model_folder)
     splits, number = {}, 0
     for split, wanted in {**ROWS, **(rows or {})}.items():
-        pairs = tiny_rows(wanted, number) if isinstance(wanted, int) else wanted
-        made = [tiny_row(tokenizer, number + i, prompt, answer, system) for i, (prompt, answer) in enumerate(pairs, 1)]
+        texts = tiny_rows(wanted, number) if isinstance(wanted, int) else wanted
+        made = [tiny_row(tokenizer, number + i, prompt, answer, system) for i, (prompt, answer) in enumerate(texts, 1)]
+        if pairs:
+            made = [_with_rejected(row, tokenizer, system) for row in made]
         if made:
-            splits[split] = Dataset.from_list(made, features=_features())
-        number += len(pairs)
+            splits[split] = Dataset.from_list(made, features=_features(pairs))
+        number += len(texts)
     DatasetDict(splits).save_to_disk(str(folder))
     (Path(folder) / "audit.json").write_text(json.dumps({split: {"rows": len(rows)} for split, rows in splits.items()}))
     return Path(folder)
@@ -126,16 +131,25 @@ def tiny_row(tokenizer, number: int, prompt: str, answer: str, system: str | Non
     }
 
 
-def _features():
+def _with_rejected(row: dict, tokenizer, system: str | None) -> dict:
+    """The row as a preference pair whose answers differ in length."""
+    wrong = {"positive": "negative", "negative": "not negative, positive"}[row["reference"]]
+    other = tiny_row(tokenizer, row["id"], row["prompt"], wrong, system)
+    return {**row, "rejected_input_ids": other["input_ids"], "rejected_labels": other["labels"], "rejected": wrong}
+
+
+def _features(pairs: bool = False):
     from datasets import Features, List, Value
 
-    return Features(
-        {
-            "id": Value("int64"),
-            "input_ids": List(Value("int32")),
-            "labels": List(Value("int32")),
-            "prompt_length": Value("int64"),
-            "prompt": Value("string"),
-            "reference": Value("string"),
-        }
-    )
+    columns = {
+        "id": Value("int64"),
+        "input_ids": List(Value("int32")),
+        "labels": List(Value("int32")),
+        "prompt_length": Value("int64"),
+        "prompt": Value("string"),
+        "reference": Value("string"),
+    }
+    if pairs:
+        ids = List(Value("int32"))
+        columns |= {"rejected_input_ids": ids, "rejected_labels": ids, "rejected": Value("string")}
+    return Features(columns)

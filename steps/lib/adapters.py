@@ -7,8 +7,13 @@ from steps.lib.errors import UserError
 DIVERGED = "diverged.json"  # in a merged folder, in place of a model: the training's loss was no number any more
 
 
+def load_for_training(adapter: dict, load: dict) -> dict:
+    """`model.load` as training takes it: all parameters train in float32, for bfloat16 rounds most updates away."""
+    return load if adapter["peft_type"] is not None else {**load, "dtype": "float32"}
+
+
 def add_adapter(model, adapter: dict, seed: int):
-    """`model` with a fresh adapter, or itself in float32 with all parameters trainable (``peft_type: null``).
+    """`model` with a fresh adapter, or itself with all parameters trainable (``peft_type: null``).
 
     The adapter's random start depends on `seed` alone. Adapter weights are float32 even over a bfloat16
     base: an update of 1e-4 of a weight is lost in 8 bits of mantissa.
@@ -17,7 +22,7 @@ def add_adapter(model, adapter: dict, seed: int):
     from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PeftType, get_peft_model
 
     if adapter["peft_type"] is None:
-        return model.float()  # an update of a bfloat16 weight is mostly lost in rounding
+        return model
     fields = {key: value for key, value in adapter.items() if key != "peft_type"}
     config = PEFT_TYPE_TO_CONFIG_MAPPING[PeftType(adapter["peft_type"])](task_type="CAUSAL_LM", **fields)
     torch.manual_seed(seed)

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from steps.lib.errors import UserError, suggest
 from steps.lib.keys import PACKAGE_ROOT, canonical_json, digest, flat
+from steps.lib.metrics import PREFERENCE
 from steps.lib.schema import METHODS, SOURCE_KINDS, STAGE_SECTIONS, Config, Data, DataView, Section
 
 CONF = PACKAGE_ROOT / "conf"
@@ -302,10 +303,12 @@ def validated(config: dict) -> dict:
 
 def _check_method(config: dict) -> None:
     """What the method needs of the other sections."""
-    method = config["method"]
+    method, has_pairs = config["method"], Data.model_validate(config["data"]).has_pairs
+    if config["eval"]["metric"] == PREFERENCE and not has_pairs:
+        raise UserError(f"config: 'eval.metric': {PREFERENCE} needs preference pairs, see data.layout=preference")
     if method["name"] != "dpo":
         return
-    if not Data.model_validate(config["data"]).has_pairs:
+    if not has_pairs:
         raise UserError(
             "config: method=dpo needs preference pairs: choose data.layout=preference, or say what the rejected answer "
             "is with data.rejected (layout template) or data.rejected_from (a list of labels)"

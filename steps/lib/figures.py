@@ -97,10 +97,30 @@ def loss_curves(lines: list[dict]) -> str | None:
     def paint(axis):
         axis.plot(*train, color=THEME["base"], label="training", linewidth=1.4)
         axis.plot(*validation, color=THEME["accent"], label="validation", marker="o", markersize=5)
-        _loss_axis(axis, train[1] + validation[1])
+        _loss_axis(axis, train[1] + validation[1], _unit(lines))
         axis.legend(loc="upper right")
 
     return _draw(paint, 7.6, 3.1)
+
+
+def reward_curves(lines: list[dict]) -> str | None:
+    """Rewards of one preference optimization, and in how many pairs they are right; None when there are none."""
+    if not curve(lines, "rewards/margins")[0]:
+        return None
+
+    def paint(axes):
+        for name, label, colour in (("chosen", "chosen", THEME["accent"]), ("rejected", "rejected", THEME["series-1"])):
+            axes[0].plot(*curve(lines, f"rewards/{name}"), color=colour, label=label, linewidth=1.4)
+            axes[0].plot(*curve(lines, f"eval_rewards/{name}"), color=colour, linestyle="", marker="o", markersize=5)
+        axes[1].plot(*curve(lines, "rewards/accuracies"), color=THEME["base"], label="training", linewidth=1.4)
+        validation = curve(lines, "eval_rewards/accuracies")
+        axes[1].plot(*validation, color=THEME["accent"], label="validation", marker="o", markersize=5)
+        axes[0].set(title="rewards (points: validation)", xlabel="epoch")
+        axes[1].set(title="share of pairs that are right", xlabel="epoch", ylim=(0, 1.05))
+        for axis in axes:
+            axis.legend(loc="best")
+
+    return _draw(paint, 9.6, 3.1, columns=2)
 
 
 def sweep_curves(runs: list[tuple[str, list[dict]]]) -> str | None:
@@ -131,8 +151,13 @@ def _run_style(rank: int, runs: int) -> dict:
     return {"color": colour, "linewidth": 1.1, "markersize": 3.5, "alpha": 0.9}
 
 
-def _loss_axis(axis, values: list[float]) -> None:
-    axis.set(xlabel="epoch", ylabel="loss (nats per token)")
+def _unit(lines: list[dict]) -> str:
+    """What a training's loss is a mean over."""
+    return "per pair" if curve(lines, "rewards/margins")[0] else "nats per token"
+
+
+def _loss_axis(axis, values: list[float], unit: str = "nats per token") -> None:
+    axis.set(xlabel="epoch", ylabel=f"loss ({unit})")
     if values and min(values) > 0 and max(values) / min(values) > 10:
         _log_scale(axis.set_yscale, axis.yaxis)
 

@@ -32,9 +32,22 @@ class SupervisedLoss:
         Returns:
             (loss sum: 0-dim float32 tensor with gradient, learned tokens: int)
         """
+        return (short_loss if self.takes_short_way(model, batch) else plain_loss)(model, batch)
+
+    def sequence_logps(self, model, batch):
+        """Log-probability of each row's learned tokens, summed: (rows,) float32 with gradient."""
+        from torch.nn.functional import cross_entropy
+
+        logits_of = short_logits if self.takes_short_way(model, batch) else plain_logits
+        logits, targets, learned = logits_of(model, batch)
+        logps = -cross_entropy(logits, targets, reduction="none")
+        return logps.new_zeros(len(learned)).index_add(0, learned.nonzero()[:, 0], logps)
+
+    def takes_short_way(self, model, batch) -> bool:
+        """Decided on the first batch, and kept."""
         if self.short_way is None:
             self.short_way = self._check(model, batch)
-        return short_loss(model, batch) if self.short_way else plain_loss(model, batch)
+        return self.short_way
 
     def _check(self, model, batch) -> bool:
         import torch
@@ -44,7 +57,7 @@ class SupervisedLoss:
                 "loss: plain way (logits at all positions): no separate decoder and head in %s", type(model).__name__
             )
             return False
-        few = {name: value[:2] for name, value in batch.items()}
+        few = {name: batch[name][:2] for name in ("input_ids", "attention_mask", "labels")}
         was_training = model.training
         model.eval()  # no dropout: both ways must see the same network
         with torch.no_grad():
@@ -58,26 +71,37 @@ class SupervisedLoss:
 
 def short_loss(model, batch):
     """Loss sum and count with logits at learned positions only."""
+    return _loss(*short_logits(model, batch))
+
+
+def plain_loss(model, batch):
+    """The same from the model's own logits at all positions."""
+    return _loss(*plain_logits(model, batch))
+
+
+def _loss(logits, targets, _learned):
     from torch.nn.functional import cross_entropy
 
+    return cross_entropy(logits, targets, reduction="sum"), len(targets)
+
+
+def short_logits(model, batch):
+    """(float32 logits at the learned positions, their tokens, which positions those are: (rows, length - 1))."""
     base = _unwrapped(model)
     decoder, head = base.base_model, base.get_output_embeddings()
     hidden = decoder(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)[0]
     targets = batch["labels"][:, 1:]
     learned = targets != IGNORED
-    logits = head(hidden[:, :-1][learned]).float()
-    return cross_entropy(logits, targets[learned], reduction="sum"), int(learned.sum())
+    return head(hidden[:, :-1][learned]).float(), targets[learned], learned
 
 
-def plain_loss(model, batch):
+def plain_logits(model, batch):
     """The same from the model's own logits at all positions."""
-    from torch.nn.functional import cross_entropy
-
     logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits
     targets = batch["labels"][:, 1:]
-    logits = logits[:, -targets.shape[1] - 1 : -1].float()  # prompt methods put virtual tokens in front
-    total = cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="sum")
-    return total, int((targets != IGNORED).sum())
+    learned = targets != IGNORED
+    logits = logits[:, -targets.shape[1] - 1 : -1]  # prompt methods put virtual tokens in front
+    return logits[learned].float(), targets[learned], learned
 
 
 def _unwrapped(model):

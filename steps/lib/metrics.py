@@ -22,6 +22,8 @@ METRICS = {
     "text": ("rouge_l", "chrf", "exact_match"),
 }
 LOSS_METRICS = ("loss", "perplexity")
+PREFERENCE = "preference_accuracy"  # of any task whose splits have preference pairs
+REWARDS = ("rewards/accuracies", "rewards/margins", "rewards/chosen", "rewards/rejected")  # against a reference
 LOWER_IS_BETTER = frozenset({*LOSS_METRICS, "unparsed", "unfinished"})
 
 UNPARSED = "unparsed"
@@ -42,7 +44,7 @@ def check_metric(eval_config: dict) -> str:
             could not tell apart.
     """
     task = eval_config["task"]
-    allowed = (*METRICS[task], *LOSS_METRICS)
+    allowed = (*METRICS[task], *LOSS_METRICS, PREFERENCE)
     metric = eval_config.get("metric") or METRICS[task][0]
     if metric not in allowed:
         raise UserError(f"config: 'eval.metric': task '{task}' has no metric '{metric}'; {suggest(metric, allowed)}")
@@ -239,6 +241,28 @@ def loss_statistics(sums: list[float], tokens: list[int]) -> dict[str, Statistic
         return float(sums[rows].sum() / max(tokens[rows].sum(), 1.0))
 
     return {"loss": loss, "perplexity": lambda rows: perplexity(loss(rows))}
+
+
+def preference_statistic(chosen: list[float], rejected: list[float]) -> Statistic:
+    """Share of rows whose chosen answer is likelier than the rejected one, from the log-probabilities of both."""
+    return _mean_of([float(good > bad) for good, bad in zip(chosen, rejected, strict=True)])
+
+
+def rewards(beta: float, rows: list[dict], references: list[dict]) -> dict[str, float]:
+    """What preference optimization changed: means of TRL's figures over the test split.
+
+    Args:
+        beta: the training's.
+        rows: of the tuned model: chosen_logp, rejected_logp.
+        references: of the model it started from: ref_chosen_logps, ref_rejected_logps.
+    """
+    import numpy as np
+
+    logps = np.array([[row["chosen_logp"], row["rejected_logp"]] for row in rows])
+    before = np.array([[row["ref_chosen_logps"], row["ref_rejected_logps"]] for row in references])
+    chosen, rejected = (beta * (logps - before)).T
+    figures = (chosen > rejected, chosen - rejected, chosen, rejected)
+    return {name: float(figure.mean()) for name, figure in zip(REWARDS, figures, strict=True)}
 
 
 def perplexity(loss: float) -> float:

@@ -18,6 +18,11 @@ METRIC_NAMES = {
     "loss": "loss",
     "perplexity": "perplexity",
     "generated_accuracy": "accuracy of free answers",
+    "preference_accuracy": "preference accuracy",
+    "rewards/accuracies": "reward accuracy",
+    "rewards/margins": "reward margin",
+    "rewards/chosen": "reward, chosen answers",
+    "rewards/rejected": "reward, rejected answers",
     "unparsed": "no label found",
     "unfinished": "cut off",
 }
@@ -33,6 +38,11 @@ METRIC_NOTES = {
     "loss": "cross entropy in nats per supervised token of the reference answers",
     "perplexity": "exp(loss)",
     "generated_accuracy": "share of generated answers that name the right label; one that names none counts as wrong",
+    "preference_accuracy": "share of pairs whose chosen answer the model finds likelier than the rejected one",
+    "rewards/accuracies": "share of pairs in which training raised the chosen answer more than the rejected one",
+    "rewards/margins": "reward of the chosen less that of the rejected answer, mean over pairs",
+    "rewards/chosen": "beta times the change of the chosen answer's log-probability by training",
+    "rewards/rejected": "beta times the change of the rejected answer's log-probability by training",
     "unparsed": "share of generated answers with none of the labels in them",
     "unfinished": "share of answers that did not end within eval.max_new_tokens",
 }

@@ -11,7 +11,8 @@ import os
 from pathlib import Path
 
 from steps.lib import raw as raw_data
-from steps.lib.config import chosen_experiment, expand, parse_overrides, split_overrides, stage_config
+from steps.lib.adapters import load_for_training
+from steps.lib.config import chosen_experiment, expand, parse_overrides, sft_config, split_overrides, stage_config
 from steps.lib.errors import UserError
 from steps.lib.keys import HashCache, digest, stage_key
 from steps.lib.metrics import check_metric
@@ -26,6 +27,7 @@ FOLDERS = {
     "fetch_model": "models",
     "format_prompts": "prompts",
     "tokenize_splits": "splits",
+    "reference_logprobs": "references",
     "train_adapter": "adapters",
     "merge_adapter": "merged",
     "evaluate_model": "reports",
@@ -72,7 +74,8 @@ class Run:
     key: str
     point: dict  # swept config key -> value
     config: dict
-    artefacts: dict[str, str]  # stage -> path; `base_report`: the untouched model's
+    # stage -> path; `base_report`: the untouched model's; `start_report`: that of the training that came first
+    artefacts: dict[str, str]
     segments: list[str] = dataclasses.field(default_factory=list)  # adapters along the trunk, oldest first
 
     @property
@@ -208,23 +211,47 @@ class _Planner:
         base_report = self._job(
             "evaluate_model", f"base-{data}-{model}", config, {"model": base.path, "splits": splits.path}
         )
-        adapters = self._adapters(config, splits, base)
-        adapter, slug = adapters[-1], _slug(config, config["train"].get("num_train_epochs", 3))
-        merged = self._job("merge_adapter", slug, config, {"model": base.path, "adapter": adapter.path})
-        inputs = {"model": merged.path, "splits": splits.path, "adapter": adapter.path, "base_report": base_report.path}
-        report = self._job("evaluate_model", slug, config, inputs)
+        start, extra = base, {}
+        if config["method"].get("sft"):
+            start, report = self._tuned(sft_config(config), base, splits, base_report)[1:]
+            extra = {"start_report": report.path}
+        adapters, merged, report = self._tuned(config, start, splits, base_report, extra)
         artefacts = {
             "fetch_data": pin,
             "fetch_model": base.path,
             "format_prompts": prompts.path,
             "tokenize_splits": splits.path,
-            "train_adapter": adapter.path,
+            "train_adapter": adapters[-1].path,
             "merge_adapter": merged.path,
             "evaluate_model": report.path,
             "base_report": base_report.path,
+            **extra,
         }
         name = Path(report.path).name
         return Run(name, report.key, point, config, artefacts, [segment.path for segment in adapters])
+
+    def _tuned(self, config: dict, start: Job, splits: Job, base_report: Job, reports: dict | None = None):
+        """(training jobs, merge, evaluation) of a model that is trained from `start` on."""
+        references = self._references(config, start, splits)
+        adapters = self._adapters(config, {"splits": splits.path, "model": start.path, **references})
+        adapter, slug = adapters[-1], _slug(config, config["train"].get("num_train_epochs", 3))
+        merged = self._job("merge_adapter", slug, config, {"model": start.path, "adapter": adapter.path})
+        inputs = {"model": merged.path, "splits": splits.path, "adapter": adapter.path, "base_report": base_report.path}
+        report = self._job("evaluate_model", slug, config, {**inputs, **references, **(reports or {})})
+        return adapters, merged, report
+
+    def _references(self, config: dict, start: Job, splits: Job) -> dict[str, str]:
+        """What preference optimization reads beside the splits: what the model it starts from thinks of the answers.
+
+        All runs of a sweep that start from one model share it.
+        """
+        if config["method"]["name"] != "dpo":
+            return {}
+        load = load_for_training(config["adapter"], config["model"]["load"])
+        view = {**config, "model": {**config["model"], "load": load}}
+        name = f"{config['data']['name']}-{config['model']['name']}{'-sft' if config['method']['sft'] else ''}"
+        job = self._job("reference_logprobs", name, view, {"model": start.path, "splits": splits.path})
+        return {"references": job.path}
 
     def _raw(self, config: dict) -> str:
         """The fetch_data job; its output is the pin file, its identity the raw files' content."""
@@ -257,9 +284,8 @@ class _Planner:
         names = model_files([path.name for path in folder.iterdir()], f"model.source.path: {folder}")
         return {"files": {name: self.hashes.sha256(folder / name) for name in names}}
 
-    def _adapters(self, config: dict, splits: Job, base: Job) -> list[Job]:
+    def _adapters(self, config: dict, inputs: dict[str, str]) -> list[Job]:
         """The training jobs of a run: one, or one per epoch when the schedule lets runs share them."""
-        inputs = {"splits": splits.path, "model": base.path}
         epochs = config["train"].get("num_train_epochs", 3)
         if not _shares_trunk(config["train"]):
             return [self._alone(config, epochs, inputs)]
@@ -351,7 +377,7 @@ def _slug(config: dict, epochs) -> str:
     parts = [
         config["data"]["name"],
         config["model"]["name"],
-        config["method"]["name"],
+        ("sft-" if config["method"].get("sft") else "") + config["method"]["name"],
         kind + rank,
         f"lr{rate}",
         length,

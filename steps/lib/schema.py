@@ -308,6 +308,7 @@ STAGE_SECTIONS: dict[str, tuple[str, ...]] = {
 # Fields of a section that a stage needs to know but that make no difference to what it writes.
 NOT_IN_KEY: dict[str, frozenset[str]] = {
     "data": frozenset({"name", "source"}),  # the raw files' identity stands for the source
+    "method": frozenset({"sft"}),  # the model that comes of it stands for it
     "train": frozenset(
         [
             "logging_strategy",

@@ -154,8 +154,10 @@ MARKERS = {
     "prompts": (("train.jsonl",), "format_prompts"),
     "splits": (("dataset_dict.json",), "tokenize_splits"),
     "model": (("config.json", "diverged.json"), "fetch_model or merge_adapter"),
+    "references": (("references.json",), "reference_logprobs"),
     "adapter": (("training.json",), "train_adapter"),
     "base_report": (("metrics.json",), "evaluate_model"),
+    "start_report": (("metrics.json",), "evaluate_model"),
 }
 
 

@@ -17,6 +17,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 from steps.lib import checkpoints
 from steps.lib.batches import EpochSampler, collate
 from steps.lib.loss import SupervisedLoss
+from steps.lib.preferences import FIGURES, PreferenceLoss, collate_pairs
 from steps.lib.progress import Progress
 
 log = logging.getLogger("temper")
@@ -51,9 +52,12 @@ def steps_per_epoch(rows: int, args: TrainingArguments) -> int:
 class TemperTrainer(Trainer):
     """Trainer with token-exact loss at learned positions and an order that follows from seed and epoch alone."""
 
+    ITEMS = "learned_tokens"  # what the loss is a mean over
+    collate = staticmethod(collate)
+
     def __init__(self, *, pad_token_id: int, schedule_steps: int, **arguments):
         """`schedule_steps`: the total that the learning-rate schedule is made for; the training may end before."""
-        super().__init__(data_collator=functools.partial(collate, pad_token_id=pad_token_id), **arguments)
+        super().__init__(data_collator=functools.partial(self.collate, pad_token_id=pad_token_id), **arguments)
         self.remove_callback(PrinterCallback)
         self.supervised_loss = SupervisedLoss()
         self.schedule_steps = schedule_steps
@@ -80,34 +84,96 @@ class TemperTrainer(Trainer):
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):  # noqa: ARG002 - Trainer's signature
         """Loss per learned token over the whole validation split (Trainer's own is a mean of batch means)."""
-        dataset = eval_dataset if eval_dataset is not None else self.eval_dataset
-        loss, tokens = self.mean_loss(dataset)
-        metrics = {f"{metric_key_prefix}_loss": loss, f"{metric_key_prefix}_learned_tokens": tokens}
+        figures, items = self.mean_figures(eval_dataset if eval_dataset is not None else self.eval_dataset)
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in figures.items()}
+        metrics[f"{metric_key_prefix}_{self.ITEMS}"] = items
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
     @torch.no_grad()
-    def mean_loss(self, dataset) -> tuple[float, int]:
-        """(cross entropy per learned token, learned tokens) of a data set."""
+    def mean_figures(self, dataset) -> tuple[dict[str, float], int]:
+        """(figures, mean over a data set's items, and how many those are)."""
         lengths = _lengths(dataset)
         order = sorted(range(len(dataset)), key=lengths.__getitem__)
         loader = DataLoader(
             dataset.select(order), batch_size=self.args.per_device_eval_batch_size, collate_fn=self.data_collator
         )
         self.model.eval()
-        total, tokens = 0.0, 0
+        sums, items = {}, 0
         for batch in loader:
             with self.compute_loss_context_manager():
-                loss, count = self.supervised_loss(self.model, self._prepare_inputs(batch))
-            total, tokens = total + loss.item(), tokens + count
-        return total / max(tokens, 1), tokens
+                figures, count = self.summed_figures(self._prepare_inputs(batch))
+            sums = {name: sums.get(name, 0.0) + value.item() for name, value in figures.items()}
+            items += count
+        return {name: total / max(items, 1) for name, total in sums.items()}, items
+
+    def summed_figures(self, batch) -> tuple[dict[str, torch.Tensor], int]:
+        """(figures, summed over a batch's items, and how many those are): here the loss of learned tokens."""
+        loss, count = self.supervised_loss(self.model, batch)
+        return {"loss": loss}, count
+
+
+class PreferenceTrainer(TemperTrainer):
+    """The same for preference pairs: one row is a pair, and the loss is the mean over pairs.
+
+    Args:
+        preference_loss: of the two answers of a pair, given the reference's log-probabilities.
+    """
+
+    ITEMS = "pairs"
+    collate = staticmethod(collate_pairs)
+
+    def __init__(self, *, preference_loss: PreferenceLoss, **arguments):
+        super().__init__(**arguments)
+        self.preference_loss = preference_loss
+        self.figures: list[dict[str, torch.Tensor]] = []  # of the pairs since the last log
+
+    def pair_losses(self, model, batch):
+        """(loss of each pair, figures of each pair); both answers go through the model together."""
+        return self.preference_loss(self.supervised_loss.sequence_logps(model, batch), batch)
+
+    def _get_num_items_in_batch(self, batch_samples, device):
+        pairs = sum(len(batch["input_ids"]) for batch in batch_samples) // 2
+        return torch.tensor(pairs, device=device)
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """Mean over the pairs of the whole optimizer step, however it is cut into batches."""
+        assert not return_outputs, "evaluate() is ours and never asks for outputs"
+        losses, figures = self.pair_losses(model, inputs)
+        self.figures.append(figures)
+        self.loss_is_scaled_for_ga = num_items_in_batch is not None
+        return losses.sum() / (len(losses) if num_items_in_batch is None else num_items_in_batch)
+
+    def summed_figures(self, batch):
+        """Loss, rewards and log-probabilities, summed over a batch's pairs."""
+        losses, figures = self.pair_losses(self.model, batch)
+        return {name: values.sum() for name, values in {"loss": losses, **figures}.items()}, len(losses)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """With a training loss go the rewards of the same pairs."""
+        if "loss" in logs and self.figures:
+            logs |= {name: torch.cat([figures[name] for figures in self.figures]).mean().item() for name in FIGURES}
+            self.figures.clear()
+        super().log(logs, start_time)
+
+
+def trainer_for(method: dict, **arguments) -> TemperTrainer:
+    """The trainer of a config section `method`."""
+    if method["name"] == "sft":
+        return TemperTrainer(**arguments)
+    loss = PreferenceLoss(method["beta"], method["loss_type"], method["label_smoothing"])
+    return PreferenceTrainer(preference_loss=loss, **arguments)
 
 
 def _lengths(dataset) -> list[int]:
+    """Tokens of each row; of a pair those of its longer text."""
     import pyarrow.compute
 
-    return pyarrow.compute.list_value_length(dataset.with_format("arrow")[:]["input_ids"]).to_pylist()
+    table = dataset.with_format("arrow")[:]
+    columns = [name for name in ("input_ids", "rejected_input_ids") if name in table.column_names]
+    lengths = [pyarrow.compute.list_value_length(table[name]) for name in columns]
+    return pyarrow.compute.max_element_wise(*lengths).to_pylist()
 
 
 class ExactState(TrainerCallback):
@@ -171,7 +237,7 @@ class MetricsFile(TrainerCallback):
     step, across all interruptions.
     """
 
-    KEPT = ("loss", "eval_loss", "learning_rate", "grad_norm")
+    KEPT = ("loss", "eval_loss", "learning_rate", "grad_norm", *FIGURES, *(f"eval_{name}" for name in FIGURES))
 
     def __init__(self, path: Path, checkpoint: Path | None, listener=None):
         """Start `path` anew with what stood beside the checkpoint when it was written."""

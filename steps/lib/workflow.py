@@ -3,6 +3,7 @@
 import functools
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -57,6 +58,16 @@ def config_of(plan: planning.Plan, stage: str, prefix: str = ""):
     return lambda wildcards: canonical_json(plan.job(stage, prefix + wildcards.name).config)
 
 
+def flags_of(plan: planning.Plan, stage: str, *names: str):
+    """Params function: wildcards -> the flags of inputs that only some of the stage's jobs have, as one text."""
+
+    def flags(wildcards) -> str:
+        inputs = plan.job(stage, wildcards.name).inputs
+        return " ".join(f"--{name.replace('_', '-')} {shlex.quote(inputs[name])}" for name in names if name in inputs)
+
+    return flags
+
+
 def reports(plan: planning.Plan) -> list[str]:
     """The reports that the comparison waits for."""
     return [run.artefacts["evaluate_model"] for run in plan.runs]
@@ -70,7 +81,7 @@ def training_threads(plan: planning.Plan, cores: int | None) -> int:
     """
     if gpus_per_job():
         return max(1, min(4, cores or 1))
-    trunks = {job.settings["trunk"] for job in plan.jobs.values() if job.stage == "train_adapter"}
+    trunks = {plan.jobs[path].settings["trunk"] for run in plan.runs for path in run.segments}
     return max(1, (cores or 1) // max(1, len(trunks)))
 
 

@@ -1,0 +1,173 @@
+"""Reference log-probabilities: how likely the model finds both answers of each pair before it is trained.
+
+By hand::
+
+    python -m steps.reference_logprobs --splits results/splits/X --model results/models/Y \\
+        --output results/references/Z experiment=dpo
+
+Reads   all splits; the model that preference optimization starts from.
+Writes  a `datasets.DatasetDict` with the splits' rows in their order: id, ref_chosen_logps, ref_rejected_logps (nats,
+        summed over the tokens of the answer); references.json (answers computed and known before).
+
+Every figure is remembered in ``results/.state/references/`` by the model and the answer's tokens, so that an edited
+row costs two answers, not the whole data set. An answer's figure does not depend on the rows beside it: only answers
+of one padded length share a batch.
+"""
+
+import contextlib
+import hashlib
+import json
+import logging
+import sys
+import time
+from pathlib import Path
+
+from steps.lib.adapters import DIVERGED
+from steps.lib.batches import PAD_TO, collate
+from steps.lib.conversation import IGNORED
+from steps.lib.errors import UserError
+from steps.lib.keys import code_key, digest, file_sha256
+from steps.lib.preferences import REFERENCES, chosen_of, rejected_of
+from steps.lib.progress import Progress, quiet_libraries
+from steps.lib.step import locked, run_command
+
+STAGE = "reference_logprobs"
+KNOWN = Path("results/.state/references")
+TOKENS = 8192  # padded tokens in a batch
+SAVE_SECONDS = 30.0
+
+log = logging.getLogger("temper")
+
+
+def run(config: dict, splits: Path, model: Path, output: Path) -> dict:
+    """Compute what is not known yet.
+
+    Raises:
+        UserError: the splits have no pairs; the model is of a training that diverged.
+    """
+    from datasets import DatasetDict, load_from_disk
+
+    quiet_libraries()
+    rows = load_from_disk(splits)
+    if "rejected_input_ids" not in rows["train"].column_names:
+        raise UserError(
+            f"{splits}: has no preference pairs; choose data.layout=preference, or set data.rejected or "
+            "data.rejected_from, and make the splits again"
+        )
+    if (model / DIVERGED).is_file():
+        raise UserError(f"{model}: its training diverged, so there is no model to start from; lower its learning rate")
+    path = KNOWN / f"{_identity(model, config['model']['load'])}.jsonl"
+    known = _read(path)
+    answers = {split: [side(row) for row in part for side in (chosen_of, rejected_of)] for split, part in rows.items()}
+    keys = {split: [_key(answer) for answer in part] for split, part in answers.items()}
+    missing = {
+        key: answer
+        for split in answers
+        for key, answer in zip(keys[split], answers[split], strict=True)
+        if key not in known
+    }
+    if missing:
+        known |= _compute(missing, model, config["model"]["load"], path)
+    figures = {split: _columns(part["id"], [known[key] for key in keys[split]]) for split, part in rows.items()}
+    DatasetDict(figures).save_to_disk(output)
+    counts = {"computed": len(missing), "known": sum(map(len, keys.values())) - len(missing)}
+    (output / "references.json").write_text(json.dumps(counts, indent=2) + "\n")
+    log.info("reference: %(computed)d answers computed, %(known)d known before", counts)
+    return counts
+
+
+def _columns(ids: list[int], logps: list[float]):
+    """A split's figures; `logps` has both answers of a row one after the other."""
+    from datasets import Dataset, Features, Value
+
+    columns = {"id": ids, REFERENCES[0]: logps[::2], REFERENCES[1]: logps[1::2]}
+    numbers = {name: Value("float32") for name in REFERENCES}
+    return Dataset.from_dict(columns, features=Features({"id": Value("int64"), **numbers}))
+
+
+def _compute(missing: dict[str, dict], model: Path, load: dict, path: Path) -> dict[str, float]:
+    """The figures of answers (key -> tokens and labels), which are also appended to `path` while they come."""
+    import torch
+
+    from steps.lib.loss import SupervisedLoss
+    from steps.lib.models import load_model, load_tokenizer
+
+    network, loss = load_model(model, load).eval(), SupervisedLoss()
+    padding = load_tokenizer(model).pad_token_id
+    figures, waiting, saved = {}, {}, time.monotonic()
+    with torch.inference_mode(), Progress(len(missing), "reference", "answers") as progress:
+        for keys in _batches(missing):
+            batch = collate([missing[key] for key in keys], padding)
+            batch = {name: value.to(network.device) for name, value in batch.items()}
+            waiting |= zip(keys, loss.sequence_logps(network, batch).tolist(), strict=True)
+            if time.monotonic() - saved > SAVE_SECONDS:
+                _append(path, waiting)
+                figures, waiting, saved = figures | waiting, {}, time.monotonic()
+            progress.update(len(keys))
+    _append(path, waiting)
+    return figures | waiting
+
+
+def _batches(answers: dict[str, dict]) -> list[list[str]]:
+    """Keys of answers that go through the model together: of one padded length, the longest first."""
+    widths: dict[int, list[str]] = {}
+    for key, answer in answers.items():
+        widths.setdefault(-(-len(answer["input_ids"]) // PAD_TO) * PAD_TO, []).append(key)
+    batches = []
+    for width in sorted(widths, reverse=True):
+        size = max(1, TOKENS // width)
+        batches += [widths[width][at : at + size] for at in range(0, len(widths[width]), size)]
+    return batches
+
+
+# --- what is known -------------------------------------------------------------------------------
+
+
+def _identity(model: Path, load: dict) -> str:
+    """What, beside its tokens, an answer's figure depends on: the model's files, how it is loaded, where, our code."""
+    from steps.lib import models
+
+    files = [path for path in sorted(model.iterdir()) if path.is_file() and not path.name.startswith(".")]
+    content = {path.name: file_sha256(path) for path in files if path.name not in ("provenance.json", "config.yaml")}
+    resolved = {
+        **load,
+        "dtype": str(models.resolve_dtype(load["dtype"])),
+        "attn_implementation": models.resolve_attention(load["attn_implementation"]),
+    }
+    return digest([content, resolved, models.device().type, code_key(f"steps.{STAGE}")])
+
+
+def _key(answer: dict) -> str:
+    """The answer's tokens, and which of them count. Long enough for billions of answers."""
+    counted = [label != IGNORED for label in answer["labels"]]
+    return hashlib.sha256(json.dumps([answer["input_ids"], counted]).encode()).hexdigest()[:32]
+
+
+def _read(path: Path) -> dict[str, float]:
+    """Figures by key. A line that was cut off by a kill is one not known."""
+    figures = {}
+    for line in path.read_text().splitlines() if path.is_file() else []:
+        with contextlib.suppress(ValueError, TypeError):
+            key, figure = json.loads(line)
+            figures[key] = float(figure)
+    return figures
+
+
+def _append(path: Path, figures: dict[str, float]) -> None:
+    """Add figures, for this and for every later run. Several processes may do so at once."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with locked(path), path.open("a") as file:
+        # The line break comes first: a line that a kill cut off must not swallow the next one.
+        file.write("".join(f"\n{json.dumps([key, figure])}" for key, figure in figures.items()))
+
+
+def main(argv=None) -> None:
+    inputs = {
+        "splits": "folder of tokenize_splits, with preference pairs",
+        "model": "folder of fetch_model, or of merge_adapter when supervised fine-tuning came first",
+    }
+    run_command(sys.modules[__name__], inputs, argv)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,93 @@
+"""tokenize_splits: preference pairs, and what the length limit does to them."""
+
+import json
+from pathlib import Path
+
+import pytest
+from datasets import load_from_disk
+
+from steps import tokenize_splits
+from tests.tiny import tiny_rows
+
+LONG = "a film that goes on and on and on and on and on"
+
+
+def tokenize(model, *overrides, pairs: bool = True):
+    """The splits of 6 rows each; in every split the second chosen and the third rejected answer are long."""
+    Path("prompts").mkdir(exist_ok=True)
+    for start, split in enumerate(("train", "validation", "test")):
+        lines = []
+        for number, (prompt, label) in enumerate(tiny_rows(6, 6 * start), 1):
+            other = {"positive": "negative", "negative": "positive"}[label]
+            chosen, rejected = LONG if number == 2 else label, LONG if number == 3 else other
+            turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": chosen}]
+            lines.append({"id": number, "messages": turns, **({"rejected": rejected} if pairs else {})})
+        Path(f"prompts/{split}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    arguments = ["--prompts", "prompts", "--model", str(model), "--output", "splits", "sweep=none", *overrides]
+    tokenize_splits.main(arguments)
+    return load_from_disk("splits"), json.loads(Path("splits/audit.json").read_text())["splits"]
+
+
+def test_both_answers_follow_the_prompt(workspace, tiny_model):
+    splits, audit = tokenize(tiny_model)
+    for row in splits["train"]:
+        start = row["prompt_length"]
+        assert row["input_ids"][:start] == row["rejected_input_ids"][:start]
+        assert row["labels"] == [-100] * start + row["input_ids"][start:]
+        assert row["rejected_labels"] == [-100] * start + row["rejected_input_ids"][start:]
+        assert row["input_ids"][start:] != row["rejected_input_ids"][start:]
+    assert splits["train"][0]["rejected"] == "negative"
+    assert audit["train"]["learned_tokens"] > 0
+    assert audit["train"]["rejected_tokens"] > 0
+    text = Path("splits/audit.txt").read_text()
+    assert ">>>positive<|im_end|><<<" in text.split("--- row 1, chosen")[1].split("---")[0]
+    assert ">>>negative<|im_end|><<<" in text.split("--- row 1, rejected")[1].split("---")[0]
+
+
+def test_rows_without_pairs_are_as_they_were(workspace, tiny_model):
+    splits, audit = tokenize(tiny_model, pairs=False)
+    assert splits["train"].column_names == ["id", "input_ids", "labels", "prompt_length", "prompt", "reference"]
+    assert "rejected_tokens" not in audit["train"]
+    assert "chosen" not in Path("splits/audit.txt").read_text()
+
+
+def limit(model) -> int:
+    """A length that holds every row but those with a long answer."""
+    rows = tokenize(model)[0]["train"]
+    lengths = [max(len(row["input_ids"]), len(row["rejected_input_ids"])) for row in rows if row["id"] not in (2, 3)]
+    Path("splits").rename("unlimited")
+    return max(lengths)
+
+
+def test_a_pair_is_dropped_when_one_of_its_answers_is_too_long(workspace, tiny_model):
+    splits, audit = tokenize(tiny_model, f"tokenize.max_length={limit(tiny_model)}")
+    assert splits["train"]["id"][:] == [1, 4, 5, 6]
+    assert (audit["train"]["read"], audit["train"]["dropped"], audit["train"]["longer_than_max_length"]) == (6, 2, 2)
+
+
+def test_truncating_cuts_each_answer_by_itself(workspace, tiny_model):
+    length = limit(tiny_model)
+    splits, _ = tokenize(tiny_model, f"tokenize.max_length={length}", "tokenize.max_length_policy=truncate")
+    second, third = splits["train"][1], splits["train"][2]
+    assert (len(second["input_ids"]), len(third["rejected_input_ids"])) == (length, length)
+    assert len(second["rejected_input_ids"]) < length
+    assert len(second["labels"]) == length
+
+
+def test_a_prompt_that_fills_the_row_leaves_no_pair(workspace, tiny_model):
+    prompts = [row["prompt_length"] for row in tokenize(tiny_model)[0]["train"]]
+    Path("splits").rename("unlimited")
+    options = [f"tokenize.max_length={max(prompts)}", "tokenize.max_length_policy=truncate", "prompt.loss_on=all"]
+    splits, audit = tokenize(tiny_model, *options)
+    kept = [length for length in prompts if length < max(prompts)]
+    assert splits["train"]["prompt_length"][:] == kept
+    assert audit["train"]["answer_cut_off_entirely"] == len(prompts) - len(kept) > 0
+
+
+def test_an_error_names_the_longer_text(workspace, tiny_model, capsys):
+    length = limit(tiny_model)
+    longest = len(load_from_disk("unlimited")["train"][1]["input_ids"])
+    with pytest.raises(SystemExit) as stopped:
+        tokenize(tiny_model, f"tokenize.max_length={length}", "tokenize.max_length_policy=error")
+    assert stopped.value.code == 2
+    assert f"row 2 has {longest} tokens, tokenize.max_length is {length}" in capsys.readouterr().err
