@@ -139,7 +139,7 @@ def _start(folder: Path | None, metric: str) -> dict | None:
     if folder is None:
         return None
     facts = _json(folder / "metrics.json")
-    return {"name": "before, fine-tuned", "test": facts["test"], "intervals": facts["intervals"], "metric": metric}
+    return {"name": "after fine-tuning", "test": facts["test"], "intervals": facts["intervals"], "metric": metric}
 
 
 def _json(path: Path) -> dict:

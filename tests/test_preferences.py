@@ -331,6 +331,6 @@ def test_merge_and_report_of_a_preference_optimization(workspace, tiny_pairs, ti
     ]
     assert figures["rewards/chosen"] == pytest.approx(sum(gains) / len(gains))
     page = Path("report/report.html").read_text()
-    for text in ("reward accuracy", "rewards (points: validation)", "preference accuracy", "before, fine-tuned"):
+    for text in ("reward accuracy", "rewards (points: validation)", "preference accuracy", "after fine-tuning"):
         assert text in page
     assert "loss (per pair)" in page
