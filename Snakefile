@@ -105,6 +105,29 @@ rule tokenize_splits:
         " 2>&1 | tee {log:q}"
 
 
+rule sample_answers:
+    "On-policy preference pairs: what the model itself answers wrongly is rejected."
+    input:
+        unpack(temper.inputs_of(PLAN, "sample_answers")),
+    output:
+        update(directory("results/pairs/{name}")),
+    params:
+        config=temper.config_of(PLAN, "sample_answers"),
+    log:
+        "results/logs/sample_answers/{name}.log",
+    priority: 2  # all trainings of the sweep wait for it
+    threads: temper.training_threads(PLAN, workflow.cores)
+    resources:
+        gpu=temper.gpus_per_job(),
+    shell:
+        "python -m steps.sample_answers"
+        " --splits {input.splits:q}"
+        " --model {input.model:q}"
+        " --config {params.config:q}"
+        " --output {output:q}"
+        " 2>&1 | tee {log:q}"
+
+
 rule reference_logprobs:
     "How likely the model finds both answers of each preference pair before it is trained."
     input:

@@ -5,7 +5,7 @@ By hand::
     python -m steps.reference_logprobs --splits results/splits/X --model results/models/Y \\
         --output results/references/Z experiment=dpo
 
-Reads   all splits; the model that preference optimization starts from.
+Reads   all splits that have pairs; the model that preference optimization starts from.
 Writes  a `datasets.DatasetDict` with the splits' rows in their order: id, ref_chosen_logps, ref_rejected_logps (nats,
         summed over the tokens of the answer); references.json (answers computed and known before).
 
@@ -22,7 +22,7 @@ import sys
 import time
 from pathlib import Path
 
-from steps.lib.adapters import DIVERGED
+from steps.lib.adapters import refuse_diverged
 from steps.lib.batches import PAD_TO, collate
 from steps.lib.conversation import IGNORED
 from steps.lib.errors import UserError
@@ -49,16 +49,16 @@ def run(config: dict, splits: Path, model: Path, output: Path) -> dict:
 
     quiet_libraries()
     rows = load_from_disk(splits)
-    if "rejected_input_ids" not in rows["train"].column_names:
+    pairs = {split: part for split, part in rows.items() if "rejected_input_ids" in part.column_names}
+    if "train" not in pairs:
         raise UserError(
             f"{splits}: has no preference pairs; choose data.layout=preference, or set data.rejected or "
             "data.rejected_from, and make the splits again"
         )
-    if (model / DIVERGED).is_file():
-        raise UserError(f"{model}: its training diverged, so there is no model to start from; lower its learning rate")
+    refuse_diverged(model)
     path = KNOWN / f"{_identity(model, config['model']['load'])}.jsonl"
     known = _read(path)
-    answers = {split: [side(row) for row in part for side in (chosen_of, rejected_of)] for split, part in rows.items()}
+    answers = {split: [side(row) for row in part for side in (chosen_of, rejected_of)] for split, part in pairs.items()}
     keys = {split: [_key(answer) for answer in part] for split, part in answers.items()}
     missing = {
         key: answer
@@ -68,7 +68,7 @@ def run(config: dict, splits: Path, model: Path, output: Path) -> dict:
     }
     if missing:
         known |= _compute(missing, model, config["model"]["load"], path)
-    figures = {split: _columns(part["id"], [known[key] for key in keys[split]]) for split, part in rows.items()}
+    figures = {split: _columns(part["id"], [known[key] for key in keys[split]]) for split, part in pairs.items()}
     DatasetDict(figures).save_to_disk(output)
     counts = {"computed": len(missing), "known": sum(map(len, keys.values())) - len(missing)}
     (output / "references.json").write_text(json.dumps(counts, indent=2) + "\n")

@@ -54,16 +54,12 @@ def _rows(config: dict, splits: Path, references: Path | None):
         return rows
     if references is None:
         raise UserError("--references is missing: method=dpo needs the folder of reference_logprobs for these splits")
-    figures = load_from_disk(references)
-    for split, part in rows.items():
-        if split not in figures or list(part["id"]) != list(figures[split]["id"]):
+    figures, pairs = load_from_disk(references), {}
+    for split in [split for split in ("train", "validation") if split in rows]:
+        if split not in figures or list(rows[split]["id"]) != list(figures[split]["id"]):
             raise UserError(f"--references {references}: of other rows than {splits}; run reference_logprobs on these")
-    return DatasetDict(
-        {
-            split: concatenate_datasets([part, figures[split].remove_columns("id")], axis=1)
-            for split, part in rows.items()
-        }
-    )
+        pairs[split] = concatenate_datasets([rows[split], figures[split].remove_columns("id")], axis=1)
+    return DatasetDict(pairs)
 
 
 def _train(config: dict, rows, model: Path, output: Path, state: Path) -> dict:

@@ -8,7 +8,7 @@ import subprocess
 import sys
 
 NOT_OURS = "Specify a conda environment or container for each rule."
-RULES = 10  # that do work; `all` only asks
+RULES = 11  # that do work; `all` only asks
 
 
 def main() -> None:

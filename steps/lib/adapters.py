@@ -43,6 +43,12 @@ def parameter_counts(model) -> dict[str, int]:
     return {"trainable_parameters": trainable, "total_parameters": sum(p.numel() for p in model.parameters())}
 
 
+def refuse_diverged(model: Path) -> None:
+    """A training that diverged left no model for another one to start from."""
+    if (model / DIVERGED).is_file():
+        raise UserError(f"{model}: its training diverged, so there is no model to start from; lower its learning rate")
+
+
 def is_adapter(folder: Path) -> bool:
     """Whether a train_adapter folder holds a PEFT adapter (else it is a full model)."""
     return (folder / "adapter_config.json").is_file()

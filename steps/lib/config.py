@@ -308,10 +308,10 @@ def _check_method(config: dict) -> None:
         raise UserError(f"config: 'eval.metric': {PREFERENCE} needs preference pairs, see data.layout=preference")
     if method["name"] != "dpo":
         return
-    if not has_pairs:
+    if not has_pairs and not method["own_answers"]:
         raise UserError(
             "config: method=dpo needs preference pairs: choose data.layout=preference, or say what the rejected answer "
-            "is with data.rejected (layout template) or data.rejected_from (a list of labels)"
+            "is with data.rejected (layout template), data.rejected_from (a list of labels) or method.own_answers"
         )
     if config["train"].get("label_smoothing_factor"):
         raise UserError("config: 'train.label_smoothing_factor' is for method=sft; see method.label_smoothing")
@@ -391,8 +391,8 @@ def _fields_at(model, location) -> list[str]:
             annotation = model.model_fields[part].annotation
             if hasattr(annotation, "model_fields"):
                 model = annotation
-            elif part in ("published", "sft"):
-                model = annotation.__args__[0]  # list[Published], SftFirst | None
+            elif part in ("published", "sft", "own_answers"):
+                model = annotation.__args__[0]  # list[Published], SftFirst | None, ...
     return list(model.model_fields)
 
 

@@ -13,12 +13,17 @@ SEED = 0  # of sampling, together with the row's id
 
 @dataclasses.dataclass
 class Answers:
-    """In the order of the prompts: the text, whether the model ended it by itself, how many tokens it took."""
+    """In the order of the prompts: the text, its tokens with the one that ended it, whether the model did end it."""
 
     texts: list[str]
+    ids: list[list[int]]
     finished: list[bool]
-    tokens: list[int]
     seconds: float
+
+    @property
+    def tokens(self) -> list[int]:
+        """How many tokens each answer took."""
+        return [len(ids) for ids in self.ids]
 
 
 def generate_answers(model, tokenizer, rows: list[dict], settings: dict, stop_ids: list[int]) -> Answers:
@@ -35,7 +40,7 @@ def generate_answers(model, tokenizer, rows: list[dict], settings: dict, stop_id
     """
     import torch
 
-    answers = Answers([""] * len(rows), [False] * len(rows), [0] * len(rows), 0.0)
+    answers = Answers([""] * len(rows), [[] for _ in rows], [False] * len(rows), 0.0)
     order = sorted(range(len(rows)), key=lambda row: rows[row]["prompt_length"], reverse=True)  # longest first: memory
     own_defaults, model.generation_config = model.generation_config, _greedy(settings, tokenizer, stop_ids)
     started = time.perf_counter()
@@ -87,7 +92,7 @@ def _batch(model, rows: list[dict], settings: dict, pad_token_id: int) -> list[l
 def _store(answers: Answers, row: int, ids: list[int], tokenizer, stop_ids: set[int]) -> None:
     end = next((at for at, token in enumerate(ids) if token in stop_ids), None)
     answers.finished[row] = end is not None
-    answers.tokens[row] = len(ids) if end is None else end + 1
+    answers.ids[row] = ids if end is None else ids[: end + 1]
     answers.texts[row] = tokenizer.decode(ids[:end], skip_special_tokens=True).strip()
 
 

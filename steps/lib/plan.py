@@ -16,7 +16,7 @@ from steps.lib.config import chosen_experiment, expand, parse_overrides, sft_con
 from steps.lib.errors import UserError
 from steps.lib.keys import HashCache, digest, stage_key
 from steps.lib.metrics import check_metric
-from steps.lib.schema import NOT_IN_KEY
+from steps.lib.schema import NOT_IN_KEY, Data
 from steps.lib.sources import model_files
 
 RESULTS = Path("results")
@@ -27,6 +27,7 @@ FOLDERS = {
     "fetch_model": "models",
     "format_prompts": "prompts",
     "tokenize_splits": "splits",
+    "sample_answers": "pairs",
     "reference_logprobs": "references",
     "train_adapter": "adapters",
     "merge_adapter": "merged",
@@ -232,13 +233,26 @@ class _Planner:
 
     def _tuned(self, config: dict, start: Job, splits: Job, base_report: Job, reports: dict | None = None):
         """(training jobs, merge, evaluation) of a model that is trained from `start` on."""
-        references = self._references(config, start, splits)
-        adapters = self._adapters(config, {"splits": splits.path, "model": start.path, **references})
+        pairs = self._own_answers(config, start, splits)
+        references = self._references(config, start, pairs)
+        learnt = config
+        if pairs is not splits:  # by then they are data like any other
+            learnt = {**config, "method": {**config["method"], "own_answers": None}}
+        adapters = self._adapters(learnt, {"splits": pairs.path, "model": start.path, **references})
         adapter, slug = adapters[-1], _slug(config, config["train"].get("num_train_epochs", 3))
         merged = self._job("merge_adapter", slug, config, {"model": start.path, "adapter": adapter.path})
         inputs = {"model": merged.path, "splits": splits.path, "adapter": adapter.path, "base_report": base_report.path}
-        report = self._job("evaluate_model", slug, config, {**inputs, **references, **(reports or {})})
+        if Data.model_validate(config["data"]).has_pairs:  # the model's own answers make none of the test split
+            inputs |= references
+        report = self._job("evaluate_model", slug, config, {**inputs, **(reports or {})})
         return adapters, merged, report
+
+    def _own_answers(self, config: dict, start: Job, splits: Job) -> Job:
+        """The splits to learn from: as they are, or such that what `start` answers wrongly is rejected."""
+        if not config["method"].get("own_answers"):
+            return splits
+        view = {**config, "method": {name: config["method"][name] for name in ("name", "own_answers")}}
+        return self._job("sample_answers", _data_slug(config), view, {"model": start.path, "splits": splits.path})
 
     def _references(self, config: dict, start: Job, splits: Job) -> dict[str, str]:
         """What preference optimization reads beside the splits: what the model it starts from thinks of the answers.
@@ -249,8 +263,7 @@ class _Planner:
             return {}
         load = load_for_training(config["adapter"], config["model"]["load"])
         view = {**config, "model": {**config["model"], "load": load}}
-        name = f"{config['data']['name']}-{config['model']['name']}{'-sft' if config['method']['sft'] else ''}"
-        job = self._job("reference_logprobs", name, view, {"model": start.path, "splits": splits.path})
+        job = self._job("reference_logprobs", _data_slug(config), view, {"model": start.path, "splits": splits.path})
         return {"references": job.path}
 
     def _raw(self, config: dict) -> str:
@@ -365,6 +378,11 @@ def _schedule_allows(train: dict) -> bool:
     if schedule == DECAYING_AT_THE_END:  # with num_stable_steps the decay does not stand at the end
         return "num_stable_steps" not in (train.get("lr_scheduler_kwargs") or {})
     return schedule in TOTAL_INDEPENDENT
+
+
+def _data_slug(config: dict) -> str:
+    """A name for what is made of the splits with the model that preference optimization starts from."""
+    return f"{config['data']['name']}-{config['model']['name']}{'-sft' if config['method'].get('sft') else ''}"
 
 
 def _slug(config: dict, epochs) -> str:

@@ -195,6 +195,16 @@ class SftFirst(Section):
     adapter: dict[str, Any] = {}
 
 
+class OwnAnswers(Section):
+    """How the model answers, to learn to reject what is wrong. Names as in `eval`."""
+
+    batch_size: Annotated[int, Field(gt=0)] = 32
+    max_new_tokens: Annotated[int, Field(gt=0, le=100_000)] = 64
+    do_sample: bool = True
+    temperature: Annotated[float, Field(gt=0)] = 1.0
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+
+
 class Dpo(Section):
     """Direct preference optimization: learn to prefer the chosen answer to the rejected one. Names as in TRL."""
 
@@ -203,6 +213,7 @@ class Dpo(Section):
     loss_type: Literal["sigmoid", "hinge", "ipo", "robust"] = "sigmoid"
     label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0  # robust: share of pairs that are the wrong way round
     sft: SftFirst | None = None  # null: start from the model as it is
+    own_answers: OwnAnswers | None = None  # null: the data's rejected answers
 
     @model_validator(mode="after")
     def _smoothing_is_for_robust(self):
@@ -298,6 +309,7 @@ STAGE_SECTIONS: dict[str, tuple[str, ...]] = {
     "fetch_model": ("model.source",),
     "format_prompts": ("data", "prompt.system"),
     "tokenize_splits": ("prompt", "tokenize"),
+    "sample_answers": ("method", "model.load"),
     "reference_logprobs": ("model.load",),
     "train_adapter": ("method", "adapter", "train", "seed", "model.load"),
     "merge_adapter": ("merge",),

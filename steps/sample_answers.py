@@ -1,0 +1,106 @@
+"""On-policy pairs: what the model itself answers wrongly is what it learns to reject.
+
+By hand::
+
+    python -m steps.sample_answers --splits results/splits/X --model results/models/Y \\
+        --output results/pairs/Z experiment=dpo 'method.own_answers={max_new_tokens: 8}'
+
+Reads   all splits; the model that preference optimization starts from.
+Writes  splits as tokenize_splits does. In train and validation the rejected answer is the model's own, and rows that it
+        answers rightly are left out; the test split stays as it is. audit.json counts both; answers.jsonl has all
+        answers.
+
+An answer is wrong when it is not the reference, blanks at the ends aside. A sampled answer depends on the row and the
+model alone, so the same rows give the same pairs.
+"""
+
+import json
+import logging
+import sys
+from pathlib import Path
+
+from steps.lib.adapters import refuse_diverged
+from steps.lib.conversation import IGNORED
+from steps.lib.errors import UserError
+from steps.lib.progress import quiet_libraries
+from steps.lib.step import run_command
+
+STAGE = "sample_answers"
+SAMPLED = ("train", "validation")
+
+log = logging.getLogger("temper")
+
+
+def run(config: dict, splits: Path, model: Path, output: Path) -> dict:
+    """Let the model answer, and keep what it answers wrongly.
+
+    Raises:
+        UserError: `method.own_answers` is not set; the model has no wrong answer to a whole split.
+    """
+    from datasets import DatasetDict, load_from_disk
+
+    from steps.lib import models
+
+    quiet_libraries()
+    settings = config["method"].get("own_answers")
+    if not settings:
+        raise UserError("config: 'method.own_answers' is not set, and it says how the model answers: see method=dpo")
+    refuse_diverged(model)
+    rows = load_from_disk(splits)
+    tokenizer = models.load_tokenizer(model)
+    network = models.load_model(model, config["model"]["load"]).eval()
+    stop_ids = models.stop_token_ids(model, tokenizer)
+    counts = {}
+    with (output / "answers.jsonl").open("w", encoding="utf-8") as file:
+        for split in [split for split in SAMPLED if split in rows]:
+            pairs = _pairs(network, tokenizer, list(rows[split]), settings, stop_ids, file)
+            counts[split] = {"read": len(rows[split]), "rows": len(pairs), "right": len(rows[split]) - len(pairs)}
+            if not pairs:
+                raise UserError(
+                    f"{model}: all its answers to the {split} split are right, so there is nothing to reject; "
+                    "raise method.own_answers.temperature, or use rows it does not know yet"
+                )
+            rows[split] = _dataset(pairs, rows[split].features)
+            log.info("%s: %d rows, %d answered wrongly and kept", split, counts[split]["read"], len(pairs))
+    DatasetDict(rows).save_to_disk(output)
+    audit = json.loads((splits / "audit.json").read_text())
+    (output / "audit.json").write_text(json.dumps({**audit, "own_answers": counts}, indent=2) + "\n")
+    return {"own_answers": counts}
+
+
+def _pairs(network, tokenizer, rows: list[dict], settings: dict, stop_ids: list[int], file) -> list[dict]:
+    """The rows that are answered wrongly, each with that answer as the rejected one; all answers go to `file`."""
+    from steps.lib.generation import generate_answers
+
+    answers = generate_answers(network, tokenizer, rows, settings, stop_ids)
+    pairs = []
+    for row, text, ids in zip(rows, answers.texts, answers.ids, strict=True):
+        right = text == row["reference"].strip()
+        line = {"id": row["id"], "prompt": row["prompt"], "reference": row["reference"], "answer": text, "right": right}
+        file.write(json.dumps(line, ensure_ascii=False) + "\n")
+        if not right:
+            prompt = row["input_ids"][: row["prompt_length"]]
+            learned = {"rejected_input_ids": prompt + ids, "rejected_labels": [IGNORED] * len(prompt) + ids}
+            pairs.append({**row, **learned, "rejected": text})
+    return pairs
+
+
+def _dataset(pairs: list[dict], features):
+    """`pairs` as a `datasets.Dataset` with the splits' `features` and those of the rejected answer."""
+    from datasets import Dataset, Features, Value
+
+    ids = features["input_ids"]
+    rejected = {"rejected_input_ids": ids, "rejected_labels": ids, "rejected": Value("string")}
+    return Dataset.from_list(pairs, features=Features({**features, **rejected}))
+
+
+def main(argv=None) -> None:
+    inputs = {
+        "splits": "folder of tokenize_splits",
+        "model": "folder of fetch_model, or of merge_adapter when supervised fine-tuning came first",
+    }
+    run_command(sys.modules[__name__], inputs, argv)
+
+
+if __name__ == "__main__":
+    main()
