@@ -182,3 +182,41 @@ def test_own_files_in_place_of_the_hub(smoke, name):
     rows = leaderboard(folder, name)
     assert len(rows) == 1
     assert float(rows[0]["test_loss"]) < float(rows[0]["base_test_loss"])
+
+
+FEW = "data.limit={train:64,validation:16,test:32} train.per_device_train_batch_size=8 train.warmup_steps=2"
+
+
+@pytest.mark.slow
+def test_fine_tuning_then_preferences_in_one_pipeline(smoke):
+    folder, _ = smoke
+    done = snakemake(folder, "--config", "experiment=sft_dpo", f"overrides={FEW} method.beta=0.1,0.5")
+    ran = executed(done)
+    assert (ran["reference_logprobs"], ran["train_adapter"], ran["merge_adapter"]) == (1, 3, 3)
+    for row in leaderboard(folder, "sft_dpo"):
+        assert float(row["test_accuracy"]) > float(row["base_test_accuracy"])
+        assert float(row["test_rewards/margins"]) > 0
+    board = json.loads((folder / "results" / "sweeps" / "sft_dpo" / "leaderboard.json").read_text())
+    page = Path(folder, board["rows"][0]["report"], "report.html").read_text()
+    assert "after fine-tuning" in page
+    again = snakemake(folder, "--config", "experiment=sft_dpo", f"overrides={FEW} method.beta=0.1,0.5,0.2")
+    assert executed(again) == {"train_adapter": 1, "merge_adapter": 1, "evaluate_model": 1, "compare_runs": 1}
+
+
+@pytest.mark.slow
+def test_a_file_of_preference_pairs(smoke):
+    path = SHARED / "preference_demo.json"
+    if not path.is_file():
+        pytest.skip(f"{path} is not here: ../shared/data is only beside the developers' checkouts")
+    folder, _ = smoke
+    overrides = (
+        f"~data.prompt ~data.completion data.rejected_from=null data.csv.fieldnames=null data.format=json "
+        f"data.source.kind=files data.source.path={path} data.name=pairs data.layout=preference "
+        "data.columns={prompt:conversations} data.limit={train:32,validation:8,test:16} "
+        "eval=text eval.max_new_tokens=8 eval.metric=preference_accuracy sweep.name=pairs "
+        "tokenize.max_length=384 tokenize.max_length_policy=truncate train.per_device_train_batch_size=4"
+    )
+    snakemake(folder, "--config", "experiment=dpo", f"overrides={overrides}")
+    (row,) = leaderboard(folder, "pairs")
+    assert float(row["test_rewards/accuracies"]) > 0
+    assert float(row["train_seconds"]) > 0
