@@ -63,7 +63,8 @@ def _train(config: dict, splits: Path, model: Path, output: Path, state: Path) -
     end = _plateau_end(args, total) if is_plateau else total
     plateau = [Path(config["plateau"])] if config.get("plateau") else []
     checkpoint = checkpoints.last_whole([state, *plateau], end)
-    network = add_adapter(load_model(model, config["model"]["load"]), config["adapter"], config["seed"])
+    base = load_model(model, config["model"]["load"], config["quantization"])
+    network = add_adapter(base, config["adapter"], config["seed"])
     sizes = parameter_counts(network)
     trainer = training.TemperTrainer(
         model=network,
