@@ -8,16 +8,21 @@ By hand::
 Reads   the base model; the adapter (a full-parameter run passes through).
 Writes  the merged model in Hugging Face layout, with the base's tokenizer. Before writing, the merged
         model's logits are compared with the adapter's on a fixed input; provenance.json has the difference.
+        A QLoRA adapter goes into the base as stored, or into the dequantized one (merge.dequantized_base=true).
+        Virtual tokens (prompt tuning, prefix tuning, P-tuning) cannot be merged: the output is then the base model with
+        the adapter in adapter/, and `PeftModel.from_pretrained(model, folder + "/adapter")` puts it on.
         Of a training that diverged there is nothing to merge: diverged.json says at which step.
 """
 
 import json
 import logging
+import shutil
 import sys
 from pathlib import Path
 
-from steps.lib.adapters import DIVERGED, is_adapter
+from steps.lib.adapters import DIVERGED, can_be_merged, is_adapter
 from steps.lib.errors import UserError
+from steps.lib.models import BUNDLED, load_model, resolve_dtype
 from steps.lib.progress import quiet_libraries
 from steps.lib.step import run_command
 
@@ -36,7 +41,7 @@ def run(config: dict, model: Path, adapter: Path, output: Path) -> dict:
     Raises:
         UserError: the merged model does not compute what base and adapter compute together.
     """
-    from steps.lib.models import load_model, load_tokenizer
+    from steps.lib.models import load_tokenizer
 
     quiet_libraries()
     diverged_at = json.loads((adapter / "training.json").read_text())["diverged_at_step"]
@@ -44,21 +49,37 @@ def run(config: dict, model: Path, adapter: Path, output: Path) -> dict:
         (output / DIVERGED).write_text(json.dumps({"step": diverged_at}))
         log.info("the training diverged at step %d: there is nothing to merge", diverged_at)
         return {"diverged_at_step": diverged_at}
-    dtype = config["merge"]["dtype"]
-    facts = {}
-    if is_adapter(adapter):
-        network, facts = _merge(
-            load_model(model, {"dtype": _stored_dtype(model), "attn_implementation": "auto"}), adapter
-        )
-    else:
-        network = load_model(adapter, {"dtype": _stored_dtype(model), "attn_implementation": "auto"})
-    if dtype != "auto":
-        import torch
-
-        network = network.to(getattr(torch, dtype))
+    if is_adapter(adapter) and not can_be_merged(adapter):
+        return _bundle(model, adapter, output)
+    network, facts = _merged(config, model, adapter)
+    if config["merge"]["dtype"] != "auto":
+        network = network.to(resolve_dtype(config["merge"]["dtype"]))
     network.save_pretrained(output)
     load_tokenizer(model).save_pretrained(output)
     return {"dtype": str(network.dtype).removeprefix("torch."), **facts}
+
+
+def _bundle(model: Path, adapter: Path, output: Path) -> dict:
+    """Base and adapter side by side in one folder: virtual tokens cannot become part of the base's weights."""
+    shutil.copytree(model, output, dirs_exist_ok=True, ignore=shutil.ignore_patterns("provenance.json", "config.yaml"))
+    (output / BUNDLED).mkdir()
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        shutil.copy(adapter / name, output / BUNDLED / name)
+    log.info("virtual tokens cannot be merged: the base model, and the adapter in %s/", BUNDLED)
+    return {"bundled": True}
+
+
+def _merged(config: dict, model: Path, adapter: Path):
+    """(merged model, facts)."""
+    load = {"dtype": _stored_dtype(model), "attn_implementation": "auto"}
+    if not is_adapter(adapter):
+        return load_model(adapter, load), {}
+    if not config["merge"]["dequantized_base"]:
+        network, facts = _merge(load_model(model, load), adapter)
+        return network, {"base": "as stored", **facts}
+    base = load_model(model, load, config["quantization"]).dequantize()
+    network, facts = _merge(base, adapter)
+    return network, {"base": "dequantized", **facts}
 
 
 def _stored_dtype(folder: Path) -> str:

@@ -56,7 +56,7 @@ def run(config: dict, splits: Path, model: Path, output: Path) -> dict:
             "data.rejected_from, and make the splits again"
         )
     refuse_diverged(model)
-    path = KNOWN / f"{_identity(model, config['model']['load'])}.jsonl"
+    path = KNOWN / f"{_identity(model, config)}.jsonl"
     known = _read(path)
     answers = {split: [side(row) for row in part for side in (chosen_of, rejected_of)] for split, part in pairs.items()}
     keys = {split: [_key(answer) for answer in part] for split, part in answers.items()}
@@ -67,7 +67,7 @@ def run(config: dict, splits: Path, model: Path, output: Path) -> dict:
         if key not in known
     }
     if missing:
-        known |= _compute(missing, model, config["model"]["load"], path)
+        known |= _compute(missing, model, config, path)
     figures = {split: _columns(part["id"], [known[key] for key in keys[split]]) for split, part in pairs.items()}
     DatasetDict(figures).save_to_disk(output)
     counts = {"computed": len(missing), "known": sum(map(len, keys.values())) - len(missing)}
@@ -85,14 +85,15 @@ def _columns(ids: list[int], logps: list[float]):
     return Dataset.from_dict(columns, features=Features({"id": Value("int64"), **numbers}))
 
 
-def _compute(missing: dict[str, dict], model: Path, load: dict, path: Path) -> dict[str, float]:
+def _compute(missing: dict[str, dict], model: Path, config: dict, path: Path) -> dict[str, float]:
     """The figures of answers (key -> tokens and labels), which are also appended to `path` while they come."""
     import torch
 
     from steps.lib.loss import SupervisedLoss
     from steps.lib.models import load_model, load_tokenizer
 
-    network, loss = load_model(model, load).eval(), SupervisedLoss()
+    network = load_model(model, config["model"]["load"], config["quantization"]).eval()
+    loss = SupervisedLoss()
     padding = load_tokenizer(model).pad_token_id
     figures, waiting, saved = {}, {}, time.monotonic()
     with torch.inference_mode(), Progress(len(missing), "reference", "answers") as progress:
@@ -123,14 +124,16 @@ def _batches(answers: dict[str, dict]) -> list[list[str]]:
 # --- what is known -------------------------------------------------------------------------------
 
 
-def _identity(model: Path, load: dict) -> str:
+def _identity(model: Path, config: dict) -> str:
     """What, beside its tokens, an answer's figure depends on: the model's files, how it is loaded, where, our code."""
     from steps.lib import models
 
     files = [path for path in sorted(model.iterdir()) if path.is_file() and not path.name.startswith(".")]
     content = {path.name: file_sha256(path) for path in files if path.name not in ("provenance.json", "config.yaml")}
+    load = config["model"]["load"]
     resolved = {
         **load,
+        **config["quantization"],
         "dtype": str(models.resolve_dtype(load["dtype"])),
         "attn_implementation": models.resolve_attention(load["attn_implementation"]),
     }

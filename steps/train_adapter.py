@@ -79,7 +79,8 @@ def _train(config: dict, rows, model: Path, output: Path, state: Path) -> dict:
     plateau = [Path(config["plateau"])] if config.get("plateau") else []
     checkpoint = checkpoints.last_whole([state, *plateau], end)
     load = load_for_training(config["adapter"], config["model"]["load"])
-    network = add_adapter(load_model(model, load), config["adapter"], config["seed"])
+    base = load_model(model, load, config["quantization"])
+    network = add_adapter(base, config["adapter"], config["seed"])
     sizes = parameter_counts(network)
     trainer = training.trainer_for(
         config["method"],

@@ -24,6 +24,8 @@ def add_adapter(model, adapter: dict, seed: int):
     if adapter["peft_type"] is None:
         return model
     fields = {key: value for key, value in adapter.items() if key != "peft_type"}
+    if fields.get("prompt_tuning_init") == "TEXT":  # PEFT reads the text with a tokenizer of its own
+        fields.setdefault("tokenizer_name_or_path", model.name_or_path)
     config = PEFT_TYPE_TO_CONFIG_MAPPING[PeftType(adapter["peft_type"])](task_type="CAUSAL_LM", **fields)
     torch.manual_seed(seed)
     try:
@@ -39,8 +41,17 @@ def add_adapter(model, adapter: dict, seed: int):
 
 
 def parameter_counts(model) -> dict[str, int]:
-    trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    return {"trainable_parameters": trainable, "total_parameters": sum(p.numel() for p in model.parameters())}
+    """Trained parameters and all of them. PEFT knows how many a 4-bit weight stands for."""
+    if hasattr(model, "get_nb_trainable_parameters"):
+        trainable, total = model.get_nb_trainable_parameters()
+    else:
+        trainable, total = model.num_parameters(only_trainable=True), model.num_parameters()
+    return {"trainable_parameters": trainable, "total_parameters": total}
+
+
+def is_prompt_learning(model) -> bool:
+    """Whether a model has learned virtual tokens (prompt tuning, prefix tuning, P-tuning) in front of each prompt."""
+    return bool(getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False))
 
 
 def refuse_diverged(model: Path) -> None:
@@ -52,3 +63,10 @@ def refuse_diverged(model: Path) -> None:
 def is_adapter(folder: Path) -> bool:
     """Whether a train_adapter folder holds a PEFT adapter (else it is a full model)."""
     return (folder / "adapter_config.json").is_file()
+
+
+def can_be_merged(folder: Path) -> bool:
+    """Whether the adapter in a train_adapter folder can become part of the base's weights."""
+    from peft import PeftConfig
+
+    return not PeftConfig.from_pretrained(folder).is_prompt_learning

@@ -297,6 +297,7 @@ def validated(config: dict) -> dict:
     config = _normalised(config)
     filled = _model_dump(Config, config, "")
     check_library_sections(filled["train"], filled["adapter"])
+    _check_together(filled)
     _check_method(filled)
     return filled
 
@@ -328,6 +329,17 @@ def sft_config(config: dict) -> dict:
     first = config["method"]["sft"]
     adapter = first["adapter"] if "peft_type" in first["adapter"] else {**config["adapter"], **first["adapter"]}
     return {**config, "method": {"name": "sft"}, "train": {**config["train"], **first["train"]}, "adapter": adapter}
+
+
+def _check_together(config: dict) -> None:
+    """Sections that do not go together."""
+    quantized = config["quantization"]["load_in_4bit"] or config["quantization"]["load_in_8bit"]
+    if quantized and config["adapter"]["peft_type"] is None:
+        raise UserError("config: a quantized base cannot be trained itself: set adapter=qlora, or quantization=none")
+    if config["merge"]["dequantized_base"] and not quantized:
+        raise UserError(
+            "config: 'merge.dequantized_base' is for a quantized base: set quantization=4bit, or leave it out"
+        )
 
 
 def _normalised(config: dict) -> dict:
@@ -532,12 +544,9 @@ def _check_peft(adapter: dict, cls) -> None:
     if not 0 <= adapter.get("lora_dropout", 0) < 1:
         raise UserError(f"config: 'adapter.lora_dropout' must be from 0 to below 1 (found {adapter['lora_dropout']})")
     try:
-        config = cls(**{key: value for key, value in adapter.items() if key != "peft_type"})
+        cls(**{key: value for key, value in adapter.items() if key != "peft_type"})
     except (ValueError, TypeError, ImportError) as error:
         raise UserError("config: adapter: " + " ".join(str(error).split())[:300]) from None
-    if config.is_prompt_learning:
-        kind = adapter["peft_type"]
-        raise UserError(f"config: 'adapter.peft_type': {kind} cannot be merged, which the pipeline needs: use LORA")
 
 
 # --- what a stage sees ---------------------------------------------------------------------------

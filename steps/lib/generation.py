@@ -1,9 +1,11 @@
 """Answers of a model to prompts, in batches, in the order of the prompts."""
 
 import dataclasses
+import itertools
 import logging
 import time
 
+from steps.lib.adapters import is_prompt_learning
 from steps.lib.progress import Progress
 
 log = logging.getLogger("temper")
@@ -41,21 +43,30 @@ def generate_answers(model, tokenizer, rows: list[dict], settings: dict, stop_id
     import torch
 
     answers = Answers([""] * len(rows), [[] for _ in rows], [False] * len(rows), 0.0)
-    order = sorted(range(len(rows)), key=lambda row: rows[row]["prompt_length"], reverse=True)  # longest first: memory
-    own_defaults, model.generation_config = model.generation_config, _greedy(settings, tokenizer, stop_ids)
+    owner = model.get_base_model() if is_prompt_learning(model) else model
+    own_defaults, owner.generation_config = owner.generation_config, _greedy(settings, tokenizer, stop_ids)
     started = time.perf_counter()
     try:
         with torch.inference_mode(), Progress(len(rows), "generate", "rows") as progress:
-            for start in range(0, len(order), settings["batch_size"]):
-                members = order[start : start + settings["batch_size"]]
+            for members in _batches([row["prompt_length"] for row in rows], settings["batch_size"], owner is not model):
                 new = _batch(model, [rows[row] for row in members], settings, tokenizer.pad_token_id)
                 for row, ids in zip(members, new, strict=True):
                     _store(answers, row, ids, tokenizer, set(stop_ids))
                 progress.update(len(members), f"{sum(answers.tokens)} tokens")
     finally:
-        model.generation_config = own_defaults
+        owner.generation_config = own_defaults
     answers.seconds = time.perf_counter() - started
     return answers
+
+
+def _batches(lengths: list[int], batch_size: int, one_length: bool) -> list[list[int]]:
+    """Row numbers of each batch, the longest first, so that a lack of memory shows at once.
+
+    `one_length`: no padding. PEFT's virtual tokens stand in front of it, and positions would count it.
+    """
+    order = sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True)
+    groups = [list(rows) for _, rows in itertools.groupby(order, lengths.__getitem__)] if one_length else [order]
+    return [rows[at : at + batch_size] for rows in groups for at in range(0, len(rows), batch_size)]
 
 
 def _greedy(settings: dict, tokenizer, stop_ids: list[int]):

@@ -8,6 +8,7 @@ on 3-D slices the head becomes a batched product with copied weights.
 
 import logging
 
+from steps.lib.adapters import is_prompt_learning
 from steps.lib.conversation import IGNORED
 
 log = logging.getLogger("temper")
@@ -111,7 +112,7 @@ def _unwrapped(model):
 
 def _has_plain_head(model) -> bool:
     """Whether calling decoder and head by hand goes through everything the model's forward does."""
-    if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
+    if is_prompt_learning(model):
         return False
     base = _unwrapped(model)
     prefix = getattr(base, "base_model_prefix", "")

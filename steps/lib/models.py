@@ -44,22 +44,57 @@ def resolve_attention(attn_implementation: str) -> str:
     return "eager" if device().type == "cpu" else "sdpa"
 
 
-def load_model(folder: Path, load: dict):
-    """A causal language model on this machine's device.
+BUNDLED = "adapter"  # in a model folder: an adapter that cannot be merged and is put on when the model is loaded
+
+
+def load_model(folder: Path, load: dict, quantization: dict | None = None):
+    """A causal language model on this machine's device, with its bundled adapter if it has one.
 
     Args:
         folder: a model in Hugging Face layout.
         load: the config section `model.load`: dtype and attn_implementation, each may be ``auto``.
+        quantization: the config section of that name; None loads the weights as they are stored.
     """
     from transformers import AutoModelForCausalLM
 
-    model = _from_pretrained(
-        AutoModelForCausalLM,
-        folder,
-        dtype=resolve_dtype(load["dtype"]),
-        attn_implementation=resolve_attention(load["attn_implementation"]),
-    )
-    return model.to(device())
+    dtype = resolve_dtype(load["dtype"])
+    arguments = {"dtype": dtype, "attn_implementation": resolve_attention(load["attn_implementation"])}
+    if quantization and is_quantized(quantization):
+        arguments["quantization_config"] = _bitsandbytes(quantization, dtype)
+        arguments["device_map"] = {"": device()}  # a quantized model is made where it stays
+        return _with_steady_weights(_from_pretrained(AutoModelForCausalLM, folder, **arguments))
+    model = _from_pretrained(AutoModelForCausalLM, folder, **arguments).to(device())
+    if (folder / BUNDLED / "adapter_config.json").is_file():
+        from peft import PeftModel
+
+        return PeftModel.from_pretrained(model, folder / BUNDLED)
+    return model
+
+
+def _with_steady_weights(model):
+    """Keep bitsandbytes from repacking 4-bit weights, with rounded scales, at the first forward pass without gradients.
+
+    It does so on CPUs with AVX512-BF16. A training would go on from other weights after its first evaluation, and end
+    with other bits than one that was resumed.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+    return model
+
+
+def is_quantized(quantization: dict) -> bool:
+    """Whether the config section `quantization` asks for anything."""
+    return quantization["load_in_4bit"] or quantization["load_in_8bit"]
+
+
+def _bitsandbytes(quantization: dict, dtype):
+    """Weights in 4 or 8 bits, products in `dtype`."""
+    from transformers import BitsAndBytesConfig
+
+    if quantization["load_in_8bit"]:
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(**quantization, bnb_4bit_compute_dtype=dtype)
 
 
 def load_tokenizer(folder: Path):

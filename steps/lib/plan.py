@@ -388,15 +388,16 @@ def _data_slug(config: dict) -> str:
 def _slug(config: dict, epochs) -> str:
     """A name for people. It depends on nothing but the config, so that two sweeps share artefacts."""
     train, adapter = config["train"], config["adapter"]
-    kind = (adapter.get("peft_type") or "full").lower()
+    kind = next((kind for kind in ("dora", "rslora") if adapter.get(f"use_{kind}")), adapter.get("peft_type") or "full")
     rank = f"-r{adapter['r']}" if "r" in adapter else ""
+    bits = next((f"-{bits}bit" for bits in (4, 8) if config["quantization"][f"load_in_{bits}bit"]), "")
     rate = f"{train.get('learning_rate', 5e-5):g}"
     length = f"{train['max_steps']}steps" if train.get("max_steps", -1) > 0 else f"e{epochs:g}"
     parts = [
         config["data"]["name"],
         config["model"]["name"],
         ("sft-" if config["method"].get("sft") else "") + config["method"]["name"],
-        kind + rank,
+        kind.lower() + rank + bits,
         f"lr{rate}",
         length,
     ]

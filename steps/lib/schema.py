@@ -174,6 +174,21 @@ class ModelLoad(Section):
     attn_implementation: Literal["auto", "eager", "sdpa", "flash_attention_2"] = "auto"
 
 
+class Quantization(Section):
+    """How the frozen base is held while an adapter is trained; names are those of transformers.BitsAndBytesConfig."""
+
+    load_in_4bit: bool = False
+    load_in_8bit: bool = False
+    bnb_4bit_quant_type: Literal["nf4", "fp4"] = "nf4"
+    bnb_4bit_use_double_quant: bool = True
+
+    @model_validator(mode="after")
+    def _one_width(self):
+        if self.load_in_4bit and self.load_in_8bit:
+            raise ValueError("load_in_4bit and load_in_8bit exclude each other: set one of them to false")
+        return self
+
+
 class Model(Section):
     """A base model."""
 
@@ -229,9 +244,10 @@ METHODS = {"sft": Sft, "dpo": Dpo}
 
 
 class Merge(Section):
-    """The merged model's precision on disk."""
+    """The merged model's precision on disk, and what a QLoRA adapter is merged into."""
 
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    dequantized_base: bool = False  # true: the base as quantized for training, made 16-bit again; false: the original
 
 
 # --- evaluation, tracking, sweep -----------------------------------------------------------------
@@ -293,6 +309,7 @@ class Config(Section):
     prompt: Prompt
     tokenize: Tokenize
     method: Method
+    quantization: Quantization
     adapter: dict[str, Any]
     train: dict[str, Any]
     merge: Merge
@@ -310,9 +327,9 @@ STAGE_SECTIONS: dict[str, tuple[str, ...]] = {
     "format_prompts": ("data", "prompt.system"),
     "tokenize_splits": ("prompt", "tokenize"),
     "sample_answers": ("method", "model.load"),
-    "reference_logprobs": ("model.load",),
-    "train_adapter": ("method", "adapter", "train", "seed", "model.load"),
-    "merge_adapter": ("merge",),
+    "reference_logprobs": ("model.load", "quantization"),
+    "train_adapter": ("method", "quantization", "adapter", "train", "seed", "model.load"),
+    "merge_adapter": ("merge", "quantization"),
     "evaluate_model": ("eval", "model.load"),
     "compare_runs": ("eval", "sweep"),
 }

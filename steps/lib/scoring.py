@@ -4,6 +4,7 @@ import dataclasses
 import logging
 from collections.abc import Sequence
 
+from steps.lib.adapters import is_prompt_learning
 from steps.lib.batches import collate
 from steps.lib.conversation import IGNORED
 from steps.lib.progress import Progress
@@ -99,7 +100,7 @@ def _forward(model, batch):
 
 
 def _has_decoder_and_head(model) -> bool:
-    return model.base_model is not model and model.get_output_embeddings() is not None
+    return model.base_model is not model and model.get_output_embeddings() is not None and not is_prompt_learning(model)
 
 
 def _short_forward(model):
@@ -115,7 +116,8 @@ def _short_forward(model):
 def _plain_forward(model):
     def forward(batch, supervised):
         inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
-        picked = model(**inputs, use_cache=False).logits[:, :-1][supervised]
+        logits = model(**inputs, use_cache=False).logits
+        picked = logits[:, -supervised.shape[1] - 1 : -1][supervised]  # virtual tokens stand in front
         return lambda part: picked[part]
 
     return forward
