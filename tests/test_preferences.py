@@ -30,7 +30,7 @@ SMALL = [
 
 
 def make_references(splits, model, output, dtype="float32") -> Path:
-    config = json.dumps({"model": {"load": {**LOAD, "dtype": dtype}}})
+    config = json.dumps({"model": {"load": {**LOAD, "dtype": dtype}}, "quantization": {}})
     arguments = ["--splits", str(splits), "--model", str(model), "--output", str(output), "--config", config]
     reference_logprobs.main(arguments)
     return Path(output)
