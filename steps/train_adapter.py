@@ -63,25 +63,23 @@ def _rows(config: dict, splits: Path, references: Path | None):
 
 
 def _train(config: dict, rows, model: Path, output: Path, state: Path) -> dict:
-    from steps.lib import checkpoints, tracking, training
+    from steps.lib import checkpoints, estimates, tracking, training
     from steps.lib.adapters import add_adapter, load_for_training, parameter_counts
     from steps.lib.models import load_model, load_tokenizer
 
     if config.get("labels"):  # what the evaluation would refuse is better refused before training
         _check_references(rows, config["labels"])
+    before = peak_memory()
     validation = rows.get("validation")  # data.splits.validation=0 leaves it out
     train = config["train"] if validation is not None else {**config["train"], "eval_strategy": "no"}
     args = training.training_arguments(train, config["seed"], state)
     epoch_steps = training.steps_per_epoch(len(rows["train"]), args)
     total = args.max_steps if args.max_steps > 0 else math.ceil(epoch_steps * args.num_train_epochs)
-    is_plateau = config.get("part") == "plateau"
-    end = _plateau_end(args, total) if is_plateau else total
+    end = _plateau_end(args, total) if _is_plateau(config) else total
     plateau = [Path(config["plateau"])] if config.get("plateau") else []
     checkpoint = checkpoints.last_whole([state, *plateau], end)
     load = load_for_training(config["adapter"], config["model"]["load"])
-    base = load_model(model, load, config["quantization"])
-    network = add_adapter(base, config["adapter"], config["seed"])
-    sizes = parameter_counts(network)
+    network = add_adapter(load_model(model, load, config["quantization"]), config["adapter"], config["seed"])
     trainer = training.trainer_for(
         config["method"],
         model=network,
@@ -91,46 +89,54 @@ def _train(config: dict, rows, model: Path, output: Path, state: Path) -> dict:
         pad_token_id=load_tokenizer(model).pad_token_id,
         schedule_steps=total,
     )
+    sizes = parameter_counts(network)
+    log.info("%s", _headline(rows, sizes, args, end, checkpoint))
+    needs = estimates.estimate(trainer, trainer.sampler.lengths)
+    log.info("%s", needs.text())
+    if end <= args.warmup_steps:
+        log.info("note: %d steps end within train.warmup_steps=%g: lower it", end, args.warmup_steps)
     with tracking.follow(config.get("follow")) as listener:
-        metrics = training.MetricsFile(state / "metrics.jsonl", checkpoint, listener)
-        divergence = training.StopOnDivergence()
-        trainer.add_callback(training.ExactState(trainer, epoch_steps))
-        trainer.add_callback(training.CountTokens(trainer, metrics))
-        for callback in (divergence, metrics, training.ShowProgress(), training.SealedCheckpoints(epoch_steps)):
-            trainer.add_callback(callback)
-        log.info("%s", _headline(rows, sizes, args, end, checkpoint))
-        if end <= args.warmup_steps:
-            log.info("note: %d steps end within train.warmup_steps=%g: lower it", end, args.warmup_steps)
+        recorded = training.Recorded(trainer, state, checkpoint, config["train"], listener)
         if end > 0:
             args.max_steps = end
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-        seconds = metrics.seconds
-    if is_plateau:
+        facts = recorded.facts() | sizes | needs.facts(before)
+    if _is_plateau(config):
         _keep_checkpoint(checkpoints.last_whole([state], end), output)
     else:
         network.save_pretrained(output)
-    final = trainer.state
-    facts = {
-        "train_seconds": round(seconds, 3),
-        "tokens": metrics.tokens,
-        "tokens_per_second": round(metrics.tokens / seconds, 1),
-        **sizes,
-        "peak_memory_bytes": peak_memory(),
+    return _write_facts(config, rows, recorded, facts, epoch_steps, output)
+
+
+def _write_facts(config: dict, rows, recorded, facts: dict, epoch_steps: int, output: Path) -> dict:
+    """Write metrics.jsonl and training.json; returns what provenance.json gets."""
+    from steps.lib import training
+    from steps.lib.estimates import mebibytes
+
+    training.write_metrics(output / "metrics.jsonl", recorded.metrics.lines)
+    facts |= {
         "train_rows": len(rows["train"]),
-        **({"beta": config["method"]["beta"]} if config["method"]["name"] == "dpo" else {}),
-        "global_step": final.global_step,
-        "final_loss": _last(metrics.lines, "loss"),
-        "eval_loss": _last(metrics.lines, "eval_loss"),
-        "diverged_at_step": divergence.diverged_at,
-        "resumed_from_step": checkpoints.step_of(checkpoint),
-        "dtype": str(next(network.parameters()).dtype).removeprefix("torch."),
-        "device": str(args.device),
+        "peak_memory_bytes": peak_memory(),
+        "gflop_per_second": round(facts["flops_per_step"] / 1e9 * facts["steps_per_second"], 3),
     }
-    training.write_metrics(output / "metrics.jsonl", metrics.lines)
+    if config["method"]["name"] == "dpo":
+        facts["beta"] = config["method"]["beta"]
     (output / "training.json").write_text(json.dumps(facts, indent=2) + "\n")
-    log.info("trained %d steps, %.0f tokens/s", final.global_step, facts["tokens_per_second"])
-    trained = final.global_step - facts["resumed_from_step"]
+    log.info(
+        "trained %d steps, %.0f tokens/s, %.1f GFLOP/s; peak memory %s (estimated %s)",
+        facts["global_step"],
+        facts["tokens_per_second"],
+        facts["gflop_per_second"],
+        mebibytes(facts["peak_memory_bytes"]),
+        mebibytes(facts["estimated_peak_memory_bytes"]),
+    )
+    trained = facts["global_step"] - facts["resumed_from_step"]
     return {"trained_steps": trained, "trained_epochs": trained / epoch_steps, "part": config.get("part")}
+
+
+def _is_plateau(config: dict) -> bool:
+    """Whether this job ends where the schedule's decay would begin (the plan says so)."""
+    return config.get("part") == "plateau"
 
 
 def _plateau_end(args, total: int) -> int:
@@ -166,10 +172,6 @@ def _headline(rows, sizes: dict, args, target: int, checkpoint: Path | None) -> 
         f"{len(rows['train'])} rows, to step {target}, "
         f"batch {args.train_batch_size} x {args.gradient_accumulation_steps}{start}"
     )
-
-
-def _last(lines: list[dict], name: str) -> float | None:
-    return next((line[name] for line in reversed(lines) if name in line), None)
 
 
 def main(argv=None) -> None:

@@ -41,7 +41,7 @@ def test_every_file_in_conf_composes_and_validates(workspace):
         ("train.learnig_rate=3", "config: unknown key 'train.learnig_rate'; did you mean 'learning_rate'?"),
         ("train.learning_rate=fast", "config: 'train.learning_rate': input should be a valid number"),
         ("train.learning_rate=-1", "config: 'train.learning_rate' must be above 0 (found -1)"),
-        ("train.warmup_ratio=0.1", "write train.warmup_steps=0.1"),
+        ("train.warmup_ratio=1.5", "must be from 0 to below 1"),
         ("train.output_dir=x", "config: 'train.output_dir' cannot be set: the workflow names all folders"),
         ("train.lr_scheduler_type=cosin", "cosin is not a valid SchedulerType"),
         ("adapter.r=x", "config: 'adapter.r': input should be a valid integer"),

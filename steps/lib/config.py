@@ -14,7 +14,7 @@ from pathlib import Path
 from steps.lib.errors import UserError, suggest
 from steps.lib.keys import PACKAGE_ROOT, canonical_json, digest, flat
 from steps.lib.metrics import PREFERENCE
-from steps.lib.schema import METHODS, SOURCE_KINDS, STAGE_SECTIONS, Config, Data, DataView, Section
+from steps.lib.schema import EARLY_STOPPING, METHODS, SOURCE_KINDS, STAGE_SECTIONS, Config, Data, DataView, Section
 
 CONF = PACKAGE_ROOT / "conf"
 UNIONS = {"source": SOURCE_KINDS, "method": METHODS}  # sections that are one of several models, by their tag
@@ -37,7 +37,6 @@ RESERVED_TRAIN = {
 
 # Renamed or removed in transformers 5: what to write instead.
 RENAMED_TRAIN = {
-    "warmup_ratio": "transformers 5 has no warmup_ratio: write train.warmup_steps=0.1 (below 1: a share of all steps)",
     "evaluation_strategy": "it is called eval_strategy now",
     "group_by_length": "rows of similar length always train together",
     "no_cuda": "write train.use_cpu=true",
@@ -343,6 +342,17 @@ def _check_together(config: dict) -> None:
 
 
 def _normalised(config: dict) -> dict:
+    """The config as its sections' models take it."""
+    train = config.get("train")
+    if isinstance(train, dict) and "warmup_ratio" in train:  # transformers 5 takes it as warmup_steps below 1
+        ratio = train.pop("warmup_ratio")
+        if not isinstance(ratio, int | float) or not 0 <= ratio < 1:
+            raise UserError(f"config: 'train.warmup_ratio' must be from 0 to below 1 (found {ratio!r})")
+        train["warmup_steps"] = ratio
+    return _without_other_kinds(config)
+
+
+def _without_other_kinds(config: dict) -> dict:
     """Keep of a source only what its kind knows.
 
     ``data.source.kind=files data.source.path=x`` over a hub source leaves ``repository`` behind,
@@ -446,6 +456,7 @@ def _check_train(train: dict) -> None:
     from transformers import TrainingArguments
 
     fields = _field_types(TrainingArguments)
+    fields |= _field_types_of_early_stopping()
     for key, value in train.items():
         if key in RENAMED_TRAIN:
             raise UserError(f"config: unknown key 'train.{key}': {RENAMED_TRAIN[key]}")
@@ -454,10 +465,22 @@ def _check_train(train: dict) -> None:
         _check_type(f"train.{key}", value, fields[key])
     _check_ranges(train)
     try:
-        args = TrainingArguments(output_dir="unused", **{**train, "report_to": "none"})
+        own = {name: value for name, value in train.items() if name not in EARLY_STOPPING}
+        args = TrainingArguments(output_dir="unused", **{**own, "report_to": "none"})
     except (ValueError, TypeError, ImportError) as error:
         raise UserError("config: train: " + " ".join(str(error).split())[:300]) from None
     _check_schedule(args)
+    if any(name in train for name in EARLY_STOPPING) and not (
+        args.load_best_model_at_end and "early_stopping_patience" in train
+    ):
+        raise UserError(
+            "config: early stopping needs train.early_stopping_patience=<evaluations> and "
+            "train.load_best_model_at_end=true (with eval_strategy and save_strategy alike)"
+        )
+
+
+def _field_types_of_early_stopping() -> dict[str, object]:
+    return dict(zip(EARLY_STOPPING, (int, float), strict=True))
 
 
 def _check_schedule(args) -> None:

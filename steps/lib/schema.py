@@ -319,6 +319,9 @@ class Config(Section):
     seed: Annotated[int, Field(ge=0, lt=2**32)]
 
 
+# Fields of `train` that are transformers.EarlyStoppingCallback's; all others are TrainingArguments'.
+EARLY_STOPPING = ("early_stopping_patience", "early_stopping_threshold")
+
 # What each stage may see, dotted paths into Config. A stage's key hashes just these, so a key that is
 # not listed for a stage can never rerun it.
 STAGE_SECTIONS: dict[str, tuple[str, ...]] = {

@@ -12,23 +12,27 @@ from pathlib import Path
 
 import torch
 from torch.utils.data import DataLoader
-from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import EarlyStoppingCallback, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from steps.lib import checkpoints
 from steps.lib.batches import EpochSampler, collate
 from steps.lib.loss import SupervisedLoss
 from steps.lib.preferences import FIGURES, PreferenceLoss, collate_pairs
 from steps.lib.progress import Progress
+from steps.lib.schema import EARLY_STOPPING
 
 log = logging.getLogger("temper")
 
 
 def training_arguments(train: dict, seed: int, state: Path) -> TrainingArguments:
     """`train` as TrainingArguments, with what Temper decides itself."""
+    fields = {name: value for name, value in train.items() if name not in EARLY_STOPPING}
     return TrainingArguments(
         **{
             "dataloader_pin_memory": torch.accelerator.is_available(),
-            **train,
+            **fields,
+            # A resumed training must know for how long it has not become better.
+            "restore_callback_states_from_checkpoint": len(fields) < len(train),
             # Trainer deletes old checkpoints before the new one is sealed, so one more must always stay.
             "save_total_limit": max(2, train.get("save_total_limit") or 2),
             "output_dir": str(state),
@@ -61,11 +65,17 @@ class TemperTrainer(Trainer):
         self.remove_callback(PrinterCallback)
         self.supervised_loss = SupervisedLoss()
         self.schedule_steps = schedule_steps
+        self.tokens = 0  # real ones (no padding) that were trained on
         batch = self.args.train_batch_size * self.args.world_size
         self.sampler = EpochSampler(_lengths(self.train_dataset), batch, self.args.seed)
 
     def create_scheduler(self, num_training_steps, optimizer=None):  # noqa: ARG002 - Trainer's signature
         return super().create_scheduler(self.schedule_steps, optimizer)
+
+    def get_batch_samples(self, *arguments, **keywords):
+        batches, items = super().get_batch_samples(*arguments, **keywords)
+        self.tokens += sum(int(batch["attention_mask"].sum()) for batch in batches)
+        return batches, items
 
     def _get_train_sampler(self, train_dataset=None):  # noqa: ARG002 - Trainer's signature
         return self.sampler
@@ -239,14 +249,14 @@ class MetricsFile(TrainerCallback):
 
     KEPT = ("loss", "eval_loss", "learning_rate", "grad_norm", *FIGURES, *(f"eval_{name}" for name in FIGURES))
 
-    def __init__(self, path: Path, checkpoint: Path | None, listener=None):
+    def __init__(self, path: Path, checkpoint: Path | None, trainer: TemperTrainer, listener=None):
         """Start `path` anew with what stood beside the checkpoint when it was written."""
-        self.path, self.listener = path, listener
+        self.path, self.trainer, self.listener = path, trainer, listener
         before = read_metrics(checkpoint.parent / path.name) if checkpoint else []
         self.lines = [line for line in before if line["step"] <= checkpoints.step_of(checkpoint)]
         write_metrics(path, self.lines)
         self.seconds_before = self.lines[-1]["seconds"] if self.lines else 0.0
-        self.tokens = self.lines[-1]["tokens"] if self.lines else 0
+        self.tokens_before = self.lines[-1]["tokens"] if self.lines else 0
         self.started = time.monotonic()
 
     def on_train_begin(self, args, state, control, **_):  # noqa: ARG002
@@ -256,6 +266,15 @@ class MetricsFile(TrainerCallback):
     def seconds(self) -> float:
         """Training time so far, earlier parts of the run included."""
         return self.seconds_before + time.monotonic() - self.started
+
+    @property
+    def tokens(self) -> int:
+        """Real tokens so far, earlier parts of the run included."""
+        return self.tokens_before + self.trainer.tokens
+
+    def last(self, name: str) -> float | None:
+        """The latest value of a figure."""
+        return next((line[name] for line in reversed(self.lines) if name in line), None)
 
     def on_log(self, args, state, control, logs=None, **_):  # noqa: ARG002
         values = {name: logs[name] for name in self.KEPT if name in (logs or {})}
@@ -321,16 +340,40 @@ class ShowProgress(TrainerCallback):
         self.progress.__exit__(None, None, None)
 
 
-class CountTokens(TrainerCallback):
-    """Adds up the real tokens (no padding) that each step reads."""
+class Recorded:
+    """A training's callbacks, in the order in which they act, and what they saw."""
 
-    def __init__(self, trainer: TemperTrainer, metrics: MetricsFile):
-        self.metrics = metrics
-        original = trainer.get_batch_samples
+    def __init__(self, trainer: TemperTrainer, state: Path, checkpoint: Path | None, train: dict, listener):
+        epoch_steps = steps_per_epoch(len(trainer.train_dataset), trainer.args)
+        self.trainer, self.start = trainer, checkpoints.step_of(checkpoint)
+        self.divergence = StopOnDivergence()
+        self.metrics = MetricsFile(state / "metrics.jsonl", checkpoint, trainer, listener)
+        stopping = {name: train[name] for name in EARLY_STOPPING if name in train}
+        for callback in (
+            ExactState(trainer, epoch_steps),
+            self.divergence,
+            self.metrics,
+            ShowProgress(),
+            SealedCheckpoints(epoch_steps),
+            *([EarlyStoppingCallback(**stopping)] if stopping else []),
+        ):
+            trainer.add_callback(callback)
 
-        def counting(*arguments, **keywords):
-            batches, items = original(*arguments, **keywords)
-            metrics.tokens += sum(int(batch["attention_mask"].sum()) for batch in batches)
-            return batches, items
-
-        trainer.get_batch_samples = counting
+    def facts(self) -> dict:
+        """What training.json says of the training itself."""
+        metrics, state = self.metrics, self.trainer.state
+        seconds = metrics.seconds
+        return {
+            "train_seconds": round(seconds, 3),
+            "tokens": metrics.tokens,
+            "tokens_per_second": round(metrics.tokens / seconds, 1),
+            "steps_per_second": round(state.global_step / seconds, 4),
+            "global_step": state.global_step,
+            "best_step": state.best_global_step if self.trainer.args.load_best_model_at_end else None,
+            "final_loss": metrics.last("loss"),
+            "eval_loss": metrics.last("eval_loss"),
+            "diverged_at_step": self.divergence.diverged_at,
+            "resumed_from_step": self.start,
+            "dtype": str(next(self.trainer.model.parameters()).dtype).removeprefix("torch."),
+            "device": str(self.trainer.args.device),
+        }

@@ -1,0 +1,112 @@
+"""What a training needs, said before it starts: memory of parameters, gradients, optimizer and activations; FLOPs.
+
+Activations and FLOPs come from no formula for some architecture but are seen: one small real batch goes forward and
+backward, torch counts the operations, and the tensors that autograd keeps are added up. Both grow with the tokens of a
+batch (attention's share grows with their square, which is little for rows below some thousand tokens).
+"""
+
+import dataclasses
+
+PROBE_ROWS = 2
+
+# Bytes of optimizer state per trained parameter where the name says so, else two moments in float32.
+STATE_BYTES = {"sgd": 0, "adafactor": 0, "8bit": 2, "adagrad": 4, "lion": 4, "rmsprop": 4}
+TWO_MOMENTS = 8
+
+
+@dataclasses.dataclass
+class Estimate:
+    """Bytes, and the floating-point operations of an optimizer step over average rows."""
+
+    parameters: int
+    gradients: int
+    optimizer: int
+    activations: int  # of the largest batch
+    flops_per_step: float
+
+    @property
+    def peak(self) -> int:
+        """All of it is there when a backward pass ends."""
+        return self.parameters + self.gradients + self.optimizer + self.activations
+
+    def facts(self, before: int) -> dict[str, int]:
+        """For training.json and MLflow. `before`: bytes that the process had before it loaded the model."""
+        return {
+            "parameter_memory_bytes": self.parameters,
+            "estimated_peak_memory_bytes": before + self.peak,
+            "flops_per_step": round(self.flops_per_step),
+        }
+
+    def text(self) -> str:
+        """One line for the log."""
+        parts = {
+            "parameters": self.parameters,
+            "gradients": self.gradients,
+            "optimizer": self.optimizer,
+            "activations": self.activations,
+        }
+        named = " + ".join(f"{name} {mebibytes(size)}" for name, size in parts.items())
+        return f"estimate: {mebibytes(self.peak)} ({named}), {self.flops_per_step / 1e9:,.1f} GFLOP a step"
+
+
+def mebibytes(size: int) -> str:
+    return f"{size / 2**20:,.0f} MiB"
+
+
+def estimate(trainer, lengths: list[int]) -> Estimate:
+    """Send a small batch through the trainer's model, and scale what it took.
+
+    Args:
+        trainer: a TemperTrainer, before training; afterwards its model has no gradients, as before.
+        lengths: tokens of each training row.
+    """
+    args = trainer.args
+    typical = sorted(range(len(lengths)), key=lengths.__getitem__)[len(lengths) // 2 :][:PROBE_ROWS]
+    batch = trainer._prepare_inputs(trainer.data_collator([trainer.train_dataset[row] for row in typical]))
+    flops, kept = _probe(trainer, batch)
+    tokens = sum(lengths[row] for row in typical)
+    trained = [parameter for parameter in trainer.model.parameters() if parameter.requires_grad]
+    rows_per_step = args.train_batch_size * args.gradient_accumulation_steps
+    return Estimate(
+        parameters=_bytes(trainer.model.parameters()),
+        gradients=_bytes(trained),
+        optimizer=sum(parameter.numel() for parameter in trained) * _state_bytes(args.optim),
+        activations=round(kept / tokens * sum(sorted(lengths)[-args.train_batch_size :])),
+        flops_per_step=flops / tokens * rows_per_step * sum(lengths) / len(lengths),
+    )
+
+
+def _bytes(tensors) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def _state_bytes(optim) -> int:
+    name = str(getattr(optim, "value", optim))
+    return next((size for part, size in STATE_BYTES.items() if part in name), TWO_MOMENTS)
+
+
+def _probe(trainer, batch) -> tuple[int, int]:
+    """(FLOPs of forward and backward, bytes that autograd keeps for the backward pass)."""
+    import torch
+    from torch.autograd.graph import saved_tensors_hooks
+    from torch.utils.flop_counter import FlopCounterMode
+
+    model = trainer.model
+    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    kept: dict[int, int] = {}
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    model.train()
+    with torch.no_grad(), trainer.compute_loss_context_manager():
+        trainer.compute_loss(model, batch)  # the first call also checks the loss's short way
+    with FlopCounterMode(display=False) as counter:
+        with saved_tensors_hooks(keep, lambda tensor: tensor), trainer.compute_loss_context_manager():
+            loss = trainer.compute_loss(model, batch)
+        loss.backward()
+    model.zero_grad(set_to_none=True)
+    return counter.get_total_flops(), sum(kept.values())
