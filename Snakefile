@@ -260,6 +260,7 @@ rule compare_runs:
         "results/sweeps/{name}/provenance.json",
     params:
         config=temper.config_of(PLAN, "compare_runs"),
+        key=temper.key_of(PLAN, "compare_runs"),  # its path has none, and an edit to its code is a reason to rerun
         folder="results/sweeps/{name}",
     log:
         "results/logs/compare_runs/{name}.log",

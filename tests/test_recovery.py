@@ -6,7 +6,6 @@ import os
 import random
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -19,7 +18,7 @@ from tests import tiny
 from tests.conftest import ROOT
 from tests.test_resources import small_disk
 from tests.test_tracking import SETTINGS
-from tests.test_workflow import leaderboard
+from tests.workflow_tools import environment, leaderboard, snakemake_command
 
 pytestmark = pytest.mark.slow
 SWEEP = "sweep=none train.learning_rate=1e-3,1e-2 train.num_train_epochs=1,2"
@@ -38,24 +37,15 @@ def project(tmp_path, tiny_model):
     model = f"model.name=tiny model.source.kind=files model.source.path={tiny_model} model.load.dtype=float32"
     limits = "data.limit.train=200 data.limit.validation=20 data.limit.test=20 train.per_device_train_batch_size=4"
     tracked = "tracking.experiment_name=test"
-    command = [sys.executable, "-m", "snakemake", "-s", str(ROOT / "Snakefile"), "--directory", str(tmp_path)]
-    command += [
-        "--cores",
-        "2",
-        "--workflow-profile",
-        str(ROOT / "profiles" / "default"),
-        "--config",
-        "experiment=smoke",
-    ]
-    return tmp_path, [*command, f"overrides={SWEEP} {source} {model} {limits} {tracked}"]
+    overrides = f"overrides={SWEEP} {source} {model} {limits} {tracked}"
+    return tmp_path, [*snakemake_command(tmp_path), "--config", "experiment=smoke", overrides]
 
 
 def start(command, folder: Path, name: str) -> subprocess.Popen:
     """Start a command in a session of its own; PROJECT marks its processes, orphans too."""
-    environment = {key: value for key, value in os.environ.items() if key not in ("OMP_NUM_THREADS", "TEMPER_PLAN")}
-    environment["PROJECT"] = str(folder)
+    marked = environment() | {"PROJECT": str(folder)}
     log = (folder / f"{name}.out").open("w")
-    return subprocess.Popen(command, stdout=log, stderr=log, env=environment, cwd=ROOT, start_new_session=True)
+    return subprocess.Popen(command, stdout=log, stderr=log, env=marked, cwd=ROOT, start_new_session=True)
 
 
 def output(folder: Path, name: str) -> str:

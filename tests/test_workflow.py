@@ -1,12 +1,8 @@
 """The workflow itself, on the real embedded model: from nothing to a leaderboard, and again, and after edits."""
 
-import csv
 import json
-import os
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,36 +10,10 @@ import pytest
 from steps import explain
 from steps.lib import plan as planning
 from tests.conftest import ROOT, SHARED
+from tests.workflow_tools import executed, leaderboard, snakemake
 
 pytestmark = pytest.mark.xdist_group("workflow")
 DOWNLOADS = ROOT / "results" / ".state" / "downloads"  # of `make demo`, if it ran: the same wheel need not come again
-
-
-def snakemake(folder: Path, *arguments: str, check: bool = True) -> subprocess.CompletedProcess:
-    """Run Snakemake as a user does, with data/ and results/ in `folder`."""
-    command = [sys.executable, "-m", "snakemake", "-s", ROOT / "Snakefile", "--directory", folder, "--cores", "2"]
-    command += ["--workflow-profile", ROOT / "profiles" / "default"]
-    environment = {name: value for name, value in os.environ.items() if name not in ("OMP_NUM_THREADS", "TEMPER_PLAN")}
-    done = subprocess.run(
-        [*command, *arguments], capture_output=True, text=True, env=environment, cwd=ROOT, check=False
-    )
-    if check:
-        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
-    return done
-
-
-def executed(done: subprocess.CompletedProcess) -> dict[str, int]:
-    """rule -> how many of its jobs ran, less the rule that only asks."""
-    counts: dict[str, int] = {}
-    for rule in re.findall(r"^\s*(?:local)?rule (\w+):", done.stdout + done.stderr, flags=re.MULTILINE):
-        counts[rule] = counts.get(rule, 0) + 1
-    counts.pop("all", None)
-    return counts
-
-
-def leaderboard(folder: Path, sweep: str) -> list[dict]:
-    with (folder / "results" / "sweeps" / sweep / "leaderboard.csv").open() as file:
-        return list(csv.DictReader(file))
 
 
 @pytest.fixture(scope="module")

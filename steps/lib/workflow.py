@@ -68,6 +68,11 @@ def flags_of(plan: planning.Plan, stage: str, *names: str):
     return flags
 
 
+def key_of(plan: planning.Plan, stage: str):
+    """Params function: wildcards -> the artefact's key."""
+    return lambda wildcards: plan.job(stage, wildcards.name).key
+
+
 def reports(plan: planning.Plan) -> list[str]:
     """The reports that the comparison waits for."""
     return [run.artefacts["evaluate_model"] for run in plan.runs]

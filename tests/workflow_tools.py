@@ -1,0 +1,46 @@
+"""Run the workflow in a test as a user does, and read what it did."""
+
+import csv
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+from tests.conftest import ROOT
+
+
+def snakemake_command(folder: Path, project: Path = ROOT) -> list[str]:
+    """Snakemake on the workflow of `project`, with data/ and results/ in `folder`."""
+    profile = project / "profiles" / "default"
+    arguments = ["-s", project / "Snakefile", "--directory", folder, "--cores", "2", "--workflow-profile", profile]
+    return [sys.executable, "-m", "snakemake", *map(str, arguments)]
+
+
+def environment() -> dict[str, str]:
+    """Ours, less what the tests set for themselves and a user has not."""
+    return {name: value for name, value in os.environ.items() if name not in ("OMP_NUM_THREADS", "TEMPER_PLAN")}
+
+
+def snakemake(folder: Path, *arguments: str, check=True, project: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    """Run `snakemake_command` with more arguments. `check`: unless it ends well, fail and show the output."""
+    whole = [*snakemake_command(folder, project), *arguments]
+    done = subprocess.run(whole, capture_output=True, text=True, env=environment(), cwd=project, check=False)
+    if check:
+        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
+    return done
+
+
+def executed(done: subprocess.CompletedProcess[str]) -> dict[str, int]:
+    """rule -> how many of its jobs ran (with -n: would run), less the rule that only asks."""
+    counts: dict[str, int] = {}
+    for rule in re.findall(r"^\s*(?:local)?rule (\w+):", done.stdout + done.stderr, flags=re.MULTILINE):
+        counts[rule] = counts.get(rule, 0) + 1
+    counts.pop("all", None)
+    return counts
+
+
+def leaderboard(folder: Path, sweep: str) -> list[dict]:
+    """The rows of a sweep's leaderboard, as text."""
+    with (folder / "results" / "sweeps" / sweep / "leaderboard.csv").open() as file:
+        return list(csv.DictReader(file))
