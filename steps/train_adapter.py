@@ -109,6 +109,7 @@ def _train(config: dict, rows, model: Path, output: Path, state: Path) -> dict:
         _keep_checkpoint(checkpoints.last_whole([state], end), output)
     else:
         network.save_pretrained(output)
+        (output / "README.md").unlink(missing_ok=True)  # PEFT's empty card; steps.publish writes a real one
     final = trainer.state
     facts = {
         "train_seconds": round(seconds, 3),
