@@ -26,7 +26,9 @@ def test_the_lines_of_the_readme(workspace):
     readme = (PACKAGE_ROOT / "README.md").read_text(encoding="utf-8")
     [code] = [code for code in re.findall(r"```python\n(.*?)```", readme, re.DOTALL) if "steps.api" in code]
     model, rows = re.search(r'model="(.+?)"', code)[1], re.search(r'load_rows\("(.+?)"\)', code)[1]
-    tiny.make_tiny_model(workspace / model)
+    config = tiny.make_tiny_model(workspace / model) / "config.json"
+    longer = json.loads(config.read_text()) | {"max_position_embeddings": 1024}  # room for an answer of 256 tokens
+    config.write_text(json.dumps(longer))
     Path(rows).write_text("".join(json.dumps(row) + "\n" for row in ROWS))
     command = [sys.executable, "-c", code]
     environment = {"PYTHONPATH": str(PACKAGE_ROOT), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}

@@ -258,7 +258,7 @@ def _command(stage: str, folder: Path) -> str:
 
 
 def _place(name: str, path: Path) -> str:
-    """A folder as it is called in results/; of any other place only the last name, of raw data by hand not even that."""
+    """A folder as it is called in results/; of another place only the last name, of raw data by hand not even that."""
     if name == "raw" and not is_pin(path):
         return "FILE"
     parent = path.absolute().parent.name
