@@ -26,6 +26,8 @@ from steps.lib.rows import RawFile
 from steps.lib.schema import Prompt, Tokenize
 from steps.lib.step import is_complete, locked, logging_to, temporary_folder, write_provenance
 
+CHAINS = ("sft", "own_answers")  # of method dpo: stages before it, which the workflow runs
+
 
 def load_rows(path: str | Path) -> list[dict]:
     """The rows of a .jsonl, .json, .csv, .tsv or .parquet file, column name -> value.
@@ -45,6 +47,7 @@ def train(
     validation: list[dict] | None = None,
     system: str | None = None,
     output: str | Path | None = None,
+    method: str = "sft",
     adapter: str = "lora",
     seed: int = 42,
     **options,
@@ -53,39 +56,30 @@ def train(
 
     Args:
         rows: {"prompt", "completion"}, {"messages"}, or the columns of another layout of the README that is told by its
-            columns (question and answer; instruction and output; conversations).
+            columns (question and answer; instruction and output; conversations; for dpo prompt, chosen and rejected).
         model: a folder in Hugging Face layout, or a repository on the hub; None: the embedded SmolLM2-135M-Instruct.
         validation: rows whose loss is measured after each epoch.
         system: a system message to put first, in place of one in the rows.
         output: folder for everything that is made; None: a temporary one that goes with the returned object.
-        adapter: a file of conf/adapter: lora, lora_all_linear, full, ...
+        method: sft, or dpo: learn to prefer the chosen answer to the rejected one.
+        adapter: a file of conf/adapter: lora, lora_all_linear, qlora, full, ...
         seed: of the adapter's start, of the order of rows, of dropout.
         options: fields of `transformers.TrainingArguments`, of the adapter's PEFT config, of the config sections
-            `prompt` (template, apply_chat_template, loss_on) and `tokenize` (max_length, max_length_policy).
+            `prompt` (template, apply_chat_template, loss_on), `tokenize` (max_length, max_length_policy) and `method`
+            (dpo: beta, loss_type, label_smoothing).
 
     Raises:
         UserError: an option, a row or a model that cannot be used.
     """
-    from steps import tokenize_splits, train_adapter
-    from steps.lib.config import stage_config
-
     temporary = tempfile.TemporaryDirectory(prefix="temper-") if output is None else None
     folder = Path(temporary.name if temporary else output)
-    config = _config({"system": system, **options}, adapter, seed)
-    with logging_to(None):
-        model_folder, model_key = _model(model, folder)
-        rows_key, prompts = _prompts(rows, validation or [], system, folder)
-        view = stage_config("tokenize_splits", config)
-        key = stage_key("tokenize_splits", view, {"prompts": rows_key, "model": model_key})
-        inputs = {"prompts": prompts, "model": model_folder}
-        splits = _made(tokenize_splits, folder / FOLDERS["tokenize_splits"] / f"rows-{key}", view, inputs)
-        view = stage_config("train_adapter", config)
-        key = stage_key("train_adapter", view, {"splits": key, "model": model_key})
-        inputs = {"splits": splits, "model": model_folder}
-        trained = folder / FOLDERS["train_adapter"] / f"{config['method']['name']}-{adapter}-{key}"
-        state = str((folder / ".state" / key).absolute())  # an absolute path stands for itself below results/.state
-        _made(train_adapter, trained, view, inputs, settings={"trunk": state})
-    return Tuned(trained, temporary)
+    folder.mkdir(parents=True, exist_ok=True)
+    if model is not None and Path(model).is_dir():
+        model = Path(model).absolute()
+    with logging_to(None), contextlib.chdir(folder):  # what the stages keep in results/.state stays in there, too
+        config = _config({"system": system, **options}, method, adapter, seed)
+        trained = _trained(config, rows, validation or [], model, f"{method}-{adapter}")
+    return Tuned(folder / trained, temporary)
 
 
 def load(run: str | Path, sweep: str | None = None) -> "Tuned":
@@ -120,24 +114,43 @@ class Tuned:
         return prompting.answer_all(self.model, self.prompter, ids, settings, batch_size, seed).texts
 
 
-# --- what train() is made of ---------------------------------------------------------------------
+# --- what train() is made of; all of it in the output folder as the current one -------------------
 
 
-def _config(options: dict, adapter: str, seed: int) -> dict:
+def _trained(config: dict, rows: list[dict], validation: list[dict], model: str | Path | None, name: str) -> Path:
+    """The adapter's folder, and all that it needs."""
+    from steps import tokenize_splits, train_adapter
+    from steps.lib.config import stage_config
+
+    model_folder, model_key = _model(model)
+    rows_key, prompts = _prompts(rows, validation, config)
+    view = stage_config("tokenize_splits", config)
+    key = stage_key("tokenize_splits", view, {"prompts": rows_key, "model": model_key})
+    splits = _made(tokenize_splits, f"rows-{key}", view, {"prompts": prompts, "model": model_folder})
+    inputs, keys = {"splits": splits, "model": model_folder}, {"splits": key, "model": model_key}
+    if config["method"]["name"] == "dpo":
+        inputs["references"], keys["references"] = _references(config, inputs, keys)
+    view = stage_config("train_adapter", config)
+    return _made(train_adapter, f"{name}-{stage_key('train_adapter', view, keys)}", view, inputs)
+
+
+def _config(options: dict, method: str, adapter: str, seed: int) -> dict:
     """The whole config, defaults from conf/, with each option in the section that knows it."""
     from steps.lib.config import expand, parse_overrides, validated
 
-    with contextlib.chdir(PACKAGE_ROOT):  # where the check of a config is remembered
-        _, [(_, config)] = expand(parse_overrides(["sweep=none", f"adapter={adapter}"]))
-        config["prompt"]["system"] = None
-        config |= {"seed": seed}
-        known = _known_options(config["adapter"]["peft_type"])
-        for name, value in options.items():
-            section = next((section for section, names in known.items() if name in names), None)
-            if section is None:
-                raise UserError(f"train: unknown option '{name}'; {_hint(name, known)}")
-            config[section][name] = value
-        return validated(config)
+    chosen = ["sweep=none", f"method={method}", f"adapter={adapter}"]
+    if method == "dpo":  # else the default data set, which is not used here, does not fit
+        chosen += ["data.layout=preference", "data.prompt=null", "data.completion=null"]
+    _, [(_, config)] = expand(parse_overrides(chosen))
+    config["prompt"]["system"] = None
+    config["seed"] = seed
+    known = {**_known_options(config["adapter"]["peft_type"]), "method": set(config["method"]) - {"name", *CHAINS}}
+    for name, value in options.items():
+        section = next((section for section, names in known.items() if name in names), None)
+        if section is None:
+            raise UserError(f"train: unknown option '{name}'; {_hint(name, known)}")
+        config[section][name] = value
+    return validated(config)
 
 
 def _known_options(peft_type: str | None) -> dict[str, set[str]]:
@@ -160,46 +173,57 @@ def _hint(name: str, known: dict[str, set[str]]) -> str:
     return next((hint for hint in hints if hint.startswith("did you")), "it is no field of TrainingArguments or PEFT")
 
 
-def _made(step, output: Path, config: dict, inputs: dict, settings: dict | None = None) -> Path:
-    """`output`, made by a step unless it is there."""
+def _made(step, name: str, config: dict, inputs: dict[str, Path], root: Path = Path()) -> Path:
+    """The folder `name` of a step, made unless it is there."""
+    output = root / FOLDERS[step.STAGE] / name
     with locked(output):
         if not is_complete(output):
             started = time.time()
             with temporary_folder(output) as part:
-                facts = step.run({**config, **(settings or {})}, output=part, **inputs) or {}
+                facts = step.run(config, output=part, **inputs) or {}
                 write_provenance(part, step.STAGE, config, inputs, time.time() - started, facts)
     return output
 
 
-def _model(model: str | Path | None, folder: Path) -> tuple[Path, str]:
+def _model(model: str | Path | None) -> tuple[Path, str]:
     """(the base model's folder, its key). A folder of one's own is used where it is."""
     from steps import fetch_model
     from steps.lib.config import expand, parse_overrides, stage_config
 
-    if model is not None and Path(model).is_dir():
-        files = sorted(path for path in Path(model).iterdir() if path.is_file())
-        return Path(model), digest({path.name: file_sha256(path) for path in files})
+    if isinstance(model, Path):
+        files = sorted(path for path in model.iterdir() if path.is_file())
+        return model, digest({path.name: file_sha256(path) for path in files})
     if model is None:  # kept where the pipeline has it
         with contextlib.chdir(PACKAGE_ROOT):
             _, [(_, config)] = expand(parse_overrides(["sweep=none"]))
             view, name = stage_config("fetch_model", config), config["model"]["name"]
             key = stage_key("fetch_model", view, {})
-            made = _made(fetch_model, RESULTS / FOLDERS["fetch_model"] / f"{name}-{key}", view, {})
-            return made.absolute(), key
-    view = {"model": {"source": {"kind": "hub", "repository": str(model), "revision": "main"}}}
+            return _made(fetch_model, f"{name}-{key}", view, {}, RESULTS).absolute(), key
+    view = {"model": {"source": {"kind": "hub", "repository": model, "revision": "main"}}}
     key = stage_key("fetch_model", view, {})
-    name = str(model).replace("/", "-")
-    return _made(fetch_model, folder / FOLDERS["fetch_model"] / f"{name}-{key}", view, {}), key
+    return _made(fetch_model, f"{model.replace('/', '-')}-{key}", view, {}), key
 
 
-def _prompts(rows: list[dict], validation: list[dict], system: str | None, folder: Path) -> tuple[str, Path]:
+def _references(config: dict, inputs: dict[str, Path], keys: dict[str, str]) -> tuple[Path, str]:
+    """(folder, key) of what the model thinks of the pairs before it is trained on them."""
+    from steps import reference_logprobs
+    from steps.lib.adapters import load_for_training
+    from steps.lib.config import stage_config
+
+    load = load_for_training(config["adapter"], config["model"]["load"])
+    view = stage_config("reference_logprobs", {**config, "model": {**config["model"], "load": load}})
+    key = stage_key("reference_logprobs", view, keys)
+    return _made(reference_logprobs, f"rows-{key}", view, inputs), key
+
+
+def _prompts(rows: list[dict], validation: list[dict], config: dict) -> tuple[str, Path]:
     """(key, folder) of the rows as conversations: train.jsonl, validation.jsonl and an empty test.jsonl."""
-    splits = {"train": _records(rows, "rows", system, 1), "test": []}
-    splits["validation"] = _records(validation, "validation", system, len(rows) + 1)
+    splits = {"train": _records(rows, "rows", config, 1), "test": []}
+    splits["validation"] = _records(validation, "validation", config, len(rows) + 1)
     if not rows:
         raise UserError("train: there are no rows to train on")
     key = digest(splits)
-    output = folder / FOLDERS["format_prompts"] / f"rows-{key}"
+    output = Path(FOLDERS["format_prompts"]) / f"rows-{key}"
     output.mkdir(parents=True, exist_ok=True)
     for name, records in splits.items():
         lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
@@ -207,18 +231,31 @@ def _prompts(rows: list[dict], validation: list[dict], system: str | None, folde
     return key, output
 
 
-def _records(rows: list[dict], name: str, system: str | None, first: int) -> list[dict]:
-    from steps.lib.layouts import LAYOUTS, converter
+def _records(rows: list[dict], name: str, config: dict, first: int) -> list[dict]:
+    """Rows as lines of train.jsonl, numbered from `first`."""
+    from steps.format_prompts import record
+    from steps.lib.layouts import converter
 
-    records = []
+    records, pairs = [], config["method"]["name"] == "dpo"
     for index, row in enumerate(rows):
-        layout = next((layout for layout, (_, columns) in LAYOUTS.items() if columns[0] in row), None)
-        if layout is None:
-            firsts = ", ".join(columns[0] for _, columns in LAYOUTS.values())
-            raise UserError(f"{name}[{index}]: has the columns {', '.join(map(str, row))}; one of {firsts} is needed")
         try:
-            messages = converter({"layout": layout}, system)(row)
+            example = converter({"layout": _layout(row)}, config["prompt"]["system"])(row)
         except UserError as error:
             raise UserError(f"{name}[{index}]: {error}") from None
-        records.append({"id": first + index, "messages": messages})
+        if pairs != (example.rejected is not None):
+            has, method = ("a rejected answer", "dpo") if example.rejected else ("no rejected answer", "sft")
+            raise UserError(f'{name}[{index}]: has {has}, which goes with method="{method}"')
+        records.append(record(first + index, example))
     return records
+
+
+def _layout(row: dict) -> str:
+    """The layout of the README that a row's columns tell."""
+    from steps.lib.layouts import LAYOUTS
+
+    for layout in ("preference", *LAYOUTS):  # before prompt_completion, which has a prompt as well
+        columns = LAYOUTS[layout][1]
+        if columns[0] in row and (layout != "preference" or "rejected" in row):
+            return layout
+    firsts = ", ".join(dict.fromkeys(columns[0] for _, columns in LAYOUTS.values()))
+    raise UserError(f"has the columns {', '.join(map(str, row))}; one of {firsts} is needed")

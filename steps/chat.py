@@ -79,7 +79,7 @@ def _speakers(run: runs.Run, compare: bool) -> list[Speaker]:
 
     speakers = [Speaker("tuned", runs.load_network(run))]
     if compare:
-        speakers.insert(0, Speaker("base", load_model(runs.base_folder(run), run.load).eval()))
+        speakers.insert(0, Speaker("base", load_model(runs.untouched_folder(run), run.load).eval()))
     return speakers
 
 

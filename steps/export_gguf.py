@@ -46,6 +46,7 @@ def main(argv=None) -> None:
     with one_line_errors():
         output = _new_file(arguments.output)
         folder = runs.find(arguments.run, arguments.sweep).part("merge_adapter", "and it is what is exported")
+        runs.refuse_bundled(folder, "there is no one file of that")
         export(folder, output, arguments.outtype)
         print(f"wrote {output} ({output.stat().st_size:,} bytes)")
 

@@ -93,18 +93,16 @@ def collect(run: runs.Run, arguments) -> Files:
     """
     adapter = run.part("train_adapter", "so there is nothing to publish")
     merged = arguments.merged or not is_adapter(adapter)
-    base = cards.base_origin(run, arguments.base_model)
+    base = (cards.untouched_origin if merged else cards.base_origin)(run, arguments.base_model)
     files = _merged_files(run) if merged else _adapter_files(run, adapter, base)
     card = cards.model_card(run, cards.Card(arguments.repository, base, merged, arguments.license))
     return {**files, "README.md": str(card).encode()}
 
 
 def _merged_files(run: runs.Run) -> Files:
-    return _model_files(run.part("merge_adapter", "and it is what --merged publishes"))
-
-
-def _model_files(folder: Path) -> Files:
-    """A folder's model: no file of Temper's own goes along."""
+    """The merged model: no file of Temper's own goes along."""
+    folder = run.part("merge_adapter", "and it is what --merged publishes")
+    runs.refuse_bundled(folder, "publish the adapter, without --merged")
     names = model_files([path.name for path in folder.iterdir()], str(folder))
     return {name: folder / name for name in names if name != "provenance.json"}
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from steps import api, tokenize_splits, train_adapter
+from steps import api, reference_logprobs, tokenize_splits, train_adapter
 from steps.lib.config import load_stage_config
 from steps.lib.errors import UserError
 from steps.lib.keys import PACKAGE_ROOT
@@ -80,6 +80,29 @@ def test_the_same_call_trains_once_and_another_trains_anew(workspace, tiny_model
     answers = first.answers(prompts, max_new_tokens=6)
     assert answers == [first.answer(prompt, max_new_tokens=6) for prompt in prompts]
     assert api.load(first.folder).answers(prompts, max_new_tokens=6) == answers
+
+
+def test_preferences(workspace, tiny_model):
+    """Against the stages by hand, from the same prompts."""
+    other = {"positive": "negative", "negative": "positive"}
+    pairs = [{"prompt": r["prompt"], "chosen": r["completion"], "rejected": other[r["completion"]]} for r in ROWS]
+    tuned = api.train(pairs, tiny_model, output="out", method="dpo", beta=0.3, **OPTIONS)
+    [prompts] = Path("out/prompts").iterdir()
+    model = str(tiny_model)
+    overrides = ["experiment=dpo", "prompt.system=null", "method.sft=null", "method.beta=0.3"]
+    tokenize = ["--prompts", str(prompts), "--model", model, "--output", "splits", "tokenize.max_length=128"]
+    tokenize_splits.main([*tokenize, *overrides])
+    reference_logprobs.main(["--splits", "splits", "--model", model, "--output", "references", *overrides])
+    config = str(tuned.folder / "config.yaml")
+    inputs = ["--splits", "splits", "--model", model, "--references", "references"]
+    train_adapter.main([*inputs, "--output", "adapter", "--config", config])
+    weights = "adapter_model.safetensors"
+    assert_equal(load_file(tuned.folder / weights), load_file(Path("adapter") / weights))
+    assert tuned.run.prompt["system"] is None
+    with pytest.raises(UserError, match=r'rows\[0\]: has a rejected answer, which goes with method="dpo"'):
+        api.train(pairs, tiny_model, output="out")
+    with pytest.raises(UserError, match=r'rows\[0\]: has no rejected answer, which goes with method="sft"'):
+        api.train(ROWS, tiny_model, output="out", method="dpo")
 
 
 def test_a_temporary_folder_goes_with_the_model(workspace, tiny_model):

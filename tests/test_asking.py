@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from steps import chat, predict
+from steps import chat, evaluate_model, export_gguf, merge_adapter, predict, publish, reference_logprobs, train_adapter
 from steps.lib import prompting, runs
 from steps.lib.errors import UserError
 from steps.lib.keys import PACKAGE_ROOT
@@ -355,6 +355,53 @@ def read_until(terminal: int, text: str | None) -> str:
         except OSError:  # Linux's way of saying that the other side is gone
             break
     return shown.decode(errors="replace")
+
+
+def test_preference_optimization_after_fine_tuning(tmp_path, tiny_model, capsys, monkeypatch):
+    """Its adapter belongs on the merged fine-tuned model; the base model is still the untouched one."""
+    pairs = "data.rejected_from=[positive,negative]"
+    monkeypatch.chdir(finished.make(tmp_path, tiny_model, pairs))
+    config = [*finished.CONFIG, pairs, "method=dpo", "train.num_train_epochs=1"]
+    splits, start = "results/splits/reviews-tiny-00000000a2", f"results/merged/{MERGED}"
+    references, adapter = "results/references/reviews-00000000b3", "results/adapters/x-sft-dpo-00000000b4"
+    merged, report = "results/merged/x-sft-dpo-00000000b5", "results/reports/x-sft-dpo-00000000b6"
+    reference_logprobs.main(["--splits", splits, "--model", start, "--output", references, *config])
+    inputs = ["--splits", splits, "--model", start, "--references", references]
+    train_adapter.main([*inputs, "--output", adapter, *config])
+    merge_adapter.main(["--model", start, "--adapter", adapter, "--output", merged, *config])
+    inputs = ["--model", merged, "--splits", splits, "--adapter", adapter, "--references", references]
+    inputs += ["--base-report", f"results/reports/{BASE}", "--start-report", REPORT]
+    evaluate_model.main([*inputs, "--output", report, *config])
+    for key in ("00000000b4", "00000000b6"):
+        run = runs.find(key)
+        assert runs.base_folder(run) == Path(start)
+        assert runs.untouched_folder(run) == Path("results/models/tiny-00000000a0")
+        assert run.parts["merge_adapter"] == Path(merged)
+    message = complaint(capsys, publish.main, "--run", "00000000b6", "--repository", "a/b", "--dry-run", "look")
+    assert f"its base model is `{MERGED}`, itself tuned from" in message
+    publish.main(["--run", "00000000b6", "--repository", "a/b", "--merged", "--dry-run", "look"])
+    card = Path("look/README.md").read_text()
+    assert "fine-tuned (dpo)" in card
+    assert "| method.beta | 0.1 |" in card
+    assert "For comparison: after fine-tuning, accuracy" in card
+    assert "preference accuracy" in card
+
+
+@pytest.mark.parametrize("adapter", ["prompt_tuning", "qlora"])
+def test_other_adapters_answer_as_in_their_evaluation(tmp_path, tiny_model, capsys, monkeypatch, adapter):
+    monkeypatch.chdir(finished.make(tmp_path, tiny_model, f"adapter={adapter}", "~adapter.r", "eval.max_new_tokens=6"))
+    evaluated = lines_of(f"{REPORT}/predictions.jsonl")
+    Path("in.txt").write_text("\n".join(row["prompt"] for row in evaluated))
+    predict.main(["--run", RUN, "--input", "in.txt", "--output", "out.jsonl"])
+    assert [row["prediction"] for row in lines_of("out.jsonl")] == [row["prediction"] for row in evaluated]
+    line = evaluated[0]["prompt"] + "\n"
+    assert talk(capsys, monkeypatch, line, "--max-new-tokens", "6")[0].strip() == evaluated[0]["prediction"]
+    if adapter == "prompt_tuning":
+        for main, flags in (
+            (publish.main, ["--repository", "a/b", "--merged", "--dry-run", "look"]),
+            (export_gguf.main, ["--output", "x.gguf"]),
+        ):
+            assert "virtual tokens cannot be merged" in complaint(capsys, main, "--run", RUN, *flags)
 
 
 def test_a_free_template_is_for_single_prompts(tmp_path, tiny_model, capsys, monkeypatch):

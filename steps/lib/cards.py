@@ -15,6 +15,7 @@ from steps.lib.plan import FOLDERS
 from steps.lib.prompting import Generation
 from steps.lib.raw import is_pin
 
+SHOWN = ("method", "quantization", "adapter", "train", "seed")  # sections whose values are hyperparameters
 CONFIGS = ("format_prompts", "tokenize_splits", "train_adapter", "merge_adapter", "evaluate_model")
 TASKS = {"labels": "text-classification", "tags": "text-generation", "text": "text-generation"}
 
@@ -39,12 +40,24 @@ class Card:
 
 
 def base_origin(run: runs.Run, base_model: str | None) -> Origin:
-    """The base model; `base_model` is its name on the hub, given by hand."""
+    """The model that the adapter belongs on; `base_model` is its name on the hub, given by hand."""
     folder = run.parts.get("model")
     source = _source(folder)
     if base_model:
         also = f" (the copy of it in {_words(source)})" if source.get("kind") == "package" else ""
         return Origin(f"[{base_model}](https://huggingface.co/{base_model}){also}", base_model)
+    if folder and runs.read_provenance(folder).get("stage") == "merge_adapter":
+        return Origin(f"`{folder.name}`, itself tuned from {_origin(runs.untouched_folder(run)).text}")
+    return _origin(folder)
+
+
+def untouched_origin(run: runs.Run, base_model: str | None) -> Origin:
+    """The model that the merged one comes from, in the end."""
+    return base_origin(run, base_model) if base_model else _origin(runs.untouched_folder(run))
+
+
+def _origin(folder: Path | None) -> Origin:
+    source = _source(folder)
     if source.get("kind") == "hub":
         commit, name = runs.read_provenance(folder).get("commit"), source["repository"]
         return Origin(f"[{name}](https://huggingface.co/{name}) at {commit or source['revision']}", name, commit)
@@ -97,7 +110,7 @@ def model_card(run: runs.Run, card: Card):
     training = configs.get("train_adapter", {})
     latest = runs.read_provenance(next(made[stage] for stage in reversed(CONFIGS) if stage in made))
     data = data_origin(run)
-    hyperparameters = {name: training.get(name) for name in ("adapter", "train", "seed") if name in training}
+    hyperparameters = {name: training.get(name) for name in SHOWN if name in training}
     return ModelCard.from_template(
         _metadata(card, data, facts, training),
         template_path=str(TEMPLATES / "model_card.md"),

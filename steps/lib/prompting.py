@@ -3,6 +3,7 @@
 import dataclasses
 from pathlib import Path
 
+from steps.lib.adapters import is_prompt_learning
 from steps.lib.conversation import Encoder
 from steps.lib.errors import UserError
 from steps.lib.layouts import without_system
@@ -109,7 +110,8 @@ def stream_answer(model, prompter: Prompter, ids: list[int], settings: Generatio
     import torch
     from transformers import GenerationConfig
 
-    model.generation_config = GenerationConfig()  # some models ship with sampling or penalties switched on
+    owner = model.get_base_model() if is_prompt_learning(model) else model
+    owner.generation_config = GenerationConfig()  # some models ship with sampling or penalties switched on
     greedy = {"max_new_tokens": settings.max_new_tokens}
     config = GenerationConfig(
         **({**dataclasses.asdict(settings), "top_k": 0} if settings.do_sample else greedy),  # top_k is 50 by default

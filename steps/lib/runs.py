@@ -9,6 +9,7 @@ from pathlib import Path
 
 from steps.lib.adapters import DIVERGED, is_adapter
 from steps.lib.errors import UserError, suggest
+from steps.lib.models import BUNDLED, load_model
 from steps.lib.plan import FOLDERS, RESULTS
 
 STAGES = ("evaluate_model", "merge_adapter", "train_adapter")  # folders that stand for a run, the last one first
@@ -20,7 +21,7 @@ class Run:
     """The folders of a run. A part that was never made, or deleted since, is None."""
 
     asked: Path  # the folder that was named, or that the name stands for
-    parts: dict[str, Path]  # stage -> folder; `model`: the base model's; `base_report`: the untouched model's
+    parts: dict[str, Path]  # stage -> folder; `model`: what training started from; `base_report`: the untouched model's
 
     @property
     def name(self) -> str:
@@ -147,17 +148,27 @@ def _from_folder(folder: Path) -> Run:
 MADE_FROM = (("merge_adapter", "adapter", "train_adapter"), ("evaluate_model", "model", "merge_adapter"))
 # Name of an input -> the part it is. `model` depends on who reads it.
 INPUTS = {"adapter": "train_adapter", "splits": "tokenize_splits", "prompts": "format_prompts", "raw": "fetch_data"}
+READ_ON = (*STAGES, "sample_answers", "tokenize_splits", "format_prompts")  # parts that are followed further down
 
 
 def _add(parts: dict[str, Path], part: str, folder: Path) -> None:
     """Add a part and all that it was made from."""
     parts[part] = folder
-    inputs = read_provenance(folder).get("inputs", {}) if part in (*STAGES, *INPUTS.values()) else {}
+    inputs = read_provenance(folder).get("inputs", {}) if part in READ_ON else {}
     for name, value in inputs.items():
-        merged = name == "model" and part == "evaluate_model" and "adapter" in inputs
-        below = "merge_adapter" if merged else INPUTS.get(name, name)
-        if below not in parts:
-            _add(parts, below, _moved(folder, Path(value)))
+        path = _moved(folder, Path(value))
+        below = _part(part, name, path, "adapter" in inputs)
+        if below not in parts and (name != "model" or part in STAGES):  # elsewhere it is there for its tokenizer
+            _add(parts, below, path)
+
+
+def _part(reader: str, name: str, path: Path, of_a_run: bool) -> str:
+    """Which part the input `name` of the part `reader` is."""
+    if name == "model":
+        return "merge_adapter" if reader == "evaluate_model" and of_a_run else "model"
+    if name == "splits":  # as they were tokenized, or with the model's own answers to reject
+        return read_provenance(path).get("stage", INPUTS[name])
+    return INPUTS.get(name, name)
 
 
 def _moved(folder: Path, recorded: Path) -> Path:
@@ -193,8 +204,18 @@ def _refuse_diverged(parts: dict[str, Path]) -> None:
 
 
 def base_folder(run: Run) -> Path:
-    """The untouched model's folder."""
+    """The model that the training started from; after fine-tuning, preference optimization starts from a merged one."""
     return run.part("model", "and it holds the base model")
+
+
+def untouched_folder(run: Run) -> Path:
+    """The model that no training touched."""
+    folder = base_folder(run)
+    while read_provenance(folder).get("stage") == "merge_adapter":
+        folder = _moved(folder, Path(read_provenance(folder)["inputs"]["model"]))
+    if not folder.is_dir():
+        raise UserError(f"{run.asked}: {folder} is not there, and it holds the base model; run snakemake again")
+    return folder
 
 
 def model_folder(run: Run) -> Path:
@@ -202,11 +223,17 @@ def model_folder(run: Run) -> Path:
     return run.parts["merge_adapter"] if run.uses_merged else base_folder(run)
 
 
+def refuse_bundled(folder: Path, instead: str) -> None:
+    """Virtual tokens cannot be merged: the "merged" folder is then the base model with the adapter beside it."""
+    if (folder / BUNDLED).is_dir():
+        raise UserError(
+            f"{folder}: virtual tokens cannot be merged, so this is the base model and an adapter: {instead}"
+        )
+
+
 def load_network(run: Run):
     """The run's model, ready to answer: merged, or the base model with the adapter on it."""
     from peft import PeftModel
-
-    from steps.lib.models import load_model
 
     if run.uses_merged:
         return load_model(run.parts["merge_adapter"], run.load).eval()
