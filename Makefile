@@ -2,43 +2,47 @@
 
 PYTHON ?= python3
 CORES ?= all
-RUN := .venv/bin
+RUN ?= best
+BIN := .venv/bin
 
-.PHONY: demo test test-slow lint explain ui lock clean help
+.PHONY: demo test test-slow lint explain ui publish lock clean help
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
 
 demo: .venv/installed  ## set up, then train and compare 8 runs of the embedded default
-	$(RUN)/snakemake --cores $(CORES) --config experiment=demo
+	$(BIN)/snakemake --cores $(CORES) --config experiment=demo
 
 test: .venv/installed  ## set up, then run the test suite
-	$(RUN)/python -m pytest
+	$(BIN)/python -m pytest
 
 test-slow: .venv/installed  ## the test suite and the proofs that take minutes
-	$(RUN)/python -m pytest --run-slow
+	$(BIN)/python -m pytest --run-slow
 
 lint: .venv/installed  ## ruff, and Snakemake's own lint less its advice on containers
-	$(RUN)/ruff check .
-	$(RUN)/ruff format --check .
-	$(RUN)/python tests/lint_workflow.py
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/python tests/lint_workflow.py
 
 explain: .venv/installed  ## what the next run would make, why, and how long it may take: make explain ARGS="--experiment demo"
-	@$(RUN)/python -m steps.explain $(ARGS)
+	@$(BIN)/python -m steps.explain $(ARGS)
 
 ui: .venv/installed  ## open the MLflow UI on http://127.0.0.1:5000
 	@mkdir -p results
-	MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false $(RUN)/mlflow server --workers 1 --host 127.0.0.1 --port 5000 \
+	MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false $(BIN)/mlflow server --workers 1 --host 127.0.0.1 --port 5000 \
 		--backend-store-uri sqlite:///results/mlflow.db
+
+publish: .venv/installed  ## push a run with a model card to the hub: make publish RUN=best REPOSITORY=me/name ARGS=--merged
+	@$(BIN)/python -m steps.publish --run "$(RUN)" --repository "$(REPOSITORY)" $(ARGS)
 
 # All of requirements.lock is checked by hash. torch is not in it: pip takes the build that suits the machine
 # (CPU, or CUDA with the libraries that torch itself pins).
 .venv/installed: requirements.lock pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "error: Python 3.11 or newer is needed; try: make PYTHON=python3.12 ...")'
 	$(PYTHON) -m venv .venv
-	$(RUN)/python -m pip install --disable-pip-version-check --require-hashes --no-deps -r requirements.lock
-	$(RUN)/python -m pip install --disable-pip-version-check torch==2.13.0
-	$(RUN)/python -m pip install --disable-pip-version-check --no-deps --no-build-isolation -e .
+	$(BIN)/python -m pip install --disable-pip-version-check --require-hashes --no-deps -r requirements.lock
+	$(BIN)/python -m pip install --disable-pip-version-check torch==2.13.0
+	$(BIN)/python -m pip install --disable-pip-version-check --no-deps --no-build-isolation -e .
 	@touch $@
 
 TORCH_AND_ITS_CUDA := torch triton cuda-bindings cuda-pathfinder cuda-toolkit nvidia-cublas nvidia-cuda-cupti \
@@ -46,8 +50,8 @@ TORCH_AND_ITS_CUDA := torch triton cuda-bindings cuda-pathfinder cuda-toolkit nv
 	nvidia-cusparse nvidia-cusparselt-cu13 nvidia-nccl-cu13 nvidia-nvjitlink nvidia-nvshmem-cu13 nvidia-nvtx
 
 lock: .venv/installed  ## resolve pyproject.toml anew into requirements.lock
-	$(RUN)/python -m pip install --disable-pip-version-check uv
-	$(RUN)/uv pip compile pyproject.toml --extra test --universal --python-version 3.11 --generate-hashes --quiet \
+	$(BIN)/python -m pip install --disable-pip-version-check uv
+	$(BIN)/uv pip compile pyproject.toml --extra test --universal --python-version 3.11 --generate-hashes --quiet \
 		--no-header --no-annotate $(addprefix --no-emit-package ,$(TORCH_AND_ITS_CUDA)) -o requirements.lock
 
 clean:  ## delete everything generated (results, raw data, .venv); costs only computing time

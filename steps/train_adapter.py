@@ -105,6 +105,7 @@ def _train(config: dict, rows, model: Path, output: Path, state: Path) -> dict:
         _keep_checkpoint(checkpoints.last_whole([state], end), output)
     else:
         network.save_pretrained(output)
+        (output / "README.md").unlink(missing_ok=True)  # PEFT's empty card; steps.publish writes a real one
     return _write_facts(config, rows, recorded, facts, epoch_steps, output)
 
 

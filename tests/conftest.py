@@ -46,3 +46,18 @@ def tiny_pairs(tmp_path_factory, tiny_model) -> Path:
 @pytest.fixture(scope="session")
 def tiny_splits(tmp_path_factory, tiny_model) -> Path:
     return tiny.make_tiny_splits(tmp_path_factory.mktemp("splits") / "tiny", tiny_model)
+
+
+@pytest.fixture(scope="session")
+def finished_run(tmp_path_factory, tiny_model) -> Path:
+    """A project folder whose results/ hold one finished run (tests/finished.py). Do not write into it."""
+    from tests import finished
+
+    return finished.make(tmp_path_factory.mktemp("finished"), tiny_model)
+
+
+@pytest.fixture
+def project(finished_run, monkeypatch) -> Path:
+    """The same, as the current folder."""
+    monkeypatch.chdir(finished_run)
+    return finished_run

@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from steps.lib import keys
+from steps.lib.schema import STAGE_SECTIONS
 
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
@@ -121,6 +122,15 @@ def test_code_key_sees_every_real_edit(package, name, text):
     before = package()
     assert package(name, text) != before
     assert package(name, {"work": CODE, "lib/helper": HELPER, "lib/deep": "FACTOR = 2\n"}[name]) == before
+
+
+def test_using_a_run_is_in_no_key():
+    stages = {name for stage in STAGE_SECTIONS for name in keys.code_hashes(f"steps.{stage}")}
+    assert "steps.lib.training" in stages
+    assert not stages & {
+        f"steps.{name}"
+        for name in ("api", "chat", "predict", "publish", "export_gguf", "lib.runs", "lib.prompting", "lib.cards")
+    }
 
 
 # --- hashes of files -----------------------------------------------------------------------------

@@ -1,19 +1,15 @@
 """fetch_data and fetch_model: packages from a real index, a hub on this machine, files of one's own.
 
 Nothing is mocked. Packages come with pip from whatever index this machine uses (tests that need one skip without);
-the hub is a small HTTP server that the real client libraries talk to.
+the hub is a small HTTP server (tests/hub.py) that the real client libraries talk to.
 """
 
-import hashlib
-import http.server
 import io
 import json
 import os
-import re
 import subprocess
 import sys
 import tarfile
-import threading
 import time
 import zipfile
 from pathlib import Path
@@ -25,6 +21,7 @@ from steps.lib import raw as raw_data
 from steps.lib import sources
 from steps.lib.errors import UserError
 from steps.lib.keys import PACKAGE_ROOT, HashCache, file_sha256
+from tests.hub import COMMIT, environment, serve, use
 
 REVIEWS = {
     "kind": "package",
@@ -299,83 +296,13 @@ def test_the_name_of_a_pin_is_its_truth(capsys):
 
 # --- hub -----------------------------------------------------------------------------------------
 
-COMMIT = "0123456789abcdef0123456789abcdef01234567"
-
-
-class Hub(http.server.BaseHTTPRequestHandler):
-    """As much of the hub's protocol as a download needs: one repository, acme/thing, served from `folder`."""
-
-    folder: Path
-
-    def do_GET(self):  # noqa: N802
-        path = self.path.partition("?")[0]
-        files = sorted(self.folder.iterdir())
-        if info := re.fullmatch(r"/api/(?:datasets|models)/(.+)/revision/(.+)", path):
-            self._info(*info.groups(), files)
-        elif re.fullmatch(r"/api/(?:datasets|models)/acme/thing/tree/[^/]+", path):
-            self._send(json.dumps([self._entry(file) for file in files]).encode())
-        elif file := re.fullmatch(r"/(?:datasets/)?acme/thing/resolve/[^/]+/(.+)", path):
-            self._file(self.folder / file[1])
-        else:
-            self._refuse("EntryNotFound")
-
-    do_HEAD = do_GET  # noqa: N815
-
-    def _info(self, repository: str, revision: str, files: list[Path]):
-        if repository == "acme/gated":
-            self._refuse("GatedRepo", 403)
-        elif repository != "acme/thing":
-            self._refuse("RepoNotFound")
-        elif revision not in ("main", COMMIT):
-            self._refuse("RevisionNotFound")
-        else:
-            siblings = [{"rfilename": file.name} for file in files]
-            self._send(json.dumps({"id": repository, "sha": COMMIT, "siblings": siblings}).encode())
-
-    def _entry(self, file: Path) -> dict:
-        return {"type": "file", "path": file.name, "size": file.stat().st_size, "oid": file_sha256(file)[:40]}
-
-    def _file(self, file: Path):
-        if not file.is_file():
-            return self._refuse("EntryNotFound")
-        content = file.read_bytes()
-        return self._send(content, {"ETag": f'"{hashlib.sha256(content).hexdigest()}"', "X-Repo-Commit": COMMIT})
-
-    def _send(self, content: bytes, headers=()):
-        self.send_response(200)
-        for name, value in {"Content-Length": len(content), **dict(headers)}.items():
-            self.send_header(name, str(value))
-        self.end_headers()
-        if self.command == "GET":
-            self.wfile.write(content)
-
-    def _refuse(self, code: str, status: int = 404):
-        self.send_response(status)
-        self.send_header("X-Error-Code", code)
-        self.send_header("Content-Length", "0")
-        self.end_headers()
-
-    def log_message(self, *_):
-        pass
-
 
 @pytest.fixture
 def hub(workspace):
-    """Serve the folder ``hub`` as acme/thing; gives the environment in which a command uses this hub."""
-    (workspace / "hub").mkdir()
-    handler = type("ThisHub", (Hub,), {"folder": workspace / "hub"})
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
-    url = f"http://127.0.0.1:{server.server_port}"
-    yield {
-        **os.environ,
-        "HF_ENDPOINT": url,
-        "HF_HOME": str(workspace / "cache"),
-        "HF_HUB_OFFLINE": "0",
-        "PYTHONPATH": str(PACKAGE_ROOT),
-    }
-    server.shutdown()
-    server.server_close()
+    """Serve the folder ``hub/thing`` as acme/thing; gives the environment in which a command uses this hub."""
+    (workspace / "hub/thing").mkdir(parents=True)
+    with serve(workspace / "hub") as (url, _):
+        yield {**os.environ, **environment(url, workspace / "cache"), "PYTHONPATH": str(PACKAGE_ROOT)}
 
 
 def command(environment: dict, *arguments: str) -> subprocess.CompletedProcess:
@@ -385,7 +312,7 @@ def command(environment: dict, *arguments: str) -> subprocess.CompletedProcess:
 
 def test_rows_from_the_hub_are_written_as_they_are(hub, workspace):
     rows = [{"question": "Où?", "tags": ["a"], "n": None}, {"question": "c", "tags": [], "n": 2}]
-    (workspace / "hub/train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (workspace / "hub/thing/train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     source = {"kind": "hub", "repository": "acme/thing", "revision": "main", "config": None, "split": "train"}
     config = json.dumps({"data": {"source": source}})
     done = command(hub, "steps.fetch_data", "--output", str(FOLDER), "--config", config)
@@ -404,21 +331,13 @@ def test_rows_from_the_hub_are_written_as_they_are(hub, workspace):
 
 def test_a_model_from_the_hub_is_what_is_needed_of_it(hub, workspace):
     for name in ("model.safetensors", "pytorch_model.bin", "model.onnx", "config.json", "tokenizer.json", "README.md"):
-        (workspace / "hub" / name).write_text("{}")
+        (workspace / "hub/thing" / name).write_text("{}")
     code = "import json, sys, pathlib; from steps.lib import sources; pathlib.Path('out').mkdir(); "
     code += "print(sources.hub_model(json.loads(sys.argv[1]), pathlib.Path('out'), 'model.source'))"
     source = json.dumps({"repository": "acme/thing", "revision": "main"})
     done = subprocess.run([sys.executable, "-c", code, source], env=hub, capture_output=True, text=True)
     assert done.stdout.strip() == COMMIT, done.stderr
     assert sorted(path.name for path in Path("out").iterdir()) == ["config.json", "model.safetensors", "tokenizer.json"]
-
-
-def use_hub(monkeypatch, url: str) -> None:
-    """What HF_ENDPOINT and HF_HUB_OFFLINE=0 do in a new process."""
-    from huggingface_hub import constants
-
-    monkeypatch.setattr(constants, "ENDPOINT", url)
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
 
 
 @pytest.mark.parametrize(
@@ -438,14 +357,14 @@ def use_hub(monkeypatch, url: str) -> None:
     ],
 )
 def test_what_the_hub_refuses(hub, capsys, monkeypatch, repository, revision, message):
-    use_hub(monkeypatch, hub["HF_ENDPOINT"])
+    use(monkeypatch, hub["HF_ENDPOINT"])
     source = {"kind": "hub", "repository": repository, "revision": revision, "config": None, "split": "train"}
     assert complaint(capsys, fetch, source).startswith(f"data.source.{message}")
 
 
 @pytest.mark.usefixtures("workspace")
 def test_no_hub_is_an_error_at_once(capsys, monkeypatch):
-    use_hub(monkeypatch, "http://127.0.0.1:9")
+    use(monkeypatch, "http://127.0.0.1:9")
     source = {"kind": "hub", "repository": "acme/thing", "revision": "main", "config": None, "split": "train"}
     started = time.monotonic()
     message = complaint(capsys, fetch, source)

@@ -77,6 +77,12 @@ class Encoder:
             pair = self.encode(messages, piecewise=True), self.encode(other, piecewise=True)
         return pair
 
+    def prompt_ids(self, messages: list[dict]) -> list[int]:
+        """What generation starts from, for a conversation that ends with the user's message."""
+        if self.template is not None:
+            return self._first_piece_ids(self._template_pieces([*messages, {"role": "assistant", "content": ""}])[0][0])
+        return self._plain_ids(self._render(messages, add_generation_prompt=True))
+
     def _pieces(self, messages: list[dict]) -> list[tuple[str, bool]]:
         """The text as (piece, is it the assistant's) in order."""
         if self.template is not None:
@@ -131,14 +137,20 @@ class Encoder:
         """Tokenize each piece alone, so that no token crosses a border."""
         ids, learned, turn = [], [], 0
         for number, (piece, is_assistant) in enumerate(pieces):
-            special = self.template is not None and number == 0
-            part = self.tokenizer(piece, add_special_tokens=special)["input_ids"]
-            if special and part and part[-1] == self.tokenizer.eos_token_id:
-                part = part[:-1]  # a tokenizer that closes every text: the answer is still to come
+            first = self.template is not None and number == 0
+            part = self._first_piece_ids(piece) if first else self._plain_ids(piece)
             ids += part
             learned += [turn if is_assistant else None] * len(part)
             turn += is_assistant
         return ids, learned
+
+    def _first_piece_ids(self, prompt: str) -> list[int]:
+        """A free template's prompt, with what the tokenizer puts before a text but not what it closes one with."""
+        ids = self.tokenizer(prompt)["input_ids"]
+        return ids[:-1] if ids and ids[-1] == self.tokenizer.eos_token_id else ids
+
+    def _plain_ids(self, piece: str) -> list[int]:
+        return self.tokenizer(piece, add_special_tokens=False)["input_ids"]
 
     def _finish(self, ids, learned, turns: int, retokenized: bool) -> Encoded:
         """Cut behind the last answer's stop token (or add one), and turn `learned` into labels."""

@@ -27,7 +27,9 @@ def main() -> None:
         started = time.perf_counter()
         planned = _planned(project, overrides)
         print("| what | figure |\n|---|---|")
-        print(f"| plan {RUNS:,} runs ({len(planned.jobs):,} jobs), first time | {time.perf_counter() - started:.1f} s |")
+        print(
+            f"| plan {RUNS:,} runs ({len(planned.jobs):,} jobs), first time | {time.perf_counter() - started:.1f} s |"
+        )
         _pretend_made(project, planned)
         snakemake(project, "--touch", "--config", "experiment=smoke", overrides)
         started = time.perf_counter()

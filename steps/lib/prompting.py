@@ -1,0 +1,141 @@
+"""Ask a finished model: the same tokens as in training, answers as a stream or in batches."""
+
+import dataclasses
+from pathlib import Path
+
+from steps.lib.adapters import is_prompt_learning
+from steps.lib.conversation import Encoder
+from steps.lib.errors import UserError
+from steps.lib.layouts import without_system
+
+NO_LIMIT = 10**9  # a tokenizer that knows no longest input says 10**30
+
+
+class Prompter:
+    """Turns conversations into what a model was trained to answer.
+
+    Args:
+        folder: a model in Hugging Face layout; its weights are not read.
+        prompt: config section `prompt` of the run.
+        system: a system message in place of the run's own; "" leaves it out.
+    """
+
+    def __init__(self, folder: Path, prompt: dict, system: str | None = None):
+        from transformers import AutoConfig
+
+        from steps.lib.models import load_tokenizer, stop_token_ids
+
+        self.tokenizer = load_tokenizer(folder)
+        self.stop_ids = stop_token_ids(folder, self.tokenizer)
+        self.encoder = Encoder(self.tokenizer, self.stop_ids, prompt)
+        self.system = prompt["system"] if system is None else system or None
+        longest = getattr(AutoConfig.from_pretrained(folder), "max_position_embeddings", None) or NO_LIMIT
+        self.context = min(longest, self.tokenizer.model_max_length, NO_LIMIT)
+
+    @property
+    def keeps_history(self) -> bool:
+        """A free template has a place for one prompt only."""
+        return self.encoder.template is None
+
+    def ids(self, messages: list[dict], max_new_tokens: int) -> list[int]:
+        """Token ids that the answer to `messages` starts from.
+
+        Raises:
+            UserError: they leave less than `max_new_tokens` of the model's context.
+        """
+        if self.system is not None:
+            messages = [{"role": "system", "content": self.system}, *without_system(messages)]
+        ids = self.encoder.prompt_ids(messages)
+        if len(ids) + max_new_tokens > self.context:
+            raise UserError(
+                f"the prompt has {len(ids)} tokens and the answer may have {max_new_tokens} (max_new_tokens), "
+                f"but the model's context is {self.context}: shorten the one or the other"
+            )
+        return ids
+
+    def ids_of_chat(self, history: list[dict], max_new_tokens: int) -> tuple[list[int], int]:
+        """(token ids for a conversation, messages left out): its oldest exchanges go when the context is full."""
+        for start in range(0 if self.keeps_history else len(history) - 1, len(history), 2):
+            try:
+                return self.ids(history[start:], max_new_tokens), start
+            except UserError:
+                if start == len(history) - 1:
+                    raise
+        raise AssertionError(f"a conversation of {len(history)} messages does not end with the user's")
+
+
+@dataclasses.dataclass
+class Generation:
+    """How answers are drawn, under transformers' names."""
+
+    max_new_tokens: int = 256
+    do_sample: bool = False
+    temperature: float = 1.0
+    top_p: float = 1.0
+
+
+def generation_settings(defaults: Generation, given: dict) -> Generation:
+    """`defaults` with what was given on the command line or in a call (None: not given).
+
+    Raises:
+        UserError: an unknown name, or a value that makes no sense.
+    """
+    given = {name: value for name, value in given.items() if value is not None}
+    settings = dataclasses.replace(defaults, **given)
+    if not settings.do_sample and {"temperature", "top_p"} & set(given):
+        raise UserError("temperature and top_p have no effect without do_sample: add it, or leave them out")
+    for name, fine, allowed in (
+        ("max_new_tokens", settings.max_new_tokens >= 1, "at least 1"),
+        ("temperature", settings.temperature > 0, "above 0"),
+        ("top_p", 0 < settings.top_p <= 1, "above 0 and at most 1"),
+    ):
+        if not fine:
+            raise UserError(f"{name} must be {allowed} (found {getattr(settings, name)})")
+    return settings
+
+
+def add_generation_flags(parser, max_new_tokens: str) -> None:
+    """The flags of `Generation`, with hyphens or, as in transformers, underscores."""
+    parser.add_argument("--max-new-tokens", "--max_new_tokens", type=int, help=f"default: {max_new_tokens}")
+    parser.add_argument(
+        "--do-sample", "--do_sample", action="store_true", default=None, help="draw answers; default: the likeliest"
+    )
+    parser.add_argument("--temperature", type=float, help="with --do-sample; default: 1")
+    parser.add_argument("--top-p", "--top_p", type=float, help="with --do-sample; default: 1")
+    parser.add_argument("--seed", type=int, default=0, help="of --do-sample; default: 0")
+
+
+def stream_answer(model, prompter: Prompter, ids: list[int], settings: Generation, streamer) -> tuple[str, bool]:
+    """Answer one prompt, handing tokens to `streamer` as they come: (the answer's text, did it end by itself?)."""
+    import torch
+    from transformers import GenerationConfig
+
+    owner = model.get_base_model() if is_prompt_learning(model) else model
+    owner.generation_config = GenerationConfig()  # some models ship with sampling or penalties switched on
+    greedy = {"max_new_tokens": settings.max_new_tokens}
+    config = GenerationConfig(
+        **({**dataclasses.asdict(settings), "top_k": 0} if settings.do_sample else greedy),  # top_k is 50 by default
+        eos_token_id=prompter.stop_ids,
+        pad_token_id=prompter.tokenizer.pad_token_id,
+    )
+    prompt = torch.tensor([ids], device=model.device)
+    with torch.inference_mode():
+        output = model.generate(
+            input_ids=prompt, attention_mask=torch.ones_like(prompt), generation_config=config, streamer=streamer
+        )
+    answer = output[0, len(ids) :].tolist()
+    return prompter.tokenizer.decode(answer, skip_special_tokens=True).strip(), answer[-1] in prompter.stop_ids
+
+
+def answer_all(model, prompter: Prompter, prompts: list[list[int]], settings: Generation, batch_size: int, seed: int):
+    """Answers to prompts of token ids, as `steps.lib.generation.Answers`: batched by length, in the given order."""
+    from steps.lib.generation import generate_answers
+
+    # A sampled answer depends on its id alone. torch's generators look at 32 bits of a seed; the odd factor keeps two
+    # seeds apart on every row, and with seed 0 row numbers are ids, as in the evaluation.
+    rows = [
+        {"id": (seed * 2_654_435_761 + number) % 2**32, "input_ids": ids, "prompt_length": len(ids)}
+        for number, ids in enumerate(prompts, start=1)
+    ]
+    options = {**dataclasses.asdict(settings), "batch_size": batch_size}
+    return generate_answers(model, prompter.tokenizer, rows, options, prompter.stop_ids)
