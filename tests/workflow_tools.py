@@ -33,8 +33,13 @@ def snakemake(folder: Path, *arguments: str, check=True, project: Path = ROOT) -
 
 def executed(done: subprocess.CompletedProcess[str]) -> dict[str, int]:
     """rule -> how many of its jobs ran (with -n: would run), less the rule that only asks."""
+    return jobs_in(done.stdout + done.stderr)
+
+
+def jobs_in(output: str) -> dict[str, int]:
+    """As `executed`, from the text that Snakemake printed."""
     counts: dict[str, int] = {}
-    for rule in re.findall(r"^\s*(?:local)?rule (\w+):", done.stdout + done.stderr, flags=re.MULTILINE):
+    for rule in re.findall(r"^\s*(?:local)?rule (\w+):", output, flags=re.MULTILINE):
         counts[rule] = counts.get(rule, 0) + 1
     counts.pop("all", None)
     return counts
