@@ -96,11 +96,15 @@ def _merge(network, adapter: Path):
 
     with_adapter = PeftModel.from_pretrained(network, adapter).eval()
     generator = torch.Generator().manual_seed(0)
-    probe = torch.randint(network.config.vocab_size, (1, PROBE_TOKENS), generator=generator).to(network.device)
+    vocabulary = len(network.get_input_embeddings().weight)
+    tokens = torch.randint(vocabulary, (1, PROBE_TOKENS), generator=generator).to(network.device)
+    probe = {"input_ids": tokens}
+    if network.config.is_encoder_decoder:
+        probe["decoder_input_ids"] = tokens
     with torch.no_grad():
-        before = with_adapter(probe).logits.float()
+        before = with_adapter(**probe).logits.float()
         merged = with_adapter.merge_and_unload()
-        after = merged(probe).logits.float()
+        after = merged(**probe).logits.float()
     difference = ((after - before).abs().mean() / before.std()).item()
     log.info("merged: rounding moves the logits by %.2g of their spread (up to %g is fine)", difference, TOLERANCE)
     if not difference <= TOLERANCE:

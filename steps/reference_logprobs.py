@@ -23,8 +23,7 @@ import time
 from pathlib import Path
 
 from steps.lib.adapters import refuse_diverged
-from steps.lib.batches import PAD_TO, collate
-from steps.lib.conversation import IGNORED
+from steps.lib.batches import collate, padded
 from steps.lib.errors import UserError
 from steps.lib.keys import code_key, digest, file_sha256
 from steps.lib.preferences import REFERENCES, chosen_of, rejected_of
@@ -111,12 +110,12 @@ def _compute(missing: dict[str, dict], model: Path, config: dict, path: Path) ->
 
 def _batches(answers: dict[str, dict]) -> list[list[str]]:
     """Keys of answers that go through the model together: of one padded length, the longest first."""
-    widths: dict[int, list[str]] = {}
+    widths: dict[tuple[int, int], list[str]] = {}
     for key, answer in answers.items():
-        widths.setdefault(-(-len(answer["input_ids"]) // PAD_TO) * PAD_TO, []).append(key)
+        widths.setdefault((padded(len(answer["input_ids"])), padded(len(answer["labels"]))), []).append(key)
     batches = []
     for width in sorted(widths, reverse=True):
-        size = max(1, TOKENS // width)
+        size = max(1, TOKENS // max(width))
         batches += [widths[width][at : at + size] for at in range(0, len(widths[width]), size)]
     return batches
 
@@ -141,9 +140,8 @@ def _identity(model: Path, config: dict) -> str:
 
 
 def _key(answer: dict) -> str:
-    """The answer's tokens, and which of them count. Long enough for billions of answers."""
-    counted = [label != IGNORED for label in answer["labels"]]
-    return hashlib.sha256(json.dumps([answer["input_ids"], counted]).encode()).hexdigest()[:32]
+    """The tokens that are read, and those that count. Long enough for billions of answers."""
+    return hashlib.sha256(json.dumps([answer["input_ids"], answer["labels"]]).encode()).hexdigest()[:32]
 
 
 def _read(path: Path) -> dict[str, float]:

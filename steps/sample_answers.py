@@ -81,6 +81,8 @@ def _pairs(network, tokenizer, rows: list[dict], settings: dict, stop_ids: list[
         if not right:
             prompt = row["input_ids"][: row["prompt_length"]]
             learned = {"rejected_input_ids": prompt + ids, "rejected_labels": [IGNORED] * len(prompt) + ids}
+            if network.config.is_encoder_decoder:
+                learned = {"rejected_input_ids": prompt, "rejected_labels": ids}
             pairs.append({**row, **learned, "rejected": text})
     return pairs
 

@@ -9,8 +9,10 @@ Reads   the prompts' train.jsonl, validation.jsonl and test.jsonl; the model's t
 Writes  a `datasets.DatasetDict` (train, validation, test) with the columns id, input_ids, labels
         (-100 where nothing is learned), prompt_length, prompt, reference; of preference pairs also
         rejected_input_ids, rejected_labels, rejected: the same prompt tokens with the rejected answer (the other
-        columns are then those of the chosen one); audit.json (counts, length histogram, suggested max_length) and
-        audit.txt (rows with their learned tokens marked).
+        columns are then those of the chosen one). For a causal model labels stand at the positions of input_ids; for an
+        encoder-decoder model input_ids is the prompt alone, and labels the answer with its end.
+        audit.json (counts, length histogram, suggested max_length) and audit.txt (rows with their learned tokens
+        marked).
 """
 
 import itertools
@@ -41,11 +43,11 @@ def run(config: dict, prompts: Path, model: Path, output: Path) -> dict:
     """
     from datasets import DatasetDict
 
-    from steps.lib.models import load_tokenizer, stop_token_ids
+    from steps.lib.models import is_encoder_decoder, load_tokenizer, stop_token_ids
 
     quiet_libraries()
     tokenizer = load_tokenizer(model)
-    encoder = Encoder(tokenizer, stop_token_ids(model, tokenizer), config["prompt"])
+    encoder = Encoder(tokenizer, stop_token_ids(model, tokenizer), config["prompt"], is_encoder_decoder(model))
     audits, splits = {}, {}
     for split in SPLITS:
         rows = _Rows(prompts / f"{split}.jsonl", encoder, config["tokenize"])
@@ -56,7 +58,7 @@ def run(config: dict, prompts: Path, model: Path, output: Path) -> dict:
     DatasetDict(splits).save_to_disk(output)
     audit = {"max_length": config["tokenize"]["max_length"], "splits": audits}
     (output / "audit.json").write_text(json.dumps(audit, indent=2) + "\n")
-    (output / "audit.txt").write_text(_shown_rows(splits["train"], tokenizer), encoding="utf-8")
+    (output / "audit.txt").write_text(_shown_rows(splits["train"], encoder), encoding="utf-8")
     _report(audits)
     return {"rows": {split: audit["rows"] for split, audit in audits.items()}}
 
@@ -119,7 +121,7 @@ class _Rows:
         else:
             encoded = list(self.encoder.encode_pair(messages, rejected))
         self.audit.count(encoded, self.max_length)
-        if max(len(one.input_ids) for one in encoded) > self.max_length:
+        if max(one.length for one in encoded) > self.max_length:
             encoded = self._shortened(encoded, record["id"])
             if encoded is None:
                 return None
@@ -141,7 +143,7 @@ class _Rows:
     def _shortened(self, encoded: list[Encoded], number: int) -> list[Encoded] | None:
         """What `max_length_policy` makes of a row, or of a pair, that is too long; None: it is dropped."""
         if self.policy == "error":
-            longest = max(len(one.input_ids) for one in encoded)
+            longest = max(one.length for one in encoded)
             raise UserError(
                 f"{self.path}: row {number} has {longest} tokens, tokenize.max_length is {self.max_length}; "
                 "raise it, or set tokenize.max_length_policy to drop or truncate"
@@ -150,8 +152,8 @@ class _Rows:
             return None
         short = [one.cut(self.max_length) for one in encoded]
         # Of a pair only the answers are learned, so a prompt that fills the row leaves nothing.
-        nothing = [all(label == IGNORED for label in one.labels) for one in short]
-        if any(nothing) or (len(short) == 2 and short[0].prompt_length >= self.max_length):
+        learned = [one.answer if len(short) == 2 else one.labels for one in short]
+        if any(all(label == IGNORED for label in labels) for labels in learned):
             self.audit.nothing_left += 1
             return None
         return short
@@ -168,13 +170,13 @@ class Audit:
     def count(self, encoded: list[Encoded], max_length: int) -> None:
         """A row that was read: one text, or the two of a pair, of which the longer counts."""
         self.read += 1
-        self.lengths.append(max(len(one.input_ids) for one in encoded))
+        self.lengths.append(max(one.length for one in encoded))
         self.too_long += self.lengths[-1] > max_length
         self.retokenized += encoded[0].retokenized
 
     def keep(self, encoded: list[Encoded]) -> None:
         self.rows += 1
-        self.tokens += sum(len(one.input_ids) for one in encoded)
+        self.tokens += sum(one.tokens for one in encoded)
         self.learned += _learned(encoded[0])
         self.rejected += sum(_learned(one) for one in encoded[1:])
 
@@ -215,7 +217,7 @@ def _histogram(lengths: list[int]) -> dict[str, int]:
     return {f"{top // 2 + 1}-{top}": counts[top] for top in sorted(counts)}
 
 
-def _shown_rows(train, tokenizer) -> str:
+def _shown_rows(train, encoder: Encoder) -> str:
     """The first rows as text; what is learned stands between >>> and <<<."""
     pairs = "rejected" in train.column_names
     lines = ["What the model reads in training. It learns what stands between >>> and <<<, nothing else.\n"]
@@ -224,17 +226,20 @@ def _shown_rows(train, tokenizer) -> str:
             "What the model reads in training, the chosen answer first. Supervised fine-tuning learns what stands\n"
             "between >>> and <<< in it; preference optimization compares the last answers of the two.\n"
         ]
+    if encoder.apart:
+        lines[0] += "The encoder reads what stands before =>, the decoder makes what follows.\n"
     for row in train.select(range(min(SHOWN, len(train)))):
         title = f"--- row {row['id']}"
-        lines.append(f"{title}{', chosen' if pairs else ''}\n{_marked(row['input_ids'], row['labels'], tokenizer)}\n")
+        lines.append(f"{title}{', chosen' if pairs else ''}\n{_marked(row['input_ids'], row['labels'], encoder)}\n")
         if pairs:
-            lines.append(
-                f"{title}, rejected\n{_marked(row['rejected_input_ids'], row['rejected_labels'], tokenizer)}\n"
-            )
+            lines.append(f"{title}, rejected\n{_marked(row['rejected_input_ids'], row['rejected_labels'], encoder)}\n")
     return "\n".join(lines)
 
 
-def _marked(ids: list[int], labels: list[int], tokenizer) -> str:
+def _marked(ids: list[int], labels: list[int], encoder: Encoder) -> str:
+    tokenizer = encoder.tokenizer
+    if encoder.apart:
+        return f"{tokenizer.decode(ids)}\n=> >>>{tokenizer.decode(labels)}<<<"
     text, learning = "", False
     for token, label in zip(ids, labels, strict=True):
         if (label != IGNORED) != learning:

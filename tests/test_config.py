@@ -12,7 +12,7 @@ from steps.lib import config as conf
 from steps.lib.errors import UserError
 from tests.conftest import ROOT
 
-EXPECTED_FILES = 40
+EXPECTED_FILES = 48
 
 
 def composed(*overrides):

@@ -12,6 +12,9 @@ def load_for_training(adapter: dict, load: dict) -> dict:
     return load if adapter["peft_type"] is not None else {**load, "dtype": "float32"}
 
 
+ATTENTION = "attention"  # adapter.target_modules: the projections of all attention layers
+
+
 def add_adapter(model, adapter: dict, seed: int):
     """`model` with a fresh adapter, or itself with all parameters trainable (``peft_type: null``).
 
@@ -26,18 +29,48 @@ def add_adapter(model, adapter: dict, seed: int):
     fields = {key: value for key, value in adapter.items() if key != "peft_type"}
     if fields.get("prompt_tuning_init") == "TEXT":  # PEFT reads the text with a tokenizer of its own
         fields.setdefault("tokenizer_name_or_path", model.name_or_path)
-    config = PEFT_TYPE_TO_CONFIG_MAPPING[PeftType(adapter["peft_type"])](task_type="CAUSAL_LM", **fields)
+    if fields.get("target_modules") == ATTENTION:
+        fields["target_modules"] = attention_projections(model)
+    task = "SEQ_2_SEQ_LM" if model.config.is_encoder_decoder else "CAUSAL_LM"
+    config = PEFT_TYPE_TO_CONFIG_MAPPING[PeftType(adapter["peft_type"])](task_type=task, **fields)
     torch.manual_seed(seed)
     try:
         return get_peft_model(model, config)
     except ValueError as error:
-        linear = sorted(
-            {name.rpartition(".")[2] for name, part in model.named_modules() if isinstance(part, torch.nn.Linear)}
-        )
-        raise UserError(
-            f"config: adapter does not fit this model: {' '.join(str(error).split())[:200]}; "
-            f"its linear layers are called {', '.join(linear)}"
-        ) from None
+        raise _misfit(model, " ".join(str(error).split())[:200]) from None
+
+
+def attention_projections(model) -> list[str]:
+    """The linear layers directly in this model's attention, as PEFT's `target_modules`.
+
+    ``self_attn.q_proj, self_attn.k_proj, ...`` of a Llama, ``attention.query_key_value, attention.dense`` of a
+    GPT-NeoX, ``SelfAttention.q, ..., EncDecAttention.q, ...`` of a T5. A layer is attention when its class is called
+    ...Attention, as those of transformers are.
+    """
+    found = {
+        f"{name.rpartition('.')[2]}.{child}"
+        for name, part in model.named_modules()
+        if type(part).__name__.endswith("Attention")
+        for child, layer in part.named_children()
+        if _is_linear(layer)
+    }
+    if not found:
+        raise _misfit(model, "target_modules: attention finds no attention layer; name the layers, or all-linear")
+    return sorted(found)
+
+
+def _is_linear(layer) -> bool:
+    import torch
+    from transformers.pytorch_utils import Conv1D  # GPT-2's
+
+    return isinstance(layer, torch.nn.Linear | Conv1D)
+
+
+def _misfit(model, what: str) -> UserError:
+    linear = sorted({name.rpartition(".")[2] for name, part in model.named_modules() if _is_linear(part)})
+    return UserError(
+        f"config: adapter does not fit this model: {what}; its linear layers are called {', '.join(linear)}"
+    )
 
 
 def parameter_counts(model) -> dict[str, int]:

@@ -43,19 +43,28 @@ class EpochSampler:
 
 
 def collate(rows: list[dict], pad_token_id: int) -> dict:
-    """Rows (input_ids, labels) to right-padded tensors input_ids, attention_mask, labels, each (rows, length) int64."""
+    """Rows (input_ids, labels) to right-padded int64 tensors.
+
+    Returns:
+        input_ids and attention_mask (rows, length), labels (rows, length of the labels). The two lengths are one for a
+        causal model; an encoder-decoder's labels are the answer alone.
+    """
     import torch
 
-    longest = max(len(row["input_ids"]) for row in rows)
-    length = -(-longest // PAD_TO) * PAD_TO
+    shape, labels_shape = ((len(rows), padded(max(len(row[name]) for row in rows))) for name in ("input_ids", "labels"))
     batch = {
-        "input_ids": torch.full((len(rows), length), pad_token_id),
-        "attention_mask": torch.zeros((len(rows), length), dtype=torch.int64),
-        "labels": torch.full((len(rows), length), IGNORED),
+        "input_ids": torch.full(shape, pad_token_id),
+        "attention_mask": torch.zeros(shape, dtype=torch.int64),
+        "labels": torch.full(labels_shape, IGNORED),
     }
     for index, row in enumerate(rows):
         size = len(row["input_ids"])
         batch["input_ids"][index, :size] = torch.as_tensor(row["input_ids"])
         batch["attention_mask"][index, :size] = 1
-        batch["labels"][index, :size] = torch.as_tensor(row["labels"])
+        batch["labels"][index, : len(row["labels"])] = torch.as_tensor(row["labels"])
     return batch
+
+
+def padded(length: int) -> int:
+    """The length that `collate` gives to a batch whose longest row has `length` tokens."""
+    return -(-length // PAD_TO) * PAD_TO

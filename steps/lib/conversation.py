@@ -3,6 +3,9 @@
 The text is tokenized as a whole, and a token is learned when it lies in an assistant's turn. The
 tokens before the last answer are exactly those that generation starts from: where a tokenizer
 would merge the end of the prompt with the start of the answer, the two are tokenized apart.
+
+An encoder-decoder model reads the prompt in its encoder, with the special tokens that its tokenizer puts around a text,
+and learns the answer and its end in its decoder: two sequences.
 """
 
 import dataclasses
@@ -25,6 +28,42 @@ class Encoded:
         """The first `length` tokens."""
         return Encoded(self.input_ids[:length], self.labels[:length], min(self.prompt_length, length), self.retokenized)
 
+    @property
+    def length(self) -> int:
+        """What `tokenize.max_length` limits: tokens of the longer of what is read and what is learned."""
+        return max(len(self.input_ids), len(self.labels))
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that go through the model."""
+        return len(self.input_ids)
+
+    @property
+    def answer(self) -> list[int]:
+        """Labels of the last answer."""
+        return self.labels[self.prompt_length :]
+
+
+class EncodedApart(Encoded):
+    """One row of an encoder-decoder model: `input_ids` is the prompt, `labels` the answer and its end, all learned."""
+
+    def cut(self, length: int) -> "EncodedApart":
+        """The first `length` tokens of each. What the tokenizer closes a prompt with stays."""
+        ids = self.input_ids
+        if len(ids) > length:
+            ids = [*ids[: length - 1], ids[-1]]
+        return EncodedApart(ids, self.labels[:length], len(ids), self.retokenized)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that go through encoder and decoder."""
+        return len(self.input_ids) + len(self.labels)
+
+    @property
+    def answer(self) -> list[int]:
+        """All labels."""
+        return self.labels
+
 
 class Encoder:
     """Encodes conversations for one tokenizer and one `prompt` config section.
@@ -33,10 +72,11 @@ class Encoder:
         tokenizer: a fast Hugging Face tokenizer.
         stop_ids: token ids that end an answer; the first one found in a turn ends what is learned of it.
         prompt: config section `prompt`.
+        apart: for an encoder-decoder model.
     """
 
-    def __init__(self, tokenizer, stop_ids: list[int], prompt: dict):
-        self.tokenizer, self.stop_ids = tokenizer, frozenset(stop_ids)
+    def __init__(self, tokenizer, stop_ids: list[int], prompt: dict, apart: bool = False):
+        self.tokenizer, self.stop_ids, self.apart = tokenizer, frozenset(stop_ids), apart
         self.learn_all = prompt["loss_on"] == "all"
         self.template = None
         if not prompt["apply_chat_template"]:
@@ -46,6 +86,11 @@ class Encoder:
                 f"{tokenizer.name_or_path}: this model has no chat template; choose prompt=plain, "
                 "or set prompt.apply_chat_template=false and a prompt.template"
             )
+        if apart and self.learn_all:
+            raise UserError(
+                f"{tokenizer.name_or_path}: prompt.loss_on=all is for causal models, and this one reads the prompt in "
+                "an encoder, which predicts nothing; set prompt.loss_on=assistant"
+            )
 
     def encode(self, messages: list[dict], piecewise: bool = False) -> Encoded:
         """Token ids and labels of one conversation that ends with the assistant's answer.
@@ -54,6 +99,8 @@ class Encoder:
             piecewise: tokenize the turns apart even where no token would cross a border.
         """
         pieces = self._pieces(messages)
+        if self.apart:
+            return self._encoded_apart(pieces)
         text = "".join(piece for piece, _ in pieces)
         encoding = self.tokenizer(text, add_special_tokens=self.template is not None, return_offsets_mapping=True)
         spans = _learned_spans(pieces)
@@ -79,9 +126,21 @@ class Encoder:
 
     def prompt_ids(self, messages: list[dict]) -> list[int]:
         """What generation starts from, for a conversation that ends with the user's message."""
+        if self.apart:
+            return self._encoded_apart(self._pieces([*messages, {"role": "assistant", "content": ""}])).input_ids
         if self.template is not None:
             return self._first_piece_ids(self._template_pieces([*messages, {"role": "assistant", "content": ""}])[0][0])
         return self._plain_ids(self._render(messages, add_generation_prompt=True))
+
+    def _encoded_apart(self, pieces) -> EncodedApart:
+        """The last answer in the decoder, everything before it in the encoder."""
+        *before, (answer, _) = pieces
+        prompt = "".join(piece for piece, _ in before)
+        ids = self.tokenizer(prompt, add_special_tokens=self.template is not None)["input_ids"]
+        labels = self.tokenizer(text_target=answer, add_special_tokens=False)["input_ids"]
+        stop = next((at for at, token in enumerate(labels) if token in self.stop_ids), None)
+        labels = [*labels, self.tokenizer.eos_token_id] if stop is None else labels[: stop + 1]
+        return EncodedApart(ids, labels, len(ids), False)
 
     def _pieces(self, messages: list[dict]) -> list[tuple[str, bool]]:
         """The text as (piece, is it the assistant's) in order."""

@@ -29,7 +29,7 @@ class Answers:
 
 
 def generate_answers(model, tokenizer, rows: list[dict], settings: dict, stop_ids: list[int]) -> Answers:
-    """Let the model answer each row's prompt, `input_ids[:prompt_length]`.
+    """Let the model answer each row's prompt, `input_ids[:prompt_length]`, which an encoder-decoder's encoder reads.
 
     Greedy unless `do_sample`. A sampled answer depends on the row's id alone: each row draws from its own random
     stream, so neither the batch size nor the other rows change it. The model's own generation defaults (some ship with
@@ -44,7 +44,7 @@ def generate_answers(model, tokenizer, rows: list[dict], settings: dict, stop_id
 
     answers = Answers([""] * len(rows), [[] for _ in rows], [False] * len(rows), 0.0)
     owner = model.get_base_model() if is_prompt_learning(model) else model
-    own_defaults, owner.generation_config = owner.generation_config, _greedy(settings, tokenizer, stop_ids)
+    own_defaults, owner.generation_config = owner.generation_config, _greedy(owner, settings, tokenizer, stop_ids)
     started = time.perf_counter()
     try:
         with torch.inference_mode(), Progress(len(rows), "generate", "rows") as progress:
@@ -69,11 +69,12 @@ def _batches(lengths: list[int], batch_size: int, one_length: bool) -> list[list
     return [rows[at : at + batch_size] for rows in groups for at in range(0, len(rows), batch_size)]
 
 
-def _greedy(settings: dict, tokenizer, stop_ids: list[int]):
+def _greedy(model, settings: dict, tokenizer, stop_ids: list[int]):
     """Sampling is done by `_RowSampling`, so that generation itself is always greedy."""
     from transformers import GenerationConfig
 
     return GenerationConfig(
+        decoder_start_token_id=decoder_start(model),
         max_new_tokens=settings["max_new_tokens"],
         do_sample=False,
         eos_token_id=stop_ids,
@@ -82,22 +83,39 @@ def _greedy(settings: dict, tokenizer, stop_ids: list[int]):
     )
 
 
-def _batch(model, rows: list[dict], settings: dict, pad_token_id: int) -> list[list[int]]:
-    """New token ids of each row. Prompts are padded on the left, so that all answers start at one position."""
+def decoder_start(model) -> int | None:
+    """What an encoder-decoder's decoder starts from: exactly what its training puts before the labels."""
     import torch
 
+    if not model.config.is_encoder_decoder:
+        return None
+    if not hasattr(model, "prepare_decoder_input_ids_from_labels"):
+        return model.config.decoder_start_token_id
+    return int(model.prepare_decoder_input_ids_from_labels(labels=torch.zeros((1, 1), dtype=torch.int64))[0, 0])
+
+
+def _batch(model, rows: list[dict], settings: dict, pad_token_id: int) -> list[list[int]]:
+    """New token ids of each row.
+
+    Prompts are padded on the left, so that all answers start at one position; those of an encoder on the right, as in
+    training, for its positions may be counted from the left.
+    """
+    import torch
+
+    in_encoder = model.config.is_encoder_decoder
     prompts = [row["input_ids"][: row["prompt_length"]] for row in rows]
     longest = max(map(len, prompts))
     ids = torch.full((len(rows), longest), pad_token_id)
     mask = torch.zeros_like(ids)
     for index, prompt in enumerate(prompts):
-        ids[index, longest - len(prompt) :] = torch.as_tensor(prompt)
-        mask[index, longest - len(prompt) :] = 1
+        start = 0 if in_encoder else longest - len(prompt)
+        ids[index, start : start + len(prompt)] = torch.as_tensor(prompt)
+        mask[index, start : start + len(prompt)] = 1
     processors = _samplers(rows, settings)
     output = model.generate(
         input_ids=ids.to(model.device), attention_mask=mask.to(model.device), logits_processor=processors
     )
-    return output[:, longest:].tolist()
+    return output[:, 1 if in_encoder else longest :].tolist()  # a decoder begins with its start token
 
 
 def _store(answers: Answers, row: int, ids: list[int], tokenizer, stop_ids: set[int]) -> None:

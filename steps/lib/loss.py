@@ -1,9 +1,12 @@
-"""The training loss: cross entropy at the learned positions, and logits only there.
+"""The training loss: cross entropy at the learned positions, and of a causal model logits only there.
 
 A row of 60 tokens has often 2 that are learned. Computing the vocabulary's logits (49,152 wide for
 SmolLM2) for the other 58 is most of a plain forward pass's last layer, and all of it is thrown
 away. So we take the decoder's hidden states, pick the learned positions and flatten them to 2-D:
 on 3-D slices the head becomes a batched product with copied weights.
+
+An encoder-decoder model's labels are all learned, so its own logits are taken as they are; it makes the decoder's
+inputs from the labels itself.
 """
 
 import logging
@@ -20,7 +23,7 @@ class SupervisedLoss:
     """Sum of the cross entropy over a batch's learned tokens, and how many there are.
 
     Uses the short way (logits at learned positions only) when the model has a decoder and a plain
-    head, and proves on the first batch that it equals the model's own loss; otherwise the plain way,
+    head, and proves on the first batch that it equals the model's own; otherwise the plain way,
     and says so once.
     """
 
@@ -28,7 +31,7 @@ class SupervisedLoss:
         self.short_way: bool | None = None  # not known before the first batch
 
     def __call__(self, model, batch):
-        """Args: a causal LM (PEFT or not) and a batch with input_ids, attention_mask, labels, each (rows, length).
+        """Args: a model (PEFT or not) and a batch with input_ids, attention_mask and labels as `collate` makes it.
 
         Returns:
             (loss sum: 0-dim float32 tensor with gradient, learned tokens: int)
@@ -47,27 +50,52 @@ class SupervisedLoss:
     def takes_short_way(self, model, batch) -> bool:
         """Decided on the first batch, and kept."""
         if self.short_way is None:
-            self.short_way = self._check(model, batch)
+            few = {name: batch[name][:2] for name in ("input_ids", "attention_mask", "labels")}
+            self.short_way = short_way_is_exact(model, few)
         return self.short_way
 
-    def _check(self, model, batch) -> bool:
-        import torch
 
-        if not _has_plain_head(model):
-            log.info(
-                "loss: plain way (logits at all positions): no separate decoder and head in %s", type(model).__name__
-            )
-            return False
-        few = {name: batch[name][:2] for name in ("input_ids", "attention_mask", "labels")}
-        was_training = model.training
-        model.eval()  # no dropout: both ways must see the same network
-        with torch.no_grad():
-            short, plain = short_loss(model, few)[0].item(), plain_loss(model, few)[0].item()
-        model.train(was_training)
-        if abs(short - plain) <= CHECK_TOLERANCE * max(1.0, abs(plain)):
-            return True
-        log.info("loss: plain way: the head does more than one product here (%.4f is not %.4f)", short, plain)
+def short_way_is_exact(model, batch) -> bool:
+    """Whether calling decoder and head by hand gives what the model's own forward does; if not, it is logged why."""
+    import torch
+
+    if not _has_decoder_and_head(model):
+        log.info("loss: logits at all positions: no separate decoder and head in %s", type(model).__name__)
         return False
+    was_training = model.training
+    model.eval()  # no dropout: both ways must see the same network
+    with torch.no_grad():
+        plain_head = _head_is_all_there_is(model, batch)
+        short, plain = short_loss(model, batch)[0].item(), plain_loss(model, batch)[0].item()
+    model.train(was_training)
+    if plain_head and abs(short - plain) <= CHECK_TOLERANCE * max(1.0, abs(plain)):
+        return True
+    log.info("loss: logits at all positions: the head does more than one product in %s", type(model).__name__)
+    return False
+
+
+def _head_is_all_there_is(model, batch) -> bool:
+    """Whether the decoder's output goes to the head as it is, and the head's output is the logits.
+
+    To the bit, in one forward pass: caps and scales of logits show in a loss only where these are large.
+    """
+    import torch
+
+    base, seen = _unwrapped(model), {}
+    hooks = [
+        base.base_model.register_forward_hook(lambda _module, _inputs, output: seen.update(hidden=output[0])),
+        base.get_output_embeddings().register_forward_hook(
+            lambda _module, inputs, output: seen.update(input=inputs[0], output=output)
+        ),
+    ]
+    try:
+        logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits
+    finally:
+        for hook in hooks:
+            hook.remove()
+    if seen.keys() != {"hidden", "input", "output"}:
+        return False
+    return torch.equal(seen["hidden"], seen["input"]) and torch.equal(seen["output"].float(), logits.float())
 
 
 def short_loss(model, batch):
@@ -98,11 +126,35 @@ def short_logits(model, batch):
 
 def plain_logits(model, batch):
     """The same from the model's own logits at all positions."""
-    logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits
-    targets = batch["labels"][:, 1:]
+    inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
+    if model.config.is_encoder_decoder:
+        inputs["labels"] = batch["labels"]  # from which the model makes the decoder's inputs, shifted as it was trained
+    logits, targets = model(**inputs, use_cache=False).logits, targets_of(model, batch)
     learned = targets != IGNORED
-    logits = logits[:, -targets.shape[1] - 1 : -1]  # prompt methods put virtual tokens in front
+    if not model.config.is_encoder_decoder:
+        logits = logits[:, -targets.shape[1] - 1 : -1]  # prompt methods put virtual tokens in front
     return logits[learned].float(), targets[learned], learned
+
+
+def targets_of(model, batch):
+    """What the logits predict: of a causal model each position's next token, of an encoder-decoder the labels."""
+    return batch["labels"] if model.config.is_encoder_decoder else batch["labels"][:, 1:]
+
+
+def with_decoder_inputs(model, batch) -> dict:
+    """The batch with an encoder-decoder's decoder inputs. Trainer's label smoothing needs them: it hides the labels."""
+    if not model.config.is_encoder_decoder:
+        return batch
+    decoder_inputs = _unwrapped(model).prepare_decoder_input_ids_from_labels(labels=batch["labels"])
+    return {**batch, "decoder_input_ids": decoder_inputs}
+
+
+def tokens_of(model, batch) -> int:
+    """Real tokens (no padding) that go through the model."""
+    tokens = int(batch["attention_mask"].sum())
+    if model.config.is_encoder_decoder:
+        tokens += int((batch["labels"] != IGNORED).sum())
+    return tokens
 
 
 def _unwrapped(model):
@@ -110,11 +162,8 @@ def _unwrapped(model):
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
-def _has_plain_head(model) -> bool:
-    """Whether calling decoder and head by hand goes through everything the model's forward does."""
-    if is_prompt_learning(model):
-        return False
+def _has_decoder_and_head(model) -> bool:
     base = _unwrapped(model)
-    prefix = getattr(base, "base_model_prefix", "")
-    has_decoder = bool(prefix) and hasattr(base, prefix)
-    return has_decoder and base.get_output_embeddings() is not None and not base.config.is_encoder_decoder
+    if is_prompt_learning(model) or base.config.is_encoder_decoder:
+        return False
+    return base.base_model is not base and base.get_output_embeddings() is not None

@@ -47,23 +47,34 @@ def resolve_attention(attn_implementation: str) -> str:
 BUNDLED = "adapter"  # in a model folder: an adapter that cannot be merged and is put on when the model is loaded
 
 
+def is_encoder_decoder(folder: Path) -> bool:
+    """Whether the model in a folder has an encoder for the prompt and a decoder for the answer (T5), or one for both.
+
+    The one place that decides it before a model is loaded; a loaded one says so in its `config.is_encoder_decoder`.
+    """
+    from transformers import AutoConfig
+
+    return bool(_from_pretrained(AutoConfig, folder).is_encoder_decoder)
+
+
 def load_model(folder: Path, load: dict, quantization: dict | None = None):
-    """A causal language model on this machine's device, with its bundled adapter if it has one.
+    """A language model, causal or encoder-decoder, on this machine's device, with its bundled adapter if it has one.
 
     Args:
         folder: a model in Hugging Face layout.
         load: the config section `model.load`: dtype and attn_implementation, each may be ``auto``.
         quantization: the config section of that name; None loads the weights as they are stored.
     """
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
+    cls = AutoModelForSeq2SeqLM if is_encoder_decoder(folder) else AutoModelForCausalLM
     dtype = resolve_dtype(load["dtype"])
     arguments = {"dtype": dtype, "attn_implementation": resolve_attention(load["attn_implementation"])}
     if quantization and is_quantized(quantization):
         arguments["quantization_config"] = _bitsandbytes(quantization, dtype)
         arguments["device_map"] = {"": device()}  # a quantized model is made where it stays
-        return _with_steady_weights(_from_pretrained(AutoModelForCausalLM, folder, **arguments))
-    model = _from_pretrained(AutoModelForCausalLM, folder, **arguments).to(device())
+        return _with_steady_weights(_from_pretrained(cls, folder, **arguments))
+    model = _from_pretrained(cls, folder, **arguments).to(device())
     if (folder / BUNDLED / "adapter_config.json").is_file():
         from peft import PeftModel
 

@@ -23,11 +23,11 @@ class Prompter:
     def __init__(self, folder: Path, prompt: dict, system: str | None = None):
         from transformers import AutoConfig
 
-        from steps.lib.models import load_tokenizer, stop_token_ids
+        from steps.lib.models import is_encoder_decoder, load_tokenizer, stop_token_ids
 
         self.tokenizer = load_tokenizer(folder)
         self.stop_ids = stop_token_ids(folder, self.tokenizer)
-        self.encoder = Encoder(self.tokenizer, self.stop_ids, prompt)
+        self.encoder = Encoder(self.tokenizer, self.stop_ids, prompt, is_encoder_decoder(folder))
         self.system = prompt["system"] if system is None else system or None
         longest = getattr(AutoConfig.from_pretrained(folder), "max_position_embeddings", None) or NO_LIMIT
         self.context = min(longest, self.tokenizer.model_max_length, NO_LIMIT)
@@ -110,11 +110,14 @@ def stream_answer(model, prompter: Prompter, ids: list[int], settings: Generatio
     import torch
     from transformers import GenerationConfig
 
+    from steps.lib.generation import decoder_start
+
     owner = model.get_base_model() if is_prompt_learning(model) else model
     owner.generation_config = GenerationConfig()  # some models ship with sampling or penalties switched on
     greedy = {"max_new_tokens": settings.max_new_tokens}
     config = GenerationConfig(
         **({**dataclasses.asdict(settings), "top_k": 0} if settings.do_sample else greedy),  # top_k is 50 by default
+        decoder_start_token_id=decoder_start(owner),
         eos_token_id=prompter.stop_ids,
         pad_token_id=prompter.tokenizer.pad_token_id,
     )
@@ -123,7 +126,7 @@ def stream_answer(model, prompter: Prompter, ids: list[int], settings: Generatio
         output = model.generate(
             input_ids=prompt, attention_mask=torch.ones_like(prompt), generation_config=config, streamer=streamer
         )
-    answer = output[0, len(ids) :].tolist()
+    answer = output[0, 1 if prompter.encoder.apart else len(ids) :].tolist()
     return prompter.tokenizer.decode(answer, skip_special_tokens=True).strip(), answer[-1] in prompter.stop_ids
 
 

@@ -158,7 +158,10 @@ class Prompt(Section):
 
 
 class Tokenize(Section):
-    """Length limit of a row in tokens, and what happens to longer rows."""
+    """Length limit of a row in tokens, and what happens to longer rows.
+
+    For a causal model prompt and answer together, for an encoder-decoder model each.
+    """
 
     max_length: Annotated[int, Field(gt=1)] = 1024
     max_length_policy: Literal["drop", "truncate", "error"] = "drop"

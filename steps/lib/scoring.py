@@ -4,9 +4,9 @@ import dataclasses
 import logging
 from collections.abc import Sequence
 
-from steps.lib.adapters import is_prompt_learning
 from steps.lib.batches import collate
 from steps.lib.conversation import IGNORED
+from steps.lib.loss import plain_logits, short_way_is_exact, targets_of
 from steps.lib.progress import Progress
 
 log = logging.getLogger("temper")
@@ -33,7 +33,7 @@ class RowLosses:
 
 
 def row_losses(model, rows: list[dict], batch_size: int, pad_token_id: int, watched: Sequence[int] = ()) -> RowLosses:
-    """Loss of each row (`input_ids`, `labels` with -100 where not supervised, unshifted; `prompt_length`).
+    """Loss of each row (`input_ids`, `labels` with -100 where not supervised, `prompt_length`: see tokenize_splits).
 
     Rows of similar length share a batch. Logits are computed at supervised positions only, where the model's head is a
     plain product; this is checked against the model's own forward pass on the first batch.
@@ -42,26 +42,28 @@ def row_losses(model, rows: list[dict], batch_size: int, pad_token_id: int, watc
 
     result = RowLosses([0.0] * len(rows), [0] * len(rows), [None] * len(rows))
     order = sorted(range(len(rows)), key=lambda row: len(rows[row]["input_ids"]), reverse=True)
-    forward = None
+    forward, in_decoder = None, model.config.is_encoder_decoder
     with torch.inference_mode(), Progress(len(rows), "test loss", "rows") as progress:
         for start in range(0, len(order), batch_size):
             members = order[start : start + batch_size]
             batch = collate([rows[row] for row in members], pad_token_id)
             batch = {name: value.to(model.device) for name, value in batch.items()}
             forward = forward or _forward(model, batch)
-            starts = [rows[row]["prompt_length"] for row in members]
-            for row, *figures in zip(members, *_batch_losses(forward, batch, starts, list(watched)), strict=True):
+            targets = targets_of(model, batch)
+            # What predicts the answer's first token: the decoder's first position, or that of the prompt's last token.
+            places = [0 if in_decoder else rows[row]["prompt_length"] - 1 for row in members]
+            figures_of_rows = _batch_losses(forward, targets, batch, places, list(watched))
+            for row, *figures in zip(members, *figures_of_rows, strict=True):
                 result.sums[row], result.tokens[row], result.favourites[row] = figures
             progress.update(len(members))
     return result
 
 
-def _batch_losses(forward, batch, starts: list[int], watched: list[int]):
-    """(loss sums, supervised tokens, favourite tokens) of a batch's rows; their answers start at `starts`."""
+def _batch_losses(forward, targets, batch, places: list[int], watched: list[int]):
+    """(loss sums, supervised tokens, favourite tokens) of a batch's rows; their answers are predicted from `places`."""
     import torch
     from torch.nn.functional import cross_entropy
 
-    targets = batch["labels"][:, 1:]
     supervised = targets != IGNORED
     logits_at, wanted = forward(batch, supervised), targets[supervised]
     losses, looks = [], []
@@ -71,36 +73,18 @@ def _batch_losses(forward, batch, starts: list[int], watched: list[int]):
         looks.append(logits[:, watched].cpu())
     sums, favourites = [0.0] * len(targets), [None] * len(targets)
     if losses:
-        places = supervised.nonzero().tolist()
-        for (row, place), loss, look in zip(places, torch.cat(losses).tolist(), torch.cat(looks), strict=True):
+        positions = supervised.nonzero().tolist()
+        for (row, position), loss, look in zip(positions, torch.cat(losses).tolist(), torch.cat(looks), strict=True):
             sums[row] += loss
-            if watched and place == starts[row] - 1:  # the position that predicts the answer's first token
+            if watched and position == places[row]:
                 favourites[row] = watched[int(look.argmax())]
     return sums, supervised.sum(dim=1).tolist(), favourites
 
 
 def _forward(model, batch):
     """The way to this model's logits: the short one if it gives what the model gives, else the plain one."""
-    if not _has_decoder_and_head(model):
-        return _plain_forward(model)
-    first = {name: value[:1] for name, value in batch.items()}
-    supervised = first["labels"][:, 1:] != IGNORED
-    everything = slice(None)
-    short = _short_forward(model)(first, supervised)(everything).float()
-    plain = _plain_forward(model)(first, supervised)(everything).float()
-    if not len(plain):
-        return _plain_forward(model)  # nothing supervised in the first row, so nothing to compare
-    # bfloat16 keeps 8 bits, so the same sum in another order may differ by a percent; a head that scales or caps its
-    # logits differs by far more.
-    tolerance = 1e-3 if model.dtype.itemsize == 4 else 3e-2
-    if (short - plain).abs().max() <= tolerance * plain.abs().max():
-        return _short_forward(model)
-    log.info("test loss: logits at all positions: this model's head is more than one product")
-    return _plain_forward(model)
-
-
-def _has_decoder_and_head(model) -> bool:
-    return model.base_model is not model and model.get_output_embeddings() is not None and not is_prompt_learning(model)
+    first = {name: value[:2] for name, value in batch.items()}
+    return _short_forward(model) if short_way_is_exact(model, first) else _plain_forward(model)
 
 
 def _short_forward(model):
@@ -114,10 +98,8 @@ def _short_forward(model):
 
 
 def _plain_forward(model):
-    def forward(batch, supervised):
-        inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
-        logits = model(**inputs, use_cache=False).logits
-        picked = logits[:, -supervised.shape[1] - 1 : -1][supervised]  # virtual tokens stand in front
-        return lambda part: picked[part]
+    def forward(batch, _supervised):
+        logits, _, _ = plain_logits(model, batch)
+        return lambda part: logits[part]
 
     return forward

@@ -16,7 +16,7 @@ from transformers import EarlyStoppingCallback, PrinterCallback, Trainer, Traine
 
 from steps.lib import checkpoints
 from steps.lib.batches import EpochSampler, collate
-from steps.lib.loss import SupervisedLoss
+from steps.lib.loss import SupervisedLoss, tokens_of, with_decoder_inputs
 from steps.lib.preferences import FIGURES, PreferenceLoss, collate_pairs
 from steps.lib.progress import Progress
 from steps.lib.schema import EARLY_STOPPING
@@ -74,7 +74,7 @@ class TemperTrainer(Trainer):
 
     def get_batch_samples(self, *arguments, **keywords):
         batches, items = super().get_batch_samples(*arguments, **keywords)
-        self.tokens += sum(int(batch["attention_mask"].sum()) for batch in batches)
+        self.tokens += sum(tokens_of(self.model, batch) for batch in batches)
         return batches, items
 
     def _get_train_sampler(self, train_dataset=None):  # noqa: ARG002 - Trainer's signature
@@ -84,7 +84,9 @@ class TemperTrainer(Trainer):
         """Mean over the learned tokens of the whole optimizer step, however it is cut into batches."""
         assert not return_outputs, "evaluate() is ours and never asks for outputs"
         if self.label_smoother is not None:
-            return super().compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)
+            return super().compute_loss(
+                model, with_decoder_inputs(model, inputs), num_items_in_batch=num_items_in_batch
+            )
         total, count = self.supervised_loss(model, inputs)
         self.loss_is_scaled_for_ga = num_items_in_batch is not None
         loss = total / (count if num_items_in_batch is None else num_items_in_batch)
@@ -176,12 +178,15 @@ def trainer_for(method: dict, **arguments) -> TemperTrainer:
     return PreferenceTrainer(preference_loss=loss, **arguments)
 
 
+LENGTHS = ("input_ids", "labels", "rejected_input_ids", "rejected_labels")
+
+
 def _lengths(dataset) -> list[int]:
-    """Tokens of each row; of a pair those of its longer text."""
+    """Tokens of each row; of a pair those of its longer text, of an encoder-decoder's row those of its longer side."""
     import pyarrow.compute
 
     table = dataset.with_format("arrow")[:]
-    columns = [name for name in ("input_ids", "rejected_input_ids") if name in table.column_names]
+    columns = [name for name in LENGTHS if name in table.column_names]
     lengths = [pyarrow.compute.list_value_length(table[name]) for name in columns]
     return pyarrow.compute.max_element_wise(*lengths).to_pylist()
 
