@@ -107,7 +107,7 @@ def _rows(splits: Path, settings: dict) -> tuple[list[dict], list[str]]:
         )
     if all(label == -100 for row in test for label in row["labels"]):
         raise UserError(f"{splits}: no supervised token in the test split; see audit.json there, and prompt.loss_on")
-    wanted = settings["task"] == "labels" and "train" in loaded
+    wanted = settings["task"] in ("labels", "tags") and "train" in loaded
     return test, list(loaded["train"]["reference"]) if wanted else []
 
 
@@ -262,9 +262,10 @@ def figures_of(settings, metric, train_references, test, asked, judged, base) ->
     }
     if base:
         facts["delta"] = {"value": scores.values[metric] - base["scores"].values[metric], "interval": judged["gain"]}
+    if settings["task"] in ("labels", "tags"):
+        facts["baselines"] = [metrics.majority_baseline(settings, train_references, references)]
     if settings["task"] == "labels":
         labels = settings["labels"]
-        facts["baselines"] = [metrics.majority_baseline(settings, train_references, references)]
         facts["classes"] = metrics.per_class(labels, references, scores.readings)
         facts["confusion"] = metrics.confusion(labels, references, scores.readings)
         facts["base_confusion"] = base["facts"].get("confusion") if base else None

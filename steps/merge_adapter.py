@@ -5,7 +5,8 @@ By hand::
     python -m steps.merge_adapter --model results/models/X --adapter results/adapters/Y \\
         --output results/merged/Z
 
-Reads   the base model; the adapter (a full-parameter run passes through).
+Reads   the base model; the adapter (a full-parameter run passes through, in float32: rounded to 16 bits it would lose
+        most of what it learned; merge.dtype=bfloat16 does that if it must be small).
 Writes  the merged model in Hugging Face layout, with the base's tokenizer. Before writing, the merged
         model's logits are compared with the adapter's on a fixed input; provenance.json has the difference.
         A QLoRA adapter goes into the base as stored, or into the dequantized one (merge.dequantized_base=true).
@@ -71,9 +72,10 @@ def _bundle(model: Path, adapter: Path, output: Path) -> dict:
 
 def _merged(config: dict, model: Path, adapter: Path):
     """(merged model, facts)."""
-    load = {"dtype": _stored_dtype(model), "attn_implementation": "auto"}
-    if not is_adapter(adapter):
-        return load_model(adapter, load), {}
+    dtype = "float32" if config["merge"]["dtype"] == "float32" else _stored_dtype(model)
+    load = {"dtype": dtype, "attn_implementation": "auto"}
+    if not is_adapter(adapter):  # passes through in the precision it was trained in
+        return load_model(adapter, {**load, "dtype": "float32"}), {"fully_trained": config["merge"]["dtype"] == "auto"}
     if not config["merge"]["dequantized_base"]:
         network, facts = _merge(load_model(model, load), adapter)
         return network, {"base": "as stored", **facts}

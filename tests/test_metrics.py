@@ -175,6 +175,15 @@ def test_majority_baseline_comes_from_the_training_split():
     assert baseline["accuracy"] == pytest.approx(1 / 3)
 
 
+def test_the_most_frequent_tag_is_a_baseline():
+    config = Eval(task="tags").model_dump(mode="json")
+    baseline = metrics.majority_baseline(config, ["love, life", "Life", "hope"], ["life", "hope, life", "love"])
+    assert baseline["answer"] == "life"
+    assert baseline["f1"] == pytest.approx(
+        metrics.score(config, ["life", "hope, life", "love"], ["life"] * 3).values["f1"]
+    )
+
+
 def test_tags_by_hand():
     config = Eval(task="tags").model_dump(mode="json")
     scores = metrics.score(config, ["a, b, c, d", "love"], ["a, b, x", "LOVE"])

@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 
 from steps import merge_adapter, train_adapter
 from steps.lib.config import load_stage_config
+from steps.lib.models import load_model, resolve_dtype
 from steps.lib.training import read_metrics
 
 SMALL = [
@@ -241,17 +242,48 @@ def test_swapped_folders_are_named(workspace, tiny_splits, tiny_model, capsys):
     assert "not a folder of tokenize_splits: it has no dataset_dict.json" in capsys.readouterr().err
 
 
-def test_full_parameter_training_passes_through_the_merge(workspace, tiny_splits, tiny_model):
+def in_bfloat16(tiny_model: Path) -> Path:
+    """The tiny model as most bases are stored."""
     from transformers import AutoModelForCausalLM
 
-    arguments = ["--splits", str(tiny_splits), "--model", str(tiny_model), "--output", "full"]
-    train_adapter.main([*arguments, "experiment=smoke", "adapter=full", "train.per_device_train_batch_size=4"])
-    merge_adapter.main(["--model", str(tiny_model), "--adapter", "full", "--output", "merged"])
-    trained, merged = (AutoModelForCausalLM.from_pretrained(folder) for folder in ("full", "merged"))
-    base = AutoModelForCausalLM.from_pretrained(tiny_model)
+    shutil.copytree(tiny_model, "base")
+    AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.bfloat16).save_pretrained("base")
+    return Path("base")
+
+
+def test_full_parameter_training_passes_through_the_merge(workspace, tiny_splits, tiny_model):
+    """To the bit, although the base is stored in bfloat16, which would round most of what was learned away."""
+    from transformers import AutoModelForCausalLM
+
+    stored = in_bfloat16(tiny_model)
+    arguments = ["--splits", str(tiny_splits), "--model", str(stored), "--output", "full"]
+    small = ["train.per_device_train_batch_size=4", "train.learning_rate=1e-5"]
+    train_adapter.main([*arguments, "experiment=smoke", "adapter=full", *small])
+    merge_adapter.main(["--model", str(stored), "--adapter", "full", "--output", "merged"])
+    merge_adapter.main(["--model", str(stored), "--adapter", "full", "--output", "small", "merge.dtype=bfloat16"])
+    trained = AutoModelForCausalLM.from_pretrained("full", dtype=torch.float32, attn_implementation="eager")
+    auto = {"dtype": "auto", "attn_implementation": "eager"}
+    merged, rounded = (load_model(Path(folder), auto) for folder in ("merged", "small"))
+    base = AutoModelForCausalLM.from_pretrained(stored, dtype=torch.float32)
+    assert merged.dtype == torch.float32
+    assert rounded.dtype == resolve_dtype("auto")
     ids = torch.arange(20)[None]
     assert torch.equal(merged(ids).logits, trained(ids).logits)
     assert not torch.equal(merged(ids).logits, base(ids).logits)
+
+
+def test_merging_in_float32_is_not_rounded_on_the_way(workspace, tiny_splits, tiny_model):
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    stored = in_bfloat16(tiny_model)
+    train(tiny_splits, stored, "out")
+    merge_adapter.main(["--model", str(stored), "--adapter", "out", "--output", "merged", "merge.dtype=float32"])
+    base = AutoModelForCausalLM.from_pretrained(stored, dtype=torch.float32)
+    expected = PeftModel.from_pretrained(base, "out").eval()
+    merged = AutoModelForCausalLM.from_pretrained("merged", dtype=torch.float32).eval()
+    ids = torch.arange(20)[None]
+    assert torch.allclose(merged(ids).logits, expected(ids).logits, atol=1e-5)
 
 
 def test_a_complete_output_of_another_config_is_not_passed_off(workspace, tiny_splits, tiny_model, capsys):

@@ -4,6 +4,7 @@ All are shares between 0 and 1 (chrF too, which sacrebleu gives from 0 to 100), 
 perplexity. The computing is left to scikit-learn, rouge-score and sacrebleu.
 """
 
+import collections
 import dataclasses
 import functools
 import logging
@@ -316,9 +317,14 @@ def confusion(labels: list[str], references: list[str], readings: list[str]) -> 
 
 
 def majority_baseline(eval_config: dict, train_references: list[str], references: list[str]) -> dict:
-    """What always answering the most frequent label of the training split would score on the test split."""
-    labels = eval_config["labels"]
-    seen = [read_label(text, labels) for text in train_references or references]
-    majority = max(labels, key=seen.count)
+    """What always giving the training split's most frequent label, or tag, would score on the test split."""
+    task = eval_config["task"]
+    if task == "labels":
+        seen = [read_label(text, eval_config["labels"]) for text in train_references or references]
+    else:
+        texts = train_references or references
+        seen = [tag for text in texts for tag in sorted(read_tags(text, eval_config["separator"]))]
+    [(majority, _)] = collections.Counter(seen).most_common(1)
     scores = score(eval_config, references, [majority] * len(references))
-    return {"name": "majority class", "answer": majority, **{name: scores.values[name] for name in METRICS["labels"]}}
+    name = "majority class" if task == "labels" else "most frequent tag"
+    return {"name": name, "answer": majority, **{metric: scores.values[metric] for metric in METRICS[task]}}

@@ -1,5 +1,6 @@
 """Loading models and tokenizers, with ``auto`` resolved for this machine."""
 
+import json
 import logging
 from pathlib import Path
 
@@ -68,7 +69,7 @@ def load_model(folder: Path, load: dict, quantization: dict | None = None):
     from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
     cls = AutoModelForSeq2SeqLM if is_encoder_decoder(folder) else AutoModelForCausalLM
-    dtype = resolve_dtype(load["dtype"])
+    dtype = resolve_dtype("float32" if load["dtype"] == "auto" and is_fully_trained(folder) else load["dtype"])
     arguments = {"dtype": dtype, "attn_implementation": resolve_attention(load["attn_implementation"])}
     if quantization and is_quantized(quantization):
         arguments["quantization_config"] = _bitsandbytes(quantization, dtype)
@@ -92,6 +93,12 @@ def _with_steady_weights(model):
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
     return model
+
+
+def is_fully_trained(folder: Path) -> bool:
+    """Whether all weights in a folder were trained here, in float32: in bfloat16 most of what they learned is lost."""
+    provenance = folder / "provenance.json"
+    return provenance.is_file() and bool(json.loads(provenance.read_text()).get("fully_trained"))
 
 
 def is_quantized(quantization: dict) -> bool:
