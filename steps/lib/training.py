@@ -141,6 +141,10 @@ class PreferenceTrainer(TemperTrainer):
         self.preference_loss = preference_loss
         self.figures: list[dict[str, torch.Tensor]] = []  # of the pairs since the last log
 
+    def train(self, *arguments, **keywords):
+        self.figures.clear()  # of what went through for the estimate
+        return super().train(*arguments, **keywords)
+
     def pair_losses(self, model, batch):
         """(loss of each pair, figures of each pair); both answers go through the model together."""
         return self.preference_loss(self.supervised_loss.sequence_logps(model, batch), batch)
