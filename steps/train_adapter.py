@@ -23,6 +23,7 @@ from pathlib import Path
 
 from steps.lib.errors import UserError
 from steps.lib.keys import digest
+from steps.lib.labels import normalised
 from steps.lib.progress import quiet_libraries
 from steps.lib.step import locked, peak_memory, run_command
 
@@ -153,8 +154,6 @@ def _keep_checkpoint(checkpoint: Path | None, output: Path) -> None:
 
 def _check_references(rows, labels: list[str]) -> None:
     """Every answer of a labelling task must be one of its labels."""
-    from steps.lib.metrics import normalised
-
     known = {normalised(label) for label in labels}
     for split, part in rows.items():
         for number, reference in zip(part["id"], part["reference"], strict=True):

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from steps.lib import metrics
+from steps.lib import labels, metrics
 from steps.lib.errors import UserError
 from steps.lib.schema import Eval
 
@@ -96,8 +96,8 @@ def test_an_answer_reads_as_a_label_or_as_none(answer):
 
 @given(st.text())
 def test_normalising_twice_changes_nothing_more(text):
-    once = metrics.normalised(text)
-    assert metrics.normalised(once) == once
+    once = labels.normalised(text)
+    assert labels.normalised(once) == once
 
 
 def test_read_tags():

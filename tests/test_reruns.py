@@ -1,6 +1,6 @@
 """What an edit reruns: the matrix, planned in the fast suite and executed in the slow one.
 
-    python -m tests.test_reruns     # execute all edits, and write docs/reruns.md; takes about ten minutes
+    python -m tests.test_reruns     # execute all edits, and write docs/reruns.md
 
 The project is copied to a folder of its own, with a tiny model and data set, so that an edit is what it is for a user:
 a file with another text, or another override on the command line.
@@ -203,10 +203,9 @@ MATRIX = (
         files=((MERGE_CODE, "PROBE_TOKENS = 64", "PROBE_TOKENS = 32"),),
     ),
     Edit(
-        "a statement in `steps/lib/generation.py`, which only the evaluation imports",
+        "a statement in `steps/lib/metrics.py`, which only evaluation and comparison import",
         EVALUATE,
-        files=(("steps/lib/generation.py", "import logging\n", "import logging\nimport math\n"),),
-        fast=False,
+        files=(("steps/lib/metrics.py", "import logging\n", "import logging\nimport json\n"),),
     ),
     Edit(
         "a statement in `steps/compare_runs.py`",
@@ -219,8 +218,8 @@ MATRIX = (
         files=(
             (
                 "steps/lib/schema.py",
-                "max_new_tokens: Annotated[int, Field(gt=0",
-                "max_new_tokens: Annotated[int, Field(ge=1",
+                "samples: Annotated[int, Field(ge=0)]",
+                "samples: Annotated[int, Field(gt=-1)]",
             ),
         ),
         fast=False,
@@ -234,7 +233,7 @@ MATRIX = (
                 '    """Merge and check.',
                 '    # so that nobody needs peft to use the model\n    """Check it too.',
             ),
-            (MERGE_CODE, "    facts = {}\n", "\n    facts = {\n    }\n"),
+            (MERGE_CODE, "(config, model, adapter)\n", "(\n\n        config, model,adapter)\n"),
             (LOSS_CODE, "The training loss:", "What is minimised:"),
             (
                 LOSS_CODE,

@@ -13,8 +13,17 @@ from pathlib import Path
 
 from steps.lib.errors import UserError, suggest
 from steps.lib.keys import PACKAGE_ROOT, canonical_json, digest, flat
-from steps.lib.metrics import PREFERENCE
-from steps.lib.schema import EARLY_STOPPING, METHODS, SOURCE_KINDS, STAGE_SECTIONS, Config, Data, DataView, Section
+from steps.lib.schema import (
+    EARLY_STOPPING,
+    METHODS,
+    PREFERENCE,
+    SOURCE_KINDS,
+    STAGE_SECTIONS,
+    Config,
+    Data,
+    DataView,
+    Section,
+)
 
 CONF = PACKAGE_ROOT / "conf"
 UNIONS = {"source": SOURCE_KINDS, "method": METHODS}  # sections that are one of several models, by their tag

@@ -9,10 +9,11 @@ import dataclasses
 import functools
 import logging
 import math
-import unicodedata
 from collections.abc import Callable, Sequence
 
 from steps.lib.errors import UserError, suggest
+from steps.lib.labels import normalised
+from steps.lib.schema import PREFERENCE
 
 log = logging.getLogger("temper")
 
@@ -23,7 +24,6 @@ METRICS = {
     "text": ("rouge_l", "chrf", "exact_match"),
 }
 LOSS_METRICS = ("loss", "perplexity")
-PREFERENCE = "preference_accuracy"  # of any task whose splits have preference pairs
 REWARDS = ("rewards/accuracies", "rewards/margins", "rewards/chosen", "rewards/rejected")  # against a reference
 LOWER_IS_BETTER = frozenset({*LOSS_METRICS, "unparsed", "unfinished"})
 
@@ -69,13 +69,6 @@ def _check_labels(labels: list[str]) -> None:
 
 
 # --- reading answers -----------------------------------------------------------------------------
-
-
-def normalised(text: str) -> str:
-    """Text without case, punctuation and repeated blanks; a text of nothing else (an emoji, ``+``) is only stripped."""
-    text = unicodedata.normalize("NFKC", text).casefold()
-    words = "".join(char if char.isalnum() else " " for char in text).split()
-    return " ".join(words) or text.strip()
 
 
 def read_label(text: str, labels: list[str]) -> str | None:

@@ -265,6 +265,9 @@ class Published(Section):
     source: str
 
 
+PREFERENCE = "preference_accuracy"  # the metric of any task whose splits have preference pairs
+
+
 class Eval(Section):
     """How a model is judged on the test split."""
 
