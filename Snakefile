@@ -35,7 +35,7 @@ rule all:
     "The comparison of all runs of the sweep."
     input:
         PLAN.leaderboard,
-        PLAN.complete,
+        temper.complete(PLAN, workflow),
 
 
 rule fetch_data:

@@ -350,10 +350,12 @@ def _work(_step, arguments, _inputs) -> None:
     with locked(output):
         started = time.time()
         board = compare(config, output)
+        mirrored = None
         if arguments.plan:
-            log.info("%s", tracking.mirror(plan.load(arguments.plan), board) or "tracking is off")
+            mirrored, said = tracking.mirror(plan.load(arguments.plan), board)
+            log.info("%s", said)
         reports = {run["name"]: run["report"] for run in config["runs"]}
-        facts = provenance(STAGE, reports, time.time() - started, {"missing": board["missing"]})
+        facts = provenance(STAGE, reports, time.time() - started, {"missing": board["missing"], "mirrored": mirrored})
         pages.write_whole(output / "provenance.json", _json_text(facts))
     if not arguments.plan:  # the workflow shows it at its very end
         print_leaderboard(output)

@@ -66,7 +66,7 @@ def mlflow_runs(folder: Path, monkeypatch):
     monkeypatch.chdir(folder)
     api = tracking.client(SETTINGS)
     experiment = api.get_experiment_by_name("test").experiment_id
-    return api, tracking._search(api, experiment, {tracking.SWEEP_TAG: "single"})
+    return api, api.search_runs([experiment], f"tags.`{tracking.SWEEP_TAG}` = 'single'")
 
 
 def assert_finished(folder: Path, monkeypatch):

@@ -110,7 +110,10 @@ class Plan:
 
     @property
     def complete(self) -> str:
-        """Written last, and only by a comparison of all runs: a partial leaderboard is no reason to stop."""
+        """Written last, and only by a comparison of all runs: a partial leaderboard is no reason to stop.
+
+        It also says whether the tracking store has it all (`mirrored`).
+        """
         return str(RESULTS / "sweeps" / self.sweep / "provenance.json")
 
     def freeze(self) -> Path:

@@ -1,5 +1,6 @@
 """What the Snakefile calls: the plan, and look-ups in it for rules."""
 
+import contextlib
 import functools
 import json
 import os
@@ -73,6 +74,22 @@ def reports(plan: planning.Plan) -> list[str]:
     return [run.artefacts["evaluate_model"] for run in plan.runs]
 
 
+def complete(plan: planning.Plan, workflow):
+    """Input function: the file that a whole comparison writes last.
+
+    It goes when the comparison could not reach the tracking store, so that this command compares, and mirrors, again.
+    """
+
+    def path(_wildcards) -> str:
+        file = Path(plan.complete)
+        look = plan.tracking["enabled"] and not workflow.dryrun and file.is_file()
+        if look and json.loads(file.read_text()).get("mirrored", True) is not True:
+            file.unlink()
+        return plan.complete
+
+    return path
+
+
 def training_threads(plan: planning.Plan, cores: int | None) -> int:
     """Cores per training: the machine's, shared evenly by the trainings that can run side by side.
 
@@ -98,16 +115,18 @@ def gpus_per_job() -> int:
 
 
 def on_start(plan: planning.Plan) -> None:
-    """Make the tracking store before eight jobs meet there."""
-    with one_line_errors():
-        tracking.prepare(plan.tracking, plan.sweep)
+    """Make the tracking store before eight jobs meet there; if it is away, nobody trains before they know."""
+    if not all(map(_has_report, plan.runs)):
+        with one_line_errors():
+            tracking.prepare(plan.tracking, plan.sweep)
 
 
 def on_success(plan: planning.Plan) -> None:
     """Show what came out."""
     from steps.compare_runs import print_leaderboard
 
-    if not Path(plan.leaderboard).exists():  # --until some stage
+    if not Path(plan.complete).exists():  # --until some stage
+        _mirror(plan, None, unfinished="FINISHED")
         return
     folder = Path(plan.leaderboard).parent
     print_leaderboard(folder)
@@ -141,9 +160,21 @@ def _compare_what_is_there(plan: planning.Plan) -> None:
     """A partial leaderboard, when at least one run has its report."""
     from steps import compare_runs
 
-    job = plan.jobs[str(Path(plan.leaderboard).parent)]
-    if any((Path(run.artefacts["evaluate_model"]) / "metrics.json").is_file() for run in plan.runs):
+    folder, board = Path(plan.leaderboard).parent, None
+    if any(map(_has_report, plan.runs)):
         Path(plan.complete).unlink(missing_ok=True)
-        board = compare_runs.compare(job.config, Path(job.path))
-        tracking.mirror(plan, board)
-        compare_runs.print_leaderboard(Path(job.path))
+        with contextlib.suppress(UserError):  # then the comparison itself failed, and its log says why
+            board = compare_runs.compare(plan.jobs[str(folder)].config, folder)
+    _mirror(plan, board)
+    if board:
+        compare_runs.print_leaderboard(folder)
+
+
+def _mirror(plan: planning.Plan, board: dict | None, **options) -> None:
+    done, said = tracking.mirror(plan, board, **options)
+    if done is False:
+        print(said, file=sys.stderr)
+
+
+def _has_report(run: planning.Run) -> bool:
+    return (Path(run.artefacts["evaluate_model"]) / "metrics.json").is_file()
