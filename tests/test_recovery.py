@@ -15,11 +15,11 @@ import torch
 from safetensors.torch import load_file
 
 from steps.lib import tracking
-from tests import tiny
+from tests import stores, tiny
 from tests.conftest import ROOT
 from tests.test_resources import small_disk
 from tests.test_tracking import SETTINGS
-from tests.test_workflow import leaderboard
+from tests.test_workflow import jobs_in, leaderboard
 
 pytestmark = pytest.mark.slow
 SWEEP = "sweep=none train.learning_rate=1e-3,1e-2 train.num_train_epochs=1,2"
@@ -71,14 +71,18 @@ def mlflow_runs(folder: Path, monkeypatch):
 
 def assert_finished(folder: Path, monkeypatch):
     assert len(leaderboard(folder, "single")) == 4
-    api, runs = mlflow_runs(folder, monkeypatch)
+    assert_complete(*mlflow_runs(folder, monkeypatch))
+    assert not list((folder / "results").glob("*/.tmp-*"))
+
+
+def assert_complete(api, runs):
     assert len(runs) == 5, "the sweep's run and one for each point"
     assert {run.info.status for run in runs} == {"FINISHED"}
     for run in runs:
         for name in ("loss", "eval_loss"):
             steps = [metric.step for metric in api.get_metric_history(run.info.run_id, name)]
             assert len(steps) == len(set(steps)), "no step twice"
-    assert not list((folder / "results").glob("*/.tmp-*"))
+        assert steps or run.data.tags[tracking.RUN_TAG] == "-", "every run has its curves"
 
 
 def test_two_commands_at_once_share_the_work(project, monkeypatch):
@@ -226,3 +230,29 @@ def test_whatever_is_killed_and_when_the_sweep_ends_as_undisturbed(project, monk
     for path in adapters:
         expected, found = load_file(path), load_file(folder / path.relative_to(undisturbed))
         assert all(torch.equal(weight, found[name]) for name, weight in expected.items()), path
+
+
+def test_what_a_dead_server_missed_is_sent_by_the_next_command(project):
+    folder, command = project
+    server = stores.Server(folder / "server").start()
+    command[-1] += f" tracking.tracking_uri={server.uri}"
+    try:
+        training = start(command, folder, "training")
+        deadline = time.monotonic() + 200
+        while not list((folder / "results" / ".state").glob("*/metrics.jsonl")) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        server.kill()
+        assert training.wait(timeout=500) == 0, output(folder, "training")
+        assert "tracking: not up to date" in output(folder, "training")
+        for name, jobs in (("dead", 1), ("dead-again", 1), ("alive", 1), ("done", 0)):
+            if name == "alive":
+                server.start()
+            again = start(command, folder, name)
+            assert again.wait(timeout=100) == 0, output(folder, name)
+            assert jobs_in(output(folder, name)) == ({"compare_runs": 1} if jobs else {})
+            assert ("tracking: not up to date" in output(folder, name)) is name.startswith("dead")
+        api = tracking.client({"tracking_uri": server.uri})
+        experiment = api.get_experiment_by_name("test").experiment_id
+        assert_complete(api, api.search_runs([experiment]))
+    finally:
+        server.kill()

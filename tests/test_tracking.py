@@ -152,7 +152,7 @@ def wait_for(text, caplog, seconds=60):
         time.sleep(0.05)
 
 
-DOWN, BACK = "training goes on", "tracking store is back"
+DOWN, BACK = "training goes on", "is back and has the curves"
 
 
 @pytest.fixture

@@ -34,8 +34,13 @@ def snakemake(folder: Path, *arguments: str, check: bool = True) -> subprocess.C
 
 def executed(done: subprocess.CompletedProcess) -> dict[str, int]:
     """rule -> how many of its jobs ran, less the rule that only asks."""
+    return jobs_in(done.stdout + done.stderr)
+
+
+def jobs_in(output: str) -> dict[str, int]:
+    """As `executed`, from the text that Snakemake printed."""
     counts: dict[str, int] = {}
-    for rule in re.findall(r"^\s*(?:local)?rule (\w+):", done.stdout + done.stderr, flags=re.MULTILINE):
+    for rule in re.findall(r"^\s*(?:local)?rule (\w+):", output, flags=re.MULTILINE):
         counts[rule] = counts.get(rule, 0) + 1
     counts.pop("all", None)
     return counts

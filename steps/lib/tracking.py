@@ -250,11 +250,11 @@ class _Sender(threading.Thread):
             try:
                 self._send(unsent)
             except Exception as error:  # whatever it is, training goes on, and the files have everything
-                self._say(down=True, reason=f": {_one_line(error)}; training goes on, and what is missed is sent later")
+                self._say(True, f": {_one_line(error)}; training goes on, and what is missed is sent later")
                 self.curves = None  # the batch may have arrived all the same: ask the store anew what it has
                 pause = min(LONGEST_PAUSE, max(flush, 2 * pause))
             else:
-                self._say(down=False, reason=" is back and has the curves")
+                self._say(False, " is back and has the curves")
                 unsent, pause = [], flush
 
     def _send(self, lines: list[dict]) -> None:
@@ -268,9 +268,9 @@ class _Sender(threading.Thread):
             _check_lock(tracking)
         self.curves.send(lines)
 
-    def _say(self, down: bool, reason: str) -> None:
+    def _say(self, down: bool, what: str) -> None:
         if down != self.down:
-            log.info("tracking store%s", reason)
+            log.info("tracking store %s%s", store_uri(self.target["tracking"]), what)
         self.down = down
 
 
@@ -422,4 +422,9 @@ def _champion(api, name: str):
 
 
 def _one_line(error: Exception) -> str:
+    """What is wrong; for a server that cannot be reached, the refusal itself, which MLflow's text leaves out."""
+    chain = [error]
+    while inner := chain[-1].__cause__ or chain[-1].__context__:
+        chain.append(inner)
+    error = next((inner for inner in reversed(chain) if isinstance(inner, OSError)), error)
     return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
