@@ -71,14 +71,17 @@ def _check_lock(tracking: dict) -> None:
         return
     from sqlalchemy import make_url
 
-    with contextlib.closing(sqlite3.connect(make_url(uri).database, timeout=LOCK_SECONDS)) as database:
+    file = make_url(uri).database
+    if not Path(file).exists():
+        return
+    with contextlib.closing(sqlite3.connect(file, timeout=LOCK_SECONDS)) as database:
         if tracking["tracking_uri"] is None:  # ours: readers (the UI) and writers (jobs) shall not block each other
             database.execute("PRAGMA journal_mode=WAL")
         database.execute("BEGIN IMMEDIATE")
 
 
 def _open(tracking: dict) -> tuple:
-    """As `_connect`, where the store may be a fresh one: two commands that both meet it would both fill it."""
+    """As `_connect`, where there may be no store yet: two commands that both meet none would both fill the file."""
     with locked(Path("results/mlflow.db")):
         if tracking["tracking_uri"] is None:
             _make_store(tracking)

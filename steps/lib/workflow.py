@@ -130,7 +130,7 @@ def on_success(plan: planning.Plan) -> None:
     """Show what came out."""
     from steps.compare_runs import print_leaderboard
 
-    if not Path(plan.complete).exists():  # --until some stage
+    if not (Path(plan.complete).exists() and all(map(_has_report, plan.runs))):  # --until some stage
         _mirror(plan, None, unfinished="FINISHED")
         return
     folder = Path(plan.leaderboard).parent
