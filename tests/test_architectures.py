@@ -161,6 +161,7 @@ def own_answer(network, row: dict, tokenizer) -> list[int]:
     """What transformers' own greedy generation answers, up to and with the end of sequence."""
     prompt = torch.tensor([row["input_ids"][: row["prompt_length"]]])
     ends = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    network.generation_config.forced_eos_token_id = None  # BART's default, which Temper leaves out like all of them
     made = network.generate(prompt, max_new_tokens=GREEDY["max_new_tokens"], do_sample=False, **ends)[0].tolist()
     ids = made[1 if network.config.is_encoder_decoder else prompt.shape[1] :]
     return ids[: ids.index(tokenizer.eos_token_id) + 1] if tokenizer.eos_token_id in ids else ids
