@@ -157,6 +157,16 @@ def own_loss(network, rows: list[dict], pad: int) -> tuple[float, int]:
     return total, tokens
 
 
+def own_answer(network, row: dict, tokenizer) -> list[int]:
+    """What transformers' own greedy generation answers, up to and with the end of sequence."""
+    prompt = torch.tensor([row["input_ids"][: row["prompt_length"]]])
+    ends = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    network.generation_config.forced_eos_token_id = None  # BART's default, which Temper leaves out like all of them
+    made = network.generate(prompt, max_new_tokens=GREEDY["max_new_tokens"], do_sample=False, **ends)[0].tolist()
+    ids = made[1 if network.config.is_encoder_decoder else prompt.shape[1] :]
+    return ids[: ids.index(tokenizer.eos_token_id) + 1] if tokenizer.eos_token_id in ids else ids
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_whole_chain(workspace, family):
     write_inputs(family)
@@ -189,6 +199,7 @@ def test_the_whole_chain(workspace, family):
     single = [generation.generate_answers(model, tokenizer, [row], GREEDY, stop).ids[0] for row in test]
     assert together == single, "padding changes no answer"
     assert len({tuple(ids) for ids in together}) > 1
+    assert single == [own_answer(model, row, tokenizer) for row in test]
     text = Path("splits/audit.txt").read_text()
     assert ">>>positive<|im_end|><<<" in text
     assert ("\n=> >>>" in text) == (family in ENCODER_DECODERS)
@@ -296,6 +307,8 @@ def test_preferences_of_an_encoder_decoder(workspace):
         assert row["prompt_length"] == len(row["input_ids"]) == len(row["rejected_input_ids"])
         for side, name in ((chosen_of, "ref_chosen_logps"), (rejected_of, "ref_rejected_logps")):
             assert figure[name] == pytest.approx(-own_loss(network, [side(row)], 0)[0], rel=1e-4)
+    answers = [{"input_ids": [5, 2], "labels": [token, 2]} for token in (7, 8)]
+    assert len({reference_logprobs._key(answer) for answer in answers}) == 2, "remembered apart"
     facts = json.loads(Path("report/metrics.json").read_text())["test"]
     assert math.isfinite(facts["rewards/margins"])
     assert facts["preference_accuracy"] >= 0.5
