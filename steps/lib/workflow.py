@@ -14,7 +14,7 @@ from pathlib import Path
 from steps.lib import plan as planning
 from steps.lib import tracking
 from steps.lib.errors import UserError, one_line_errors, suggest
-from steps.lib.keys import canonical_json
+from steps.lib.keys import PACKAGE_ROOT, canonical_json
 
 FROZEN = "TEMPER_PLAN"  # environment variable: jobs that parse the Snakefile again read this plan
 STARTED = time.time()  # logs older than this command are not its failures
@@ -23,7 +23,9 @@ CONFIG_KEYS = ("experiment", "sweep", "overrides")
 
 def load_plan(config: dict) -> planning.Plan:
     """The plan of this command: frozen once by the main process, then read by every job."""
-    os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # jobs run with our Python
+    # Jobs run with our Python, and with the very code that the keys were made of, whatever is installed.
+    os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(PACKAGE_ROOT), os.environ.get("PYTHONPATH")]))
     with one_line_errors():
         for key in config:
             if key not in CONFIG_KEYS:
