@@ -158,8 +158,8 @@ def _end_of(log: Path) -> str:
     if lines[-1].startswith(("error: ", "interrupted")) or "Traceback (most recent call last)" in text:
         return lines[-1]
     return (
-        "killed from outside, most likely by the system for want of memory "
-        f"(lower train.per_device_train_batch_size, or run with fewer --cores); its last line was: {lines[-1]}"
+        "killed from outside: by somebody, or by the system for want of memory "
+        f"(then lower train.per_device_train_batch_size, or run with fewer --cores); its last line was: {lines[-1]}"
     )
 
 
