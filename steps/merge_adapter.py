@@ -113,12 +113,13 @@ def _merge(network, adapter: Path):
     error = (after - before).abs().mean()
     difference, share = (error / before.std()).item(), (error / (before - base).abs().mean()).item()
     log.info(
-        "merged: rounding moves the logits by %.2g of their spread (up to %g is fine), %.0f%% of the adapter's effect%s",
+        "merged: rounding moves the logits by %.2g of their spread (up to %g is fine), %.0f%% of the adapter's effect",
         difference,
         TOLERANCE,
         100 * share,
-        "; merge.dtype=float32 keeps all of it" if share > NOTABLE else "",
     )
+    if share > NOTABLE:
+        log.info("merge.dtype=float32 keeps all of it, in a file of twice the size")
     if not difference <= TOLERANCE:
         raise UserError(
             f"{adapter}: the merged model's logits differ from the adapter's by {difference:.2g} of their spread "
