@@ -12,7 +12,6 @@ from steps.lib import plan as planning
 from tests.conftest import ROOT, SHARED
 from tests.workflow_tools import executed, leaderboard, snakemake
 
-pytestmark = pytest.mark.xdist_group("workflow")
 DOWNLOADS = ROOT / "results" / ".state" / "downloads"  # of `make demo`, if it ran: the same wheel need not come again
 
 
