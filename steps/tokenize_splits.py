@@ -30,6 +30,7 @@ STAGE = "tokenize_splits"
 SPLITS = ("train", "validation", "test")
 BATCH = 1000
 SHOWN = 5  # rows in audit.txt
+NOTABLE = 0.05  # more rows than this share beyond max_length are worth a warning
 
 log = logging.getLogger("temper")
 
@@ -262,6 +263,14 @@ def _report(audits: dict[str, dict]) -> None:
             audit["longest"],
             audit["quantiles"].get("0.99"),
         )
+        if audit["longer_than_max_length"] > NOTABLE * audit["read"]:
+            log.warning(
+                "warning: %d of %d rows of %s are longer than tokenize.max_length; %s would keep 99%% of them",
+                audit["longer_than_max_length"],
+                audit["read"],
+                split,
+                audit["suggested_max_length"],
+            )
 
 
 def main(argv=None) -> None:
