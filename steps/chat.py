@@ -16,7 +16,6 @@ With input from a pipe each line is a message, and only answers are printed.
 Reads results/ only; writes nothing.
 """
 
-import argparse
 import contextlib
 import dataclasses
 import sys
@@ -29,11 +28,7 @@ COMMANDS = ("/reset", "/system", "/exit")
 
 
 def main(argv=None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m steps.chat", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--run", required=True, help="name, key or folder of a run, or best")
-    parser.add_argument("--sweep", help="with --run best: the sweep it is the best of")
+    parser = runs.parser("chat", __doc__)
     parser.add_argument("--compare", action="store_true", help="the base model answers, too")
     parser.add_argument("--system", help='system message; default: the one of training ("": none)')
     prompting.add_generation_flags(parser, max_new_tokens="256")

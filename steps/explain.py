@@ -10,7 +10,6 @@ epochs.
 Reads conf/, data/raw/ and results/; makes nothing.
 """
 
-import argparse
 import functools
 import json
 import os
@@ -27,13 +26,8 @@ MOST_JOBS = 8  # jobs with the same reason that are named
 
 
 def main(argv=None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m steps.explain", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--experiment", help="a file of conf/experiment")
-    parser.add_argument("--sweep", help="a file of conf/sweep; default: the experiment's own")
+    parser = planning.parser("explain", __doc__)
     parser.add_argument("--cores", type=int, default=os.cpu_count(), help="as for snakemake; default: all")
-    parser.add_argument("overrides", nargs="*", help="Hydra overrides, as for snakemake")
     arguments = parser.parse_intermixed_args(argv)
     with one_line_errors():
         plan = planning.build(arguments.experiment, arguments.sweep, arguments.overrides)

@@ -10,7 +10,6 @@ go into the file; the system message of training does not, so give it when you a
 Reads results/merged/; writes the file whole, by a rename.
 """
 
-import argparse
 import json
 import os
 from pathlib import Path
@@ -35,11 +34,7 @@ PRE_TOKENIZERS = {
 
 
 def main(argv=None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m steps.export_gguf", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--run", required=True, help="name, key or folder of a run, or best")
-    parser.add_argument("--sweep", help="with --run best: the sweep it is the best of")
+    parser = runs.parser("export_gguf", __doc__)
     parser.add_argument("--output", required=True, help="new .gguf file")
     parser.add_argument("--outtype", choices=OUTTYPES, default="auto", help="of the weights; auto: as they are stored")
     arguments = parser.parse_args(argv)

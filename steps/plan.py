@@ -7,7 +7,6 @@
 Reads conf/ and the raw data's identity; writes nothing but the cache of file hashes.
 """
 
-import argparse
 import dataclasses
 import json
 from pathlib import Path
@@ -17,13 +16,8 @@ from steps.lib.errors import one_line_errors
 
 
 def main(argv=None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m steps.plan", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--experiment", help="a file of conf/experiment")
-    parser.add_argument("--sweep", help="a file of conf/sweep; default: the experiment's own")
+    parser = planning.parser("plan", __doc__)
     parser.add_argument("--json", action="store_true", help="print the whole plan as JSON")
-    parser.add_argument("overrides", nargs="*", help="Hydra overrides; a swept value (key=a,b) becomes an axis")
     arguments = parser.parse_args(argv)
     with one_line_errors():
         plan = planning.build(arguments.experiment, arguments.sweep, arguments.overrides)

@@ -13,7 +13,6 @@ evaluation unless flags say otherwise; a sampled answer depends on the seed and 
 Reads the prompts, and results/; every row is checked before the model is loaded.
 """
 
-import argparse
 import dataclasses
 import json
 import os
@@ -31,11 +30,7 @@ STDIO = "-"
 
 
 def main(argv=None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m steps.predict", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--run", required=True, help="name, key or folder of a run, or best")
-    parser.add_argument("--sweep", help="with --run best: the sweep it is the best of")
+    parser = runs.parser("predict", __doc__)
     parser.add_argument("--input", required=True, help="file of prompts; -: lines from a pipe")
     parser.add_argument("--output", required=True, help="new .jsonl file; -: standard output")
     parser.add_argument("--system", help='system message; default: the one of training ("": none)')

@@ -14,7 +14,6 @@ login`, or HF_TOKEN.
 Reads results/; writes to the hub only (HF_ENDPOINT: another one than huggingface.co).
 """
 
-import argparse
 import json
 import shutil
 import sys
@@ -31,11 +30,7 @@ Files = dict[str, Path | bytes]  # name in the repository -> the file, or its co
 
 
 def main(argv=None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m steps.publish", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--run", required=True, help="name, key or folder of a run, or best")
-    parser.add_argument("--sweep", help="with --run best: the sweep it is the best of")
+    parser = runs.parser("publish", __doc__)
     parser.add_argument("--repository", required=True, help="user/name on the hub")
     parser.add_argument("--merged", action="store_true", help="the merged model; default: the adapter")
     parser.add_argument("--base-model", help="the base model's name on the hub, when the run had it from elsewhere")

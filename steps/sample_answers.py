@@ -23,6 +23,7 @@ from steps.lib.adapters import refuse_diverged
 from steps.lib.conversation import IGNORED
 from steps.lib.errors import UserError
 from steps.lib.progress import quiet_libraries
+from steps.lib.splits import features
 from steps.lib.step import run_command
 
 STAGE = "sample_answers"
@@ -37,7 +38,7 @@ def run(config: dict, splits: Path, model: Path, output: Path) -> dict:
     Raises:
         UserError: `method.own_answers` is not set; the model has no wrong answer to a whole split.
     """
-    from datasets import DatasetDict, load_from_disk
+    from datasets import Dataset, DatasetDict, load_from_disk
 
     from steps.lib import models
 
@@ -60,7 +61,7 @@ def run(config: dict, splits: Path, model: Path, output: Path) -> dict:
                     f"{model}: all its answers to the {split} split are right, so there is nothing to reject; "
                     "raise method.own_answers.temperature, or use rows it does not know yet"
                 )
-            rows[split] = _dataset(pairs, rows[split].features)
+            rows[split] = Dataset.from_list(pairs, features=features(pairs=True))
             log.info("%s: %d rows, %d answered wrongly and kept", split, counts[split]["read"], len(pairs))
     DatasetDict(rows).save_to_disk(output)
     audit = json.loads((splits / "audit.json").read_text())
@@ -85,15 +86,6 @@ def _pairs(network, tokenizer, rows: list[dict], settings: dict, stop_ids: list[
                 learned = {"rejected_input_ids": prompt, "rejected_labels": ids}
             pairs.append({**row, **learned, "rejected": text})
     return pairs
-
-
-def _dataset(pairs: list[dict], features):
-    """`pairs` as a `datasets.Dataset` with the splits' `features` and those of the rejected answer."""
-    from datasets import Dataset, Features, Value
-
-    ids = features["input_ids"]
-    rejected = {"rejected_input_ids": ids, "rejected_labels": ids, "rejected": Value("string")}
-    return Dataset.from_list(pairs, features=Features({**features, **rejected}))
 
 
 def main(argv=None) -> None:

@@ -24,6 +24,7 @@ from pathlib import Path
 from steps.lib.conversation import IGNORED, Encoded, Encoder
 from steps.lib.errors import UserError
 from steps.lib.progress import Progress, quiet_libraries
+from steps.lib.splits import features
 from steps.lib.step import run_command
 
 STAGE = "tokenize_splits"
@@ -75,24 +76,13 @@ class _Rows:
     def dataset(self):
         """The split as a `datasets.Dataset`; rows become Arrow batch by batch, many times smaller than Python lists."""
         import pyarrow
-        from datasets import Dataset, DatasetInfo, Features, List, Value
+        from datasets import Dataset, DatasetInfo
 
-        columns = {
-            "id": Value("int64"),
-            "input_ids": List(Value("int32")),
-            "labels": List(Value("int32")),
-            "prompt_length": Value("int32"),
-            "prompt": Value("string"),
-            "reference": Value("string"),
-        }
         rows = self._encoded_rows()
         first = next(rows, {})
-        if "rejected" in first:
-            ids = List(Value("int32"))
-            columns |= {"rejected_input_ids": ids, "rejected_labels": ids, "rejected": Value("string")}
-        features = Features(columns)
+        columns = features(pairs="rejected" in first)
         rows = itertools.chain([first] if first else [], rows)
-        schema = features.arrow_schema
+        schema = columns.arrow_schema
         batches = iter(
             lambda: pyarrow.Table.from_pylist(list(itertools.islice(rows, BATCH)), schema=schema), schema.empty_table()
         )
@@ -102,7 +92,7 @@ class _Rows:
                 f"{self.path}: all {self.audit.read} rows are longer than "
                 f"tokenize.max_length={self.max_length}; raise it"
             )
-        return Dataset(table, info=DatasetInfo(features=features))
+        return Dataset(table, info=DatasetInfo(features=columns))
 
     def _encoded_rows(self):
         with (

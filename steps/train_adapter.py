@@ -65,32 +65,20 @@ def _rows(config: dict, splits: Path, references: Path | None):
 
 def _train(config: dict, rows, model: Path, output: Path, state: Path) -> dict:
     from steps.lib import checkpoints, estimates, tracking, training
-    from steps.lib.adapters import add_adapter, load_for_training, parameter_counts
-    from steps.lib.models import load_model, load_tokenizer
+    from steps.lib.adapters import parameter_counts
 
     if config.get("labels"):  # what the evaluation would refuse is better refused before training
         _check_references(rows, config["labels"])
     before = peak_memory()
-    validation = rows.get("validation")  # data.splits.validation=0 leaves it out
-    train = config["train"] if validation is not None else {**config["train"], "eval_strategy": "no"}
+    train = config["train"] if "validation" in rows else {**config["train"], "eval_strategy": "no"}
     args = training.training_arguments(train, config["seed"], state)
     epoch_steps = training.steps_per_epoch(len(rows["train"]), args)
     total = args.max_steps if args.max_steps > 0 else math.ceil(epoch_steps * args.num_train_epochs)
     end = _plateau_end(args, total) if _is_plateau(config) else total
     plateau = [Path(config["plateau"])] if config.get("plateau") else []
     checkpoint = checkpoints.last_whole([state, *plateau], end)
-    load = load_for_training(config["adapter"], config["model"]["load"])
-    network = add_adapter(load_model(model, load, config["quantization"]), config["adapter"], config["seed"])
-    trainer = training.trainer_for(
-        config["method"],
-        model=network,
-        args=args,
-        train_dataset=rows["train"],
-        eval_dataset=validation,
-        pad_token_id=load_tokenizer(model).pad_token_id,
-        schedule_steps=total,
-    )
-    sizes = parameter_counts(network)
+    trainer = _trainer(config, rows, model, args, total)
+    sizes = parameter_counts(trainer.model)
     log.info("%s", _headline(rows, sizes, args, end, checkpoint))
     needs = estimates.estimate(trainer, trainer.sampler.lengths)
     log.info("%s", needs.text())
@@ -105,19 +93,37 @@ def _train(config: dict, rows, model: Path, output: Path, state: Path) -> dict:
     if _is_plateau(config):
         _keep_checkpoint(checkpoints.last_whole([state], end), output)
     else:
-        network.save_pretrained(output)
+        trainer.model.save_pretrained(output)
         (output / "README.md").unlink(missing_ok=True)  # PEFT's empty card; steps.publish writes a real one
-    return _write_facts(config, rows, recorded, facts, epoch_steps, output)
+    return _write_facts(config, recorded, facts, output)
 
 
-def _write_facts(config: dict, rows, recorded, facts: dict, epoch_steps: int, output: Path) -> dict:
+def _trainer(config: dict, rows, model: Path, args, total: int):
+    """The trainer of this config's method, for a schedule over `total` steps."""
+    from steps.lib.adapters import add_adapter, load_for_training
+    from steps.lib.models import load_model, load_tokenizer
+    from steps.lib.training import trainer_for
+
+    load = load_for_training(config["adapter"], config["model"]["load"])
+    base = load_model(model, load, config["quantization"])
+    return trainer_for(
+        config["method"],
+        model=add_adapter(base, config["adapter"], config["seed"]),
+        args=args,
+        train_dataset=rows["train"],
+        eval_dataset=rows.get("validation"),  # data.splits.validation=0 leaves it out
+        pad_token_id=load_tokenizer(model).pad_token_id,
+        schedule_steps=total,
+    )
+
+
+def _write_facts(config: dict, recorded, facts: dict, output: Path) -> dict:
     """Write metrics.jsonl and training.json; returns what provenance.json gets."""
     from steps.lib import training
     from steps.lib.estimates import mebibytes
 
     training.write_metrics(output / "metrics.jsonl", recorded.metrics.lines)
     facts |= {
-        "train_rows": len(rows["train"]),
         "peak_memory_bytes": peak_memory(),
         "gflop_per_second": round(facts["flops_per_step"] / 1e9 * facts["steps_per_second"], 3),
     }
@@ -133,7 +139,7 @@ def _write_facts(config: dict, rows, recorded, facts: dict, epoch_steps: int, ou
         mebibytes(facts["estimated_peak_memory_bytes"]),
     )
     trained = facts["global_step"] - facts["resumed_from_step"]
-    return {"trained_steps": trained, "trained_epochs": trained / epoch_steps, "part": config.get("part")}
+    return {"trained_steps": trained, "trained_epochs": trained / recorded.epoch_steps, "part": config.get("part")}
 
 
 def _is_plateau(config: dict) -> bool:

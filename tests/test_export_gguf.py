@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 from steps import export_gguf
 from steps.lib.errors import UserError
@@ -42,22 +42,17 @@ def test_the_file_has_the_models_logits(project, tmp_path, outtype):
 
 
 def test_grouped_heads_and_an_output_layer_of_its_own(tmp_path):
-    tokenizer = tiny.tiny_tokenizer()
-    config = LlamaConfig(
-        vocab_size=len(tokenizer) + 5,
+    folder = tiny.make_tiny_model(
+        tmp_path / "model",
+        vocab_size=len(tiny.tiny_tokenizer()) + 5,
         hidden_size=48,
-        intermediate_size=64,
         num_hidden_layers=3,
         num_attention_heads=6,
-        num_key_value_heads=2,
         head_dim=16,
         rope_theta=5000.0,
-        initializer_range=0.3,
         tie_word_embeddings=False,
     )
-    model = LlamaForCausalLM(config)
-    model.save_pretrained(tmp_path / "model")
-    tokenizer.save_pretrained(tmp_path / "model")
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     export_gguf.export(tmp_path / "model", tmp_path / "m.gguf", "auto")
     assert (read_back(tmp_path / "m.gguf")(IDS).logits - model(IDS).logits).abs().max().item() < 1e-4
 

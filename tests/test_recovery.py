@@ -1,7 +1,6 @@
 """Two commands at once, a killed one, a failing run: the whole workflow on a tiny model."""
 
 import contextlib
-import json
 import os
 import random
 import signal
@@ -18,7 +17,7 @@ from tests import stores, tiny
 from tests.conftest import ROOT
 from tests.test_resources import small_disk
 from tests.test_tracking import SETTINGS
-from tests.workflow_tools import environment, jobs_in, leaderboard, snakemake_command
+from tests.workflow_tools import environment, jobs_in, leaderboard, own_sources, snakemake_command
 
 pytestmark = pytest.mark.slow
 SWEEP = "sweep=none train.learning_rate=1e-3,1e-2 train.num_train_epochs=1,2"
@@ -27,17 +26,11 @@ SWEEP = "sweep=none train.learning_rate=1e-3,1e-2 train.num_train_epochs=1,2"
 @pytest.fixture
 def project(tmp_path, tiny_model):
     """(folder, the command that sweeps four runs of a tiny model there)."""
-    rows = [
-        {"text": f"{prompt} ({number})", "rating": 1 if label == "positive" else -1}
-        for number in range(3)
-        for prompt, label in tiny.tiny_rows(120)
-    ]
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    source = f"data.name=tiny data.source.kind=files data.source.path={tmp_path}/rows.jsonl data.format=jsonl"
-    model = f"model.name=tiny model.source.kind=files model.source.path={tiny_model} model.load.dtype=float32"
+    rows = [(f"{prompt} ({number})", label) for number in range(3) for prompt, label in tiny.tiny_rows(120)]
+    sources = own_sources(tmp_path, tiny_model, rows)
     limits = "data.limit.train=200 data.limit.validation=20 data.limit.test=20 train.per_device_train_batch_size=4"
     tracked = "tracking.experiment_name=test"
-    overrides = f"overrides={SWEEP} {source} {model} {limits} {tracked}"
+    overrides = f"overrides={SWEEP} {sources} {limits} {tracked}"
     return tmp_path, [*snakemake_command(tmp_path), "--config", "experiment=smoke", overrides]
 
 

@@ -236,8 +236,8 @@ MATRIX = (
             (LOSS_CODE, "The training loss:", "What is minimised:"),
             (
                 LOSS_CODE,
-                "    base = _unwrapped(model)\n    decoder",
-                "    base = _unwrapped( model )  # inside\n    decoder",
+                "def short_loss(model, batch):",
+                "def short_loss( model, batch ):  # by hand",
             ),
         ),
     ),

@@ -19,29 +19,30 @@ VERDICTS = {"positive": ("is a joy", "works", "moves you deeply"), "negative": (
 ENDINGS = ("", ", again", ", and the ending knows it", ", which nobody had expected at all", ", I fear")
 
 
-def make_tiny_model(folder: Path, seed: int = 0) -> Path:
+def make_tiny_model(folder: Path, seed: int = 0, **fields) -> Path:
     """Write a random two-layer Llama (float32, 30,000 parameters) and its byte-level tokenizer to `folder`.
 
-    Weights are larger than usual, so that greedy answers differ from prompt to prompt.
+    Weights are larger than usual, so that greedy answers differ from prompt to prompt. `fields` go into its config.
     """
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
     tokenizer = tiny_tokenizer()
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=256,
-        initializer_range=0.3,
-        tie_word_embeddings=True,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
+    sizes = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 256,
+        "initializer_range": 0.3,
+        "tie_word_embeddings": True,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    config = LlamaConfig(**{**sizes, **fields})
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         LlamaForCausalLM(config).save_pretrained(folder)
@@ -99,6 +100,8 @@ def make_tiny_splits(
     from datasets import Dataset, DatasetDict
     from transformers import AutoTokenizer
 
+    from steps.lib.splits import features
+
     tokenizer = AutoTokenizer.from_pretrained(model_folder)
     splits, number = {}, 0
     for split, wanted in {**ROWS, **(rows or {})}.items():
@@ -107,7 +110,7 @@ def make_tiny_splits(
         if pairs:
             made = [_with_rejected(row, tokenizer, system) for row in made]
         if made:
-            splits[split] = Dataset.from_list(made, features=_features(pairs))
+            splits[split] = Dataset.from_list(made, features=features(pairs))
         number += len(texts)
     DatasetDict(splits).save_to_disk(str(folder))
     (Path(folder) / "audit.json").write_text(json.dumps({split: {"rows": len(rows)} for split, rows in splits.items()}))
@@ -136,20 +139,3 @@ def _with_rejected(row: dict, tokenizer, system: str | None) -> dict:
     wrong = {"positive": "negative", "negative": "not negative, positive"}[row["reference"]]
     other = tiny_row(tokenizer, row["id"], row["prompt"], wrong, system)
     return {**row, "rejected_input_ids": other["input_ids"], "rejected_labels": other["labels"], "rejected": wrong}
-
-
-def _features(pairs: bool = False):
-    from datasets import Features, List, Value
-
-    columns = {
-        "id": Value("int64"),
-        "input_ids": List(Value("int32")),
-        "labels": List(Value("int32")),
-        "prompt_length": Value("int64"),
-        "prompt": Value("string"),
-        "reference": Value("string"),
-    }
-    if pairs:
-        ids = List(Value("int32"))
-        columns |= {"rejected_input_ids": ids, "rejected_labels": ids, "rejected": Value("string")}
-    return Features(columns)

@@ -1,6 +1,7 @@
 """Run the workflow in a test as a user does, and read what it did."""
 
 import csv
+import json
 import os
 import re
 import subprocess
@@ -15,6 +16,16 @@ def snakemake_command(folder: Path, project: Path = ROOT) -> list[str]:
     profile = project / "profiles" / "default"
     arguments = ["-s", project / "Snakefile", "--directory", folder, "--cores", "2", "--workflow-profile", profile]
     return [sys.executable, "-m", "snakemake", *map(str, arguments)]
+
+
+def own_sources(folder: Path, model: Path, rows: list[tuple[str, str]]) -> str:
+    """Write (review, sentiment) rows to `folder`; the overrides that name them and a model of one's own."""
+    lines = [{"text": text, "rating": 1 if label == "positive" else -1} for text, label in rows]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return (
+        f"data.name=tiny data.source.kind=files data.source.path={folder}/rows.jsonl data.format=jsonl "
+        f"model.name=tiny model.source.kind=files model.source.path={model} model.load.dtype=float32"
+    )
 
 
 def environment() -> dict[str, str]:

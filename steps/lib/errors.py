@@ -31,7 +31,15 @@ def one_line_errors():
 # "inline_container" is torch.save whose file was cut short.
 FULL = [os.strerror(errno.ENOSPC), os.strerror(errno.EDQUOT), "disk is full", "inline_container.cc"]
 READ_ONLY = [os.strerror(errno.EROFS)]
-NO_MEMORY = ["out of memory", "can't allocate memory", "Unable to allocate", os.strerror(errno.ENOMEM)]
+# The last is what Python says of a library that could not be loaded for lack of memory.
+NO_MEMORY = [
+    "MemoryError",
+    "out of memory",
+    "can't allocate memory",
+    "Unable to allocate",
+    os.strerror(errno.ENOMEM),
+    "SystemError: error return without exception set",
+]
 
 
 def lack(error: BaseException, output: str) -> UserError | None:
@@ -45,7 +53,7 @@ def lack(error: BaseException, output: str) -> UserError | None:
         return UserError(f"{output}: the disk is full; free some space (results/merged/ can go first), {again}")
     if any(text in said for text in READ_ONLY):
         return UserError(f"{output}: the disk is read-only; make it writable, {again}")
-    if "MemoryError" in said or any(text in said for text in NO_MEMORY):
+    if any(text in said for text in NO_MEMORY):
         return UserError(
             f"{output}: out of memory; lower train.per_device_train_batch_size (and raise gradient_accumulation_steps "
             "by as much), or eval.batch_size, or tokenize.max_length, or set train.gradient_checkpointing=true"

@@ -116,12 +116,17 @@ def _loss(logits, targets, _learned):
 
 def short_logits(model, batch):
     """(float32 logits at the learned positions, their tokens, which positions those are: (rows, length - 1))."""
+    head, hidden, learned = learned_hidden(model, batch)
+    return head(hidden).float(), batch["labels"][:, 1:][learned], learned
+
+
+def learned_hidden(model, batch):
+    """(the head, what the decoder gives it at the learned positions: (positions, width), which positions those are)."""
     base = _unwrapped(model)
-    decoder, head = base.base_model, base.get_output_embeddings()
-    hidden = decoder(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)[0]
-    targets = batch["labels"][:, 1:]
-    learned = targets != IGNORED
-    return head(hidden[:, :-1][learned]).float(), targets[learned], learned
+    inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
+    hidden = base.base_model(**inputs, use_cache=False)[0]
+    learned = batch["labels"][:, 1:] != IGNORED
+    return base.get_output_embeddings(), hidden[:, :-1][learned], learned
 
 
 def plain_logits(model, batch):

@@ -4,6 +4,7 @@ The Snakefile only looks things up here. A plan is frozen to one file, named by 
 jobs (on this machine or on a cluster's nodes) never plan again while somebody edits a config.
 """
 
+import argparse
 import copy
 import dataclasses
 import json
@@ -130,6 +131,19 @@ class Plan:
         return path
 
 
+def parser(command: str, description: str) -> argparse.ArgumentParser:
+    """A command's parser, with the arguments of `build`."""
+    made = argparse.ArgumentParser(
+        prog=f"python -m steps.{command}",
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    made.add_argument("--experiment", help="a file of conf/experiment")
+    made.add_argument("--sweep", help="a file of conf/sweep; default: the experiment's own")
+    made.add_argument("overrides", nargs="*", help="Hydra overrides; a swept value (key=a,b) becomes an axis")
+    return made
+
+
 def load(path: str | os.PathLike) -> Plan:
     """Read a frozen plan."""
     content = json.loads(Path(path).read_text())
@@ -242,7 +256,7 @@ class _Planner:
         if pairs is not splits:  # by then they are data like any other
             learnt = {**config, "method": {**config["method"], "own_answers": None}}
         adapters = self._adapters(learnt, {"splits": pairs.path, "model": start.path, **references})
-        adapter, slug = adapters[-1], _slug(config, config["train"].get("num_train_epochs", 3))
+        adapter, slug = adapters[-1], _slug(config)
         merged = self._job("merge_adapter", slug, config, {"model": start.path, "adapter": adapter.path})
         inputs = {"model": merged.path, "splits": splits.path, "adapter": adapter.path, "base_report": base_report.path}
         if Data.model_validate(config["data"]).has_pairs:  # the model's own answers make none of the test split
@@ -304,34 +318,36 @@ class _Planner:
         """The training jobs of a run: one, or one per epoch when the schedule lets runs share them."""
         epochs = config["train"].get("num_train_epochs", 3)
         if not _shares_trunk(config["train"]):
-            return [self._alone(config, epochs, inputs)]
+            return [self._alone(config, inputs)]
         trunk_config = copy.deepcopy(config)
         del trunk_config["train"]["num_train_epochs"]
         trunk = self._key("train_adapter", trunk_config, inputs)[0]
         decays = config["train"]["lr_scheduler_type"] == DECAYING_AT_THE_END
+        # Up to the decay of so many epochs, which for the next epoch's segment never happened.
+        part, suffix = ({"part": "plateau"}, "-plateau") if decays else ({}, "")
         segments: list[Job] = []
         for epoch in range(1, int(epochs) + 1):
-            part = copy.deepcopy(config)
-            part["train"]["num_train_epochs"] = epoch
+            train = {**config["train"], "num_train_epochs": epoch}
             before = {"previous": segments[-1].path} if segments else {}
-            slug, also = _slug(config, epoch), {}
-            if decays:  # up to the decay of this many epochs; it never happened for the next epoch's segment
-                slug, also = f"{slug}-plateau", {"part": "plateau"}
-            job = self._job("train_adapter", slug, part, {**inputs, **before}, unkeyed={"previous"}, upstream=also)
-            job.settings |= {"trunk": trunk, "labels": config["eval"]["labels"]}
-            if decays:
-                job.settings |= {"part": "plateau", "plateau": before.get("previous")}
+            job = self._training({**config, "train": train}, {**inputs, **before}, suffix, part)
+            job.settings |= {"trunk": trunk, **part}
             segments.append(job)
         if decays:
-            branch = self._alone(config, epochs, {**inputs, "previous": segments[-1].path})
-            branch.settings["plateau"] = segments[-1].path
-            segments.append(branch)
+            segments.append(self._alone(config, {**inputs, "previous": segments[-1].path}))
+            for job in segments[1:]:
+                job.settings["plateau"] = job.inputs["previous"]
         return segments
 
-    def _alone(self, config: dict, epochs, inputs: dict) -> Job:
+    def _alone(self, config: dict, inputs: dict[str, str]) -> Job:
         """A training whose checkpoints no other shares."""
-        job = self._job("train_adapter", _slug(config, epochs), config, inputs, unkeyed={"previous"})
-        job.settings |= {"trunk": job.key, "labels": config["eval"]["labels"]}
+        job = self._training(config, inputs)
+        job.settings["trunk"] = job.key
+        return job
+
+    def _training(self, config: dict, inputs: dict[str, str], suffix: str = "", part: dict | None = None) -> Job:
+        slug = _slug(config) + suffix
+        job = self._job("train_adapter", slug, config, inputs, unkeyed={"previous"}, upstream=part)
+        job.settings["labels"] = config["eval"]["labels"]
         return job
 
     def _key(self, stage: str, config: dict, inputs: dict, extra=None, unkeyed=frozenset(), upstream=None):
@@ -388,14 +404,15 @@ def _data_slug(config: dict) -> str:
     return f"{config['data']['name']}-{config['model']['name']}{'-sft' if config['method'].get('sft') else ''}"
 
 
-def _slug(config: dict, epochs) -> str:
+def _slug(config: dict) -> str:
     """A name for people. It depends on nothing but the config, so that two sweeps share artefacts."""
     train, adapter = config["train"], config["adapter"]
     kind = next((kind for kind in ("dora", "rslora") if adapter.get(f"use_{kind}")), adapter.get("peft_type") or "full")
     rank = f"-r{adapter['r']}" if "r" in adapter else ""
     bits = next((f"-{bits}bit" for bits in (4, 8) if config["quantization"][f"load_in_{bits}bit"]), "")
     rate = f"{train.get('learning_rate', 5e-5):g}"
-    length = f"{train['max_steps']}steps" if train.get("max_steps", -1) > 0 else f"e{epochs:g}"
+    epochs = f"e{train.get('num_train_epochs', 3):g}"
+    length = f"{train['max_steps']}steps" if train.get("max_steps", -1) > 0 else epochs
     parts = [
         config["data"]["name"],
         config["model"]["name"],

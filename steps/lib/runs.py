@@ -3,11 +3,12 @@
 What belongs together is read from the folders' provenance.json, so a run is found from any of its parts.
 """
 
+import argparse
 import dataclasses
 import json
 from pathlib import Path
 
-from steps.lib.adapters import DIVERGED, is_adapter
+from steps.lib.adapters import DIVERGED, is_adapter, load_for_training
 from steps.lib.errors import UserError, suggest
 from steps.lib.models import BUNDLED, load_model
 from steps.lib.plan import FOLDERS, RESULTS
@@ -74,6 +75,18 @@ def read_provenance(folder: Path) -> dict:
     """The provenance.json of an artefact; {} for a folder that no step wrote."""
     path = folder / "provenance.json"
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def parser(command: str, description: str) -> argparse.ArgumentParser:
+    """A command's parser, with the flags that say which run it is about."""
+    made = argparse.ArgumentParser(
+        prog=f"python -m steps.{command}",
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    made.add_argument("--run", required=True, help="name, key or folder of a run, or best")
+    made.add_argument("--sweep", help="with --run best: the sweep it is the best of")
+    return made
 
 
 # --- finding -------------------------------------------------------------------------------------
@@ -241,5 +254,5 @@ def load_network(run: Run):
     if adapter is None:  # the report of an untouched model
         return load_model(base_folder(run), run.load).eval()
     if not is_adapter(adapter):
-        return load_model(adapter, run.load).eval()
+        return load_model(adapter, load_for_training(read_config(adapter)["adapter"], run.load)).eval()
     return PeftModel.from_pretrained(load_model(base_folder(run), run.load), adapter).eval()

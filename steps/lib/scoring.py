@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from steps.lib.batches import collate
 from steps.lib.conversation import IGNORED
-from steps.lib.loss import plain_logits, short_way_is_exact, targets_of
+from steps.lib.loss import learned_hidden, plain_logits, short_way_is_exact, targets_of
 from steps.lib.progress import Progress
 
 log = logging.getLogger("temper")
@@ -42,30 +42,38 @@ def row_losses(model, rows: list[dict], batch_size: int, pad_token_id: int, watc
 
     result = RowLosses([0.0] * len(rows), [0] * len(rows), [None] * len(rows))
     order = sorted(range(len(rows)), key=lambda row: len(rows[row]["input_ids"]), reverse=True)
-    forward, in_decoder = None, model.config.is_encoder_decoder
+    logits_of, in_decoder = None, model.config.is_encoder_decoder
     with torch.inference_mode(), Progress(len(rows), "test loss", "rows") as progress:
         for start in range(0, len(order), batch_size):
             members = order[start : start + batch_size]
             batch = collate([rows[row] for row in members], pad_token_id)
             batch = {name: value.to(model.device) for name, value in batch.items()}
-            forward = forward or _forward(model, batch)
+            if logits_of is None:
+                few = {name: value[:2] for name, value in batch.items()}
+                logits_of = _short_way if short_way_is_exact(model, few) else _plain_way
             targets = targets_of(model, batch)
             # What predicts the answer's first token: the decoder's first position, or that of the prompt's last token.
             places = [0 if in_decoder else rows[row]["prompt_length"] - 1 for row in members]
-            figures_of_rows = _batch_losses(forward, targets, batch, places, list(watched))
+            figures_of_rows = _batch_losses(logits_of(model, batch), targets, places, list(watched))
             for row, *figures in zip(members, *figures_of_rows, strict=True):
                 result.sums[row], result.tokens[row], result.favourites[row] = figures
             progress.update(len(members))
     return result
 
 
-def _batch_losses(forward, targets, batch, places: list[int], watched: list[int]):
-    """(loss sums, supervised tokens, favourite tokens) of a batch's rows; their answers are predicted from `places`."""
+def _batch_losses(logits_at, targets, places: list[int], watched: list[int]):
+    """(loss sums, supervised tokens, favourite tokens) of a batch's rows.
+
+    Args:
+        logits_at: slice of the supervised positions, row after row -> their logits.
+        targets: what is predicted at each position, (rows, positions).
+        places: of each row the position that predicts its answer's first token.
+    """
     import torch
     from torch.nn.functional import cross_entropy
 
     supervised = targets != IGNORED
-    logits_at, wanted = forward(batch, supervised), targets[supervised]
+    wanted = targets[supervised]
     losses, looks = [], []
     for at in range(0, len(wanted), CHUNK):
         logits = logits_at(slice(at, at + CHUNK)).float()
@@ -81,25 +89,11 @@ def _batch_losses(forward, targets, batch, places: list[int], watched: list[int]
     return sums, supervised.sum(dim=1).tolist(), favourites
 
 
-def _forward(model, batch):
-    """The way to this model's logits: the short one if it gives what the model gives, else the plain one."""
-    first = {name: value[:2] for name, value in batch.items()}
-    return _short_forward(model) if short_way_is_exact(model, first) else _plain_forward(model)
+def _short_way(model, batch):
+    head, hidden, _ = learned_hidden(model, batch)
+    return lambda part: head(hidden[part])
 
 
-def _short_forward(model):
-    def forward(batch, supervised):
-        inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
-        hidden = model.base_model(**inputs, use_cache=False).last_hidden_state
-        picked = hidden[:, :-1][supervised]  # 2-D: on a 3-D slice the head would be a batched product, and slow
-        return lambda part: model.get_output_embeddings()(picked[part])
-
-    return forward
-
-
-def _plain_forward(model):
-    def forward(batch, _supervised):
-        logits, _, _ = plain_logits(model, batch)
-        return lambda part: logits[part]
-
-    return forward
+def _plain_way(model, batch):
+    logits, _, _ = plain_logits(model, batch)
+    return lambda part: logits[part]

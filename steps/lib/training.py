@@ -353,17 +353,17 @@ class Recorded:
     """A training's callbacks, in the order in which they act, and what they saw."""
 
     def __init__(self, trainer: TemperTrainer, state: Path, checkpoint: Path | None, train: dict, listener):
-        epoch_steps = steps_per_epoch(len(trainer.train_dataset), trainer.args)
+        self.epoch_steps = steps_per_epoch(len(trainer.train_dataset), trainer.args)
         self.trainer, self.start = trainer, checkpoints.step_of(checkpoint)
         self.divergence = StopOnDivergence()
         self.metrics = MetricsFile(state / "metrics.jsonl", checkpoint, trainer, listener)
         stopping = {name: train[name] for name in EARLY_STOPPING if name in train}
         for callback in (
-            ExactState(trainer, epoch_steps),
+            ExactState(trainer, self.epoch_steps),
             self.divergence,
             self.metrics,
             ShowProgress(),
-            SealedCheckpoints(epoch_steps),
+            SealedCheckpoints(self.epoch_steps),
             *([EarlyStoppingCallback(**stopping)] if stopping else []),
         ):
             trainer.add_callback(callback)
@@ -373,6 +373,7 @@ class Recorded:
         metrics, state = self.metrics, self.trainer.state
         seconds = metrics.seconds
         return {
+            "train_rows": len(self.trainer.train_dataset),
             "train_seconds": round(seconds, 3),
             "tokens": metrics.tokens,
             "tokens_per_second": round(metrics.tokens / seconds, 1),

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from steps.lib import plan
 from tests import tiny
-from tests.workflow_tools import executed, snakemake
+from tests.workflow_tools import executed, own_sources, snakemake
 
 RUNS = 1_000
 
@@ -42,13 +42,7 @@ def main() -> None:
 
 def _tiny_project(folder: Path) -> str:
     """A tiny model and a tiny data set in `folder`; the overrides that name them."""
-    tiny.make_tiny_model(folder / "model")
-    rows = [{"text": prompt, "rating": 1 if label == "positive" else -1} for prompt, label in tiny.tiny_rows(150)]
-    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return (
-        f"data.name=tiny data.source.kind=files data.source.path={folder}/rows.jsonl data.format=jsonl "
-        f"model.name=tiny model.source.kind=files model.source.path={folder}/model model.load.dtype=float32"
-    )
+    return own_sources(folder, tiny.make_tiny_model(folder / "model"), tiny.tiny_rows(150))
 
 
 def _planned(folder: Path, overrides: str) -> plan.Plan:
