@@ -92,7 +92,7 @@ def _compute(missing: dict[str, dict], model: Path, config: dict, path: Path) ->
     from steps.lib.models import load_model, load_tokenizer
 
     network = load_model(model, config["model"]["load"], config["quantization"]).eval()
-    loss = SupervisedLoss()
+    loss = SupervisedLoss(share=False)  # an answer's figure must not depend on what else is missing
     padding = load_tokenizer(model).pad_token_id
     figures, waiting, saved = {}, {}, time.monotonic()
     with torch.inference_mode(), Progress(len(missing), "reference", "answers") as progress:

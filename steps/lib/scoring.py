@@ -5,8 +5,7 @@ import logging
 from collections.abc import Sequence
 
 from steps.lib.batches import collate
-from steps.lib.conversation import IGNORED
-from steps.lib.loss import learned_hidden, plain_logits, short_way_is_exact, targets_of
+from steps.lib.loss import SupervisedLoss
 from steps.lib.progress import Progress
 
 log = logging.getLogger("temper")
@@ -35,65 +34,49 @@ class RowLosses:
 def row_losses(model, rows: list[dict], batch_size: int, pad_token_id: int, watched: Sequence[int] = ()) -> RowLosses:
     """Loss of each row (`input_ids`, `labels` with -100 where not supervised, `prompt_length`: see tokenize_splits).
 
-    Rows of similar length share a batch. Logits are computed at supervised positions only, where the model's head is a
-    plain product; this is checked against the model's own forward pass on the first batch.
+    Rows of similar length share a batch, and what its rows begin with is computed once; see `loss.SupervisedLoss`.
     """
     import torch
 
     result = RowLosses([0.0] * len(rows), [0] * len(rows), [None] * len(rows))
     order = sorted(range(len(rows)), key=lambda row: len(rows[row]["input_ids"]), reverse=True)
-    logits_of, in_decoder = None, model.config.is_encoder_decoder
+    loss, in_decoder = SupervisedLoss(), model.config.is_encoder_decoder
     with torch.inference_mode(), Progress(len(rows), "test loss", "rows") as progress:
         for start in range(0, len(order), batch_size):
             members = order[start : start + batch_size]
             batch = collate([rows[row] for row in members], pad_token_id)
             batch = {name: value.to(model.device) for name, value in batch.items()}
-            if logits_of is None:
-                few = {name: value[:2] for name, value in batch.items()}
-                logits_of = _short_way if short_way_is_exact(model, few) else _plain_way
-            targets = targets_of(model, batch)
             # What predicts the answer's first token: the decoder's first position, or that of the prompt's last token.
             places = [0 if in_decoder else rows[row]["prompt_length"] - 1 for row in members]
-            figures_of_rows = _batch_losses(logits_of(model, batch), targets, places, list(watched))
+            figures_of_rows = _batch_losses(loss.predictions(model, batch), places, list(watched))
             for row, *figures in zip(members, *figures_of_rows, strict=True):
                 result.sums[row], result.tokens[row], result.favourites[row] = figures
             progress.update(len(members))
     return result
 
 
-def _batch_losses(logits_at, targets, places: list[int], watched: list[int]):
+def _batch_losses(found, places: list[int], watched: list[int]):
     """(loss sums, supervised tokens, favourite tokens) of a batch's rows.
 
     Args:
-        logits_at: slice of the supervised positions, row after row -> their logits.
-        targets: what is predicted at each position, (rows, positions).
+        found: the `Predictions` of the batch.
         places: of each row the position that predicts its answer's first token.
     """
     import torch
     from torch.nn.functional import cross_entropy
 
-    supervised = targets != IGNORED
-    wanted = targets[supervised]
     losses, looks = [], []
-    for at in range(0, len(wanted), CHUNK):
-        logits = logits_at(slice(at, at + CHUNK)).float()
-        losses.append(cross_entropy(logits, wanted[at : at + CHUNK], reduction="none").cpu())
+    for at in range(0, len(found.targets), CHUNK):
+        part = slice(at, at + CHUNK)
+        logits = found.logits(part)
+        losses.append(cross_entropy(logits, found.targets[part], reduction="none").cpu())
         looks.append(logits[:, watched].cpu())
-    sums, favourites = [0.0] * len(targets), [None] * len(targets)
+    rows = len(found.learned)
+    sums, favourites = [0.0] * rows, [None] * rows
     if losses:
-        positions = supervised.nonzero().tolist()
+        positions = found.learned.nonzero().tolist()
         for (row, position), loss, look in zip(positions, torch.cat(losses).tolist(), torch.cat(looks), strict=True):
             sums[row] += loss
             if watched and position == places[row]:
                 favourites[row] = watched[int(look.argmax())]
-    return sums, supervised.sum(dim=1).tolist(), favourites
-
-
-def _short_way(model, batch):
-    head, hidden, _ = learned_hidden(model, batch)
-    return lambda part: head(hidden[part])
-
-
-def _plain_way(model, batch):
-    logits, _, _ = plain_logits(model, batch)
-    return lambda part: logits[part]
+    return sums, found.learned.sum(dim=1).tolist(), favourites
