@@ -17,7 +17,7 @@ BEST = [
     "train.load_best_model_at_end=true",
     "train.metric_for_best_model=eval_loss",
     "train.early_stopping_patience=2",
-    "train.learning_rate=3",  # so high that the validation loss soon rises
+    "train.learning_rate=0.1",  # so high that the validation loss soon rises
     "train.num_train_epochs=8",
     "adapter.lora_dropout=0",
 ]
@@ -47,9 +47,13 @@ def test_optimizers_by_their_names(workspace, tiny_splits, tiny_model, optim):
     assert min(losses[1:]) < losses[0], "it learns"
 
 
-def test_gradient_checkpointing_changes_no_weight(workspace, tiny_splits, tiny_model):
-    plain = train(tiny_splits, tiny_model, "plain")
-    assert_equal(plain, train(tiny_splits, tiny_model, "checkpointed", "train.gradient_checkpointing=true"))
+def test_gradient_checkpointing_changes_no_loss(workspace, tiny_splits, tiny_model):
+    """Up to rounding: layers that run again get their rows padded."""
+    train(tiny_splits, tiny_model, "plain", "train.logging_steps=1")
+    train(tiny_splits, tiny_model, "checkpointed", "train.logging_steps=1", "train.gradient_checkpointing=true")
+    losses = [[line["loss"] for line in lines(name) if "loss" in line] for name in ("plain", "checkpointed")]
+    assert len(losses[0]) == 6
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
 
 
 def test_evaluations_and_checkpoints_every_few_steps(workspace, tiny_splits, tiny_model):

@@ -63,6 +63,8 @@ class TemperTrainer(Trainer):
         """`schedule_steps`: the total that the learning-rate schedule is made for; the training may end before."""
         super().__init__(data_collator=functools.partial(self.collate, pad_token_id=pad_token_id), **arguments)
         self.remove_callback(PrinterCallback)
+        if self.args.gradient_checkpointing:  # train() does it again; the estimate before it must see it too
+            self.model.gradient_checkpointing_enable(self.args.gradient_checkpointing_kwargs)
         self.supervised_loss = SupervisedLoss()
         self.schedule_steps = schedule_steps
         self.tokens = 0  # real ones (no padding) that were trained on
