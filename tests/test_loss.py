@@ -8,7 +8,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from steps.lib.batches import collate
-from steps.lib.loss import SupervisedLoss, flat_way, plain_way, short_way
+from steps.lib.loss import SupervisedLoss, flat_way, plain_way, short_way, unshared_way
 
 
 @pytest.fixture
@@ -36,7 +36,7 @@ def test_loss_and_gradients_equal_transformers_own(model, batch):
     learned = int((batch["labels"][:, 1:] != -100).sum())
     reference = model(**batch).loss * learned
     expected = gradients(model, reference)
-    for way in (flat_way, short_way, plain_way):
+    for way in (flat_way, unshared_way, short_way, plain_way):
         total, count = way(model, batch).sum_and_count()
         assert count == learned
         torch.testing.assert_close(total, reference)
@@ -53,7 +53,7 @@ def test_the_fastest_way_is_taken_for_a_plain_decoder(model, batch):
     assert loss.way is flat_way
     alone = SupervisedLoss(share=False)
     alone(model, batch)
-    assert alone.way is short_way
+    assert alone.way is unshared_way
 
 
 def test_a_head_that_does_more_falls_back_to_the_plain_way(model, batch):

@@ -105,10 +105,11 @@ def fastest_way(model, batch: dict, pairs: bool = False, share: bool = True) -> 
     few = _some_rows(batch, pairs)
     with torch.no_grad(), _evaluating(model):
         obstacle = _head_obstacle(model, few)
-        if obstacle is None and share:
-            flat_obstacle = _flat_obstacle(model) or _difference(flat_way, model, few, pairs)
+        if obstacle is None:
+            flat = flat_way if share else unshared_way
+            flat_obstacle = _flat_obstacle(model) or _difference(flat, model, few, pairs)
             if flat_obstacle is None:
-                return flat_way
+                return flat
             log.info("loss: rows are padded and share nothing: %s", flat_obstacle)
         obstacle = obstacle or _difference(short_way, model, few, pairs)
     if obstacle is None:
@@ -196,8 +197,17 @@ def _difference(way: Callable, model, batch, pairs: bool) -> str | None:
 
 def flat_way(model, batch, pairs: bool = False) -> Predictions:
     """One row without padding, common tokens once, logits at learned positions only."""
+    return _flat(model, batch, pairs, share=not (model.training and _has_dropout(_unwrapped(model))))
+
+
+def unshared_way(model, batch, pairs: bool = False) -> Predictions:
+    """The flat way, every token of every row computed."""
+    return _flat(model, batch, pairs, share=False)
+
+
+def _flat(model, batch, pairs: bool, share: bool) -> Predictions:
     base, learned = _unwrapped(model), batch["labels"][:, 1:] != IGNORED
-    flat = flatten(batch, learned, pairs=pairs, share=not (model.training and _has_dropout(base)))
+    flat = flatten(batch, learned, pairs=pairs, share=share)
     with flat_attention_in(base) as usual:
         inputs = {"input_ids": flat.input_ids, "position_ids": flat.position_ids}
         hidden = base.base_model(**inputs, use_cache=False, flat=flat, plain=usual == "eager")[0]
