@@ -164,7 +164,8 @@ def _ask(folder: Path, config: dict, test: list[dict]) -> dict:
     loss_seconds = time.perf_counter() - started
     choices = [tokens.get(token) for token in losses.favourites] if tokens else None
     stop_ids = models.stop_token_ids(folder, tokenizer)
-    answers = generation.generate_answers(model, tokenizer, test, settings, stop_ids)
+    known = generation.greedy_references(test, losses.matched, settings, stop_ids)
+    answers = generation.generate_answers(model, tokenizer, test, settings, stop_ids, known)
     rows = [{"loss_sum": total, "tokens": count} for total, count in zip(losses.sums, losses.tokens, strict=True)]
     if "rejected_input_ids" in test[0]:
         _add_preferences(rows, model, test, settings["batch_size"], tokenizer.pad_token_id)

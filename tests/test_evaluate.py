@@ -99,12 +99,65 @@ def test_the_favourite_is_the_likeliest_watched_token(model, tokenizer, rows):
     assert scoring.row_losses(model, rows, 3, tokenizer.pad_token_id).favourites == [None] * len(rows)
 
 
+def test_tokens_of_the_answer_that_the_model_finds_likeliest_are_counted(model, tokenizer, rows):
+    """Each row's reference becomes the model's own answer, cut off or changed at some token."""
+    import torch
+
+    changed, expected = [], []
+    for number, row in enumerate(rows[:6]):
+        ids = row["input_ids"][: row["prompt_length"]]
+        for _ in range(5):
+            with torch.no_grad():
+                ids = [*ids, int(model(torch.tensor([ids])).logits[0, -1].argmax())]
+        agreed = min(number, 5)
+        if agreed < 5:
+            ids[row["prompt_length"] + agreed] ^= 1
+        labels = [-100] * row["prompt_length"] + ids[row["prompt_length"] :]
+        changed.append({**row, "input_ids": ids, "labels": labels})
+        expected.append(agreed)
+    losses = scoring.row_losses(model, changed, 3, tokenizer.pad_token_id)
+    assert losses.matched == expected
+
+
 # --- answers -------------------------------------------------------------------------------------
 
 
 def ask(model, tokenizer, rows, folder, **changes):
     settings = config(max_new_tokens=16, **changes)["eval"]
     return generation.generate_answers(model, tokenizer, rows, settings, stop_token_ids(folder / "model", tokenizer))
+
+
+def test_references_that_the_model_would_answer_need_no_generation(model, tokenizer, rows, folder):
+    """Answers become the references of some rows: those are known from the loss, and are what generation gives."""
+    stop_ids = [*stop_token_ids(folder / "model", tokenizer), *range(40, 400, 3)]
+    settings = config(max_new_tokens=16)["eval"]
+    answers = generation.generate_answers(model, tokenizer, rows, settings, stop_ids)
+    assert sum(answers.finished) > 2
+    own = []
+    for row, ids in zip(rows, answers.ids, strict=True):
+        prompt = row["input_ids"][: row["prompt_length"]]
+        own.append({**row, "input_ids": [*prompt, *ids, 7], "labels": [-100] * len(prompt) + [*ids, 7]})
+    losses = scoring.row_losses(model, own, 4, tokenizer.pad_token_id)
+    known = generation.greedy_references(own, losses.matched, settings, stop_ids)
+    assert known == {row: ids for row, ids in enumerate(answers.ids) if answers.finished[row]}
+    again = generation.generate_answers(model, tokenizer, own, settings, stop_ids, known)
+    assert (again.ids, again.texts, again.finished) == (answers.ids, answers.texts, answers.finished)
+    assert generation.greedy_references(own, losses.matched, {**settings, "do_sample": True}, stop_ids) == {}
+    short = generation.greedy_references(own, losses.matched, {**settings, "max_new_tokens": 1}, stop_ids)
+    assert all(len(ids) == 1 for ids in short.values())
+
+
+def test_what_prompts_begin_with_is_read_once(model, tokenizer, rows, folder, monkeypatch):
+    read = []
+    monkeypatch.setattr(
+        generation,
+        "_read",
+        lambda model, ids, rows, real=generation._read: read.append((ids.shape[1], rows)) or real(model, ids, rows),
+    )
+    together = ask(model, tokenizer, rows, folder, batch_size=4)
+    assert read and all(tokens >= 8 and count == 4 for tokens, count in read)
+    monkeypatch.setattr(generation, "_common_start", lambda model, prompts: 0)
+    assert ask(model, tokenizer, rows, folder, batch_size=4).ids == together.ids
 
 
 def test_batches_answer_as_single_prompts_do(model, tokenizer, rows, folder):

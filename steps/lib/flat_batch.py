@@ -92,8 +92,7 @@ def flatten(batch: dict, learned: torch.Tensor, *, pairs: bool = False, share: b
     """
     ids, lengths = batch["input_ids"].cpu(), batch["attention_mask"].sum(dim=1).tolist()
     texts = [row[:length] for row, length in zip(ids, lengths, strict=True)]
-    prefix = _common(texts) if share else 0
-    prefix = prefix if prefix >= SHORTEST_PREFIX else 0
+    prefix = worth_sharing(texts) if share else 0
     half = len(texts) // 2
     rows = zip(texts[:half], texts[half:], strict=True) if pairs and share else zip(texts, strict=True)
     end, parts, of_rows = prefix, [], []
@@ -119,7 +118,13 @@ def flatten(batch: dict, learned: torch.Tensor, *, pairs: bool = False, share: b
     )
 
 
-def _common(texts) -> int:
+def worth_sharing(texts) -> int:
+    """How many tokens at the beginning of all texts are computed once: the common ones, unless those are few."""
+    common = common_start(texts)
+    return common if common >= SHORTEST_PREFIX else 0
+
+
+def common_start(texts) -> int:
     """How many tokens all texts begin with alike. The last token of each is left out: a row is never empty."""
     shortest = min(map(len, texts)) - 1
     stacked = torch.stack([text[:shortest] for text in texts])
@@ -132,7 +137,7 @@ def _own_tokens(texts, prefix: int, end: int):
     Returns:
         ((tokens, positions, branches), of each text [(first position, which token that is), ...])
     """
-    first, fork = texts[0], _common(texts)
+    first, fork = texts[0], common_start(texts)
     positions = [torch.arange(prefix, len(first)), *(torch.arange(fork, len(text)) for text in texts[1:])]
     tokens = [first[prefix:], *(text[fork:] for text in texts[1:])]
     starts = [[(0, 0), (prefix, end)], *([(0, 0), (prefix, end), (fork, end + len(tokens[0]))] for _ in texts[1:])]

@@ -28,7 +28,9 @@ class Answers:
         return [len(ids) for ids in self.ids]
 
 
-def generate_answers(model, tokenizer, rows: list[dict], settings: dict, stop_ids: list[int]) -> Answers:
+def generate_answers(
+    model, tokenizer, rows: list[dict], settings: dict, stop_ids: list[int], known: dict[int, list[int]] | None = None
+) -> Answers:
     """Let the model answer each row's prompt, `input_ids[:prompt_length]`, which an encoder-decoder's encoder reads.
 
     Greedy unless `do_sample`. A sampled answer depends on the row's id alone: each row draws from its own random
@@ -39,6 +41,7 @@ def generate_answers(model, tokenizer, rows: list[dict], settings: dict, stop_id
         rows: `id`, `input_ids`, `prompt_length`.
         settings: the config section `eval`: batch_size, max_new_tokens, do_sample, temperature, top_p.
         stop_ids: tokens that end an answer.
+        known: row number -> the tokens of its answer, where that is known already (see `greedy_references`).
     """
     import torch
 
@@ -48,7 +51,11 @@ def generate_answers(model, tokenizer, rows: list[dict], settings: dict, stop_id
     started = time.perf_counter()
     try:
         with torch.inference_mode(), Progress(len(rows), "generate", "rows") as progress:
-            for members in _batches([row["prompt_length"] for row in rows], settings["batch_size"], owner is not model):
+            for row, ids in (known or {}).items():
+                _store(answers, row, ids, tokenizer, set(stop_ids))
+            progress.update(len(known or {}))
+            lengths = {row: part["prompt_length"] for row, part in enumerate(rows) if row not in (known or {})}
+            for members in _batches(lengths, settings["batch_size"], owner is not model):
                 new = _batch(model, [rows[row] for row in members], settings, tokenizer.pad_token_id)
                 for row, ids in zip(members, new, strict=True):
                     _store(answers, row, ids, tokenizer, set(stop_ids))
@@ -59,12 +66,35 @@ def generate_answers(model, tokenizer, rows: list[dict], settings: dict, stop_id
     return answers
 
 
-def _batches(lengths: list[int], batch_size: int, one_length: bool) -> list[list[int]]:
+def greedy_references(
+    rows: list[dict], matched: list[int], settings: dict, stop_ids: list[int]
+) -> dict[int, list[int]]:
+    """Rows whose reference is what greedy generation would answer: row number -> the answer's tokens.
+
+    The loss has been computed from the model's predictions along the reference. Where each of them is the reference's
+    next token, up to the one that ends the answer, generation has nothing to find out.
+
+    Args:
+        matched: of each row, how many tokens of its reference, from the first on, the model finds likeliest.
+    """
+    if settings["do_sample"]:
+        return {}
+    known = {}
+    for number, (row, count) in enumerate(zip(rows, matched, strict=True)):
+        in_decoder = row["prompt_length"] == len(row["input_ids"])  # then the labels are the answer alone
+        answer = row["labels"][0 if in_decoder else row["prompt_length"] :][:count]
+        end = next((at for at, token in enumerate(answer) if token in stop_ids), None)
+        if end is not None and end < settings["max_new_tokens"]:
+            known[number] = answer[: end + 1]
+    return known
+
+
+def _batches(lengths: dict[int, int], batch_size: int, one_length: bool) -> list[list[int]]:
     """Row numbers of each batch, the longest first, so that a lack of memory shows at once.
 
     `one_length`: no padding. PEFT's virtual tokens stand in front of it, and positions would count it.
     """
-    order = sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True)
+    order = sorted(lengths, key=lengths.__getitem__, reverse=True)
     groups = [list(rows) for _, rows in itertools.groupby(order, lengths.__getitem__)] if one_length else [order]
     return [rows[at : at + batch_size] for rows in groups for at in range(0, len(rows), batch_size)]
 
@@ -97,25 +127,43 @@ def decoder_start(model) -> int | None:
 def _batch(model, rows: list[dict], settings: dict, pad_token_id: int) -> list[list[int]]:
     """New token ids of each row.
 
-    Prompts are padded on the left, so that all answers start at one position; those of an encoder on the right, as in
-    training, for its positions may be counted from the left.
+    What all prompts begin with is read once. The rest is padded on the left, so that all answers start at one position;
+    prompts of an encoder on the right, as in training, for its positions may be counted from the left.
     """
     import torch
 
     in_encoder = model.config.is_encoder_decoder
-    prompts = [row["input_ids"][: row["prompt_length"]] for row in rows]
+    prompts = [torch.as_tensor(row["input_ids"][: row["prompt_length"]]) for row in rows]
     longest = max(map(len, prompts))
+    common = _common_start(model, prompts)
     ids = torch.full((len(rows), longest), pad_token_id)
     mask = torch.zeros_like(ids)
     for index, prompt in enumerate(prompts):
         start = 0 if in_encoder else longest - len(prompt)
-        ids[index, start : start + len(prompt)] = torch.as_tensor(prompt)
-        mask[index, start : start + len(prompt)] = 1
+        for part, at in ((prompt[:common], 0), (prompt[common:], start + common)):
+            ids[index, at : at + len(part)] = part
+            mask[index, at : at + len(part)] = 1
+    ids, mask = ids.to(model.device), mask.to(model.device)
+    cache = {"past_key_values": _read(model, ids[:1, :common], len(rows))} if common else {}
     processors = _samplers(rows, settings)
-    output = model.generate(
-        input_ids=ids.to(model.device), attention_mask=mask.to(model.device), logits_processor=processors
-    )
+    output = model.generate(input_ids=ids, attention_mask=mask, logits_processor=processors, **cache)
     return output[:, 1 if in_encoder else longest :].tolist()  # a decoder begins with its start token
+
+
+def _common_start(model, prompts: list) -> int:
+    """How many tokens of all prompts are read once; 0 for a model that keeps no state of each token."""
+    from steps.lib.flat_batch import worth_sharing
+
+    if len(prompts) == 1 or is_prompt_learning(model) or model.config.is_encoder_decoder or model._is_stateful:
+        return 0
+    return worth_sharing(prompts)
+
+
+def _read(model, ids, rows: int):
+    """The cache after the model has read `ids`, (1, tokens), for as many rows."""
+    cache = model(input_ids=ids, use_cache=True, logits_to_keep=1).past_key_values
+    cache.batch_repeat_interleave(rows)
+    return cache
 
 
 def _store(answers: Answers, row: int, ids: list[int], tokenizer, stop_ids: set[int]) -> None:

@@ -17,12 +17,14 @@ CHUNK = 1024  # positions whose logits are held at once: 200 MB in float32 for a
 class RowLosses:
     """Per row: cross entropy in nats, summed over its supervised tokens, and how many those are.
 
+    `matched`: how many tokens of the answer, from the first on, are supervised and what the model finds likeliest.
     `favourites`: the watched token that the model finds likeliest as the first of the answer; None without any watched,
     and where a row's first answer token is not supervised.
     """
 
     sums: list[float]
     tokens: list[int]
+    matched: list[int]
     favourites: list[int | None]
 
     @property
@@ -38,7 +40,7 @@ def row_losses(model, rows: list[dict], batch_size: int, pad_token_id: int, watc
     """
     import torch
 
-    result = RowLosses([0.0] * len(rows), [0] * len(rows), [None] * len(rows))
+    result = RowLosses([0.0] * len(rows), [0] * len(rows), [0] * len(rows), [None] * len(rows))
     order = sorted(range(len(rows)), key=lambda row: len(rows[row]["input_ids"]), reverse=True)
     loss, in_decoder = SupervisedLoss(), model.config.is_encoder_decoder
     with torch.inference_mode(), Progress(len(rows), "test loss", "rows") as progress:
@@ -50,13 +52,13 @@ def row_losses(model, rows: list[dict], batch_size: int, pad_token_id: int, watc
             places = [0 if in_decoder else rows[row]["prompt_length"] - 1 for row in members]
             figures_of_rows = _batch_losses(loss.predictions(model, batch), places, list(watched))
             for row, *figures in zip(members, *figures_of_rows, strict=True):
-                result.sums[row], result.tokens[row], result.favourites[row] = figures
+                result.sums[row], result.tokens[row], result.matched[row], result.favourites[row] = figures
             progress.update(len(members))
     return result
 
 
 def _batch_losses(found, places: list[int], watched: list[int]):
-    """(loss sums, supervised tokens, favourite tokens) of a batch's rows.
+    """(loss sums, supervised tokens, matched tokens, favourite tokens) of a batch's rows.
 
     Args:
         found: the `Predictions` of the batch.
@@ -65,18 +67,22 @@ def _batch_losses(found, places: list[int], watched: list[int]):
     import torch
     from torch.nn.functional import cross_entropy
 
-    losses, looks = [], []
+    losses, likeliest, looks = [], [], []
     for at in range(0, len(found.targets), CHUNK):
         part = slice(at, at + CHUNK)
         logits = found.logits(part)
         losses.append(cross_entropy(logits, found.targets[part], reduction="none").cpu())
+        likeliest.append((logits.argmax(dim=1) == found.targets[part]).cpu())
         looks.append(logits[:, watched].cpu())
     rows = len(found.learned)
-    sums, favourites = [0.0] * rows, [None] * rows
+    sums, matched, favourites = [0.0] * rows, [0] * rows, [None] * rows
     if losses:
         positions = found.learned.nonzero().tolist()
-        for (row, position), loss, look in zip(positions, torch.cat(losses).tolist(), torch.cat(looks), strict=True):
+        figures = (torch.cat(losses).tolist(), torch.cat(likeliest).tolist(), torch.cat(looks))
+        for (row, position), loss, is_likeliest, look in zip(positions, *figures, strict=True):
             sums[row] += loss
+            if is_likeliest and position == places[row] + matched[row]:
+                matched[row] += 1
             if watched and position == places[row]:
                 favourites[row] = watched[int(look.argmax())]
-    return sums, found.learned.sum(dim=1).tolist(), favourites
+    return sums, found.learned.sum(dim=1).tolist(), matched, favourites
