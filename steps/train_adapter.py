@@ -101,14 +101,14 @@ def _train(config: dict, rows, model: Path, output: Path, state: Path) -> dict:
 def _trainer(config: dict, rows, model: Path, args, total: int):
     """The trainer of this config's method, for a schedule over `total` steps."""
     from steps.lib.adapters import add_adapter, load_for_training
-    from steps.lib.fast_lora import use_fast_products
+    from steps.lib.fast_layers import use_fast_layers
     from steps.lib.models import load_model, load_tokenizer
     from steps.lib.training import trainer_for
 
     load = load_for_training(config["adapter"], config["model"]["load"])
     base = load_model(model, load, config["quantization"])
     network = add_adapter(base, config["adapter"], config["seed"])
-    use_fast_products(network)
+    use_fast_layers(network)
     return trainer_for(
         config["method"],
         model=network,

@@ -19,6 +19,7 @@ from torch.nn.functional import scaled_dot_product_attention
 NAME = "temper_flat"  # of the attention function, for transformers
 SHORTEST_PREFIX = 8  # tokens; attention of a prefix of its own costs more than a few tokens computed again
 LONGEST_PRODUCTS = 256  # keys a row sees, on a CPU; beyond, PyTorch's kernel is the faster one, and keeps no scores
+UNSEEN = -1e30  # added to a score, it leaves nothing of it in float32 and bfloat16
 NOWHERE = -1  # the branch of places behind a row's end
 
 
@@ -49,18 +50,19 @@ class FlatBatch:
     predicting: torch.Tensor
     masks: dict = dataclasses.field(default_factory=dict)
 
-    def visible(self, window: int | None) -> tuple[torch.Tensor, torch.Tensor]:
-        """What sees what: (of each row's places the prefix and the places, within the prefix).
+    def bias(self, window: int | None, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        """What to add to the scores of attention: nothing, or what leaves nothing of them where a token is not seen.
 
         Args:
             window: how many tokens back a layer looks; None: all.
 
         Returns:
-            bool, (rows, 1, width, prefix + width) and (1, 1, prefix, prefix)
+            of each row's places (rows, 1, width, prefix + width); within the prefix (1, 1, prefix, prefix)
         """
-        if window not in self.masks:
-            self.masks[window] = self._in_rows(window), self._in_prefix(window)
-        return self.masks[window]
+        if (window, dtype) not in self.masks:
+            both = self._in_rows(window), self._in_prefix(window)
+            self.masks[window, dtype] = tuple(seen.to(dtype).sub_(1).mul_(-UNSEEN) for seen in both)
+        return self.masks[window, dtype]
 
     def _in_rows(self, window: int | None):
         branches = self.branches[:, :, None]
@@ -188,7 +190,8 @@ def flat_attention(
     prefix, own = flat.prefix, query.shape[2] - flat.prefix
     short = plain and prefix + flat.branches.shape[1] <= LONGEST_PRODUCTS
     attend = functools.partial(_products if short else _kernel, scaling=scaling, dropout=dropout)
-    in_rows, in_prefix = flat.visible(sliding_window if sliding_window and flat.longest > sliding_window else None)
+    window = sliding_window if sliding_window and flat.longest > sliding_window else None
+    in_rows, in_prefix = flat.bias(window, query.dtype)
     of_prefix, of_rows = zip(*(part.split([prefix, own], dim=2) for part in (query, key, value)), strict=True)
     rows = [_into_rows(part, flat) for part in of_rows]
     if prefix:
@@ -200,22 +203,22 @@ def flat_attention(
     return output[None], None
 
 
-def _products(query, key, value, visible, scaling, dropout):
+def _products(query, key, value, bias, scaling, dropout):
     """Attention by two batched products; query heads that share a key head go through it together."""
     rows, heads, places, size = query.shape
     groups = rows * key.shape[1]
     query = (query * scaling).reshape(groups, -1, size)
     scores = torch.bmm(query, key.reshape(groups, -1, size).transpose(1, 2)).view(rows, heads, places, -1)
-    scores = scores.masked_fill(~visible, torch.finfo(scores.dtype).min)
+    scores += bias
     shares = torch.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
     shares = drop(shares, dropout) if dropout else shares
     output = torch.bmm(shares.view(groups, -1, scores.shape[-1]), value.reshape(groups, -1, size))
     return output.view(rows, heads, places, size)
 
 
-def _kernel(query, key, value, visible, scaling, dropout):
+def _kernel(query, key, value, bias, scaling, dropout):
     return scaled_dot_product_attention(
-        query, key, value, attn_mask=visible, dropout_p=dropout, scale=scaling, enable_gqa=True
+        query, key, value, attn_mask=bias, dropout_p=dropout, scale=scaling, enable_gqa=True
     )
 
 
