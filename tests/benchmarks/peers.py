@@ -180,21 +180,21 @@ def _train(trainer, folder: Path) -> None:
 
 
 def score(job: dict, folder: Path) -> None:
-    """Validation loss of the adapter in the folder, computed in float32 by the plain way, whoever trained it."""
+    """Validation loss of the adapter in the folder, computed in float32 by the same code, whoever trained it."""
     import torch
     from datasets import load_from_disk
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
     from steps.lib.batches import collate
-    from steps.lib.loss import plain_way
+    from steps.lib.loss import flat_way
 
     model = AutoModelForCausalLM.from_pretrained(job["model"], dtype=torch.float32)
     model = PeftModel.from_pretrained(model, folder / "adapter").eval()
     rows, total, tokens = list(load_from_disk(job["splits"])["validation"]), 0.0, 0
     with torch.inference_mode():
         for start in range(0, len(rows), 32):
-            loss, count = plain_way(model, collate(rows[start : start + 32], 0)).sum_and_count()
+            loss, count = flat_way(model, collate(rows[start : start + 32], 0)).sum_and_count()
             total, tokens = total + loss.item(), tokens + count
     (folder / "score.json").write_text(json.dumps({"validation_loss": total / tokens}))
 
