@@ -110,7 +110,7 @@ def training_threads(plan: planning.Plan, cores: int | None) -> int:
 
 
 def tokenizing_threads(plan: planning.Plan, cores: int | None) -> int:
-    """Cores per tokenization: two, where that keeps none of the others waiting. More find nothing to do."""
+    """Cores per tokenization: two, where that keeps none of the others waiting; a third finds little to do."""
     jobs = sum(job.stage == "tokenize_splits" for job in plan.jobs.values())
     return max(1, min(2, (cores or 1) // max(1, jobs)))
 
