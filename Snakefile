@@ -96,8 +96,9 @@ rule tokenize_splits:
         config=temper.config_of(PLAN, "tokenize_splits"),
     log:
         "results/logs/tokenize_splits/{name}.log",
+    threads: temper.tokenizing_threads(PLAN, workflow.cores)
     shell:
-        "python -m steps.tokenize_splits"
+        "RAYON_NUM_THREADS={threads} python -m steps.tokenize_splits"
         " --prompts {input.prompts:q}"
         " --model {input.model:q}"
         " --config {params.config:q}"

@@ -15,10 +15,17 @@ Writes  a `datasets.DatasetDict` (train, validation, test) with the columns id, 
         marked).
 """
 
+import bisect
+import collections
+import contextlib
+import gc
+import hashlib
 import itertools
 import json
 import logging
 import sys
+import tempfile
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from steps.lib.conversation import IGNORED, Encoded, Encoder
@@ -29,7 +36,8 @@ from steps.lib.step import run_command
 
 STAGE = "tokenize_splits"
 SPLITS = ("train", "validation", "test")
-BATCH = 1000
+BATCH = 2**18  # characters of the file that are tokenized at once: 1,000 rows of 50 tokens
+ROWS = 1000  # that are written at once
 SHOWN = 5  # rows in audit.txt
 NOTABLE = 0.05  # more rows than this share beyond max_length are worth a warning
 
@@ -51,18 +59,30 @@ def run(config: dict, prompts: Path, model: Path, output: Path) -> dict:
     tokenizer = load_tokenizer(model)
     encoder = Encoder(tokenizer, stop_token_ids(model, tokenizer), config["prompt"], is_encoder_decoder(model))
     audits, splits = {}, {}
-    for split in SPLITS:
-        rows = _Rows(prompts / f"{split}.jsonl", encoder, config["tokenize"])
-        made = rows.dataset()
-        audits[split] = rows.audit.summary()
-        if len(made):  # `datasets` cannot read back a split without rows
-            splits[split] = made
-    DatasetDict(splits).save_to_disk(output)
+    with _frozen(), tempfile.TemporaryDirectory(dir=output) as scratch:
+        for split in SPLITS:
+            rows = _Rows(prompts / f"{split}.jsonl", encoder, config["tokenize"])
+            made = rows.dataset(Path(scratch) / f"{split}.arrow")
+            audits[split] = rows.audit.summary()
+            if len(made):  # `datasets` cannot read back a split without rows
+                splits[split] = made
+        DatasetDict(splits).save_to_disk(output)
+        shown = _shown_rows(splits["train"], encoder)
     audit = {"max_length": config["tokenize"]["max_length"], "splits": audits}
     (output / "audit.json").write_text(json.dumps(audit, indent=2) + "\n")
-    (output / "audit.txt").write_text(_shown_rows(splits["train"], encoder), encoding="utf-8")
+    (output / "audit.txt").write_text(shown, encoding="utf-8")
     _report(audits)
     return {"rows": {split: audit["rows"] for split, audit in audits.items()}}
+
+
+@contextlib.contextmanager
+def _frozen():
+    """Keep Python from looking for garbage in all that is loaded, which took a quarter of the time."""
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 class _Rows:
@@ -72,45 +92,73 @@ class _Rows:
         self.path, self.encoder = path, encoder
         self.max_length, self.policy = tokenize["max_length"], tokenize["max_length_policy"]
         self.audit = Audit()
+        with path.open(encoding="utf-8") as lines:
+            self.pairs = "rejected" in json.loads(next(lines, "{}"))
 
-    def dataset(self):
-        """The split as a `datasets.Dataset`; rows become Arrow batch by batch, many times smaller than Python lists."""
+    def dataset(self, path: Path):
+        """The split as a `datasets.Dataset` that is read from the file it writes, `path`: many rows take no memory."""
         import pyarrow
         from datasets import Dataset, DatasetInfo
 
-        rows = self._encoded_rows()
-        first = next(rows, {})
-        columns = features(pairs="rejected" in first)
-        rows = itertools.chain([first] if first else [], rows)
+        columns = features(self.pairs)
         schema = columns.arrow_schema
-        batches = iter(
-            lambda: pyarrow.Table.from_pylist(list(itertools.islice(rows, BATCH)), schema=schema), schema.empty_table()
-        )
-        table = pyarrow.concat_tables([schema.empty_table(), *batches])
-        if not len(table) and self.audit.read:
+        rows = self._rows()
+        with pyarrow.ipc.new_stream(path, schema) as file:
+            while some := list(itertools.islice(rows, ROWS)):
+                file.write_table(pyarrow.Table.from_pylist(some, schema=schema))
+        if not self.audit.rows and self.audit.read:
             raise UserError(
                 f"{self.path}: all {self.audit.read} rows are longer than "
                 f"tokenize.max_length={self.max_length}; raise it"
             )
-        return Dataset(table, info=DatasetInfo(features=columns))
+        with path.open("rb") as file:  # `datasets` itself would copy all rows into memory for it
+            fingerprint = hashlib.file_digest(file, "sha256").hexdigest()[:16]
+        table = pyarrow.ipc.open_stream(pyarrow.memory_map(str(path))).read_all()
+        return Dataset(table, info=DatasetInfo(features=columns), fingerprint=fingerprint)
 
-    def _encoded_rows(self):
-        with (
-            self.path.open(encoding="utf-8") as lines,
-            Progress(None, f"tokenize {self.path.stem}", "rows") as progress,
-        ):
-            for line in lines:
-                row = self._encode(json.loads(line))
-                progress.update()
-                if row is not None:
-                    yield row
+    def _rows(self) -> Iterator[dict]:
+        """The rows that are kept."""
+        with Progress(None, f"tokenize {self.path.stem}", "rows") as progress:
+            for records, encoded in self._encoded():
+                for row in map(self._row, records, encoded):
+                    if row is not None:
+                        yield row
+                progress.update(len(records))
 
-    def _encode(self, record: dict) -> dict | None:
-        messages, rejected = record["messages"], record.get("rejected")
-        if rejected is None:
-            encoded = [self.encoder.encode(messages)]
-        else:
-            encoded = list(self.encoder.encode_pair(messages, rejected))
+    def _encoded(self) -> Iterator[tuple[list[dict], list[list[Encoded]]]]:
+        """Records, and of each its one text, or the two of a pair, in tokens."""
+        with self.path.open(encoding="utf-8") as lines:
+            for records in _batches(lines):
+                try:
+                    encoded = self._encode(records)
+                except UserError:  # one by one, to end with the error of the first row that has one
+                    for record in records:
+                        yield [record], self._encode([record])
+                else:
+                    yield records, encoded
+
+    def _encode(self, records: list[dict]) -> list[list[Encoded]]:
+        pieces = self.encoder.pieces(self._conversations(records))
+        if self.pairs:
+            return list(map(list, self.encoder.encode_pairs(pieces)))
+        return [[one] for one in self.encoder.encode_pieces(pieces)]
+
+    def _conversations(self, records: list[dict]) -> list[list[dict]]:
+        """One of each record; of a pair one with the chosen and one with the rejected answer."""
+        if not self.pairs:
+            return [record["messages"] for record in records]
+        return [
+            conversation
+            for record in records
+            for conversation in (
+                record["messages"],
+                [*record["messages"][:-1], {"role": "assistant", "content": record["rejected"]}],
+            )
+        ]
+
+    def _row(self, record: dict, encoded: list[Encoded]) -> dict | None:
+        """What becomes of a record; None: it is dropped."""
+        messages = record["messages"]
         self.audit.count(encoded, self.max_length)
         if max(one.length for one in encoded) > self.max_length:
             encoded = self._shortened(encoded, record["id"])
@@ -126,9 +174,9 @@ class _Rows:
             "prompt": user,
             "reference": messages[-1]["content"],
         }
-        if rejected is not None:
+        if len(encoded) == 2:
             row |= {"rejected_input_ids": encoded[1].input_ids, "rejected_labels": encoded[1].labels}
-            row["rejected"] = rejected
+            row["rejected"] = record["rejected"]
         return row
 
     def _shortened(self, encoded: list[Encoded], number: int) -> list[Encoded] | None:
@@ -150,19 +198,36 @@ class _Rows:
         return short
 
 
+def _batches(lines: Iterable[str]) -> Iterator[list[dict]]:
+    """The records, in batches of about BATCH characters: long rows take no more memory than short ones."""
+    batch, size = [], 0
+    for line in lines:
+        batch.append(json.loads(line))
+        size += len(line)
+        if size >= BATCH:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
 class Audit:
     """What happened to the rows of one split."""
 
     def __init__(self):
-        self.lengths: list[int] = []  # of all rows, also of those that were dropped
-        self.read = self.too_long = self.nothing_left = self.retokenized = 0
+        self.lengths = collections.Counter()  # length -> rows, also those that were dropped
+        self.too_long = self.nothing_left = self.retokenized = 0
         self.rows = self.tokens = self.learned = self.rejected = 0
+
+    @property
+    def read(self) -> int:
+        return self.lengths.total()
 
     def count(self, encoded: list[Encoded], max_length: int) -> None:
         """A row that was read: one text, or the two of a pair, of which the longer counts."""
-        self.read += 1
-        self.lengths.append(max(one.length for one in encoded))
-        self.too_long += self.lengths[-1] > max_length
+        length = max(one.length for one in encoded)
+        self.lengths[length] += 1
+        self.too_long += length > max_length
         self.retokenized += encoded[0].retokenized
 
     def keep(self, encoded: list[Encoded]) -> None:
@@ -173,38 +238,40 @@ class Audit:
 
     def summary(self) -> dict:
         """Counts, quantiles and a histogram of lengths, and the `max_length` that would keep 99% of the rows."""
-        ordered = sorted(self.lengths)
-        quantile = (
-            {str(q): ordered[min(len(ordered) - 1, int(q * len(ordered)))] for q in (0.5, 0.9, 0.99)} if ordered else {}
-        )
+        read = self.read
+        quantile = {str(q): self._length_of(min(read - 1, int(q * read))) for q in (0.5, 0.9, 0.99)} if read else {}
         suggested = -(-quantile["0.99"] // 8) * 8 if quantile else None
         return {
             "rows": self.rows,
-            "read": self.read,
+            "read": read,
             "longer_than_max_length": self.too_long,
-            "dropped": self.read - self.rows,
+            "dropped": read - self.rows,
             "answer_cut_off_entirely": self.nothing_left,
             "tokenized_piecewise": self.retokenized,
             "tokens": self.tokens,
             "learned_tokens": self.learned,
             **({"rejected_tokens": self.rejected} if self.rejected else {}),
-            "longest": ordered[-1] if ordered else None,
+            "longest": max(self.lengths, default=None),
             "quantiles": quantile,
             "suggested_max_length": suggested,
-            "histogram": _histogram(ordered),
+            "histogram": _histogram(self.lengths),
         }
+
+    def _length_of(self, rank: int) -> int:
+        """Of the rows in the order of their lengths, the length of the one with this number, from 0."""
+        lengths = sorted(self.lengths)
+        return lengths[bisect.bisect_right(list(itertools.accumulate(map(self.lengths.get, lengths))), rank)]
 
 
 def _learned(encoded: Encoded) -> int:
-    return sum(label != IGNORED for label in encoded.labels)
+    return len(encoded.labels) - encoded.labels.count(IGNORED)
 
 
-def _histogram(lengths: list[int]) -> dict[str, int]:
+def _histogram(lengths: collections.Counter[int]) -> dict[str, int]:
     """Rows per power of two: ``{"33-64": 12, ...}``."""
-    counts: dict[int, int] = {}
-    for length in lengths:
-        top = max(1, 1 << (length - 1).bit_length())
-        counts[top] = counts.get(top, 0) + 1
+    counts = collections.Counter()
+    for length, rows in lengths.items():
+        counts[max(1, 1 << (length - 1).bit_length())] += rows
     return {f"{top // 2 + 1}-{top}": counts[top] for top in sorted(counts)}
 
 

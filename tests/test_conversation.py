@@ -1,12 +1,14 @@
 """What is learned of a conversation, token by token."""
 
+import functools
+
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from steps.lib.conversation import IGNORED, Encoder
+from steps.lib.conversation import IGNORED, Encoded, Encoder
 from steps.lib.errors import UserError
-from tests.tiny import tiny_tokenizer
+from tests.tiny import tiny_rows, tiny_tokenizer
 
 CHAT = {"apply_chat_template": True, "system": None, "template": None, "loss_on": "assistant"}
 PLAIN = {"apply_chat_template": False, "system": None, "template": "{{ prompt }}\n", "loss_on": "assistant"}
@@ -17,6 +19,10 @@ text = st.text(st.characters(blacklist_categories=("Cs",), blacklist_characters=
 
 def encoder(prompt=CHAT):
     return Encoder(TOKENIZER, [TOKENIZER.eos_token_id], prompt)
+
+
+def pair_of(encoder, messages, rejected):
+    return encoder.encode_pairs(encoder.pieces([messages, [*messages[:-1], assistant(rejected)]]))[0]
 
 
 def learned_text(row) -> str:
@@ -109,7 +115,7 @@ def test_a_free_template_refuses_several_turns():
 @settings(max_examples=100, deadline=None)
 @given(prompt=text, chosen=text, rejected=text, settings=st.sampled_from([CHAT, PLAIN]))
 def test_both_answers_of_a_pair_follow_the_same_prompt_tokens(prompt, chosen, rejected, settings):
-    pair = encoder(settings).encode_pair([user(prompt), assistant(chosen)], rejected)
+    pair = pair_of(encoder(settings), [user(prompt), assistant(chosen)], rejected)
     starts = [row.input_ids[: row.prompt_length] for row in pair]
     assert starts[0] == starts[1]
     for row, answer in zip(pair, (chosen, rejected), strict=True):
@@ -122,5 +128,142 @@ def test_an_answer_that_merges_with_the_prompt_takes_both_apart():
     messages, rejected = [user("x"), assistant("ive")], "?"
     assert merging.encode(messages).retokenized
     assert not merging.encode([user("x"), assistant(rejected)]).retokenized
-    chosen, other = merging.encode_pair(messages, rejected)
+    chosen, other = pair_of(merging, messages, rejected)
     assert chosen.input_ids[: chosen.prompt_length] == other.input_ids[: other.prompt_length]
+
+
+# --- many at once -----------------------------------------------------------------------------------
+
+
+def sentencepiece_like():
+    """Normalizes (one character to several, and the reverse), puts a blank before a text, and closes it."""
+    from tokenizers import Tokenizer, models, normalizers, trainers
+    from tokenizers.processors import TemplateProcessing
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
+    steps = [normalizers.NFKC(), normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")]
+    tokenizer.normalizer = normalizers.Sequence(steps)
+    specials = ["<unk>", "<s>", "</s>"]
+    trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=specials, show_progress=False)
+    tokenizer.train_from_iterator((f"{prompt} {answer}" for prompt, answer in tiny_rows(60)), trainer)
+    tokenizer.post_processor = TemplateProcessing(single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
+
+
+def trimming():
+    """Leaves blanks out of its offsets, as GPT-2's: a token of blanks alone has no characters."""
+    from tokenizers.processors import ByteLevel
+
+    tokenizer = tiny_tokenizer()
+    tokenizer.backend_tokenizer.post_processor = ByteLevel(trim_offsets=True)
+    return tokenizer
+
+
+MARKED = TOKENIZER.chat_template
+BARE = "{% for message in messages %}{{ message['content'] }}{% endfor %}"  # no borders: tokens cross them
+CLOSED = "{% for message in messages %}{{ message['content'] + eos_token }}{% endfor %}"
+
+
+@functools.cache
+def tokenizer_with(make, template: str | None):
+    tokenizer = make()
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+PARTS = [
+    *"acting ",
+    "The film",
+    " works",
+    "  ",
+    "é",
+    "e\u0301",
+    "\ufb01",
+    "\u1100\u1161",
+    "🙂",
+    "½",
+    "<|im_end|>",
+    "</s>",
+]
+words = st.lists(st.sampled_from(PARTS), max_size=5).map("".join)
+chats = st.lists(st.tuples(words | text, words | text), min_size=1, max_size=4)
+
+
+def one_by_one(encoder, messages) -> Encoded:
+    """What `Encoder` does, slowly: each token of each conversation is held against all turns."""
+    tokenizer, free = encoder.tokenizer, encoder.template
+    pieces = []
+    if free is not None:
+        pieces = [(free.render(prompt=messages[0]["content"], system=None), False), (messages[1]["content"], True)]
+    for index in range(1, 0 if free is not None else len(messages), 2):
+        done = "".join(piece for piece, _ in pieces)
+        before = tokenizer.apply_chat_template(messages[:index], tokenize=False, add_generation_prompt=True)
+        after = tokenizer.apply_chat_template(messages[: index + 1], tokenize=False)
+        pieces += [(before[len(done) :], False), (after[len(before) :], True)]
+    made = tokenizer("".join(p for p, _ in pieces), add_special_tokens=free is not None, return_offsets_mapping=True)
+    ids, offsets = made["input_ids"], made["offset_mapping"]
+    spans, position = [], 0
+    for piece, is_answer in pieces:
+        spans += [(position, position + len(piece))] if is_answer else []
+        position += len(piece)
+    turns = [
+        next((turn for turn, (first, last) in enumerate(spans) if start != end and first <= start < last), None)
+        for start, end in offsets
+    ]
+    crosses = any(start < first < end for start, end in offsets for first, _ in spans)
+    if crosses:
+        ids, turns = [], []
+        for number, (piece, is_answer) in enumerate(pieces):
+            part = tokenizer(piece, add_special_tokens=free is not None and number == 0)["input_ids"]
+            if free is not None and number == 0 and part and part[-1] == tokenizer.eos_token_id:
+                part = part[:-1]
+            ids = ids + part
+            turns += [number // 2 if is_answer else None] * len(part)
+    last = [index for index, turn in enumerate(turns) if turn == len(spans) - 1]
+    stops = [index for index in last if ids[index] in encoder.stop_ids]
+    end = stops[0] if stops else last[-1] if last else len(ids) - 1
+    ids, turns = ids[: end + 1], turns[: end + 1]
+    start = last[0] if last else len(ids)
+    if not stops:
+        ids, turns = [*ids, tokenizer.eos_token_id], [*turns, len(spans) - 1]
+    labels, stopped = [], set()
+    for token, turn in zip(ids, turns, strict=True):
+        labels.append(token if encoder.learn_all or (turn is not None and turn not in stopped) else IGNORED)
+        if token in encoder.stop_ids:
+            stopped.add(turn)
+    return Encoded(ids, labels, start, crosses)
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    make=st.sampled_from([tiny_tokenizer, trimming, sentencepiece_like]),
+    template=st.sampled_from([MARKED, BARE, CLOSED, None]),
+    loss_on=st.sampled_from(["assistant", "all"]),
+    rows=st.lists(chats, min_size=1, max_size=5),
+)
+@example(make=tiny_tokenizer, template=BARE, loss_on="assistant", rows=[[("?", " act"), ("", "ing")]])
+def test_many_at_once_are_what_each_is_alone(make, template, loss_on, rows):
+    tokenizer = tokenizer_with(make, template)
+    glued = {"apply_chat_template": template is not None, "template": "{{ prompt }}", "loss_on": loss_on}
+    encoder = Encoder(tokenizer, [tokenizer.eos_token_id], glued)
+    conversations = [
+        [turn for asked, said in (row if template else row[:1]) for turn in (user(asked), assistant(said))]
+        for row in rows
+    ]
+    expected = [one_by_one(encoder, messages) for messages in conversations]
+    assert encoder.encode_pieces(encoder.pieces(conversations)) == expected
+    assert [encoder.encode(messages) for messages in conversations] == expected
+
+
+def test_of_many_refused_the_first_is_named():
+    strict = tiny_tokenizer()
+    strict.chat_template = "{{ raise_exception('no') if messages[0]['role'] == 'system' }}x"
+    system = [{"role": "system", "content": "s"}, user("a"), assistant("b")]
+    with pytest.raises(UserError, match="refuses messages of the roles system, user: no"):
+        Encoder(strict, [2], CHAT).pieces([[user("a"), assistant("b")], system, [*system, user("c"), assistant("d")]])
+
+
+def test_a_row_that_begins_with_an_answer_is_refused():
+    with pytest.raises(UserError, match="begins with the assistant's turn.*set prompt.system"):
+        encoder().pieces([[user("a"), assistant("b")], [assistant("a"), user("b"), assistant("c")]])

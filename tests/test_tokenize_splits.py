@@ -1,13 +1,14 @@
 """tokenize_splits: preference pairs, and what the length limit does to them."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 from datasets import load_from_disk
 
 from steps import tokenize_splits
-from tests.tiny import tiny_rows
+from tests.tiny import CHAT_TEMPLATE, tiny_rows
 
 LONG = "a film that goes on and on and on and on and on"
 
@@ -91,3 +92,49 @@ def test_an_error_names_the_longer_text(workspace, tiny_model, capsys):
         tokenize(tiny_model, f"tokenize.max_length={length}", "tokenize.max_length_policy=error")
     assert stopped.value.code == 2
     assert f"row 2 has {longest} tokens, tokenize.max_length is {length}" in capsys.readouterr().err
+
+
+def files(folder: str) -> dict[str, bytes]:
+    """All that `tokenize_splits` writes, but for what says when."""
+    paths = [path for path in Path(folder).rglob("*") if path.is_file() and path.name != "provenance.json"]
+    return {str(path.relative_to(folder)): path.read_bytes() for path in paths}
+
+
+@pytest.mark.parametrize("pairs", [True, False])
+@pytest.mark.parametrize("policy", ["drop", "truncate"])
+def test_the_size_of_a_batch_changes_nothing(workspace, tiny_model, monkeypatch, pairs, policy):
+    options = [f"tokenize.max_length={limit(tiny_model)}", f"tokenize.max_length_policy={policy}"]
+    made = []
+    for size in (2**18, 300, 1):  # characters: all rows, two, one
+        monkeypatch.setattr(tokenize_splits, "BATCH", size)
+        tokenize(tiny_model, *options, pairs=pairs)
+        made.append(files("splits"))
+        Path("splits").rename(f"splits-{size}")
+    assert made[0] == made[1] == made[2]
+
+
+@pytest.mark.parametrize("size", [2**18, 300, 1])
+@pytest.mark.parametrize(("first", "message"), [("long", "row 1 has "), ("refused", "refuses messages of the roles")])
+def test_the_first_row_at_fault_ends_it(workspace, tiny_model, monkeypatch, capsys, size, first, message):
+    """A row that is too long and one that the template refuses, in one batch and in two, and both ways round."""
+    monkeypatch.setattr(tokenize_splits, "BATCH", size)
+    shutil.copytree(tiny_model, "model")
+    template = "{{ raise_exception('no') if messages[0]['content'] == 'refused' }}" + CHAT_TEMPLATE
+    Path("model/chat_template.jinja").write_text(template)
+    contents = {"long": [LONG * 9, "refused"], "refused": ["refused", LONG * 9]}[first]
+    Path("prompts").mkdir()
+    lines = [
+        json.dumps(
+            {"id": number, "messages": [{"role": "user", "content": text}, {"role": "assistant", "content": "a"}]}
+        )
+        for number, text in enumerate(contents, 1)
+    ]
+    for split in tokenize_splits.SPLITS:
+        Path(f"prompts/{split}.jsonl").write_text("\n".join(lines) + "\n")
+    options = ["tokenize.max_length=64", "tokenize.max_length_policy=error", "sweep=none"]
+    with pytest.raises(SystemExit) as stopped:
+        tokenize_splits.main(["--prompts", "prompts", "--model", "model", "--output", "splits", *options])
+    assert stopped.value.code == 2
+    assert message in capsys.readouterr().err
+    assert not Path("splits").exists()
+    assert not Path(".tmp-splits").exists()

@@ -8,11 +8,16 @@ An encoder-decoder model reads the prompt in its encoder, with the special token
 and learns the answer and its end in its decoder: two sequences.
 """
 
+import bisect
 import dataclasses
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
 
 from steps.lib.errors import UserError
 
 IGNORED = -100  # the label that torch's cross_entropy leaves out
+
+Pieces = list[tuple[str, bool]]  # a conversation's text in order, and whether each piece is an assistant's turn
 
 
 @dataclasses.dataclass
@@ -92,66 +97,96 @@ class Encoder:
                 "an encoder, which predicts nothing; set prompt.loss_on=assistant"
             )
 
-    def encode(self, messages: list[dict], piecewise: bool = False) -> Encoded:
-        """Token ids and labels of one conversation that ends with the assistant's answer.
+    def encode(self, messages: list[dict]) -> Encoded:
+        """Token ids and labels of one conversation that ends with the assistant's answer."""
+        return self.encode_pieces(self.pieces([messages]))[0]
 
-        Args:
-            piecewise: tokenize the turns apart even where no token would cross a border.
+    def pieces(self, conversations: list[list[dict]]) -> list[Pieces]:
+        """The text of each conversation, in pieces. With `encode_pieces` much faster than `encode` for each of many.
+
+        Raises:
+            UserError: the template refuses a conversation. Of several, it may be the error of a later one.
         """
-        pieces = self._pieces(messages)
+        if self.template is not None:
+            return [self._template_pieces(messages) for messages in conversations]
+        turns = [
+            [(messages[:index], messages[: index + 1]) for index, turn in enumerate(messages) if _is_answer(turn)]
+            for messages in conversations
+        ]
+        rendered = self._rendered_turns([turn for of_one in turns for turn in of_one])
+        return [self._located(itertools.islice(rendered, len(of_one))) for of_one in turns]
+
+    def encode_pieces(self, rows: list[Pieces]) -> list[Encoded]:
+        """Token ids and labels of conversations, as `pieces` gives them. The tokenizer uses all cores it may."""
         if self.apart:
-            return self._encoded_apart(pieces)
-        text = "".join(piece for piece, _ in pieces)
-        encoding = self.tokenizer(text, add_special_tokens=self.template is not None, return_offsets_mapping=True)
-        spans = _learned_spans(pieces)
-        ids, offsets = encoding["input_ids"], encoding["offset_mapping"]
-        retokenized = piecewise or _crosses_border(offsets, spans)
-        if retokenized:
-            ids, learned = self._piecewise(pieces)
-        else:
-            learned = [_span_of(offset, spans) for offset in offsets]
-        return self._finish(ids, learned, len(spans), retokenized)
+            return self._encoded_apart(rows)
+        texts = ["".join(piece for piece, _ in pieces) for pieces in rows]
+        made = self.tokenizer(
+            texts,
+            add_special_tokens=self.template is not None,
+            return_offsets_mapping=True,
+            return_attention_mask=False,
+            return_token_type_ids=False,
+        )
+        return list(map(self._labelled, rows, made["input_ids"], made["offset_mapping"]))
 
-    def encode_pair(self, messages: list[dict], rejected: str) -> tuple[Encoded, Encoded]:
-        """The conversation with its own (chosen) and with the rejected answer, after exactly the same prompt tokens.
+    def encode_pairs(self, rows: list[Pieces]) -> list[tuple[Encoded, Encoded]]:
+        """(chosen, rejected), where every two of `rows` are a pair: the same prompt with two answers.
 
-        Where one of the answers merges with the end of the prompt, both are tokenized apart from it.
+        Both begin with exactly the same prompt tokens: where one of the answers merges with the end of the prompt, both
+        are tokenized apart from it.
         """
-        other = [*messages[:-1], {"role": "assistant", "content": rejected}]
-        pair = self.encode(messages), self.encode(other)
-        prompts = [encoded.input_ids[: encoded.prompt_length] for encoded in pair]
-        if prompts[0] != prompts[1]:
-            pair = self.encode(messages, piecewise=True), self.encode(other, piecewise=True)
-        return pair
+        encoded = self.encode_pieces(rows)
+        pairs = []
+        for at in range(0, len(rows), 2):
+            pair = encoded[at], encoded[at + 1]
+            prompts = [one.input_ids[: one.prompt_length] for one in pair]
+            if prompts[0] != prompts[1]:
+                pair = self._piecewise(rows[at]), self._piecewise(rows[at + 1])
+            pairs.append(pair)
+        return pairs
 
     def prompt_ids(self, messages: list[dict]) -> list[int]:
         """What generation starts from, for a conversation that ends with the user's message."""
         if self.apart:
-            return self._encoded_apart(self._pieces([*messages, {"role": "assistant", "content": ""}])).input_ids
+            return self._encoded_apart(self.pieces([[*messages, {"role": "assistant", "content": ""}]]))[0].input_ids
         if self.template is not None:
             return self._first_piece_ids(self._template_pieces([*messages, {"role": "assistant", "content": ""}])[0][0])
         return self._plain_ids(self._render(messages, add_generation_prompt=True))
 
-    def _encoded_apart(self, pieces) -> EncodedApart:
+    def _encoded_apart(self, rows: list[Pieces]) -> list[Encoded]:
         """The last answer in the decoder, everything before it in the encoder."""
-        *before, (answer, _) = pieces
-        prompt = "".join(piece for piece, _ in before)
-        ids = self.tokenizer(prompt, add_special_tokens=self.template is not None)["input_ids"]
-        labels = self.tokenizer(text_target=answer, add_special_tokens=False)["input_ids"]
-        stop = next((at for at, token in enumerate(labels) if token in self.stop_ids), None)
-        labels = [*labels, self.tokenizer.eos_token_id] if stop is None else labels[: stop + 1]
-        return EncodedApart(ids, labels, len(ids), False)
+        prompts = ["".join(piece for piece, _ in pieces[:-1]) for pieces in rows]
+        made = self.tokenizer(prompts, add_special_tokens=self.template is not None)["input_ids"]
+        answers = [pieces[-1][0] for pieces in rows]
+        learned = self.tokenizer(text_target=answers, add_special_tokens=False)["input_ids"]
+        return [
+            EncodedApart(ids, self._ended(labels), len(ids), False) for ids, labels in zip(made, learned, strict=True)
+        ]
 
-    def _pieces(self, messages: list[dict]) -> list[tuple[str, bool]]:
-        """The text as (piece, is it the assistant's) in order."""
-        if self.template is not None:
-            return self._template_pieces(messages)
+    def _ended(self, ids: list[int]) -> list[int]:
+        """An answer up to and with its stop token, or one that is added."""
+        stop = next((at for at, token in enumerate(ids) if token in self.stop_ids), None)
+        return [*ids, self.tokenizer.eos_token_id] if stop is None else ids[: stop + 1]
+
+    def _rendered_turns(self, turns: list[tuple[list[dict], list[dict]]]) -> Iterator[tuple[str, str]]:
+        """Of each of the assistant's turns the text before it, and the text with it."""
+        if not all(before for before, _ in turns):
+            raise UserError(
+                f"{self.tokenizer.name_or_path}: a row begins with the assistant's turn, and a chat template answers a "
+                "message; set prompt.system, or leave such rows out with data.where"
+            )
+        try:  # much faster than one by one
+            before = self._chat([before for before, _ in turns], add_generation_prompt=True)
+            after = self._chat([after for _, after in turns], add_generation_prompt=False)
+        except _template_errors():  # one by one, to name the first that is refused
+            return ((self._render(before, True), self._render(after, False)) for before, after in turns)
+        return zip(before, after, strict=True)
+
+    def _located(self, turns: Iterable[tuple[str, str]]) -> Pieces:
+        """The pieces of one conversation."""
         pieces, done = [], ""
-        for index, message in enumerate(messages):
-            if message["role"] != "assistant":
-                continue
-            before = self._render(messages[:index], add_generation_prompt=True)
-            after = self._render(messages[: index + 1], add_generation_prompt=False)
+        for before, after in turns:
             if not (before.startswith(done) and after.startswith(before)):
                 raise UserError(
                     f"{self.tokenizer.name_or_path}: its chat template rewrites earlier turns, so the assistant's "
@@ -161,21 +196,21 @@ class Encoder:
             done = after
         return pieces
 
-    def _render(self, messages: list[dict], add_generation_prompt: bool) -> str:
-        from jinja2 import TemplateError
+    def _chat(self, messages: list, add_generation_prompt: bool):
+        """The text of a conversation, or of each of several."""
+        return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
 
+    def _render(self, messages: list[dict], add_generation_prompt: bool) -> str:
         try:
-            return self.tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=add_generation_prompt
-            )
-        except (TemplateError, LookupError, TypeError) as error:
+            return self._chat(messages, add_generation_prompt)
+        except _template_errors() as error:
             roles = ", ".join(message["role"] for message in messages)
             raise UserError(
                 f"{self.tokenizer.name_or_path}: its chat template refuses messages of the roles {roles}: "
                 f"{' '.join(str(error).split())[:200]}; try prompt.system=null, or prompt=plain"
             ) from None
 
-    def _template_pieces(self, messages: list[dict]) -> list[tuple[str, bool]]:
+    def _template_pieces(self, messages: list[dict]) -> Pieces:
         *before, answer = messages
         system = next((message["content"] for message in before if message["role"] == "system"), None)
         turns = [message for message in before if message["role"] != "system"]
@@ -192,16 +227,21 @@ class Encoder:
             raise UserError(f"config: 'prompt.template': {error}; it may use 'prompt' and 'system'") from None
         return [(prompt, False), (answer["content"], True)]
 
-    def _piecewise(self, pieces) -> tuple[list[int], list[int | None]]:
-        """Tokenize each piece alone, so that no token crosses a border."""
-        ids, learned, turn = [], [], 0
+    def _labelled(self, pieces: Pieces, ids: list[int], offsets: list[tuple[int, int]]) -> Encoded:
+        """One row, from the tokens of its whole text."""
+        turns = _tokens_of_turns(pieces, offsets)
+        return self._piecewise(pieces) if turns is None else self._finish(ids, turns, False)
+
+    def _piecewise(self, pieces: Pieces) -> Encoded:
+        """One row, each of its pieces tokenized alone, so that no token crosses a border."""
+        ids, turns = [], []
         for number, (piece, is_assistant) in enumerate(pieces):
             first = self.template is not None and number == 0
             part = self._first_piece_ids(piece) if first else self._plain_ids(piece)
+            if is_assistant:
+                turns.append(range(len(ids), len(ids) + len(part)))
             ids += part
-            learned += [turn if is_assistant else None] * len(part)
-            turn += is_assistant
-        return ids, learned
+        return self._finish(ids, turns, True)
 
     def _first_piece_ids(self, prompt: str) -> list[int]:
         """A free template's prompt, with what the tokenizer puts before a text but not what it closes one with."""
@@ -211,18 +251,39 @@ class Encoder:
     def _plain_ids(self, piece: str) -> list[int]:
         return self.tokenizer(piece, add_special_tokens=False)["input_ids"]
 
-    def _finish(self, ids, learned, turns: int, retokenized: bool) -> Encoded:
-        """Cut behind the last answer's stop token (or add one), and turn `learned` into labels."""
-        last = [index for index, turn in enumerate(learned) if turn == turns - 1]
+    def _finish(self, ids: list[int], turns: list[Sequence[int]], retokenized: bool) -> Encoded:
+        """Cut behind the last answer's stop token (or add one), and label the assistant's turns up to theirs."""
+        last = turns[-1]
         start = last[0] if last else len(ids)
         stop = next((index for index in last if ids[index] in self.stop_ids), None)
+        end = stop if stop is not None else last[-1] if last else len(ids) - 1
+        ids = ids[: end + 1]
+        labels = list(ids) if self.learn_all else self._labels(ids, turns)
         if stop is None:
-            end = last[-1] + 1 if last else len(ids)
-            ids, learned = [*ids[:end], self.tokenizer.eos_token_id], [*learned[:end], turns - 1]
-        else:
-            ids, learned = ids[: stop + 1], learned[: stop + 1]
-        labels = list(ids) if self.learn_all else _labels(ids, learned, self.stop_ids)
+            ids.append(self.tokenizer.eos_token_id)
+            labels.append(self.tokenizer.eos_token_id)
         return Encoded(ids, labels, start, retokenized)
+
+    def _labels(self, ids: list[int], turns: list[Sequence[int]]) -> list[int]:
+        """Labels for the assistant's turns, each up to and with its first stop token."""
+        labels = [IGNORED] * len(ids)
+        for turn in turns:
+            for index in turn:
+                labels[index] = ids[index]
+                if ids[index] in self.stop_ids:
+                    break
+        return labels
+
+
+def _is_answer(message: dict) -> bool:
+    return message["role"] == "assistant"
+
+
+def _template_errors() -> tuple[type[Exception], ...]:
+    """What a chat template that refuses a conversation raises."""
+    from jinja2 import TemplateError
+
+    return TemplateError, LookupError, TypeError
 
 
 def _compiled(template: str):
@@ -241,37 +302,22 @@ def _compiled(template: str):
     return environment.from_string(template)
 
 
-def _learned_spans(pieces) -> list[tuple[int, int]]:
-    """Character spans of the assistant's turns."""
-    spans, position = [], 0
+def _tokens_of_turns(pieces: Pieces, offsets: list[tuple[int, int]]) -> list[list[int]] | None:
+    """Which tokens lie in each of the assistant's turns; None when a token crosses the start of one.
+
+    A token lies where it starts. One without characters (added by the tokenizer) lies in none.
+    """
+    count = len(offsets)
+    while count and offsets[count - 1][0] == offsets[count - 1][1]:
+        count -= 1  # what closes a text stands at 0; all others are in the order of the text
+    turns, position, begin = [], 0, 0
     for piece, is_assistant in pieces:
-        if is_assistant:
-            spans.append((position, position + len(piece)))
-        position += len(piece)
-    return spans
-
-
-def _span_of(offset: tuple[int, int], spans) -> int | None:
-    """Which assistant turn a token lies in. A token without characters (added by the tokenizer) lies in none."""
-    start, end = offset
-    if start == end:
-        return None
-    return next((turn for turn, (first, last) in enumerate(spans) if first <= start < last), None)
-
-
-def _crosses_border(offsets, spans) -> bool:
-    starts = {first for first, _ in spans}
-    return any(start < border < end for start, end in offsets for border in starts)
-
-
-def _labels(ids, learned, stop_ids) -> list[int]:
-    """Labels for the assistant's turns, each up to and with its first stop token."""
-    labels, stopped = [], set()
-    for token, turn in zip(ids, learned, strict=True):
-        if turn is None or turn in stopped:
-            labels.append(IGNORED)
+        border, position = position, position + len(piece)
+        if not is_assistant:
             continue
-        labels.append(token)
-        if token in stop_ids:
-            stopped.add(turn)
-    return labels
+        before, begin = begin, bisect.bisect_left(offsets, (border,), begin, count)
+        if any(end > border for _, end in offsets[before:begin]):
+            return None
+        end = bisect.bisect_left(offsets, (position,), begin, count)
+        turns.append([index for index in range(begin, end) if offsets[index][0] != offsets[index][1]])
+    return turns

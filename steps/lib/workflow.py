@@ -109,6 +109,12 @@ def training_threads(plan: planning.Plan, cores: int | None) -> int:
     return max(1, (cores or 1) // max(1, len(trunks)))
 
 
+def tokenizing_threads(plan: planning.Plan, cores: int | None) -> int:
+    """Cores per tokenization: two, where that keeps none of the others waiting; a third finds little to do."""
+    jobs = sum(job.stage == "tokenize_splits" for job in plan.jobs.values())
+    return max(1, min(2, (cores or 1) // max(1, jobs)))
+
+
 @functools.cache
 def gpus_per_job() -> int:
     """1 where there is an NVIDIA GPU: the profile's ``resources: gpu=1`` then lets one training run at a time."""
