@@ -11,7 +11,6 @@ import sys
 import time
 from pathlib import Path
 
-
 # Without mixed precision, which casts again what is bfloat16 already.
 TUNED = {
     "gradient_checkpointing": False,
