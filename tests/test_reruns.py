@@ -189,7 +189,7 @@ MATRIX = (
     Edit(
         "a statement in `steps/tokenize_splits.py`",
         TOKENIZE,
-        files=(("steps/tokenize_splits.py", "BATCH = 1000", "BATCH = 500"),),
+        files=(("steps/tokenize_splits.py", "ROWS = 1000", "ROWS = 500"),),
     ),
     Edit(
         "a statement in `steps/lib/checkpoints.py`, which only the training imports",
@@ -236,8 +236,8 @@ MATRIX = (
             (LOSS_CODE, "The training loss:", "What is minimised:"),
             (
                 LOSS_CODE,
-                "def short_loss(model, batch):",
-                "def short_loss( model, batch ):  # by hand",
+                "def tokens_of(model, batch) -> int:",
+                "def tokens_of( model, batch ) -> int:  # by hand",
             ),
         ),
     ),
