@@ -8,6 +8,7 @@ optimizer steps and LoRA. Figures of one table come from one run; between runs a
 """
 
 import argparse
+import contextlib
 import json
 import os
 import platform
@@ -16,6 +17,7 @@ import sys
 import time
 from pathlib import Path
 
+from steps.lib import plan
 from tests.conftest import ROOT
 from tests.workflow_tools import environment, snakemake
 
@@ -62,8 +64,8 @@ def main() -> None:
 
 
 def _fine_tuning(wanted: list[str], rows: int) -> dict:
-    model, splits = _prepared("demo", f"data.limit={{train:{rows},validation:200,test:500}}", "tokenize_splits")
-    job, figures = _job(model, splits), {}
+    made = _prepared("demo", f"data.limit={{train:{rows},validation:200,test:500}}", "tokenize_splits")
+    job, figures = _job(made), {}
     for name in [name for name in (*SFT, "trl_compiled") if name in wanted]:
         figures[name] = _temper(name, job) if name.startswith("temper") else _peer(name, job)
         _run("score", name, job)
@@ -74,7 +76,7 @@ def _fine_tuning(wanted: list[str], rows: int) -> dict:
         _say("two_at_once", figures["two_at_once"])
     found = {"fine_tuning": figures}
     if "ceiling" in wanted:
-        computed = _computed_tokens(splits, job["order"])
+        computed = _computed_tokens(job["splits"], job["order"])
         sizes = {"tokens_per_step": sum(job["tokens"]) / len(job["tokens"]), "computed_tokens_per_step": computed}
         _run("ceiling", "ceiling", job | sizes)
         found["ceiling"] = _ceiling(sizes, _read("ceiling", "ceiling.json"))
@@ -86,9 +88,8 @@ def _preferences(wanted: list[str]) -> dict:
     if not names:
         return {}
     overrides = f"data.limit={{train:{PAIRS},validation:16,test:16}}"
-    model, splits = _prepared("dpo", overrides, "reference_logprobs")
-    references = max((PLACE / "results/references").iterdir(), key=lambda path: path.stat().st_mtime)
-    job, figures = _job(model, splits) | {"references": str(references)}, {}
+    made = _prepared("dpo", overrides, "reference_logprobs")
+    job, figures = _job(made) | {"references": made["reference_logprobs"]}, {}
     for name in names:
         figures[name] = _temper(name, job) if name == "temper_dpo" else _peer(name, job)
         _say(name, figures[name])
@@ -99,8 +100,8 @@ def _answering(wanted: list[str]) -> dict:
     names = [name for name in ("pipeline", "answers") if name in wanted]
     if not names:
         return {}
-    model, splits = _prepared("demo", "data.limit={train:1000,validation:200,test:500}", "tokenize_splits")
-    job = _job(model, splits) | {"merged": model, "prompts": PROMPTS, "max_new_tokens": 16}
+    made = _prepared("demo", "", "tokenize_splits")
+    job = _job(made) | {"merged": made["fetch_model"], "prompts": PROMPTS, "max_new_tokens": 16}
     figures = {}
     for name in names:
         figures[name] = _run(name, name, job) | _read(name, "seconds.json")
@@ -111,25 +112,28 @@ def _answering(wanted: list[str]) -> dict:
 # --- jobs ----------------------------------------------------------------------------------------
 
 
-def _prepared(experiment: str, overrides: str, rule: str) -> tuple[str, str]:
-    """(model, splits): folders that the workflow makes up to a rule."""
-    snakemake(PLACE, "--until", rule, "--config", f"experiment={experiment}", f"overrides=sweep=none {overrides}")
-    folders = (PLACE / "results/models", PLACE / "results/splits")
-    return tuple(str(max(folder.glob("*-*"), key=lambda path: path.stat().st_mtime)) for folder in folders)
+def _prepared(experiment: str, overrides: str, rule: str) -> dict[str, str]:
+    """Stage -> the folder that the workflow made, up to a rule."""
+    overrides = f"sweep=none {overrides}"
+    snakemake(PLACE, "--until", rule, "--config", f"experiment={experiment}", f"overrides={overrides}")
+    with contextlib.chdir(PLACE):
+        jobs = plan.build(experiment, None, overrides).jobs.values()
+    return {job.stage: str(PLACE / job.path) for job in jobs}
 
 
-def _job(model: str, splits: str) -> dict:
+def _job(made: dict[str, str]) -> dict:
     from datasets import load_from_disk
 
     from steps.lib.batches import epoch_order
 
-    rows = load_from_disk(splits)["train"]
+    rows = load_from_disk(made["tokenize_splits"])["train"]
     lengths = [len(ids) for ids in rows["input_ids"]]
     order = epoch_order(lengths, BATCH, seed=42, epoch=0)
     tokens = [sum(lengths[row] for row in order[at : at + BATCH]) for at in range(0, len(order), BATCH)]
     lora = {**LORA, "target_modules": TARGETS}
     fixed = {"batch_size": BATCH, "learning_rate": RATE, "warmup_steps": WARMUP, "lora": lora}
-    return {"model": model, "splits": splits, "order": order, "tokens": tokens, **fixed}
+    folders = {"model": made["fetch_model"], "splits": made["tokenize_splits"]}
+    return {**folders, "order": order, "tokens": tokens, **fixed}
 
 
 def _computed_tokens(splits: str, order: list[int]) -> float:
