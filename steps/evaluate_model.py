@@ -25,6 +25,7 @@ from steps.lib.adapters import DIVERGED
 from steps.lib.errors import UserError
 from steps.lib.keys import flat
 from steps.lib.progress import quiet_libraries
+from steps.lib.splits import answer_start
 from steps.lib.step import peak_memory, run_command
 
 STAGE = "evaluate_model"
@@ -159,7 +160,7 @@ def _ask(folder: Path, config: dict, test: list[dict]) -> dict:
     tokenizer = models.load_tokenizer(folder)
     model = models.load_model(folder, config["model"]["load"]).eval()
     started = time.perf_counter()
-    tokens = _first_tokens(settings, tokenizer, test, model.config.is_encoder_decoder)
+    tokens = _first_tokens(settings, tokenizer, test)
     losses = scoring.row_losses(model, test, settings["batch_size"], tokenizer.pad_token_id, list(tokens))
     loss_seconds = time.perf_counter() - started
     choices = [tokens.get(token) for token in losses.favourites] if tokens else None
@@ -182,17 +183,14 @@ def _add_preferences(rows: list[dict], model, test: list[dict], batch_size: int,
             row[name] = -total
 
 
-def _first_tokens(settings: dict, tokenizer, test: list[dict], in_decoder: bool) -> dict[int, str]:
-    """First token of a label's answer -> the label. Empty where the first token does not tell the labels apart.
-
-    `in_decoder`: the answer is all of the row's labels.
-    """
+def _first_tokens(settings: dict, tokenizer, test: list[dict]) -> dict[int, str]:
+    """First token of a label's answer -> the label. Empty where the first token does not tell the labels apart."""
     if settings["task"] != "labels":
         return {}
     first: dict[str, int] = {}
     for row in test:
         label = metrics.reference_label(row["reference"], settings["labels"], row["id"])
-        first.setdefault(label, row["labels"][0 if in_decoder else row["prompt_length"]])
+        first.setdefault(label, row["labels"][answer_start(row["input_ids"], row["prompt_length"])])
     for label in settings["labels"]:  # one that no row of the split has
         first.setdefault(label, tokenizer(label, add_special_tokens=False)["input_ids"][0])
     tokens = {token: label for label, token in first.items()}

@@ -21,7 +21,7 @@ from steps.lib.conversation import IGNORED, Encoder
 from steps.lib.errors import UserError
 from steps.lib.loss import SupervisedLoss, flat_way, plain_way, short_way
 from steps.lib.preferences import chosen_of, rejected_of
-from tests.tiny import tiny_rows, tiny_tokenizer
+from tests.tiny import gradients, tiny_rows, tiny_tokenizer
 
 SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
 SPREAD = {"initializer_range": 0.3}  # large weights, so that answers differ from prompt to prompt
@@ -225,14 +225,6 @@ def test_loss_and_gradients_equal_transformers_own(family, caplog):
     expected_way = plain_way if plain else short_way if family == "bloom" else flat_way
     assert loss.way is expected_way
     assert caplog.text.count("loss:") == int(loss.way is not flat_way), "said, and once"
-
-
-def gradients(network, loss) -> dict[str, torch.Tensor]:
-    network.zero_grad()
-    loss.backward()
-    found = {name: weight.grad.clone() for name, weight in network.named_parameters() if weight.grad is not None}
-    network.zero_grad()
-    return found
 
 
 def test_a_cap_that_hardly_shows_is_found(tiny_model):

@@ -192,47 +192,71 @@ chats = st.lists(st.tuples(words | text, words | text), min_size=1, max_size=4)
 
 def one_by_one(encoder, messages) -> Encoded:
     """What `Encoder` does, slowly: each token of each conversation is held against all turns."""
-    tokenizer, free = encoder.tokenizer, encoder.template
-    pieces = []
-    if free is not None:
-        pieces = [(free.render(prompt=messages[0]["content"], system=None), False), (messages[1]["content"], True)]
-    for index in range(1, 0 if free is not None else len(messages), 2):
-        done = "".join(piece for piece, _ in pieces)
-        before = tokenizer.apply_chat_template(messages[:index], tokenize=False, add_generation_prompt=True)
-        after = tokenizer.apply_chat_template(messages[: index + 1], tokenize=False)
-        pieces += [(before[len(done) :], False), (after[len(before) :], True)]
-    made = tokenizer("".join(p for p, _ in pieces), add_special_tokens=free is not None, return_offsets_mapping=True)
-    ids, offsets = made["input_ids"], made["offset_mapping"]
-    spans, position = [], 0
-    for piece, is_answer in pieces:
-        spans += [(position, position + len(piece))] if is_answer else []
-        position += len(piece)
-    turns = [
-        next((turn for turn, (first, last) in enumerate(spans) if start != end and first <= start < last), None)
-        for start, end in offsets
-    ]
-    crosses = any(start < first < end for start, end in offsets for first, _ in spans)
-    if crosses:
-        ids, turns = [], []
-        for number, (piece, is_answer) in enumerate(pieces):
-            part = tokenizer(piece, add_special_tokens=free is not None and number == 0)["input_ids"]
-            if free is not None and number == 0 and part and part[-1] == tokenizer.eos_token_id:
-                part = part[:-1]
-            ids = ids + part
-            turns += [number // 2 if is_answer else None] * len(part)
-    last = [index for index, turn in enumerate(turns) if turn == len(spans) - 1]
+    pieces = pieces_of(encoder, messages)
+    answers = sum(is_answer for _, is_answer in pieces)
+    ids, turns, crosses = tokens_and_turns(encoder, pieces)
+    last = [index for index, turn in enumerate(turns) if turn == answers - 1]
     stops = [index for index in last if ids[index] in encoder.stop_ids]
     end = stops[0] if stops else last[-1] if last else len(ids) - 1
     ids, turns = ids[: end + 1], turns[: end + 1]
     start = last[0] if last else len(ids)
     if not stops:
-        ids, turns = [*ids, tokenizer.eos_token_id], [*turns, len(spans) - 1]
+        ids, turns = [*ids, encoder.tokenizer.eos_token_id], [*turns, answers - 1]
+    return Encoded(ids, labels_of(encoder, ids, turns), start, crosses)
+
+
+def pieces_of(encoder, messages) -> list[tuple[str, bool]]:
+    """The text in pieces, each with whether it is an answer: one turn after the other, rendered anew."""
+    free, pieces = encoder.template, []
+    if free is not None:
+        return [(free.render(prompt=messages[0]["content"], system=None), False), (messages[1]["content"], True)]
+    render = encoder.tokenizer.apply_chat_template
+    for index in range(1, len(messages), 2):
+        done = "".join(piece for piece, _ in pieces)
+        before = render(messages[:index], tokenize=False, add_generation_prompt=True)
+        after = render(messages[: index + 1], tokenize=False)
+        pieces += [(before[len(done) :], False), (after[len(before) :], True)]
+    return pieces
+
+
+def tokens_and_turns(encoder, pieces):
+    """(tokens, which answer each lies in, whether one would have crossed the start of an answer)."""
+    free, text = encoder.template is not None, "".join(piece for piece, _ in pieces)
+    made = encoder.tokenizer(text, add_special_tokens=free, return_offsets_mapping=True)
+    offsets, spans, position = made["offset_mapping"], [], 0
+    for piece, is_answer in pieces:
+        spans += [(position, position + len(piece))] if is_answer else []
+        position += len(piece)
+    if any(start < first < end for start, end in offsets for first, _ in spans):
+        return *tokenized_apart(encoder, pieces), True
+    turns = [
+        next((turn for turn, (first, last) in enumerate(spans) if start != end and first <= start < last), None)
+        for start, end in offsets
+    ]
+    return made["input_ids"], turns, False
+
+
+def tokenized_apart(encoder, pieces):
+    """(tokens, which answer each lies in), no token across the border of two pieces."""
+    tokenizer, ids, turns = encoder.tokenizer, [], []
+    for number, (piece, is_answer) in enumerate(pieces):
+        first_of_free = encoder.template is not None and number == 0
+        part = tokenizer(piece, add_special_tokens=first_of_free)["input_ids"]
+        if first_of_free and part and part[-1] == tokenizer.eos_token_id:
+            part = part[:-1]
+        ids = ids + part
+        turns += [number // 2 if is_answer else None] * len(part)
+    return ids, turns
+
+
+def labels_of(encoder, ids, turns) -> list[int]:
+    """Each answer up to and with its first stop token, or all tokens."""
     labels, stopped = [], set()
     for token, turn in zip(ids, turns, strict=True):
         labels.append(token if encoder.learn_all or (turn is not None and turn not in stopped) else IGNORED)
         if token in encoder.stop_ids:
             stopped.add(turn)
-    return Encoded(ids, labels, start, crosses)
+    return labels
 
 
 @settings(max_examples=200, deadline=None)

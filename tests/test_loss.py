@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM
 
 from steps.lib.batches import collate
 from steps.lib.loss import SupervisedLoss, flat_way, plain_way, short_way, unshared_way
+from tests.tiny import gradients
 
 
 @pytest.fixture
@@ -24,12 +25,6 @@ def model(tiny_model):
     network = AutoModelForCausalLM.from_pretrained(tiny_model, attn_implementation="eager")
     torch.manual_seed(0)
     return get_peft_model(network, LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False))
-
-
-def gradients(model, loss):
-    model.zero_grad()
-    loss.backward()
-    return {name: part.grad.clone() for name, part in model.named_parameters() if part.grad is not None}
 
 
 def test_loss_and_gradients_equal_transformers_own(model, batch):

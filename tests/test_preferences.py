@@ -15,7 +15,7 @@ from steps import evaluate_model, merge_adapter, reference_logprobs, train_adapt
 from steps.lib.config import load_stage_config
 from steps.lib.loss import SupervisedLoss, flat_way, plain_way
 from steps.lib.preferences import FIGURES, PreferenceLoss, chosen_of, collate_pairs, rejected_of
-from tests.tiny import make_tiny_splits, tiny_tokenizer
+from tests.tiny import gradients, make_tiny_splits, tiny_tokenizer
 
 LOAD = {"dtype": "float32", "attn_implementation": "eager"}
 SMALL = [
@@ -65,18 +65,8 @@ def policy(tiny_model):
     return model
 
 
-def gradients(model, loss):
-    model.zero_grad()
-    loss.backward()
-    return {name: part.grad.clone() for name, part in model.named_parameters() if part.grad is not None}
-
-
-@pytest.mark.parametrize(
-    ("loss_type", "beta", "label_smoothing"),
-    [("sigmoid", 0.1, 0.0), ("sigmoid", 2.0, 0.0), ("hinge", 0.5, 0.0), ("ipo", 0.1, 0.0), ("robust", 0.3, 0.2)],
-)
-def test_loss_gradients_and_figures_equal_trls(workspace, policy, tiny_model, rows, loss_type, beta, label_smoothing):
-    """From the same texts: TRL tokenizes, pads and computes the reference by itself."""
+def trl_trainer(policy, tiny_model, rows, **loss):
+    """TRL's trainer for the texts of `rows`."""
     from datasets import Dataset
     from trl import DPOConfig, DPOTrainer
 
@@ -87,13 +77,23 @@ def test_loss_gradients_and_figures_equal_trls(workspace, policy, tiny_model, ro
         for start, row in zip(starts, rows, strict=True)
     ]
     options = {"report_to": "none", "use_cpu": True, "bf16": False, "max_length": None, "output_dir": "trl"}
-    theirs = DPOTrainer(
+    return DPOTrainer(
         model=policy,
         ref_model=AutoModelForCausalLM.from_pretrained(tiny_model),
-        args=DPOConfig(beta=beta, loss_type=[loss_type], label_smoothing=label_smoothing, **options),
+        args=DPOConfig(**loss, **options),
         train_dataset=Dataset.from_list(texts),
         processing_class=tokenizer,
     )
+
+
+@pytest.mark.parametrize(
+    ("loss_type", "beta", "label_smoothing"),
+    [("sigmoid", 0.1, 0.0), ("sigmoid", 2.0, 0.0), ("hinge", 0.5, 0.0), ("ipo", 0.1, 0.0), ("robust", 0.3, 0.2)],
+)
+def test_loss_gradients_and_figures_equal_trls(workspace, policy, tiny_model, rows, loss_type, beta, label_smoothing):
+    """From the same texts: TRL tokenizes, pads and computes the reference by itself."""
+    tokenizer = tiny_tokenizer()
+    theirs = trl_trainer(policy, tiny_model, rows, beta=beta, loss_type=[loss_type], label_smoothing=label_smoothing)
     batch = theirs.data_collator(list(theirs.train_dataset))
     ours = collate_pairs(rows, tokenizer.pad_token_id)
     for index, mask in enumerate(batch["attention_mask"].bool()):

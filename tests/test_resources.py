@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -72,18 +73,27 @@ def test_a_read_only_disk_is_one_line(workspace, tiny_splits, tiny_model, config
         assert "the disk is read-only" in capsys.readouterr().err.splitlines()[-1]
 
 
-def test_too_little_memory_is_one_line(workspace, tiny_splits, tiny_model, config):
+def test_too_little_memory_to_begin_is_one_line(workspace, tiny_splits, tiny_model, config):
     command = [sys.executable, "-m", "steps.train_adapter", *arguments(tiny_splits, tiny_model, "x", config)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    limit = lambda: resource.setrlimit(resource.RLIMIT_AS, (2**30, 2**30))  # noqa: E731
+    limit = lambda: resource.setrlimit(resource.RLIMIT_AS, (2**29, 2**29))  # noqa: E731
     failed = subprocess.run(command, capture_output=True, text=True, env=environment, preexec_fn=limit)
     assert failed.returncode == 2, failed.stderr
-    assert "error: x: out of memory; lower train.per_device_train_batch_size" in failed.stderr
+    last = failed.stderr.splitlines()[-1]  # which of the two comes first is the machine's affair
+    assert last.startswith(("error: x: no more threads can be started; ", "error: x: out of memory; lower train."))
+
+
+@pytest.mark.parametrize("allocate", [torch.empty, numpy.empty, bytearray])
+def test_too_much_memory_at_once_is_one_line(allocate):
+    with pytest.raises((RuntimeError, MemoryError)) as failed:
+        allocate(2**58)
+    assert "out of memory; lower train.per_device_train_batch_size" in str(lack(failed.value, "x"))
 
 
 def test_other_errors_are_not_explained_away():
     assert lack(ValueError("shapes do not match"), "x") is None
     wrapped = RuntimeError("inline_container.cc:672 unexpected pos")
     assert "disk is full" in str(lack(wrapped, "x"))
+    assert "no more threads" in str(lack(RuntimeError("can't start new thread"), "x"))
     with pytest.raises(UserError, match="read-only"):
         raise lack(OSError(30, os.strerror(30)), "x")

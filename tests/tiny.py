@@ -139,3 +139,12 @@ def _with_rejected(row: dict, tokenizer, system: str | None) -> dict:
     wrong = {"positive": "negative", "negative": "not negative, positive"}[row["reference"]]
     other = tiny_row(tokenizer, row["id"], row["prompt"], wrong, system)
     return {**row, "rejected_input_ids": other["input_ids"], "rejected_labels": other["labels"], "rejected": wrong}
+
+
+def gradients(model, loss) -> dict:
+    """Name -> gradient of each weight that gets one from `loss`."""
+    model.zero_grad()
+    loss.backward()
+    found = {name: weight.grad.clone() for name, weight in model.named_parameters() if weight.grad is not None}
+    model.zero_grad()
+    return found

@@ -31,19 +31,22 @@ def one_line_errors():
 # "inline_container" is torch.save whose file was cut short.
 FULL = [os.strerror(errno.ENOSPC), os.strerror(errno.EDQUOT), "disk is full", "inline_container.cc"]
 READ_ONLY = [os.strerror(errno.EROFS)]
-# The last is what Python says of a library that could not be loaded for lack of memory.
+# The last two are what is said of a library that could not be loaded for lack of memory: by the loader, by Python.
 NO_MEMORY = [
     "MemoryError",
     "out of memory",
     "can't allocate memory",
     "Unable to allocate",
     os.strerror(errno.ENOMEM),
+    "failed to map segment from shared object",
     "SystemError: error return without exception set",
 ]
+# Said alike by Python and by OpenMP's and Arrow's pools; too little address space says the same as too many processes.
+NO_THREAD = ["can't start new thread", "Resource temporarily unavailable"]
 
 
 def lack(error: BaseException, output: str) -> UserError | None:
-    """What the machine lacks, when that is what `error` or one it came from says: room or rights on disk, memory."""
+    """What the machine lacks, when `error` or one it came from says so: room or rights on disk, memory, threads."""
     said = ""
     while error is not None:
         said += f"{type(error).__name__}: {error}\n"
@@ -57,6 +60,11 @@ def lack(error: BaseException, output: str) -> UserError | None:
         return UserError(
             f"{output}: out of memory; lower train.per_device_train_batch_size (and raise gradient_accumulation_steps "
             "by as much), or eval.batch_size, or tokenize.max_length, or set train.gradient_checkpointing=true"
+        )
+    if any(text in said for text in NO_THREAD):
+        return UserError(
+            f"{output}: no more threads can be started; the limit of processes (ulimit -u) or of memory (ulimit -v, "
+            f"the job's request) is used up: raise it, {again}"
         )
     return None
 

@@ -103,7 +103,7 @@ def _probe(trainer, batch) -> tuple[int, int]:
 
     model.train()
     with torch.no_grad(), trainer.compute_loss_context_manager():
-        trainer.compute_loss(model, batch)  # the first call also checks the loss's short way
+        trainer.compute_loss(model, batch)  # the first call also chooses the loss's way, which no step does again
     with FlopCounterMode(display=False) as counter:
         with saved_tensors_hooks(keep, lambda tensor: tensor), trainer.compute_loss_context_manager():
             loss = trainer.compute_loss(model, batch)

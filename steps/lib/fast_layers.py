@@ -37,7 +37,7 @@ class _AddLowRank(torch.autograd.Function):
 
 
 class _RMSNorm(torch.autograd.Function):
-    """``weight * (x / rms(x))`` with the casts of transformers' LlamaRMSNorm: forward, the same to the bit."""
+    """``weight * (x / rms(x))`` with transformers' LlamaRMSNorm's casts: in bfloat16 the same output to the bit."""
 
     @staticmethod
     def forward(ctx, inputs, weight, epsilon):
@@ -62,7 +62,7 @@ def use_fast_layers(model) -> tuple[int, int]:
 
 
 def _use_fast_norms(model) -> int:
-    """Those whose own forward pass gives the same to the bit on random numbers (Gemma's adds one to its weight)."""
+    """Those whose own forward pass gives the same on random numbers (Gemma's adds one to its weight)."""
     norms = [part for part in model.modules() if type(part).__name__.endswith("RMSNorm") and _is_usual_norm(part)]
     for norm in norms:
         norm.forward = functools.partial(_norm_forward, norm)

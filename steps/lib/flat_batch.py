@@ -61,7 +61,7 @@ class FlatBatch:
         """
         if (window, dtype) not in self.masks:
             both = self._in_rows(window), self._in_prefix(window)
-            self.masks[window, dtype] = tuple(seen.to(dtype).sub_(1).mul_(-UNSEEN) for seen in both)
+            self.masks[window, dtype] = tuple(seen.logical_not().to(dtype) * UNSEEN for seen in both)
         return self.masks[window, dtype]
 
     def _in_rows(self, window: int | None):
@@ -139,12 +139,13 @@ def _own_tokens(texts, prefix: int, end: int):
     Returns:
         ((tokens, positions, branches), of each text [(first position, which token that is), ...])
     """
-    first, fork = texts[0], common_start(texts)
+    first = texts[0]
+    fork = common_start(texts) if len(texts) > 1 else len(first)
     positions = [torch.arange(prefix, len(first)), *(torch.arange(fork, len(text)) for text in texts[1:])]
     tokens = [first[prefix:], *(text[fork:] for text in texts[1:])]
     starts = [[(0, 0), (prefix, end)], *([(0, 0), (prefix, end), (fork, end + len(tokens[0]))] for _ in texts[1:])]
     branches = [torch.full((len(part),), number + 1) for number, part in enumerate(tokens)]
-    branches[0][: fork - prefix if len(texts) > 1 else None] = 0  # what comes before the fork, or all there is
+    branches[0][: fork - prefix] = 0
     return tuple(map(torch.cat, (tokens, positions, branches))), starts
 
 

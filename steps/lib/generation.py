@@ -7,6 +7,7 @@ import time
 
 from steps.lib.adapters import is_prompt_learning
 from steps.lib.progress import Progress
+from steps.lib.splits import answer_start
 
 log = logging.getLogger("temper")
 
@@ -45,20 +46,21 @@ def generate_answers(
     """
     import torch
 
+    known, ends = known or {}, set(stop_ids)
     answers = Answers([""] * len(rows), [[] for _ in rows], [False] * len(rows), 0.0)
     owner = model.get_base_model() if is_prompt_learning(model) else model
     own_defaults, owner.generation_config = owner.generation_config, _greedy(owner, settings, tokenizer, stop_ids)
     started = time.perf_counter()
     try:
         with torch.inference_mode(), Progress(len(rows), "generate", "rows") as progress:
-            for row, ids in (known or {}).items():
-                _store(answers, row, ids, tokenizer, set(stop_ids))
-            progress.update(len(known or {}))
-            lengths = {row: part["prompt_length"] for row, part in enumerate(rows) if row not in (known or {})}
+            for row, ids in known.items():
+                _store(answers, row, ids, tokenizer, ends)
+            progress.update(len(known))
+            lengths = {row: part["prompt_length"] for row, part in enumerate(rows) if row not in known}
             for members in _batches(lengths, settings["batch_size"], owner is not model):
                 new = _batch(model, [rows[row] for row in members], settings, tokenizer.pad_token_id)
                 for row, ids in zip(members, new, strict=True):
-                    _store(answers, row, ids, tokenizer, set(stop_ids))
+                    _store(answers, row, ids, tokenizer, ends)
                 progress.update(len(members), f"{sum(answers.tokens)} tokens")
     finally:
         owner.generation_config = own_defaults
@@ -81,8 +83,7 @@ def greedy_references(
         return {}
     known = {}
     for number, (row, count) in enumerate(zip(rows, matched, strict=True)):
-        in_decoder = row["prompt_length"] == len(row["input_ids"])  # then the labels are the answer alone
-        answer = row["labels"][0 if in_decoder else row["prompt_length"] :][:count]
+        answer = row["labels"][answer_start(row["input_ids"], row["prompt_length"]) :][:count]
         end = next((at for at, token in enumerate(answer) if token in stop_ids), None)
         if end is not None and end < settings["max_new_tokens"]:
             known[number] = answer[: end + 1]

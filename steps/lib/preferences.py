@@ -8,18 +8,15 @@ import dataclasses
 
 from steps.lib.batches import collate
 from steps.lib.conversation import IGNORED
+from steps.lib.splits import answer_start
 
 REFERENCES = ("ref_chosen_logps", "ref_rejected_logps")
 
 
 def answer_only(ids: list[int], labels: list[int], prompt_length: int) -> dict:
-    """A row whose last answer alone counts: what stands before it is the same for both answers of a pair.
-
-    Where the prompt is all of the row's tokens, an encoder reads them, and the labels are the answer already.
-    """
-    if prompt_length == len(ids):
-        return {"input_ids": ids, "labels": labels}
-    return {"input_ids": ids, "labels": [IGNORED] * prompt_length + list(labels[prompt_length:])}
+    """A row whose last answer alone counts: what stands before it is the same for both answers of a pair."""
+    start = answer_start(ids, prompt_length)
+    return {"input_ids": ids, "labels": [IGNORED] * start + list(labels[start:])}
 
 
 def chosen_of(row: dict) -> dict:

@@ -1,14 +1,11 @@
 """The test loss: how surprised a model is by the reference answers, row by row."""
 
 import dataclasses
-import logging
 from collections.abc import Sequence
 
 from steps.lib.batches import collate
 from steps.lib.loss import SupervisedLoss
 from steps.lib.progress import Progress
-
-log = logging.getLogger("temper")
 
 CHUNK = 1024  # positions whose logits are held at once: 200 MB in float32 for a vocabulary of 49,152
 

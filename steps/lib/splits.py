@@ -17,3 +17,12 @@ def features(pairs: bool = False):
     if pairs:
         columns |= {"rejected_input_ids": ids, "rejected_labels": ids, "rejected": Value("string")}
     return Features(columns)
+
+
+def answer_start(input_ids: list[int], prompt_length: int) -> int:
+    """Where the last answer begins in a row's labels.
+
+    Behind the prompt; but where the prompt is all of the row's tokens, an encoder reads them, and the labels are the
+    answer alone.
+    """
+    return 0 if prompt_length == len(input_ids) else prompt_length

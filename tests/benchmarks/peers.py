@@ -189,17 +189,12 @@ def score(job: dict, folder: Path) -> None:
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    from steps.lib.batches import collate
-    from steps.lib.loss import flat_way
+    from steps.lib.scoring import row_losses
 
     model = AutoModelForCausalLM.from_pretrained(job["model"], dtype=torch.float32)
     model = PeftModel.from_pretrained(model, folder / "adapter").eval()
-    rows, total, tokens = list(load_from_disk(job["splits"])["validation"]), 0.0, 0
-    with torch.inference_mode():
-        for start in range(0, len(rows), 32):
-            loss, count = flat_way(model, collate(rows[start : start + 32], 0)).sum_and_count()
-            total, tokens = total + loss.item(), tokens + count
-    (folder / "score.json").write_text(json.dumps({"validation_loss": total / tokens}))
+    rows = list(load_from_disk(job["splits"])["validation"])
+    (folder / "score.json").write_text(json.dumps({"validation_loss": row_losses(model, rows, 32, 0).loss}))
 
 
 def ceiling(job: dict, folder: Path) -> None:

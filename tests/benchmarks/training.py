@@ -12,9 +12,11 @@ import contextlib
 import json
 import os
 import platform
+import shutil
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from steps.lib import plan
@@ -178,8 +180,6 @@ def _peer(name: str, job: dict) -> dict:
 
 def _two_at_once(job: dict) -> dict:
     """As a sweep runs them; the sum of both."""
-    from concurrent.futures import ThreadPoolExecutor
-
     with ThreadPoolExecutor() as pool:
         both = list(pool.map(lambda name: _temper(name, job, cores=1), ("temper_one", "temper_two")))
     sums = {
@@ -211,8 +211,6 @@ def _measured(module: list[str], folder: Path, cores: int | None = None) -> dict
 
 
 def _fresh(name: str) -> Path:
-    import shutil
-
     shutil.rmtree(PLACE / name, ignore_errors=True)
     (PLACE / name).mkdir(parents=True)
     return PLACE / name
