@@ -124,6 +124,13 @@ def test_what_is_common_is_computed_once():
     )
 
 
+def test_an_odd_number_of_tokens_gets_one_more_that_nobody_sees():
+    batch = collate(rows_of([5, 4, 8]), 0)
+    flat = flatten(batch, batch["labels"][:, 1:] != IGNORED)
+    assert flat.input_ids.shape == (1, 30 + 5 + 4 + 8 + 1)
+    assert_same(network(), batch)
+
+
 def test_a_short_beginning_is_not_worth_an_attention_of_its_own():
     batch = collate(rows_of([20, 20], prefix=SHORTEST_PREFIX - 1), 0)
     assert flatten(batch, batch["labels"][:, 1:] != IGNORED).prefix == 0
