@@ -62,7 +62,7 @@ def run(
     if references:
         judged["scores"].values |= metrics.rewards(train["beta"], asked["rows"], _references(references, test))
     facts = figures_of(settings, metric, train_references, test, asked, judged, base)
-    facts |= {"train": train, "start": _start(start_report, metric)}
+    facts |= {"train": train, "start": _start(start_report, metric), "left_out": _left_out(splits)}
     curves = pages.read_lines(adapter / "metrics.jsonl") if adapter else []
     predictions = _predictions(test, asked, judged, base)
     pages.write_whole(output / "metrics.json", json.dumps(facts, indent=2, ensure_ascii=False) + "\n")
@@ -110,6 +110,12 @@ def _rows(splits: Path, settings: dict) -> tuple[list[dict], list[str]]:
         raise UserError(f"{splits}: no supervised token in the test split; see audit.json there, and prompt.loss_on")
     wanted = settings["task"] in ("labels", "tags") and "train" in loaded
     return test, list(loaded["train"]["reference"]) if wanted else []
+
+
+def _left_out(splits: Path) -> dict:
+    """Split -> how many of its rows tokenizing left out, and of how many; splits that kept all are not in it."""
+    audits = _json(splits / "audit.json")["splits"]
+    return {name: {key: one[key] for key in ("dropped", "read")} for name, one in audits.items() if one["dropped"]}
 
 
 def _base(folder: Path, settings: dict, test: list[dict]) -> dict:
@@ -237,7 +243,8 @@ def figures_of(settings, metric, train_references, test, asked, judged, base) ->
 
     `test`: metric -> figure of this model, `base`: the same of the untouched one, or None. `interval`: 95% bootstrap
     interval of the ranking metric; `intervals`: of every metric that has one; `delta`: the gain over the base model in
-    the ranking metric, and its interval. `baselines`: what needs no model. `train`: the adapter's training.json.
+    the ranking metric, and its interval. `baselines`: what needs no model. Added by `run`: `train`, the adapter's
+    training.json; `start`, the figures of the model it started from; `left_out`, rows that were too long.
     """
     scores, answers = judged["scores"], asked["answers"]
     references = [row["reference"] for row in test]

@@ -316,6 +316,18 @@ def test_other_tasks(folder, tmp_path, task, answer):
     assert "as good as the base model&#39;s" in (tmp_path / "tuned" / "report.html").read_text()
 
 
+def test_rows_that_were_too_long_are_told(folder, tmp_path, reports):
+    splits = tmp_path / "splits"
+    make_tiny_splits(splits, folder / "model", rows={"train": 6, "test": [("Short", "positive")]})
+    assert "left out" not in (reports[2] / "tuned" / "report.html").read_text().lower()
+    audit = json.loads((splits / "audit.json").read_text())
+    audit["splits"]["test"] |= {"dropped": 2, "read": 3}
+    (splits / "audit.json").write_text(json.dumps(audit))
+    facts = evaluate(folder, tmp_path / "report", config(), splits=splits)
+    assert facts["left_out"]["test"] == {"dropped": 2, "read": 3}
+    assert "2 of 3 test rows" in (tmp_path / "report" / "report.html").read_text()
+
+
 # --- what a person can get wrong -----------------------------------------------------------------
 
 

@@ -113,7 +113,8 @@ def make_tiny_splits(
             splits[split] = Dataset.from_list(made, features=features(pairs))
         number += len(texts)
     DatasetDict(splits).save_to_disk(str(folder))
-    (Path(folder) / "audit.json").write_text(json.dumps({split: {"rows": len(rows)} for split, rows in splits.items()}))
+    counts = {split: {"rows": len(rows), "read": len(rows), "dropped": 0} for split, rows in splits.items()}
+    (Path(folder) / "audit.json").write_text(json.dumps({"splits": counts}))
     return Path(folder)
 
 
