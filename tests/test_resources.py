@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from steps import train_adapter
 from steps.lib.config import load_stage_config
-from steps.lib.errors import UserError, lack
+from steps.lib.errors import UserError, lack, one_line_errors
 from tests.conftest import ROOT
 
 
@@ -88,6 +88,15 @@ def test_too_much_memory_at_once_is_one_line(allocate):
     with pytest.raises((RuntimeError, MemoryError)) as failed:
         allocate(2**58)
     assert "out of memory; lower train.per_device_train_batch_size" in str(lack(failed.value, "x"))
+
+
+def test_commands_that_are_no_steps_say_it_too(capsys):
+    with pytest.raises(SystemExit) as ended, one_line_errors():
+        torch.empty(2**58)
+    assert ended.value.code == 2
+    assert "out of memory" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="shapes"), one_line_errors():
+        raise ValueError("shapes do not match")
 
 
 def test_other_errors_are_not_explained_away():

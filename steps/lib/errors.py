@@ -5,6 +5,7 @@ import difflib
 import errno
 import os
 import sys
+from pathlib import Path
 
 MOST_SHOWN = 15  # longer lists of choices drown the message
 
@@ -22,8 +23,11 @@ def one_line_errors():
     """End the process with one line and exit code 2 when the user can fix what is wrong."""
     try:
         yield
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
+    except Exception as error:
+        known = error if isinstance(error, UserError) else lack(error, Path(sys.argv[0]).stem)
+        if known is None:
+            raise
+        print(f"error: {known}", file=sys.stderr, flush=True)
         sys.exit(2)
 
 
@@ -59,7 +63,8 @@ def lack(error: BaseException, output: str) -> UserError | None:
     if any(text in said for text in NO_MEMORY):
         return UserError(
             f"{output}: out of memory; lower train.per_device_train_batch_size (and raise gradient_accumulation_steps "
-            "by as much), or eval.batch_size, or tokenize.max_length, or set train.gradient_checkpointing=true"
+            "by as much), or eval.batch_size (--batch-size), or tokenize.max_length, or set "
+            "train.gradient_checkpointing=true"
         )
     if any(text in said for text in NO_THREAD):
         return UserError(
