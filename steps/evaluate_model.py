@@ -175,18 +175,10 @@ def _ask(folder: Path, config: dict, test: list[dict]) -> dict:
     answers = generation.generate_answers(model, tokenizer, test, settings, stop_ids, known)
     rows = [{"loss_sum": total, "tokens": count} for total, count in zip(losses.sums, losses.tokens, strict=True)]
     if "rejected_input_ids" in test[0]:
-        _add_preferences(rows, model, test, settings["batch_size"], tokenizer.pad_token_id)
+        pairs = scoring.pair_logps(model, test, settings["batch_size"], tokenizer.pad_token_id)
+        for row, logps in zip(rows, pairs, strict=True):
+            row["chosen_logp"], row["rejected_logp"] = logps
     return {"rows": rows, "loss_seconds": loss_seconds, "choices": choices, "answers": answers}
-
-
-def _add_preferences(rows: list[dict], model, test: list[dict], batch_size: int, pad_token_id: int) -> None:
-    """Give each of `rows` the log-probabilities of its chosen and its rejected answer."""
-    from steps.lib import preferences, scoring
-
-    for name, side in (("chosen_logp", preferences.chosen_of), ("rejected_logp", preferences.rejected_of)):
-        answers = [{**side(row), "prompt_length": row["prompt_length"]} for row in test]
-        for row, total in zip(rows, scoring.row_losses(model, answers, batch_size, pad_token_id).sums, strict=True):
-            row[name] = -total
 
 
 def _first_tokens(settings: dict, tokenizer, test: list[dict]) -> dict[int, str]:

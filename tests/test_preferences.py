@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from steps import evaluate_model, merge_adapter, reference_logprobs, train_adapter
+from steps.lib import scoring
 from steps.lib.config import load_stage_config
 from steps.lib.loss import SupervisedLoss, flat_way, plain_way
 from steps.lib.preferences import FIGURES, PreferenceLoss, chosen_of, collate_pairs, rejected_of
@@ -304,6 +305,17 @@ def test_references_that_are_missing_or_of_other_rows_are_named(workspace, tiny_
         train(others, tiny_model, references, "out")
     assert stopped.value.code == 2
     assert "of other rows than" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("batch_size", [1, 6, 64])
+def test_an_evaluations_log_probabilities_are_those_of_the_single_answers(tiny_pairs, tiny_model, batch_size):
+    model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32).eval()
+    rows = list(load_from_disk(tiny_pairs)["train"])
+    found = scoring.pair_logps(model, rows, batch_size, 0)
+    for side, logps in zip((chosen_of, rejected_of), zip(*found, strict=True), strict=True):
+        answers = [{**side(row), "prompt_length": row["prompt_length"]} for row in rows]
+        expected = [-total for total in scoring.row_losses(model, answers, 8, 0).sums]
+        assert logps == pytest.approx(expected, rel=1e-4)
 
 
 # --- what comes after ----------------------------------------------------------------------------

@@ -29,15 +29,16 @@ def rejected_of(row: dict) -> dict:
     return answer_only(row["rejected_input_ids"], row["rejected_labels"], row["prompt_length"])
 
 
-def collate_pairs(rows: list[dict], pad_token_id: int) -> dict:
-    """One batch of twice as many rows: first all chosen answers, then all rejected ones.
+def collate_answers(rows: list[dict], pad_token_id: int) -> dict:
+    """One batch, as `collate` makes it, of twice as many rows: first all chosen answers, then all rejected ones."""
+    return collate([*map(chosen_of, rows), *map(rejected_of, rows)], pad_token_id)
 
-    Returns:
-        as `collate`, and of each pair the reference's log-probabilities, (pairs,) float32
-    """
+
+def collate_pairs(rows: list[dict], pad_token_id: int) -> dict:
+    """The batch of `collate_answers`, and of each pair the reference's log-probabilities, (pairs,) float32."""
     import torch
 
-    batch = collate([*map(chosen_of, rows), *map(rejected_of, rows)], pad_token_id)
+    batch = collate_answers(rows, pad_token_id)
     return batch | {name: torch.tensor([row[name] for row in rows]) for name in REFERENCES}
 
 

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 from steps.lib.batches import collate
 from steps.lib.loss import SupervisedLoss
+from steps.lib.preferences import collate_answers
 from steps.lib.progress import Progress
 
 CHUNK = 1024  # positions whose logits are held at once: 200 MB in float32 for a vocabulary of 49,152
@@ -38,20 +39,43 @@ def row_losses(model, rows: list[dict], batch_size: int, pad_token_id: int, watc
     import torch
 
     result = RowLosses([0.0] * len(rows), [0] * len(rows), [0] * len(rows), [None] * len(rows))
-    order = sorted(range(len(rows)), key=lambda row: len(rows[row]["input_ids"]), reverse=True)
     loss, in_decoder = SupervisedLoss(), model.config.is_encoder_decoder
-    with torch.inference_mode(), Progress(len(rows), "test loss", "rows") as progress:
+    for members, batch in _in_batches(model, rows, batch_size, collate, pad_token_id, ("test loss", "rows")):
+        # What predicts the answer's first token: the decoder's first position, or that of the prompt's last token.
+        places = [0 if in_decoder else rows[row]["prompt_length"] - 1 for row in members]
+        with torch.inference_mode():
+            figures_of_rows = _batch_losses(loss.predictions(model, batch), places, list(watched))
+        for row, *figures in zip(members, *figures_of_rows, strict=True):
+            result.sums[row], result.tokens[row], result.matched[row], result.favourites[row] = figures
+    return result
+
+
+def pair_logps(model, rows: list[dict], batch_size: int, pad_token_id: int) -> list[tuple[float, float]]:
+    """Log-probability of each preference pair's chosen and of its rejected answer; their prompt is computed once.
+
+    `batch_size`: in texts, of which a pair has two.
+    """
+    import torch
+
+    result, loss = [(0.0, 0.0)] * len(rows), SupervisedLoss()
+    pairs = max(1, batch_size // 2)
+    for members, batch in _in_batches(model, rows, pairs, collate_answers, pad_token_id, ("preferences", "pairs")):
+        with torch.inference_mode():
+            sums, *_ = _batch_losses(loss.predictions(model, batch, pairs=True), [0] * (2 * len(members)), [])
+        for row, chosen, rejected in zip(members, sums[: len(members)], sums[len(members) :], strict=True):
+            result[row] = -chosen, -rejected
+    return result
+
+
+def _in_batches(model, rows, batch_size, collated, pad_token_id, shown):
+    """(which rows, their batch on the model's device): rows of similar length together, the longest first."""
+    order = sorted(range(len(rows)), key=lambda row: len(rows[row]["input_ids"]), reverse=True)
+    with Progress(len(rows), *shown) as progress:
         for start in range(0, len(order), batch_size):
             members = order[start : start + batch_size]
-            batch = collate([rows[row] for row in members], pad_token_id)
-            batch = {name: value.to(model.device) for name, value in batch.items()}
-            # What predicts the answer's first token: the decoder's first position, or that of the prompt's last token.
-            places = [0 if in_decoder else rows[row]["prompt_length"] - 1 for row in members]
-            figures_of_rows = _batch_losses(loss.predictions(model, batch), places, list(watched))
-            for row, *figures in zip(members, *figures_of_rows, strict=True):
-                result.sums[row], result.tokens[row], result.matched[row], result.favourites[row] = figures
+            batch = collated([rows[row] for row in members], pad_token_id)
+            yield members, {name: value.to(model.device) for name, value in batch.items()}
             progress.update(len(members))
-    return result
 
 
 def _batch_losses(found, places: list[int], watched: list[int]):
