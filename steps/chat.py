@@ -23,6 +23,7 @@ import sys
 from steps.lib import prompting, runs
 from steps.lib.errors import UserError, one_line_errors, suggest
 from steps.lib.progress import quiet_libraries
+from steps.lib.step import spare_the_collector
 
 COMMANDS = ("/reset", "/system", "/exit")
 
@@ -33,6 +34,7 @@ def main(argv=None) -> None:
     parser.add_argument("--system", help='system message; default: the one of training ("": none)')
     prompting.add_generation_flags(parser, max_new_tokens="256")
     arguments = parser.parse_args(argv)
+    spare_the_collector()
     with one_line_errors(), contextlib.suppress(KeyboardInterrupt):
         chat(arguments)
 

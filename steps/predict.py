@@ -23,7 +23,7 @@ from steps.lib import prompting, runs
 from steps.lib.errors import UserError, one_line_errors, suggest
 from steps.lib.progress import quiet_libraries
 from steps.lib.rows import FORMATS, RawFile
-from steps.lib.step import logging_to
+from steps.lib.step import logging_to, spare_the_collector
 
 ROLES = ("system", "user", "assistant")
 STDIO = "-"
@@ -37,6 +37,7 @@ def main(argv=None) -> None:
     parser.add_argument("--batch-size", "--batch_size", type=int, help="prompts at a time; default: the evaluation's")
     prompting.add_generation_flags(parser, max_new_tokens="the evaluation's, else 256")
     arguments = parser.parse_args(argv)
+    spare_the_collector()
     with one_line_errors(), logging_to(None):
         try:
             predict(arguments)
