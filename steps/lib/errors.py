@@ -24,11 +24,16 @@ def one_line_errors():
     try:
         yield
     except Exception as error:
-        known = error if isinstance(error, UserError) else lack(error, Path(sys.argv[0]).stem)
+        known = explained(error, Path(sys.argv[0]).stem)
         if known is None:
             raise
         print(f"error: {known}", file=sys.stderr, flush=True)
         sys.exit(2)
+
+
+def explained(error: Exception, what: str) -> UserError | None:
+    """What the user can do about `error`, met in making `what`; None: it is a fault of the code."""
+    return error if isinstance(error, UserError) else lack(error, what)
 
 
 # Libraries wrap what the system says (safetensors in its own error, torch in a RuntimeError), but they all quote it.
@@ -46,7 +51,7 @@ NO_MEMORY = [
     "SystemError: error return without exception set",
 ]
 # Said alike by Python and by OpenMP's and Arrow's pools; too little address space says the same as too many processes.
-NO_THREAD = ["can't start new thread", "Resource temporarily unavailable"]
+NO_THREAD = ["can't start new thread", os.strerror(errno.EAGAIN)]
 
 
 def lack(error: BaseException, output: str) -> UserError | None:

@@ -24,7 +24,7 @@ import sys
 import time
 from pathlib import Path
 
-from steps.lib.errors import UserError, lack
+from steps.lib.errors import UserError, explained
 from steps.lib.keys import changed_keys, code_hashes, flat
 
 log = logging.getLogger("temper")
@@ -62,7 +62,7 @@ def run_command(step, inputs: dict[str, str], argv=None, work=None) -> None:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
     except Exception as error:
-        known = error if isinstance(error, UserError) else lack(error, arguments.output)
+        known = explained(error, arguments.output)
         if known is None:
             raise
         print(f"error: {known}", file=sys.stderr)
