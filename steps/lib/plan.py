@@ -15,10 +15,10 @@ from steps.lib import raw as raw_data
 from steps.lib.adapters import load_for_training
 from steps.lib.config import chosen_experiment, expand, parse_overrides, sft_config, split_overrides, stage_config
 from steps.lib.errors import UserError
-from steps.lib.keys import HashCache, digest, stage_key
+from steps.lib.keys import HashCache, canonical_json, digest, stage_key
 from steps.lib.metrics import check_metric
 from steps.lib.schema import NOT_IN_KEY, Data
-from steps.lib.sources import model_files
+from steps.lib.sources import model_files, pinned
 
 RESULTS = Path("results")
 STATE = RESULTS / ".state"
@@ -219,8 +219,10 @@ class _Planner:
         self.jobs: dict[str, Job] = {}
         self.identities: dict[str, dict] = {}
         self.sources: dict[str, str] = {}  # data set's name -> its pin
+        self.exact: dict[str, dict] = {}  # source as the config has it -> the same, pinned
 
     def add_run(self, config: dict, point: dict) -> Run:
+        config = self._pinned(config)
         data, model = config["data"]["name"], config["model"]["name"]
         pin = self._raw(config)
         base = self._job("fetch_model", model, config, {}, extra=self._model_files(config))
@@ -282,6 +284,17 @@ class _Planner:
         view = {**config, "model": {**config["model"], "load": load}}
         job = self._job("reference_logprobs", _data_slug(config), view, {"model": start.path, "splits": splits.path})
         return {"references": job.path}
+
+    def _pinned(self, config: dict) -> dict:
+        """The config with commits in place of the hub's branches, so that keys know what they stand for."""
+        found = {}
+        for section, kind in (("data", "dataset"), ("model", "model")):
+            source = config[section]["source"]
+            asked = canonical_json(source)
+            if asked not in self.exact:
+                self.exact[asked] = pinned(source, kind, f"{section}.source")
+            found[section] = {**config[section], "source": self.exact[asked]}
+        return {**config, **found}
 
     def _raw(self, config: dict) -> str:
         """The fetch_data job; its output is the pin file, its identity the raw files' content."""

@@ -6,7 +6,7 @@ Sections that are passed through to a library class (`train` to `transformers.Tr
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 
 class Section(BaseModel):
@@ -19,7 +19,8 @@ class Section(BaseModel):
 
 
 class HubSource(Section):
-    """A repository on the Hugging Face hub, at a revision (branch, tag or, best, commit)."""
+    """A repository on the Hugging Face hub, at a revision: a commit, or a branch or tag, whose commit is asked for once
+    and then kept in data/revisions.json."""
 
     kind: Literal["hub"]
     repository: str
@@ -35,8 +36,19 @@ class FilesSource(Section):
     path: Annotated[str, Field(min_length=1)] | Annotated[list[str], Field(min_length=1)]
 
 
+def _names_a_file(member: str) -> str:
+    name = member.rpartition("/")[2]
+    if name in ("", ".", "..") or "\0" in name or len(name.encode(errors="replace")) > MOST_NAME_BYTES:
+        raise ValueError(f"must end in the name of a file, of at most {MOST_NAME_BYTES} bytes")
+    return member
+
+
+MOST_NAME_BYTES = 200  # file systems take 255, and a step puts something in front of a name
+Member = Annotated[str, AfterValidator(_names_a_file)]
+
+
 class PackageSource(Section):
-    """A file inside a PyPI distribution that is pinned by version and sha256. It is fetched with pip, never installed.
+    """A file inside a PyPI distribution that is pinned by version and sha256: downloaded, never installed or built.
 
     `member` is the path inside the distribution; a list goes through nested archives.
     """
@@ -45,7 +57,7 @@ class PackageSource(Section):
     requirement: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*==[A-Za-z0-9.!+_-]+$")]
     sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
     sdist: bool = False  # the source distribution instead of the wheel
-    member: str | list[str]
+    member: Member | Annotated[list[Member], Field(min_length=1)]
 
 
 Source = Annotated[HubSource | FilesSource | PackageSource, Field(discriminator="kind")]
