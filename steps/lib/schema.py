@@ -6,7 +6,7 @@ Sections that are passed through to a library class (`train` to `transformers.Tr
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 
 class Section(BaseModel):
@@ -67,10 +67,15 @@ SOURCE_KINDS = {"hub": HubSource, "files": FilesSource, "package": PackageSource
 # --- data ----------------------------------------------------------------------------------------
 
 
+def _tab(value):
+    r"""A tab, which can be typed neither in a shell nor seen in a file, may be written as ``\\t``."""
+    return "\t" if value == "\\t" else value
+
+
 class Csv(Section):
     """How to read csv files; the names are those of Python's csv module."""
 
-    delimiter: Annotated[str, Field(min_length=1, max_length=1)] = ","
+    delimiter: Annotated[str, Field(min_length=1, max_length=1), BeforeValidator(_tab)] = ","
     quotechar: Annotated[str, Field(min_length=1, max_length=1)] | None = '"'  # null: quotes have no meaning
     fieldnames: list[str] | None = None  # column names when the file has no header line
 
