@@ -223,7 +223,7 @@ def test_by_hand_what_was_made_anew_is_trained_anew(workspace, tiny_model):
 @pytest.fixture(scope="module")
 def wide_model(tmp_path_factory) -> Path:
     """Wide enough that torch shares its products among threads, and rounds otherwise with two than with one."""
-    return tiny.make_tiny_model(tmp_path_factory.mktemp("wide"), hidden_size=128, intermediate_size=256, num_hidden_layers=1)
+    return tiny.make_tiny_model(tmp_path_factory.mktemp("wide"), hidden_size=256, intermediate_size=512)
 
 
 def test_the_bits_follow_from_num_threads_whatever_the_machine_offers(workspace, tiny_splits, wide_model):
@@ -231,9 +231,8 @@ def test_the_bits_follow_from_num_threads_whatever_the_machine_offers(workspace,
     try:
         for threads, machine in ((1, 1), (1, 2), (2, 1)):
             torch.set_num_threads(machine)
-            found.append(
-                train(tiny_splits, wide_model, f"out{len(found)}", f"num_threads={threads}", "train.max_steps=2")
-            )
+            options = [f"num_threads={threads}", "train.max_steps=2", "train.eval_strategy=no"]
+            found.append(train(tiny_splits, wide_model, f"out{len(found)}", *options))
             assert torch.get_num_threads() == machine, "the caller's setting stays"
     finally:
         torch.set_num_threads(offered)
