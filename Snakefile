@@ -117,7 +117,7 @@ rule sample_answers:
     log:
         "results/logs/sample_answers/{name}.log",
     priority: 2  # all trainings of the sweep wait for it
-    threads: temper.training_threads(PLAN, workflow.cores)
+    threads: temper.threads_of(PLAN, "sample_answers")
     resources:
         gpu=temper.gpus_per_job(),
     shell:
@@ -140,7 +140,7 @@ rule reference_logprobs:
     log:
         "results/logs/reference_logprobs/{name}.log",
     priority: 2  # all trainings of the sweep wait for it
-    threads: temper.training_threads(PLAN, workflow.cores)
+    threads: temper.threads_of(PLAN, "reference_logprobs")
     resources:
         gpu=temper.gpus_per_job(),
     shell:
@@ -166,7 +166,7 @@ rule train_adapter:
     benchmark:
         "results/logs/train_adapter/{name}.benchmark.tsv"
     priority: 1  # trainings are the longest chain: what else is ready fills the cores at the end
-    threads: temper.training_threads(PLAN, workflow.cores)
+    threads: temper.threads_of(PLAN, "train_adapter")
     resources:
         gpu=temper.gpus_per_job(),
     shell:
@@ -210,7 +210,7 @@ rule evaluate_base:
     log:
         "results/logs/evaluate_model/base-{name}.log",
     priority: 2  # cheap, and the first to trip over labels that do not fit the data
-    threads: temper.training_threads(PLAN, workflow.cores)
+    threads: temper.threads_of(PLAN, "evaluate_model", prefix="base-")
     resources:
         gpu=temper.gpus_per_job(),
     shell:
@@ -235,7 +235,7 @@ rule evaluate_model:
         "results/logs/evaluate_model/{name}.log",
     wildcard_constraints:
         name="(?!base-)[^/]+",
-    threads: temper.training_threads(PLAN, workflow.cores)
+    threads: temper.threads_of(PLAN, "evaluate_model")
     resources:
         gpu=temper.gpus_per_job(),
     shell:
@@ -274,7 +274,7 @@ rule compare_runs:
 
 
 onstart:
-    temper.on_start(PLAN)
+    temper.on_start(PLAN, workflow.cores)
 
 
 onsuccess:

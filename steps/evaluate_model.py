@@ -26,7 +26,7 @@ from steps.lib.errors import UserError
 from steps.lib.keys import flat
 from steps.lib.progress import quiet_libraries
 from steps.lib.splits import answer_start
-from steps.lib.step import peak_memory, run_command
+from steps.lib.step import computing_threads, peak_memory, run_command
 
 STAGE = "evaluate_model"
 
@@ -56,7 +56,8 @@ def run(
         return _report_divergence(_json(model / DIVERGED)["step"], settings, metric, adapter, output)
     test, train_references = _rows(splits, settings)
     base = _base(base_report, settings, test) if base_report else None
-    asked = _ask(model, config, test)
+    with computing_threads(config["num_threads"]):
+        asked = _ask(model, config, test)
     judged = _judge(settings, metric, test, asked, base)
     train = _json(adapter / "training.json") if adapter else None
     if references:

@@ -19,7 +19,7 @@ from steps.lib import plan as planning
 from steps.lib.errors import one_line_errors
 from steps.lib.forecast import Archive, Forecast, Made, same_part
 from steps.lib.keys import changed_keys, code_hashes, flat
-from steps.lib.workflow import training_threads
+from steps.lib.workflow import idle_cores
 
 MOST_ROWS = 5  # changed rows that are named
 MOST_JOBS = 8  # jobs with the same reason that are named
@@ -41,7 +41,7 @@ def explain(plan: planning.Plan, cores: int = 1) -> str:
     }
     if not missing:
         return f"sweep {plan.sweep}: all {len(plan.runs)} run(s) are there; at most the comparison runs"
-    archive, forecast = Archive(), Forecast(plan, cores, training_threads(plan, cores))
+    archive, forecast = Archive(), Forecast(plan, cores)
     groups: dict[tuple[str, str], list[str]] = {}
     for job in missing.values():
         like = archive.most_similar(job)
@@ -53,7 +53,7 @@ def explain(plan: planning.Plan, cores: int = 1) -> str:
         lines += [f"      {name}" for name in names[:MOST_JOBS]]
         if len(names) > MOST_JOBS:
             lines.append(f"      and {len(names) - MOST_JOBS} more")
-    return "\n".join([*lines, forecast.text()])
+    return "\n".join([*lines, forecast.text(), *filter(None, [idle_cores(plan, cores)])])
 
 
 def reasons(job: planning.Job, like: Made | None, missing: dict) -> list[str]:

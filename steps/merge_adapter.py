@@ -25,7 +25,7 @@ from steps.lib.adapters import DIVERGED, can_be_merged, is_adapter
 from steps.lib.errors import UserError
 from steps.lib.models import BUNDLED, load_model, resolve_dtype
 from steps.lib.progress import quiet_libraries
-from steps.lib.step import run_command
+from steps.lib.step import computing_threads, run_command
 
 STAGE = "merge_adapter"
 PROBE_TOKENS = 64
@@ -53,7 +53,8 @@ def run(config: dict, model: Path, adapter: Path, output: Path) -> dict:
         return {"diverged_at_step": diverged_at}
     if is_adapter(adapter) and not can_be_merged(adapter):
         return _bundle(model, adapter, output)
-    network, facts = _merged(config, model, adapter)
+    with computing_threads(1):  # a few products: the weights' bits are the same on every number of cores
+        network, facts = _merged(config, model, adapter)
     if config["merge"]["dtype"] != "auto":
         network = network.to(resolve_dtype(config["merge"]["dtype"]))
     network.save_pretrained(output)

@@ -28,7 +28,7 @@ from steps.lib.errors import UserError
 from steps.lib.keys import code_key, digest, file_sha256
 from steps.lib.preferences import REFERENCES, chosen_of, rejected_of
 from steps.lib.progress import Progress, quiet_libraries
-from steps.lib.step import locked, run_command
+from steps.lib.step import computing_threads, locked, run_command
 
 STAGE = "reference_logprobs"
 KNOWN = Path("results/.state/references")
@@ -66,7 +66,8 @@ def run(config: dict, splits: Path, model: Path, output: Path) -> dict:
         if key not in known
     }
     if missing:
-        known |= _compute(missing, model, config, path)
+        with computing_threads(config["num_threads"]):
+            known |= _compute(missing, model, config, path)
     figures = {split: _columns(part["id"], [known[key] for key in keys[split]]) for split, part in pairs.items()}
     DatasetDict(figures).save_to_disk(output)
     counts = {"computed": len(missing), "known": sum(map(len, keys.values())) - len(missing)}
@@ -136,7 +137,7 @@ def _identity(model: Path, config: dict) -> str:
         "dtype": str(models.resolve_dtype(load["dtype"])),
         "attn_implementation": models.resolve_attention(load["attn_implementation"]),
     }
-    return digest([content, resolved, models.device().type, code_key(f"steps.{STAGE}")])
+    return digest([content, resolved, config["num_threads"], models.device().type, code_key(f"steps.{STAGE}")])
 
 
 def _key(answer: dict) -> str:

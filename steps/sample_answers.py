@@ -10,8 +10,9 @@ Writes  splits as tokenize_splits does. In train and validation the rejected ans
         answers rightly are left out; the test split stays as it is. audit.json counts both; answers.jsonl has all
         answers.
 
-An answer is wrong when it is not the reference, blanks at the ends aside. A sampled answer depends on the row and the
-model alone, so the same rows give the same pairs.
+An answer is wrong when it is not the reference, blanks at the ends aside. Each row is sampled from a random stream of
+its own, so the same rows give the same pairs. In 16 bits an answer may also depend on the rows that share its batch:
+`steps.lib.generation.generate_answers` says how.
 """
 
 import json
@@ -24,7 +25,7 @@ from steps.lib.conversation import IGNORED
 from steps.lib.errors import UserError
 from steps.lib.progress import quiet_libraries
 from steps.lib.splits import features
-from steps.lib.step import run_command
+from steps.lib.step import computing_threads, run_command
 
 STAGE = "sample_answers"
 SAMPLED = ("train", "validation")
@@ -54,7 +55,8 @@ def run(config: dict, splits: Path, model: Path, output: Path) -> dict:
     counts = {}
     with (output / "answers.jsonl").open("w", encoding="utf-8") as file:
         for split in [split for split in SAMPLED if split in rows]:
-            pairs = _pairs(network, tokenizer, list(rows[split]), settings, stop_ids, file)
+            with computing_threads(config["num_threads"]):
+                pairs = _pairs(network, tokenizer, list(rows[split]), settings, stop_ids, file)
             counts[split] = {"read": len(rows[split]), "rows": len(pairs), "right": len(rows[split]) - len(pairs)}
             if not pairs:
                 raise UserError(

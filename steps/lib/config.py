@@ -46,6 +46,14 @@ RESERVED_TRAIN = {
     "remove_unused_columns": "the collator takes what it needs",
     "train_sampling_strategy": "rows of similar length always train together",
     "do_train": "training is what the stage does",
+    # A training goes on from its last checkpoint, in another process, as if it had never stopped.
+    "save_only_model": "training goes on from checkpoints, which need the optimizer and the schedule",
+    "ignore_data_skip": "training goes on with the row after the last one, as if it had never stopped",
+    "restore_callback_states_from_checkpoint": "training goes on as if it had never stopped",
+    "enable_jit_checkpoint": "a training that is stopped from outside is not finished; checkpoints are written anyway",
+    # What a run computes follows from its config, not from the machine's memory or from which process is faster.
+    "auto_find_batch_size": "the batch is part of a run: lower per_device_train_batch_size yourself",
+    "dataloader_in_order": "the order of rows follows from the seed alone",
 }
 
 # Renamed or removed in transformers 5: what to write instead.
@@ -621,6 +629,10 @@ def _check_ranges(train: dict) -> None:
         value = train.get(key)
         if value is not None and not value > 0:
             raise UserError(f"config: 'train.{key}' must be above 0 (found {value})")
+    if train.get("max_steps", -1) == 0 or train.get("max_steps", -1) < -1:
+        raise UserError(
+            f"config: 'train.max_steps' must be above 0, or -1 for num_train_epochs (found {train['max_steps']})"
+        )
     for key, (low, high) in {
         "num_train_epochs": (0, 10_000),
         "weight_decay": (0, 1),
@@ -711,11 +723,9 @@ def _annotation(model, name: str):
     from pydantic import Field
 
     field = model.model_fields[name]
-    return (
-        typing.Annotated[field.annotation, Field(discriminator=field.discriminator)]
-        if field.discriminator
-        else field.annotation
-    )
+    if field.discriminator:
+        return typing.Annotated[field.annotation, Field(discriminator=field.discriminator)]
+    return typing.Annotated[field.annotation, *field.metadata] if field.metadata else field.annotation
 
 
 @functools.cache

@@ -79,11 +79,10 @@ class Forecast:
     Args:
         plan: the plan the jobs are of.
         cores: how many cores Snakemake will have.
-        threads: how many of them a training or an evaluation takes.
     """
 
-    def __init__(self, plan, cores: int, threads: int):
-        self.plan, self.cores, self.threads = plan, cores, threads
+    def __init__(self, plan, cores: int):
+        self.plan, self.cores = plan, cores
         self.jobs: dict[str, float] = {}  # path -> seconds
         self.bytes, self.unknown = 0, 0
 
@@ -119,7 +118,7 @@ class Forecast:
         while waiting or running:
             for path in list(waiting):
                 job = self.plan.jobs[path]
-                cores = min(self.threads if job.stage in ("train_adapter", "evaluate_model") else 1, self.cores)
+                cores = min(job.config.get("num_threads", 1), self.cores)
                 if cores <= free and not any(need in self.jobs and need not in ended for need in job.inputs.values()):
                     free -= cores
                     waiting.remove(path)

@@ -401,6 +401,7 @@ def _shares_trunk(train: dict) -> bool:
         and whole
         and train.get("max_steps", -1) <= 0
         and (warmup == 0 or warmup >= 1)  # below 1 it is a share of the total
+        and (train.get("eval_steps") or 1) >= 1  # the same
         and not train.get("load_best_model_at_end", False)
     )
 

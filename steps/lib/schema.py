@@ -340,6 +340,8 @@ class Config(Section):
     tracking: Tracking
     sweep: Sweep
     seed: Annotated[int, Field(ge=0, lt=2**32)]
+    # Of each training and evaluation on a CPU. Sums are cut by their number, so that the bits depend on it.
+    num_threads: Annotated[int, Field(gt=0, le=1024)]
 
 
 # Fields of `train` that are transformers.EarlyStoppingCallback's; all others are TrainingArguments'.
@@ -352,11 +354,11 @@ STAGE_SECTIONS: dict[str, tuple[str, ...]] = {
     "fetch_model": ("model.source",),
     "format_prompts": ("data", "prompt.system"),
     "tokenize_splits": ("prompt", "tokenize"),
-    "sample_answers": ("method", "model.load"),
-    "reference_logprobs": ("model.load", "quantization"),
-    "train_adapter": ("method", "quantization", "adapter", "train", "seed", "model.load"),
+    "sample_answers": ("method", "model.load", "num_threads"),
+    "reference_logprobs": ("model.load", "quantization", "num_threads"),
+    "train_adapter": ("method", "quantization", "adapter", "train", "seed", "model.load", "num_threads"),
     "merge_adapter": ("merge", "quantization"),
-    "evaluate_model": ("eval", "model.load"),
+    "evaluate_model": ("eval", "model.load", "num_threads"),
     "compare_runs": ("eval", "sweep"),
 }
 

@@ -81,6 +81,22 @@ def spare_the_collector() -> None:
     atexit.register(gc.freeze)
 
 
+@contextlib.contextmanager
+def computing_threads(count: int):
+    """Let torch compute with so many threads: sums are cut by their number, so that results depend on it.
+
+    What the environment says (OMP_NUM_THREADS, Snakemake's threads) makes no difference then.
+    """
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 def _parser(step, inputs: dict[str, str]) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog=f"python -m steps.{step.STAGE}",

@@ -97,16 +97,22 @@ def complete(plan: planning.Plan, workflow):
     return path
 
 
-def training_threads(plan: planning.Plan, cores: int | None) -> int:
-    """Cores per training: the machine's, shared evenly by the trainings that can run side by side.
+def threads_of(plan: planning.Plan, stage: str, prefix: str = ""):
+    """Threads function of a stage's rule: what the config says (it is in the key), whatever the number of cores."""
+    return lambda wildcards: plan.job(stage, prefix + wildcards.name).config["num_threads"]
 
-    Two trainings of one thread each finish sooner than two in turn with two threads, and two with two
-    threads each on two cores would fight: measured 6 times slower.
-    """
-    if gpus_per_job():
-        return max(1, min(4, cores or 1))
-    trunks = {plan.jobs[path].settings["trunk"] for run in plan.runs for path in run.segments}
-    return max(1, (cores or 1) // max(1, len(trunks)))
+
+def idle_cores(plan: planning.Plan, cores: int) -> str | None:
+    """A line on how to use the cores that the trainings to come leave idle, if they do."""
+    to_do = [job for job in plan.jobs.values() if "trunk" in job.settings and not Path(job.path).exists()]
+    trunks = {job.settings["trunk"]: job.config["num_threads"] for job in to_do}
+    if not trunks or sum(trunks.values()) >= cores or gpus_per_job():
+        return None
+    each = max(1, cores // len(trunks))
+    return (
+        f"note: {len(trunks)} training(s) of {max(trunks.values())} thread(s) on {cores} cores: num_threads={each} is "
+        "faster (the number is part of a run, as its seed is: other last digits, another key)"
+    )
 
 
 def tokenizing_threads(plan: planning.Plan, cores: int | None) -> int:
@@ -127,8 +133,10 @@ def gpus_per_job() -> int:
 # --- the workflow's handlers ---------------------------------------------------------------------
 
 
-def on_start(plan: planning.Plan) -> None:
+def on_start(plan: planning.Plan, cores: int | None) -> None:
     """Make the tracking store before eight jobs meet there; if it is away, nobody trains before they know."""
+    if note := idle_cores(plan, cores or 1):
+        print(note, file=sys.stderr)
     if not all(map(_has_report, plan.runs)):
         with one_line_errors():
             tracking.prepare(plan.tracking, plan.sweep)
