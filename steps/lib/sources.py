@@ -64,7 +64,7 @@ def _pip_download(source: dict, section: str, folder: Path) -> None:
     """Have pip fetch the archive into `folder`, with the machine's own pip configuration."""
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".pip-") as scratch:
         pinned = Path(scratch) / "requirements.txt"
-        pinned.write_text(f"{source['requirement']} --hash=sha256:{source['sha256']}\n")
+        pinned.write_text(f"{source['requirement']} --hash=sha256:{source['sha256']}\n", encoding="utf-8")
         name = source["requirement"].partition("==")[0]
         command = [sys.executable, "-m", "pip", "download", "--no-deps", "--require-hashes", "--no-input"]
         command += ["--disable-pip-version-check", "--no-binary" if source.get("sdist") else "--only-binary", name]
@@ -88,12 +88,12 @@ def _run_pip(command: list[str], scratch: Path) -> str | None:
     """Run pip, with its own bar on a terminal and plain lines in a log. None, or its complaints when it failed."""
     environment = {**os.environ, "TMPDIR": str(scratch)}  # so that what an interrupted pip leaves is ours to delete
     complaints = scratch / "stderr.txt"
-    with complaints.open("w") as stderr:
+    with complaints.open("w", encoding="utf-8") as stderr:
         if sys.stderr.isatty():
             code = subprocess.run(command, env=environment, stdout=sys.stderr, stderr=stderr).returncode
         else:
             code = _run_watched([*command, "--quiet"], environment, stderr, scratch)
-    return complaints.read_text(errors="replace") if code else None
+    return complaints.read_text(encoding="utf-8", errors="replace") if code else None
 
 
 def _run_watched(command: list[str], environment: dict, stderr, scratch: Path) -> int:
