@@ -20,12 +20,13 @@ from pathlib import Path
 
 from steps.lib import prompting, runs
 from steps.lib.errors import UserError, suggest
+from steps.lib.folders import is_complete, locked, temporary_folder
 from steps.lib.keys import PACKAGE_ROOT, digest, file_sha256, stage_key
 from steps.lib.plan import FOLDERS, RESULTS
 from steps.lib.rows import RawFile
 from steps.lib.schema import Prompt, Tokenize
 from steps.lib.sources import pinned
-from steps.lib.step import is_complete, locked, logging_to, temporary_folder, write_provenance
+from steps.lib.step import logging_to, write_provenance
 
 CHAINS = ("sft", "own_answers")  # of method dpo: stages before it, which the workflow runs
 

@@ -22,9 +22,10 @@ from pathlib import Path
 
 from steps.lib import pypi, sources
 from steps.lib.errors import UserError
+from steps.lib.folders import locked
 from steps.lib.keys import file_sha256
 from steps.lib.raw import is_no_data, is_pin, pin_key, read_pin, source_files
-from steps.lib.step import locked, provenance, run_command
+from steps.lib.step import config_and_settings, provenance, run_command
 
 STAGE = "fetch_data"
 SECTION = "data.source"
@@ -118,9 +119,7 @@ def _fetch_files(source: dict, folder: Path) -> dict:
 
 def _command(_step, arguments, _inputs) -> None:
     """As steps.lib.step.execute, for an output that is a file in a folder which others share."""
-    from steps.lib.config import load_stage_config
-
-    config = load_stage_config(STAGE, arguments.config, arguments.overrides)
+    config = config_and_settings(STAGE, arguments)[0]
     config["data"]["source"] = sources.pinned(config["data"]["source"], "dataset", SECTION)
     output = _pin(Path(arguments.output), config["data"]["source"])
     with locked(output.parent):

@@ -23,6 +23,7 @@ from pathlib import Path
 from steps.lib.adapters import refuse_diverged
 from steps.lib.conversation import IGNORED
 from steps.lib.errors import UserError
+from steps.lib.files import load_rows, read_json
 from steps.lib.progress import quiet_libraries
 from steps.lib.splits import features
 from steps.lib.step import computing_threads, run_command
@@ -39,7 +40,7 @@ def run(config: dict, splits: Path, model: Path, output: Path) -> dict:
     Raises:
         UserError: `method.own_answers` is not set; the model has no wrong answer to a whole split.
     """
-    from datasets import Dataset, DatasetDict, load_from_disk
+    from datasets import Dataset, DatasetDict
 
     from steps.lib import models
 
@@ -48,7 +49,7 @@ def run(config: dict, splits: Path, model: Path, output: Path) -> dict:
     if not settings:
         raise UserError("config: 'method.own_answers' is not set, and it says how the model answers: see method=dpo")
     refuse_diverged(model)
-    rows = load_from_disk(splits)
+    rows = load_rows(splits)
     tokenizer = models.load_tokenizer(model)
     network = models.load_model(model, config["model"]["load"]).eval()
     stop_ids = models.stop_token_ids(model, tokenizer)
@@ -66,8 +67,8 @@ def run(config: dict, splits: Path, model: Path, output: Path) -> dict:
             rows[split] = Dataset.from_list(pairs, features=features(pairs=True))
             log.info("%s: %d rows, %d answered wrongly and kept", split, counts[split]["read"], len(pairs))
     DatasetDict(rows).save_to_disk(output)
-    audit = json.loads((splits / "audit.json").read_text())
-    (output / "audit.json").write_text(json.dumps({**audit, "own_answers": counts}, indent=2) + "\n")
+    text = json.dumps({**read_json(splits / "audit.json"), "own_answers": counts}, indent=2)
+    (output / "audit.json").write_text(text + "\n", encoding="utf-8")
     return {"own_answers": counts}
 
 

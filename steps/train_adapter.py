@@ -22,10 +22,12 @@ import sys
 from pathlib import Path
 
 from steps.lib.errors import UserError
+from steps.lib.files import load_rows
+from steps.lib.folders import locked
 from steps.lib.keys import HashCache, code_key, digest
 from steps.lib.labels import normalised
 from steps.lib.progress import quiet_libraries
-from steps.lib.step import computing_threads, locked, peak_memory, run_command
+from steps.lib.step import computing_threads, peak_memory, run_command
 
 STAGE = "train_adapter"
 STATE = Path("results/.state")
@@ -67,14 +69,14 @@ def _counts(path: Path) -> bool:
 
 def _rows(config: dict, splits: Path, references: Path | None):
     """The splits; for preference optimization with the reference's figures beside each pair."""
-    from datasets import DatasetDict, concatenate_datasets, load_from_disk
+    from datasets import DatasetDict, concatenate_datasets
 
-    rows = load_from_disk(splits)
+    rows = load_rows(splits)
     if config["method"]["name"] != "dpo":
         return rows
     if references is None:
         raise UserError("--references is missing: method=dpo needs the folder of reference_logprobs for these splits")
-    figures, pairs = load_from_disk(references), {}
+    figures, pairs = load_rows(references), {}
     for split in [split for split in ("train", "validation") if split in rows]:
         if split not in figures or list(rows[split]["id"]) != list(figures[split]["id"]):
             raise UserError(f"--references {references}: of other rows than {splits}; run reference_logprobs on these")
@@ -189,7 +191,7 @@ def _write_facts(config: dict, recorded, facts: dict, output: Path) -> dict:
     }
     if config["method"]["name"] == "dpo":
         facts["beta"] = config["method"]["beta"]
-    (output / "training.json").write_text(json.dumps(facts, indent=2) + "\n")
+    (output / "training.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
     log.info(
         "trained %d steps, %.0f tokens/s, %.1f GFLOP/s; peak memory %s (estimated %s)",
         facts["global_step"],

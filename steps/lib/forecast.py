@@ -6,11 +6,11 @@ The time of all is that of jobs started as soon as their inputs are there and co
 
 import dataclasses
 import heapq
-import json
 import os
 import shutil
 from pathlib import Path
 
+from steps.lib.files import read_json
 from steps.lib.keys import flat
 from steps.lib.pages import seconds as readable
 
@@ -70,7 +70,8 @@ def _read(folder: Path) -> Made | None:
 
     if not (folder / "config.yaml").is_file():
         return None
-    return Made(folder, stored_config(folder), json.loads((folder / "provenance.json").read_text()))
+    provenance = read_json(folder / "provenance.json", {"inputs": dict[str, str], "seconds": float})
+    return Made(folder, stored_config(folder), provenance)
 
 
 class Forecast:
@@ -172,4 +173,4 @@ def rows_of(splits: Path, split: str) -> int | None:
     audit = splits / "audit.json"
     if not audit.is_file():
         return None
-    return json.loads(audit.read_text())["splits"].get(split, {}).get("rows")
+    return read_json(audit, {"splits": dict[str, dict]})["splits"].get(split, {}).get("rows")

@@ -18,9 +18,9 @@ import zipfile
 from pathlib import Path
 
 from steps.lib.errors import UserError
+from steps.lib.folders import locked, temporary_folder
 from steps.lib.keys import file_sha256
 from steps.lib.progress import Progress
-from steps.lib.step import locked, temporary_folder
 
 log = logging.getLogger("temper")
 

@@ -114,10 +114,10 @@ def read_pin(pin: Path) -> dict:
         UserError: it is damaged.
     """
     try:
-        recorded = json.loads(pin.read_text())
+        recorded = json.loads(pin.read_text(encoding="utf-8"))
         names = list(recorded["files"])
         whole = isinstance(recorded["source"], dict) and all(name == Path(name).name for name in names)
-    except (ValueError, LookupError, TypeError):
+    except (ValueError, LookupError, TypeError, RecursionError):
         whole = False
     if not whole:
         raise UserError(f"{pin}: damaged; delete it, and the data is fetched again (edited files are kept)")

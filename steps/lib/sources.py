@@ -13,14 +13,19 @@ import re
 import shutil
 import sys
 from pathlib import Path
+from typing import Annotated
+
+from pydantic import Field
 
 from steps.lib.errors import UserError
+from steps.lib.files import read_json
+from steps.lib.folders import locked
 from steps.lib.progress import Progress, quiet_libraries
-from steps.lib.step import locked
 
 log = logging.getLogger("temper")
 
 REVISIONS = Path("data/revisions.json")  # the commits that branches and tags stand for here; belongs into git
+COMMIT = "^[0-9a-f]{40}$"
 HUB_TIMEOUT = 10  # seconds to wait for the hub's first answer: no network must be an error soon
 
 
@@ -37,7 +42,7 @@ def pinned(source: dict, kind: str, section: str) -> dict:
         kind: dataset or model.
         section: the config key of the source, for error messages.
     """
-    if source["kind"] != "hub" or re.fullmatch("[0-9a-f]{40}", source["revision"]):
+    if source["kind"] != "hub" or re.fullmatch(COMMIT, source["revision"]):
         return source
     repository, revision = f"{kind}s/{source['repository']}", source["revision"]
     with locked(REVISIONS):
@@ -56,14 +61,8 @@ def _known_revisions() -> dict[str, dict[str, str]]:
     """``{"models/acme/thing": {"main": commit}}``."""
     if not REVISIONS.is_file():
         return {}
-    try:
-        known = json.loads(REVISIONS.read_text(encoding="utf-8"))
-        whole = all(re.fullmatch("[0-9a-f]{40}", commit) for names in known.values() for commit in names.values())
-    except (OSError, ValueError, AttributeError, TypeError, RecursionError):
-        whole = False
-    if not whole:
-        raise UserError(f"{REVISIONS}: damaged; correct it, or delete it, and the hub is asked for today's commits")
-    return known
+    remedy = "correct it, or delete it, and the hub is asked for today's commits"
+    return read_json(REVISIONS, dict[str, dict[str, Annotated[str, Field(pattern=COMMIT)]]], remedy)
 
 
 def _write_revisions(known: dict) -> None:
@@ -83,7 +82,7 @@ def _cached_commit(source: dict, kind: str, section: str) -> str:
             f"{section}.revision: {source['repository']}: HF_HUB_OFFLINE is set and there is no copy of "
             f"'{source['revision']}' in the cache: unset it, or name a commit"
         )
-    return reference.read_text().strip()
+    return reference.read_text(encoding="ascii").strip()
 
 
 def hub_rows(source: dict, target: Path, section: str) -> str | None:

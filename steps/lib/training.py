@@ -346,7 +346,7 @@ class MetricsFile(TrainerCallback):
             "tokens": self.tokens,
         }
         self.lines.append(line)
-        with self.path.open("a") as file:
+        with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
         if self.listener is not None:
             self.listener(line)
@@ -362,7 +362,7 @@ def read_metrics(path: Path) -> list[dict]:
     if not path.is_file():
         return []
     lines = []
-    for text in path.read_text().splitlines():
+    for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             lines.append(json.loads(text))
         except json.JSONDecodeError:
@@ -372,7 +372,7 @@ def read_metrics(path: Path) -> list[dict]:
 
 def write_metrics(path: Path, lines: list[dict]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
 
 
 class ShowProgress(TrainerCallback):
