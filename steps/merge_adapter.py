@@ -21,10 +21,10 @@ import shutil
 import sys
 from pathlib import Path
 
-from steps.lib.adapters import DIVERGED, can_be_merged, is_adapter
+from steps.lib.adapters import DIVERGED, can_be_merged, is_adapter, put_on
 from steps.lib.errors import UserError
 from steps.lib.files import read_json
-from steps.lib.models import BUNDLED, load_model, resolve_dtype
+from steps.lib.models import BUNDLED, load_model, resolve_dtype, stored_dtype
 from steps.lib.progress import quiet_libraries
 from steps.lib.step import computing_threads, run_command
 
@@ -75,7 +75,7 @@ def _bundle(model: Path, adapter: Path, output: Path) -> dict:
 
 def _merged(config: dict, model: Path, adapter: Path):
     """(merged model, facts)."""
-    dtype = "float32" if config["merge"]["dtype"] == "float32" else _stored_dtype(model)
+    dtype = "float32" if config["merge"]["dtype"] == "float32" else stored_dtype(model)
     load = {"dtype": dtype, "attn_implementation": "auto"}
     if not is_adapter(adapter):  # passes through in the precision it was trained in
         return load_model(adapter, {**load, "dtype": "float32"}), {"fully_trained": config["merge"]["dtype"] == "auto"}
@@ -87,19 +87,10 @@ def _merged(config: dict, model: Path, adapter: Path):
     return network, {"base": "dequantized", **facts}
 
 
-def _stored_dtype(folder: Path) -> str:
-    """The precision the base model is stored in."""
-    from transformers import AutoConfig
-
-    dtype = AutoConfig.from_pretrained(folder).dtype
-    return str(dtype or "float32").removeprefix("torch.")
-
-
 def _merge(network, adapter: Path):
     import torch
-    from peft import PeftModel
 
-    with_adapter = PeftModel.from_pretrained(network, adapter).eval()
+    with_adapter = put_on(network, adapter).eval()
     generator = torch.Generator().manual_seed(0)
     vocabulary = len(network.get_input_embeddings().weight)
     tokens = torch.randint(vocabulary, (1, PROBE_TOKENS), generator=generator).to(network.device)

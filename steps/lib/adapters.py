@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from steps.lib.errors import UserError
+from steps.lib.reading import reading, refuse_tensors
 
 DIVERGED = "diverged.json"  # in a merged folder, in place of a model: the training's loss was no number any more
 
@@ -73,6 +74,26 @@ def _misfit(model, what: str) -> UserError:
     )
 
 
+def put_on(network, adapter: Path):
+    """The network with the adapter of a folder on it, each of its weights as they are in the folder."""
+    from peft import PeftModel
+
+    with reading(adapter):
+        model = PeftModel.from_pretrained(network, adapter)
+        # PeftModel only warns of what is missing, and says nothing of what is left over; this tells both.
+        result = model.load_adapter(adapter, "default")
+    refuse_adapter_misfits(model, adapter, result)
+    return model
+
+
+def refuse_adapter_misfits(model, adapter: Path, result) -> None:
+    """Of what PEFT says about loading an adapter from a folder (or a checkpoint), nothing may be left over."""
+    # Those of virtual tokens are loaded apart, and each must be there.
+    unknown = [] if model.active_peft_config.is_prompt_learning else sorted(result.unexpected_keys)
+    wrong = {"missing": sorted(result.missing_keys), "unknown to the model": unknown}
+    refuse_tensors(adapter, wrong, "use an adapter of this base model; if it was made here, delete it and run again")
+
+
 def parameter_counts(model) -> dict[str, int]:
     """Trained parameters and all of them. PEFT knows how many a 4-bit weight stands for."""
     if hasattr(model, "get_nb_trainable_parameters"):
@@ -102,4 +123,5 @@ def can_be_merged(folder: Path) -> bool:
     """Whether the adapter in a train_adapter folder can become part of the base's weights."""
     from peft import PeftConfig
 
-    return not PeftConfig.from_pretrained(folder).is_prompt_learning
+    with reading(folder):
+        return not PeftConfig.from_pretrained(folder).is_prompt_learning

@@ -7,7 +7,7 @@ import argparse
 import dataclasses
 from pathlib import Path
 
-from steps.lib.adapters import DIVERGED, is_adapter, load_for_training
+from steps.lib.adapters import DIVERGED, is_adapter, load_for_training, put_on
 from steps.lib.errors import UserError, suggest
 from steps.lib.files import made_again, read_json, read_yaml
 from steps.lib.models import BUNDLED, load_model
@@ -252,8 +252,6 @@ def refuse_bundled(folder: Path, instead: str) -> None:
 
 def load_network(run: Run):
     """The run's model, ready to answer: merged, or the base model with the adapter on it."""
-    from peft import PeftModel
-
     if run.uses_merged:
         return load_model(run.parts["merge_adapter"], run.load).eval()
     adapter = run.parts.get("train_adapter")
@@ -261,4 +259,4 @@ def load_network(run: Run):
         return load_model(base_folder(run), run.load).eval()
     if not is_adapter(adapter):
         return load_model(adapter, load_for_training(read_config(adapter)["adapter"], run.load)).eval()
-    return PeftModel.from_pretrained(load_model(base_folder(run), run.load), adapter).eval()
+    return put_on(load_model(base_folder(run), run.load), adapter).eval()
