@@ -172,8 +172,8 @@ def _weight_files(folder: Path) -> list[Path]:
         if (folder / name).is_file():
             return [folder / name]
         if index.is_file():
-            with reading(index):
-                return [folder / shard for shard in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+            shards = read_json(index, {"weight_map": dict[str, str]})["weight_map"].values()
+            return [folder / shard for shard in sorted(set(shards))]
     raise UserError(f"{folder}: no model.safetensors or pytorch_model.bin in it")
 
 
