@@ -25,7 +25,7 @@ from steps.lib.adapters import DIVERGED
 from steps.lib.errors import UserError
 from steps.lib.keys import flat
 from steps.lib.progress import quiet_libraries
-from steps.lib.splits import answer_start
+from steps.lib.splits import answer_start, load_rows
 from steps.lib.step import computing_threads, peak_memory, run_command
 
 STAGE = "evaluate_model"
@@ -99,9 +99,7 @@ def _report_divergence(step: int, settings: dict, metric: str, adapter: Path, ou
 
 def _rows(splits: Path, settings: dict) -> tuple[list[dict], list[str]]:
     """(test rows, references of the training split where a baseline needs them)."""
-    from datasets import load_from_disk
-
-    loaded = load_from_disk(str(splits))
+    loaded = load_rows(splits)
     test = list(loaded["test"]) if "test" in loaded else []
     if not test:
         raise UserError(
@@ -133,9 +131,7 @@ def _base(folder: Path, settings: dict, test: list[dict]) -> dict:
 
 def _references(folder: Path, test: list[dict]) -> list[dict]:
     """The test split's figures of the model that preference optimization started from."""
-    from datasets import load_from_disk
-
-    figures = load_from_disk(str(folder))
+    figures = load_rows(folder)
     rows = list(figures["test"]) if "test" in figures else []
     if [row["id"] for row in rows] != [row["id"] for row in test]:
         raise UserError(f"--references {folder}: of other test rows; run reference_logprobs on these splits")

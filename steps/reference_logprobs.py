@@ -28,6 +28,7 @@ from steps.lib.errors import UserError
 from steps.lib.keys import code_key, digest, file_sha256
 from steps.lib.preferences import REFERENCES, chosen_of, rejected_of
 from steps.lib.progress import Progress, quiet_libraries
+from steps.lib.splits import load_rows
 from steps.lib.step import computing_threads, locked, run_command
 
 STAGE = "reference_logprobs"
@@ -44,10 +45,10 @@ def run(config: dict, splits: Path, model: Path, output: Path) -> dict:
     Raises:
         UserError: the splits have no pairs; the model is of a training that diverged.
     """
-    from datasets import DatasetDict, load_from_disk
+    from datasets import DatasetDict
 
     quiet_libraries()
-    rows = load_from_disk(splits)
+    rows = load_rows(splits)
     pairs = {split: part for split, part in rows.items() if "rejected_input_ids" in part.column_names}
     if "train" not in pairs:
         raise UserError(

@@ -24,7 +24,7 @@ from steps.lib.adapters import refuse_diverged
 from steps.lib.conversation import IGNORED
 from steps.lib.errors import UserError
 from steps.lib.progress import quiet_libraries
-from steps.lib.splits import features
+from steps.lib.splits import features, load_rows
 from steps.lib.step import computing_threads, run_command
 
 STAGE = "sample_answers"
@@ -39,7 +39,7 @@ def run(config: dict, splits: Path, model: Path, output: Path) -> dict:
     Raises:
         UserError: `method.own_answers` is not set; the model has no wrong answer to a whole split.
     """
-    from datasets import Dataset, DatasetDict, load_from_disk
+    from datasets import Dataset, DatasetDict
 
     from steps.lib import models
 
@@ -48,7 +48,7 @@ def run(config: dict, splits: Path, model: Path, output: Path) -> dict:
     if not settings:
         raise UserError("config: 'method.own_answers' is not set, and it says how the model answers: see method=dpo")
     refuse_diverged(model)
-    rows = load_from_disk(splits)
+    rows = load_rows(splits)
     tokenizer = models.load_tokenizer(model)
     network = models.load_model(model, config["model"]["load"]).eval()
     stop_ids = models.stop_token_ids(model, tokenizer)

@@ -21,10 +21,12 @@ import shutil
 import sys
 from pathlib import Path
 
+from steps.lib.adapters import refuse_diverged
 from steps.lib.errors import UserError
 from steps.lib.keys import HashCache, code_key, digest
 from steps.lib.labels import normalised
 from steps.lib.progress import quiet_libraries
+from steps.lib.splits import load_rows
 from steps.lib.step import computing_threads, locked, peak_memory, run_command
 
 STAGE = "train_adapter"
@@ -40,6 +42,7 @@ def run(config: dict, splits: Path, model: Path, output: Path, references: Path 
         UserError: nothing to train on, an adapter config that does not fit the model, or references of other rows.
     """
     quiet_libraries()
+    refuse_diverged(model)
     inputs = [splits, model, *([references] if references else [])]
     state = STATE / (config.get("trunk") or _by_hand(config, inputs))
     with locked(state), computing_threads(config["num_threads"]):
@@ -67,14 +70,14 @@ def _counts(path: Path) -> bool:
 
 def _rows(config: dict, splits: Path, references: Path | None):
     """The splits; for preference optimization with the reference's figures beside each pair."""
-    from datasets import DatasetDict, concatenate_datasets, load_from_disk
+    from datasets import DatasetDict, concatenate_datasets
 
-    rows = load_from_disk(splits)
+    rows = load_rows(splits)
     if config["method"]["name"] != "dpo":
         return rows
     if references is None:
         raise UserError("--references is missing: method=dpo needs the folder of reference_logprobs for these splits")
-    figures, pairs = load_from_disk(references), {}
+    figures, pairs = load_rows(references), {}
     for split in [split for split in ("train", "validation") if split in rows]:
         if split not in figures or list(rows[split]["id"]) != list(figures[split]["id"]):
             raise UserError(f"--references {references}: of other rows than {splits}; run reference_logprobs on these")
@@ -97,7 +100,7 @@ def _train(config: dict, rows, model: Path, output: Path, state: Path) -> dict:
     checkpoint = checkpoints.last_whole([state, *plateau], end)
     trainer = _trainer(config, rows, model, args, total)
     sizes = parameter_counts(trainer.model)
-    log.info("%s", _headline(rows, sizes, args, end, checkpoint))
+    log.info("%s", _headline(rows, sizes, args, end, checkpoint, config["num_threads"]))
     needs = estimates.estimate(trainer, trainer.sampler.lengths)
     log.info("%s", needs.text())
     if end <= args.warmup_steps:
@@ -230,13 +233,14 @@ def _check_references(rows, labels: list[str]) -> None:
                 )
 
 
-def _headline(rows, sizes: dict, args, target: int, checkpoint: Path | None) -> str:
+def _headline(rows, sizes: dict, args, target: int, checkpoint: Path | None, threads: int) -> str:
     share = sizes["trainable_parameters"] / sizes["total_parameters"]
+    threads = f", {threads} thread(s)" if args.device.type == "cpu" else ""
     start = f", continuing from {checkpoint}" if checkpoint else ""
     return (
         f"training {sizes['trainable_parameters']:,} of {sizes['total_parameters']:,} parameters ({share:.2%}) on "
         f"{len(rows['train'])} rows, to step {target}, "
-        f"batch {args.train_batch_size} x {args.gradient_accumulation_steps}{start}"
+        f"batch {args.train_batch_size} x {args.gradient_accumulation_steps}{threads}{start}"
     )
 
 

@@ -1,13 +1,15 @@
 """What a training needs, said before it starts: memory of parameters, gradients, optimizer and activations; FLOPs.
 
 Activations and FLOPs come from no formula for some architecture but are seen: one small real batch goes forward and
-backward, torch counts the operations, and the tensors that autograd keeps are added up. Both grow with the tokens of a
-batch (attention's share grows with their square, which is little for rows below some thousand tokens).
+backward, torch counts the operations, and the tensors that autograd keeps are added up. Both grow with the tokens that
+go through the layers (attention's share grows with their square, which is little for rows below some thousand tokens),
+and those are counted on batches of the first epoch: how many it has in common is an affair of the whole batch.
 """
 
 import dataclasses
 
 PROBE_ROWS = 2
+SAMPLED_BATCHES = 32  # of the first epoch, to count tokens
 
 # Bytes of optimizer state per trained parameter where the name says so, else two moments in float32.
 STATE_BYTES = {"sgd": 0, "adafactor": 0, "8bit": 2, "adagrad": 4, "lion": 4, "rmsprop": 4}
@@ -60,20 +62,31 @@ def estimate(trainer, lengths: list[int]) -> Estimate:
         trainer: a TemperTrainer, before training; afterwards its model has no gradients, as before.
         lengths: tokens of each training row.
     """
+    from steps.lib.training import steps_per_epoch
+
     args = trainer.args
     typical = sorted(range(len(lengths)), key=lengths.__getitem__)[len(lengths) // 2 :][:PROBE_ROWS]
     batch = trainer._prepare_inputs(trainer.data_collator([trainer.train_dataset[row] for row in typical]))
     flops, kept = _probe(trainer, batch)
-    tokens = sum(lengths[row] for row in typical)
+    of_epoch, most = _tokens_to_compute(trainer, lengths)
+    tokens = trainer.tokens_computed(typical)
     trained = [parameter for parameter in trainer.model.parameters() if parameter.requires_grad]
-    rows_per_step = args.train_batch_size * args.gradient_accumulation_steps
     return Estimate(
         parameters=_bytes(trainer.model.parameters()),
         gradients=_bytes(trained),
         optimizer=sum(parameter.numel() for parameter in trained) * _state_bytes(args.optim),
-        activations=round(kept / tokens * sum(sorted(lengths)[-args.train_batch_size :])),
-        flops_per_step=flops / tokens * rows_per_step * sum(lengths) / len(lengths),
+        activations=round(kept / tokens * most),
+        flops_per_step=flops / tokens * of_epoch / steps_per_epoch(len(lengths), args),
     )
+
+
+def _tokens_to_compute(trainer, lengths: list[int]) -> tuple[float, int]:
+    """Tokens that go through the layers: (in the first epoch, by some of its batches; in its largest batch)."""
+    order, size = list(trainer.sampler), trainer.args.train_batch_size
+    batches = [order[at : at + size] for at in range(0, len(order), size)]
+    longest = max(batches, key=lambda rows: sum(lengths[row] for row in rows))
+    seen = [trainer.tokens_computed(rows) for rows in batches[:: -(-len(batches) // SAMPLED_BATCHES)]]
+    return sum(seen) / len(seen) * len(batches), max(*seen, trainer.tokens_computed(longest))
 
 
 def _bytes(tensors) -> int:

@@ -16,6 +16,7 @@ import gc
 import importlib.metadata
 import json
 import logging
+import os
 import platform
 import resource
 import shutil
@@ -55,6 +56,7 @@ def run_command(step, inputs: dict[str, str], argv=None, work=None) -> None:
     """
     arguments = _parser(step, inputs).parse_intermixed_args(argv)
     spare_the_collector()
+    bound_shape_caches()
     try:
         with logging_to(arguments.log):
             (work or execute)(step, arguments, [name.rstrip("?") for name in inputs])
@@ -79,6 +81,19 @@ def spare_the_collector() -> None:
     """
     gc.set_threshold(100_000)
     atexit.register(gc.freeze)
+
+
+SHAPES = 128  # products of one training step differ in some 30 shapes
+
+
+def bound_shape_caches() -> None:
+    """Keep oneDNN, in a process of our own, from hoarding the code it made for each shape of a product: a gigabyte.
+
+    It and its wrapper keep 1,024 shapes each, at half a megabyte and more, and most are never met again: no two batches
+    have as many tokens. Both look at the environment when the first product is computed.
+    """
+    for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
+        os.environ.setdefault(name, str(SHAPES))
 
 
 @contextlib.contextmanager

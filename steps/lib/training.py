@@ -16,7 +16,7 @@ from transformers import EarlyStoppingCallback, PrinterCallback, Trainer, Traine
 
 from steps.lib import checkpoints
 from steps.lib.batches import EpochSampler, collate
-from steps.lib.loss import SupervisedLoss, tokens_of, with_decoder_inputs
+from steps.lib.loss import SupervisedLoss, tokens_computed, tokens_of, with_decoder_inputs
 from steps.lib.preferences import FIGURES, PreferenceLoss, collate_pairs
 from steps.lib.progress import Progress
 from steps.lib.schema import EARLY_STOPPING
@@ -78,6 +78,11 @@ class TemperTrainer(Trainer):
         batches, items = super().get_batch_samples(*arguments, **keywords)
         self.tokens += sum(tokens_of(self.model, batch) for batch in batches)
         return batches, items
+
+    def tokens_computed(self, rows: list[int]) -> int:
+        """How many tokens of a batch of these rows go through the layers, once the way of the loss is chosen."""
+        batch = self.data_collator([self.train_dataset[row] for row in rows])
+        return tokens_computed(self.supervised_loss.way, self.model, batch, pairs=self.ITEMS == "pairs")
 
     def _get_train_sampler(self, train_dataset=None):  # noqa: ARG002 - Trainer's signature
         return self.sampler
