@@ -101,7 +101,7 @@ def _train(config: dict, rows, model: Path, output: Path, state: Path) -> dict:
     trainer = _trainer(config, rows, model, args, total)
     sizes = parameter_counts(trainer.model)
     log.info("%s", _headline(rows, sizes, args, end, checkpoint, config["num_threads"]))
-    needs = estimates.estimate(trainer, trainer.sampler.lengths)
+    needs = estimates.estimate(trainer, trainer.sampler.lengths, before)
     log.info("%s", needs.text())
     if end <= args.warmup_steps:
         log.info("note: %d steps end within train.warmup_steps=%g: lower it", end, args.warmup_steps)
@@ -111,7 +111,7 @@ def _train(config: dict, rows, model: Path, output: Path, state: Path) -> dict:
             args.max_steps = end
             args.eval_on_start &= checkpoint is None  # the start of training, not of each of its parts
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-        facts = recorded.facts() | sizes | needs.facts(before)
+        facts = recorded.facts() | sizes | needs.facts()
     if _is_plateau(config):
         _keep_checkpoint(checkpoints.last_whole([state], end), output)
     else:

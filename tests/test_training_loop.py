@@ -2,7 +2,11 @@
 
 import functools
 import json
+import math
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,13 +15,14 @@ from datasets import load_from_disk
 from safetensors.torch import load_file
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from steps import merge_adapter
+from steps import merge_adapter, train_adapter
 from steps.lib.adapters import add_adapter
 from steps.lib.batches import EpochSampler, collate
 from steps.lib.config import load_stage_config
 from steps.lib.models import load_model, load_tokenizer
 from steps.lib.training import read_metrics
 from tests import tiny
+from tests.conftest import ROOT
 from tests.test_train_adapter import SMALL, assert_equal, train
 
 PLAIN = ["adapter.lora_dropout=0", "train.learning_rate=1e-2", "train.warmup_steps=0", "train.logging_steps=1"]
@@ -238,3 +243,85 @@ def test_the_bits_follow_from_num_threads_whatever_the_machine_offers(workspace,
         torch.set_num_threads(offered)
     assert_equal(found[0], found[1])
     assert any(not torch.equal(weight, found[2][name]) for name, weight in found[0].items()), "else this shows nothing"
+
+
+ESTIMATED = {
+    "common beginnings are computed once": [],
+    "with dropout nothing is shared": ["adapter.lora_dropout=0.1"],
+    "two batches a step": ["train.gradient_accumulation_steps=2", "train.per_device_train_batch_size=5"],
+    "all parameters": ["adapter=full"],
+    "padded rows": ["train.gradient_checkpointing=true"],
+    "pairs": ["experiment=dpo", "model.load.dtype=float32"],
+}
+
+
+@pytest.mark.parametrize("name", ESTIMATED)
+def test_flops_and_activations_are_those_of_real_batches(workspace, tiny_splits, tiny_pairs, tiny_model, name):
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from steps.lib import estimates, training
+
+    overrides = [*SMALL, "adapter.lora_dropout=0", "train.per_device_train_batch_size=8", *ESTIMATED[name]]
+    if "adapter=full" in overrides:
+        overrides = [option for option in overrides if not option.startswith("adapter.")]
+    config = load_stage_config("train_adapter", None, overrides)
+    args = training.training_arguments(config["train"], 1, workspace / "state")
+    rows = load_from_disk(tiny_pairs if name == "pairs" else tiny_splits)
+    if name == "pairs":
+        zeros = [0.0] * len(rows["train"])
+        rows["train"] = rows["train"].add_column("ref_chosen_logps", zeros).add_column("ref_rejected_logps", zeros)
+    trainer = train_adapter._trainer(config, rows, tiny_model, args, 3)
+    found = estimates.estimate(trainer, trainer.sampler.lengths, program=0)
+    order, size = list(trainer.sampler), args.train_batch_size
+    counted, kept = [], []
+    for at in range(0, len(order), size):
+        batch = trainer.data_collator([rows["train"][row] for row in order[at : at + size]])
+        kept.append(estimates._probe(trainer, batch)[1])
+        with FlopCounterMode(display=False) as counter:
+            trainer.compute_loss(trainer.model, batch).backward()
+        counted.append(counter.get_total_flops())
+    steps = math.ceil(len(counted) / args.gradient_accumulation_steps)
+    assert found.flops_per_step == pytest.approx(sum(counted) / steps, rel=0.1)
+    assert found.activations == pytest.approx(estimates.HEAP * max(kept), rel=0.15)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("adapter", ["lora", "full"])
+def test_the_peak_of_memory_is_what_was_said(workspace, adapter):
+    """In a process of its own, of a model whose activations are most of what it takes."""
+    model = tiny.make_tiny_model(
+        workspace / "model", hidden_size=512, intermediate_size=1024, num_hidden_layers=6, initializer_range=0.02
+    )
+    rows = [
+        (" ".join([prompt] * (2 + number % 5)), answer) for number, (prompt, answer) in enumerate(tiny.tiny_rows(180))
+    ]
+    splits = tiny.make_tiny_splits(workspace / "splits", model, rows={"train": rows})
+    options = ["experiment=smoke", f"adapter={adapter}", "model.load.dtype=float32", "train.num_train_epochs=2"]
+    inputs = ["--splits", str(splits), "--model", str(model), "--output", "out"]
+    command = [sys.executable, "-m", "steps.train_adapter", *inputs, *options, "train.per_device_train_batch_size=32"]
+    subprocess.run(command, check=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    found = facts("out")
+    assert 0.85 < found["estimated_peak_memory_bytes"] / found["peak_memory_bytes"] < 1.15
+
+
+HOARD = """
+import sys, torch
+from steps.lib.step import bound_shape_caches, peak_memory
+if sys.argv[1] == "bound": bound_shape_caches()
+weight, inputs = torch.randn(256, 256).to_mkldnn(), torch.randn(900, 256)
+before = peak_memory()
+for rows in range(100, 900, 2): torch._C._nn.mkldnn_linear(inputs[:rows].to_mkldnn(), weight, None)
+print(peak_memory() - before)
+"""
+
+
+def test_code_for_shapes_that_are_never_met_again_is_not_hoarded(workspace):
+    if not torch.backends.mkldnn.is_available():
+        pytest.skip("this torch has no oneDNN")
+    grown = {}
+    for how in ("bound", "as it comes"):
+        command, environment = [sys.executable, "-c", HOARD, how], {**os.environ, "PYTHONPATH": str(ROOT)}
+        for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
+            environment.pop(name, None)  # as a step in this process may have set them
+        grown[how] = int(subprocess.run(command, check=True, env=environment, capture_output=True, text=True).stdout)
+    assert grown["bound"] < grown["as it comes"] / 2
