@@ -15,7 +15,7 @@ from datasets import load_from_disk
 from safetensors.torch import load_file
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from steps import merge_adapter, train_adapter
+from steps import evaluate_model, merge_adapter, train_adapter
 from steps.lib.adapters import add_adapter
 from steps.lib.batches import EpochSampler, collate
 from steps.lib.config import load_stage_config
@@ -201,6 +201,22 @@ def test_what_diverged_is_a_result_and_no_model(workspace, tiny_splits, tiny_mod
     assert found["eval_loss"] is None
     merge_adapter.main(["--model", str(tiny_model), "--adapter", "out", "--output", "merged"])
     assert json.loads(Path("merged/diverged.json").read_text()) == {"step": found["diverged_at_step"]}
+    evaluate_model.main(
+        [
+            "--model",
+            "merged",
+            "--splits",
+            str(tiny_splits),
+            "--adapter",
+            "out",
+            "--output",
+            "report",
+            "experiment=smoke",
+        ]
+    )
+    page = Path("report/report.html").read_text()
+    assert f"diverged: at step {found['diverged_at_step']} " in page
+    assert "None" not in page
     for weights in Path("results/.state/shared").glob("checkpoint-*/adapter_model.safetensors"):
         assert all(weight.isfinite().all() for weight in load_file(weights).values()), "nobody continues from nan"
 
@@ -325,3 +341,62 @@ def test_code_for_shapes_that_are_never_met_again_is_not_hoarded(workspace):
             environment.pop(name, None)  # as a step in this process may have set them
         grown[how] = int(subprocess.run(command, check=True, env=environment, capture_output=True, text=True).stdout)
     assert grown["bound"] < grown["as it comes"] / 2
+
+
+OTHERS = {
+    "an optimizer that keeps no moments": ["train.optim=adafactor"],
+    "states in 8 bits": ["adapter=full", "train.optim=adamw_bnb_8bit", "train.learning_rate=1e-4"],
+    "no checkpoints asked for": ["train.save_strategy=no"],
+    "checkpoints within an epoch": ["train.save_strategy=steps", "train.save_steps=4", "train.save_total_limit=1"],
+    "a falling rate": ["train.lr_scheduler_type=inverse_sqrt"],
+    "accumulation that does not divide": ["train.gradient_accumulation_steps=4", "train.label_smoothing_factor=0.1"],
+    "whole batches only": ["train.dataloader_drop_last=true", "train.per_device_train_batch_size=7"],
+    "autocast": ["train.bf16=true", "train.use_cpu=true"],
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_options_leave_a_shared_trunk_equal_to_separate_runs(workspace, tiny_splits, tiny_model, name):
+    options = [*SMALL, *OTHERS[name]]
+    if "adapter=full" in options:
+        options = [option for option in options if not option.startswith("adapter.")]
+    inputs = ["--splits", str(tiny_splits), "--model", str(tiny_model)]
+    for output, epochs, trunk in (("first", 1, "shared"), ("shared", 2, "shared"), ("alone", 2, "alone")):
+        config = load_stage_config("train_adapter", None, [*options, f"train.num_train_epochs={epochs}"])
+        train_adapter.main([*inputs, "--output", output, "--config", json.dumps(config | {"trunk": trunk})])
+    assert facts("shared")["resumed_from_step"] == facts("first")["global_step"] > 0
+    weights = "model.safetensors" if "adapter=full" in options else "adapter_model.safetensors"
+    assert_equal(load_file(f"shared/{weights}"), load_file(f"alone/{weights}"))
+
+
+@pytest.mark.slow
+def test_the_number_of_cores_changes_no_bit_of_a_workflow(workspace, wide_model):
+    """Trainings, evaluations and the leaderboard, on one core, on two, and with more than there are."""
+    from tests.workflow_tools import leaderboard, own_sources, snakemake
+
+    found = []
+    for cores in ("1", "2", "4"):
+        folder = workspace / cores
+        folder.mkdir()
+        sources = own_sources(folder, wide_model, tiny.tiny_rows(180))
+        few = "data.limit={train:24,validation:8,test:8} train.per_device_train_batch_size=4"
+        done = snakemake(
+            folder,
+            "--cores",
+            cores,
+            "--config",
+            "experiment=smoke",
+            f"overrides={sources} {few} sweep=none train.learning_rate=1e-3,1e-2",
+        )
+        assert ("training(s) of 1 thread(s) on 4 cores: num_threads=2 is faster" in done.stderr) is (cores == "4")
+        adapters = sorted((folder / "results" / "adapters").glob("*/adapter_model.safetensors"))
+        rows = [
+            {name: row[name] for name in ("run", "test_loss", "test_accuracy")} for row in leaderboard(folder, "single")
+        ]
+        found.append((rows, {path.parent.name: load_file(path) for path in adapters}))
+    (rows, adapters), *others = found
+    assert len(rows) == len(adapters) == 2
+    for other_rows, other_adapters in others:
+        assert other_rows == rows
+        for name, weights in adapters.items():
+            assert_equal(weights, other_adapters[name])

@@ -27,7 +27,7 @@ log = logging.getLogger("temper")
 def training_arguments(train: dict, seed: int, state: Path) -> TrainingArguments:
     """`train` as TrainingArguments, with what Temper decides itself."""
     fields = {name: value for name, value in train.items() if name not in EARLY_STOPPING}
-    return TrainingArguments(
+    args = TrainingArguments(
         **{
             "dataloader_pin_memory": torch.accelerator.is_available(),
             **fields,
@@ -44,6 +44,9 @@ def training_arguments(train: dict, seed: int, state: Path) -> TrainingArguments
             "logging_nan_inf_filter": False,  # a diverged run must show its nan, not an average that hides it
         }
     )
+    # Trainer takes all GPUs that it sees and multiplies the batch by their number, which is in no key.
+    args._n_gpu = min(args.n_gpu, 1)
+    return args
 
 
 def steps_per_epoch(rows: int, args: TrainingArguments) -> int:
