@@ -77,7 +77,7 @@ def run(
 
 
 def _report_divergence(step: int, settings: dict, metric: str, adapter: Path, output: Path) -> dict:
-    """The report of a training whose loss was no number any more: its curve, and no figures."""
+    """The report of a training that diverged: its curve, and no figures."""
     curves = read_json_lines(adapter / "metrics.jsonl")
     facts = {
         "task": settings["task"],
@@ -89,7 +89,7 @@ def _report_divergence(step: int, settings: dict, metric: str, adapter: Path, ou
     pages.write_whole(output / "predictions.jsonl", "")
     pages.write_whole(output / "curves.jsonl", pages.json_lines(curves))
     name = output.name
-    loss_curves = figures.loss_curves([line for line in curves if None not in line.values()])
+    loss_curves = figures.loss_curves(curves)
     pages.render("diverged.html", output / "report.html", name=name, step=step, loss_curves=loss_curves)
     log.info("the training diverged at step %d: no model to evaluate", step)
     return {"diverged_at_step": step}

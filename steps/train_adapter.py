@@ -21,6 +21,7 @@ import shutil
 import sys
 from pathlib import Path
 
+from steps.lib.adapters import refuse_diverged
 from steps.lib.errors import UserError
 from steps.lib.files import load_rows
 from steps.lib.folders import locked
@@ -42,6 +43,7 @@ def run(config: dict, splits: Path, model: Path, output: Path, references: Path 
         UserError: nothing to train on, an adapter config that does not fit the model, or references of other rows.
     """
     quiet_libraries()
+    refuse_diverged(model)
     inputs = [splits, model, *([references] if references else [])]
     state = STATE / (config.get("trunk") or _by_hand(config, inputs))
     with locked(state), computing_threads(config["num_threads"]):
@@ -99,8 +101,8 @@ def _train(config: dict, rows, model: Path, output: Path, state: Path) -> dict:
     checkpoint = checkpoints.last_whole([state, *plateau], end)
     trainer = _trainer(config, rows, model, args, total)
     sizes = parameter_counts(trainer.model)
-    log.info("%s", _headline(rows, sizes, args, end, checkpoint))
-    needs = estimates.estimate(trainer, trainer.sampler.lengths)
+    log.info("%s", _headline(rows, sizes, args, end, checkpoint, config["num_threads"]))
+    needs = estimates.estimate(trainer, trainer.sampler.lengths, before)
     log.info("%s", needs.text())
     if end <= args.warmup_steps:
         log.info("note: %d steps end within train.warmup_steps=%g: lower it", end, args.warmup_steps)
@@ -110,7 +112,7 @@ def _train(config: dict, rows, model: Path, output: Path, state: Path) -> dict:
             args.max_steps = end
             args.eval_on_start &= checkpoint is None  # the start of training, not of each of its parts
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-        facts = recorded.facts() | sizes | needs.facts(before)
+        facts = recorded.facts() | sizes | needs.facts()
     if _is_plateau(config):
         _keep_checkpoint(checkpoints.last_whole([state], end), output)
     else:
@@ -232,13 +234,14 @@ def _check_references(rows, labels: list[str]) -> None:
                 )
 
 
-def _headline(rows, sizes: dict, args, target: int, checkpoint: Path | None) -> str:
+def _headline(rows, sizes: dict, args, target: int, checkpoint: Path | None, threads: int) -> str:
     share = sizes["trainable_parameters"] / sizes["total_parameters"]
+    threads = f", {threads} thread(s)" if args.device.type == "cpu" else ""
     start = f", continuing from {checkpoint}" if checkpoint else ""
     return (
         f"training {sizes['trainable_parameters']:,} of {sizes['total_parameters']:,} parameters ({share:.2%}) on "
         f"{len(rows['train'])} rows, to step {target}, "
-        f"batch {args.train_batch_size} x {args.gradient_accumulation_steps}{start}"
+        f"batch {args.train_batch_size} x {args.gradient_accumulation_steps}{threads}{start}"
     )
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from steps.lib.errors import UserError
 from steps.lib.reading import reading, refuse_tensors
 
-DIVERGED = "diverged.json"  # in a merged folder, in place of a model: the training's loss was no number any more
+DIVERGED = "diverged.json"  # in a merged folder, in place of a model: the training ended in nan or infinity
 
 
 def load_for_training(adapter: dict, load: dict) -> dict:

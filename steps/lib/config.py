@@ -739,7 +739,7 @@ def _stage_model(stage: str):
         annotation = _annotation(Config, section)
         if name:
             annotation = create_model(section, __base__=Section, **{name: (_annotation(annotation, name), ...)})
-        fields[section] = (DataView if path == "data" else annotation, ...)
+        fields[section] = (DataView if path == "data" else annotation, Config.model_fields[section].default)
     return create_model(stage, __config__={"extra": "allow"}, **fields)
 
 

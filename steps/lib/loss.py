@@ -204,7 +204,7 @@ def _tolerance(base) -> float:
 
 def flat_way(model, batch, pairs: bool = False) -> Predictions:
     """One row without padding, common tokens once, logits at learned positions only."""
-    return _flat(model, batch, pairs, share=not (model.training and _has_dropout(_unwrapped(model))))
+    return _flat(model, batch, pairs, share=_shares(model))
 
 
 def unshared_way(model, batch, pairs: bool = False) -> Predictions:
@@ -220,6 +220,18 @@ def _flat(model, batch, pairs: bool, share: bool) -> Predictions:
         hidden = base.base_model(**inputs, use_cache=False, flat=flat, plain=usual == "eager")[0]
     states = hidden[0].index_select(0, flat.predicting)
     return Predictions(base.get_output_embeddings(), states, batch["labels"][:, 1:][learned], learned)
+
+
+def tokens_computed(way: Callable | None, model, batch, pairs: bool = False) -> int:
+    """How many tokens go through a model's layers by a way (None: Trainer's): padding and shared ones count as such."""
+    if way in (flat_way, unshared_way):
+        learned = batch["labels"][:, 1:] != IGNORED
+        return flatten(batch, learned, pairs=pairs, share=way is flat_way and _shares(model)).input_ids.numel()
+    return batch["input_ids"].numel() + (batch["labels"].numel() if model.config.is_encoder_decoder else 0)
+
+
+def _shares(model) -> bool:
+    return not (model.training and _has_dropout(_unwrapped(model)))
 
 
 def _has_dropout(base) -> bool:

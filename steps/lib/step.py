@@ -66,6 +66,7 @@ def run_command(step, inputs: dict[str, str], argv=None, work=None) -> None:
     """
     arguments = _parser(step, inputs).parse_intermixed_args(argv)
     spare_the_collector()
+    bound_shape_caches()
     with one_line_errors(arguments.output, step.STAGE, arguments.log), logging_to(arguments.log):
         (work or execute)(step, arguments, [name.rstrip("?") for name in inputs])
 
@@ -77,6 +78,19 @@ def spare_the_collector() -> None:
     """
     gc.set_threshold(100_000)
     atexit.register(gc.freeze)
+
+
+SHAPES = 128  # products of one training step differ in some 30 shapes
+
+
+def bound_shape_caches() -> None:
+    """Keep oneDNN, in a process of our own, from hoarding the code it made for each shape of a product: a gigabyte.
+
+    It and its wrapper keep 1,024 shapes each, at half a megabyte and more, and most are never met again: no two batches
+    have as many tokens. Both look at the environment when the first product is computed.
+    """
+    for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
+        os.environ.setdefault(name, str(SHAPES))
 
 
 @contextlib.contextmanager
@@ -295,5 +309,9 @@ def git_commit() -> str | None:
 
 def peak_memory() -> int:
     """Highest resident memory of this process so far, in bytes."""
+    status = Path("/proc/self/status")
+    if status.is_file():  # Linux: what getrusage says there may be that of the process which started this one
+        [kilobytes] = [line.split()[1] for line in status.read_text().splitlines() if line.startswith("VmHWM:")]
+        return int(kilobytes) * 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024

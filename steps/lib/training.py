@@ -16,7 +16,7 @@ from transformers import EarlyStoppingCallback, PrinterCallback, Trainer, Traine
 
 from steps.lib import checkpoints
 from steps.lib.batches import EpochSampler, collate
-from steps.lib.loss import SupervisedLoss, tokens_of, with_decoder_inputs
+from steps.lib.loss import SupervisedLoss, tokens_computed, tokens_of, with_decoder_inputs
 from steps.lib.preferences import FIGURES, PreferenceLoss, collate_pairs
 from steps.lib.progress import Progress
 from steps.lib.schema import EARLY_STOPPING
@@ -27,7 +27,7 @@ log = logging.getLogger("temper")
 def training_arguments(train: dict, seed: int, state: Path) -> TrainingArguments:
     """`train` as TrainingArguments, with what Temper decides itself."""
     fields = {name: value for name, value in train.items() if name not in EARLY_STOPPING}
-    return TrainingArguments(
+    args = TrainingArguments(
         **{
             "dataloader_pin_memory": torch.accelerator.is_available(),
             **fields,
@@ -44,6 +44,9 @@ def training_arguments(train: dict, seed: int, state: Path) -> TrainingArguments
             "logging_nan_inf_filter": False,  # a diverged run must show its nan, not an average that hides it
         }
     )
+    # Trainer takes all GPUs that it sees and multiplies the batch by their number, which is in no key.
+    args._n_gpu = min(args.n_gpu, 1)
+    return args
 
 
 def steps_per_epoch(rows: int, args: TrainingArguments) -> int:
@@ -78,6 +81,11 @@ class TemperTrainer(Trainer):
         batches, items = super().get_batch_samples(*arguments, **keywords)
         self.tokens += sum(tokens_of(self.model, batch) for batch in batches)
         return batches, items
+
+    def tokens_computed(self, rows: list[int]) -> int:
+        """How many tokens of a batch of these rows go through the layers, once the way of the loss is chosen."""
+        batch = self.data_collator([self.train_dataset[row] for row in rows])
+        return tokens_computed(self.supervised_loss.way, self.model, batch, pairs=self.ITEMS == "pairs")
 
     def _get_train_sampler(self, train_dataset=None):  # noqa: ARG002 - Trainer's signature
         return self.sampler
