@@ -20,7 +20,7 @@ import sys
 import time
 from pathlib import Path
 
-from steps.lib import figures, metrics, pages
+from steps.lib import figures, limits, metrics, pages
 from steps.lib.adapters import DIVERGED
 from steps.lib.errors import UserError
 from steps.lib.keys import flat
@@ -54,7 +54,7 @@ def run(
     metric = metrics.check_metric(settings)
     if (model / DIVERGED).is_file():
         return _report_divergence(_json(model / DIVERGED)["step"], settings, metric, adapter, output)
-    test, train_references = _rows(splits, settings)
+    test, train_references = _rows(model, splits, settings)
     base = _base(base_report, settings, test) if base_report else None
     asked = _ask(model, config, test)
     judged = _judge(settings, metric, test, asked, base)
@@ -96,7 +96,7 @@ def _report_divergence(step: int, settings: dict, metric: str, adapter: Path, ou
 # --- what goes in --------------------------------------------------------------------------------
 
 
-def _rows(splits: Path, settings: dict) -> tuple[list[dict], list[str]]:
+def _rows(model: Path, splits: Path, settings: dict) -> tuple[list[dict], list[str]]:
     """(test rows, references of the training split where a baseline needs them)."""
     from datasets import load_from_disk
 
@@ -108,6 +108,7 @@ def _rows(splits: Path, settings: dict) -> tuple[list[dict], list[str]]:
         )
     if all(label == -100 for row in test for label in row["labels"]):
         raise UserError(f"{splits}: no supervised token in the test split; see audit.json there, and prompt.loss_on")
+    limits.check(model, {"test": loaded["test"]}, ["test"], settings["max_new_tokens"])
     wanted = settings["task"] in ("labels", "tags") and "train" in loaded
     return test, list(loaded["train"]["reference"]) if wanted else []
 

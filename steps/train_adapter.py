@@ -21,6 +21,7 @@ import shutil
 import sys
 from pathlib import Path
 
+from steps.lib import limits
 from steps.lib.errors import UserError
 from steps.lib.keys import digest
 from steps.lib.labels import normalised
@@ -37,20 +38,24 @@ def run(config: dict, splits: Path, model: Path, output: Path, references: Path 
     """Train, or continue training, up to ``train.num_train_epochs`` (or ``train.max_steps``).
 
     Raises:
-        UserError: nothing to train on, an adapter config that does not fit the model, or references of other rows.
+        UserError: nothing to train on, an adapter config that does not fit the model, rows or answers that are longer
+            than the model's context, or references of other rows.
     """
     quiet_libraries()
     by_hand = [config, str(splits), str(model), *([str(references)] if references else [])]
     state = STATE / config.get("trunk", f"by-hand-{digest(by_hand)}")
     with locked(state):
-        return _train(config, _rows(config, splits, references), model, output, state)
+        return _train(config, _rows(config, splits, model, references), model, output, state)
 
 
-def _rows(config: dict, splits: Path, references: Path | None):
-    """The splits; for preference optimization with the reference's figures beside each pair."""
+def _rows(config: dict, splits: Path, model: Path, references: Path | None):
+    """The splits, all within the model's limits; for preference optimization with the reference's figures."""
     from datasets import DatasetDict, concatenate_datasets, load_from_disk
 
     rows = load_from_disk(splits)
+    answered = ["test"] if config.get("max_new_tokens") else []  # what the evaluation will ask for
+    virtual_tokens = config["adapter"].get("num_virtual_tokens") or 0
+    limits.check(model, rows, answered, config.get("max_new_tokens"), virtual_tokens=virtual_tokens)
     if config["method"]["name"] != "dpo":
         return rows
     if references is None:
