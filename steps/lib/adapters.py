@@ -100,17 +100,21 @@ def _misfit(model, what: str) -> UserError:
     )
 
 
-def put_on(network, adapter: Path):
-    """The network with the adapter of a folder on it, each of its weights as they are in the folder."""
-    from peft import PeftModel
+def put_on(network, adapter: Path, **arguments):
+    """The network with the adapter of a folder on it, each of its weights as they are in the folder.
 
-    base = {id(weight) for weight in network.parameters()}
+    Args:
+        arguments: of `PeftModel.from_pretrained`.
+    """
+    from peft import PeftModel, load_peft_weights
+
     with reading(adapter):
-        model = PeftModel.from_pretrained(network, adapter)
+        weights = load_peft_weights(adapter, device="cpu")
+        model = PeftModel.from_pretrained(network, adapter, **arguments)
         # PeftModel only warns of what is missing, and says nothing of what is left over; this tells both.
-        result = model.load_adapter(adapter, "default")
+        result = model.load_adapter(adapter, "default", **arguments)
     refuse_adapter_misfits(model, adapter, result)
-    refuse_no_numbers(adapter, [named for named in model.named_parameters() if id(named[1]) not in base])
+    refuse_no_numbers(adapter, weights.items())
     return model
 
 

@@ -124,7 +124,7 @@ def _network(folder: Path, config, **arguments):
 
     transformers fills what is missing with random numbers, and drops what it does not know.
     """
-    for file in sorted(folder.glob("*.safetensors")):
+    for file in _weight_files(folder):
         _shapes(file)  # names the damaged one
     network, info = _from_pretrained(
         _auto_class(config), folder, output_loading_info=True, ignore_mismatched_sizes=True, **arguments
@@ -165,6 +165,20 @@ def check_weights(folder: Path) -> None:
             ignore_mismatched_sizes=True,
         )
     refuse_misfits(folder, info)
+
+
+def check_adapter(model: Path, adapter: Path) -> None:
+    """Whether an adapter fits the model in a folder, whose weights stay unread.
+
+    Raises:
+        UserError: tensors are missing, unknown, of another shape or no numbers, or a file is damaged.
+    """
+    import torch
+
+    config = load_config(model)
+    with reading(model), torch.device("meta"):
+        network = _auto_class(config).from_config(config, trust_remote_code=False)
+    put_on(network, adapter, low_cpu_mem_usage=True, torch_device="cpu")
 
 
 def _weight_files(folder: Path) -> list[Path]:
