@@ -98,7 +98,8 @@ class Tuned:
     def __init__(self, folder: Path, temporary: tempfile.TemporaryDirectory | None = None):
         self.folder, self.temporary = folder, temporary
         self.run = runs.find(str(folder))
-        self.prompter = prompting.Prompter(runs.model_folder(self.run), self.run.prompt)
+        model, virtual_tokens = runs.model_folder(self.run), runs.virtual_tokens(self.run)
+        self.prompter = prompting.Prompter(model, self.run.prompt, virtual_tokens=virtual_tokens)
         self.model = None
 
     def answer(self, prompt: str | list[dict], **generation) -> str:

@@ -20,7 +20,7 @@ import sys
 import time
 from pathlib import Path
 
-from steps.lib import figures, metrics, pages
+from steps.lib import figures, limits, metrics, pages
 from steps.lib.adapters import DIVERGED
 from steps.lib.errors import UserError
 from steps.lib.files import load_rows, read_json, read_json_lines, read_yaml
@@ -55,7 +55,7 @@ def run(
     metric = metrics.check_metric(settings)
     if (model / DIVERGED).is_file():
         return _report_divergence(read_json(model / DIVERGED, {"step": int})["step"], settings, metric, adapter, output)
-    test, train_references = _rows(splits, settings)
+    test, train_references = _rows(model, splits, settings)
     base = _base(base_report, settings, test) if base_report else None
     with computing_threads(config["num_threads"]):
         asked = _ask(model, config, test)
@@ -98,7 +98,7 @@ def _report_divergence(step: int, settings: dict, metric: str, adapter: Path, ou
 # --- what goes in --------------------------------------------------------------------------------
 
 
-def _rows(splits: Path, settings: dict) -> tuple[list[dict], list[str]]:
+def _rows(model: Path, splits: Path, settings: dict) -> tuple[list[dict], list[str]]:
     """(test rows, references of the training split where a baseline needs them)."""
     loaded = load_rows(splits)
     test = list(loaded["test"]) if "test" in loaded else []
@@ -108,6 +108,7 @@ def _rows(splits: Path, settings: dict) -> tuple[list[dict], list[str]]:
         )
     if all(label == -100 for row in test for label in row["labels"]):
         raise UserError(f"{splits}: no supervised token in the test split; see audit.json there, and prompt.loss_on")
+    limits.check(model, {"test": loaded["test"]}, ["test"], settings["max_new_tokens"])
     wanted = settings["task"] in ("labels", "tags") and "train" in loaded
     return test, list(loaded["train"]["reference"]) if wanted else []
 

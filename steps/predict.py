@@ -53,7 +53,7 @@ def predict(arguments) -> None:
     run = runs.find(arguments.run, arguments.sweep)
     settings, batch_size = _settings(run, arguments)
     rows = read_prompts(arguments.input)
-    prompter = prompting.Prompter(runs.model_folder(run), run.prompt, arguments.system)
+    prompter = prompting.Prompter(runs.model_folder(run), run.prompt, arguments.system, runs.virtual_tokens(run))
     prompts = [_ids(row, prompter, settings.max_new_tokens) for row in rows]
     answers = prompting.answer_all(runs.load_network(run), prompter, prompts, settings, batch_size, seed=arguments.seed)
     lines = [

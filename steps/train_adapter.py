@@ -21,6 +21,7 @@ import shutil
 import sys
 from pathlib import Path
 
+from steps.lib import limits
 from steps.lib.adapters import refuse_diverged
 from steps.lib.errors import UserError
 from steps.lib.files import load_rows
@@ -40,14 +41,15 @@ def run(config: dict, splits: Path, model: Path, output: Path, references: Path 
     """Train, or continue training, up to ``train.num_train_epochs`` (or ``train.max_steps``).
 
     Raises:
-        UserError: nothing to train on, an adapter config that does not fit the model, or references of other rows.
+        UserError: nothing to train on, an adapter config that does not fit the model, rows or answers that are longer
+            than the model's context, or references of other rows.
     """
     quiet_libraries()
     refuse_diverged(model)
     inputs = [splits, model, *([references] if references else [])]
     state = STATE / (config.get("trunk") or _by_hand(config, inputs))
     with locked(state), computing_threads(config["num_threads"]):
-        return _train(config, _rows(config, splits, references), model, output, state)
+        return _train(config, _rows(config, splits, model, references), model, output, state)
 
 
 def _by_hand(config: dict, inputs: list[Path]) -> str:
@@ -69,11 +71,14 @@ def _counts(path: Path) -> bool:
     return path.is_file() and path.name not in ("provenance.json", ".snakemake_timestamp")
 
 
-def _rows(config: dict, splits: Path, references: Path | None):
-    """The splits; for preference optimization with the reference's figures beside each pair."""
+def _rows(config: dict, splits: Path, model: Path, references: Path | None):
+    """The splits, all within the model's limits; for preference optimization with the reference's figures."""
     from datasets import DatasetDict, concatenate_datasets
 
     rows = load_rows(splits)
+    answered = ["test"] if config.get("max_new_tokens") else []  # what the evaluation will ask for
+    virtual_tokens = config["adapter"].get("num_virtual_tokens") or 0
+    limits.check(model, rows, answered, config.get("max_new_tokens"), virtual_tokens=virtual_tokens)
     if config["method"]["name"] != "dpo":
         return rows
     if references is None:

@@ -150,7 +150,7 @@ def test_prompts_have_the_tokens_of_training(project, template):
 def test_the_oldest_exchanges_go_when_the_context_is_full(project):
     run = runs.find(RUN)
     prompter = prompting.Prompter(runs.model_folder(run), run.prompt)
-    assert prompter.context == 256
+    assert prompter.limits.context == 256
     history = [{"role": ("user", "assistant")[number % 2], "content": "The plot is dull. " * 3} for number in range(21)]
     ids, left_out = prompter.ids_of_chat(history, 20)
     assert len(ids) <= 236

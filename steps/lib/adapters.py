@@ -1,9 +1,10 @@
 """Adapters: from the config section to a PEFT model, and back into the base."""
 
+import collections
 from pathlib import Path
 
 from steps.lib.errors import UserError
-from steps.lib.reading import reading, refuse_tensors
+from steps.lib.reading import reading, refuse_no_numbers, refuse_tensors
 
 DIVERGED = "diverged.json"  # in a merged folder, in place of a model: the training ended in nan or infinity
 
@@ -26,6 +27,11 @@ def add_adapter(model, adapter: dict, seed: int):
     from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PeftType, get_peft_model
 
     if adapter["peft_type"] is None:
+        if getattr(model, "is_quantized", False):
+            raise UserError(
+                f"{model.name_or_path}: its weights are stored quantized, so they cannot be trained themselves: choose "
+                "adapter=lora, or the model that it was made from"
+            )
         return model
     fields = {key: value for key, value in adapter.items() if key != "peft_type"}
     if fields.get("prompt_tuning_init") == "TEXT":  # PEFT reads the text with a tokenizer of its own
@@ -36,9 +42,29 @@ def add_adapter(model, adapter: dict, seed: int):
     config = PEFT_TYPE_TO_CONFIG_MAPPING[PeftType(adapter["peft_type"])](task_type=task, **fields)
     torch.manual_seed(seed)
     try:
-        return get_peft_model(model, config)
+        adapted = get_peft_model(model, config)
     except ValueError as error:
         raise _misfit(model, " ".join(str(error).split())[:200]) from None
+    _refuse_tied(adapted)
+    return adapted
+
+
+def _refuse_tied(model) -> None:
+    """An adapter on a weight that two layers share cannot be merged: it would change what the other layer does."""
+    from peft.tuners.trainable_tokens.layer import TrainableTokensLayer  # knows about tied weights
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    layers = collections.Counter(id(weight) for _, weight in model.named_parameters(remove_duplicate=False))
+    for name, layer in model.named_modules():
+        if not isinstance(layer, BaseTunerLayer) or isinstance(layer, TrainableTokensLayer):
+            continue
+        if any(layers[id(weight)] > 1 for weight in layer.get_base_layer().parameters(recurse=False)):
+            name = name.rpartition(".")[2]
+            raise UserError(
+                f"config: adapter.target_modules: this model's {name} shares its weights with another layer (tied "
+                "embeddings), so an adapter on it could never be merged: leave it out; "
+                f"adapter.modules_to_save=[{name}] trains it as a whole"
+            )
 
 
 def attention_projections(model) -> list[str]:
@@ -74,15 +100,21 @@ def _misfit(model, what: str) -> UserError:
     )
 
 
-def put_on(network, adapter: Path):
-    """The network with the adapter of a folder on it, each of its weights as they are in the folder."""
-    from peft import PeftModel
+def put_on(network, adapter: Path, **arguments):
+    """The network with the adapter of a folder on it, each of its weights as they are in the folder.
+
+    Args:
+        arguments: of `PeftModel.from_pretrained`.
+    """
+    from peft import PeftModel, load_peft_weights
 
     with reading(adapter):
-        model = PeftModel.from_pretrained(network, adapter)
+        weights = load_peft_weights(adapter, device="cpu")
+        model = PeftModel.from_pretrained(network, adapter, **arguments)
         # PeftModel only warns of what is missing, and says nothing of what is left over; this tells both.
-        result = model.load_adapter(adapter, "default")
+        result = model.load_adapter(adapter, "default", **arguments)
     refuse_adapter_misfits(model, adapter, result)
+    refuse_no_numbers(adapter, weights.items())
     return model
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from steps.lib.adapters import put_on
 from steps.lib.errors import UserError
 from steps.lib.files import read_json
-from steps.lib.reading import reading, refuse_tensors
+from steps.lib.reading import reading, refuse_no_numbers, refuse_tensors
 
 log = logging.getLogger("temper")
 
@@ -108,6 +108,7 @@ def load_model(folder: Path, load: dict, quantization: dict | None = None):
     arguments = {"dtype": dtype, "attn_implementation": resolve_attention(load["attn_implementation"])}
     config = load_config(folder)
     if quantization and is_quantized(quantization):
+        _refuse_other_width(folder, config, quantization)
         arguments["quantization_config"] = _bitsandbytes(quantization, dtype)
     if "quantization_config" in arguments or is_stored_quantized(config):
         arguments["device_map"] = {"": device()}  # a quantized model is made where it stays
@@ -123,13 +124,13 @@ def _network(folder: Path, config, **arguments):
 
     transformers fills what is missing with random numbers, and drops what it does not know.
     """
-    for file in sorted(folder.glob("*.safetensors")):
+    for file in _weight_files(folder):
         _shapes(file)  # names the damaged one
     network, info = _from_pretrained(
         _auto_class(config), folder, output_loading_info=True, ignore_mismatched_sizes=True, **arguments
     )
     refuse_misfits(folder, info)
-    _refuse_no_numbers(folder, network)
+    refuse_no_numbers(folder, network.named_parameters())
     return network
 
 
@@ -148,6 +149,7 @@ def check_weights(folder: Path) -> None:
     import torch
 
     config = load_config(folder)
+    refuse_unmergeable(folder, config)
     if is_stored_quantized(config):
         return  # packed tensors have other names and shapes: `load_model` checks them
     stored = {name: shape for file in _weight_files(folder) for name, shape in _shapes(file).items()}
@@ -163,6 +165,20 @@ def check_weights(folder: Path) -> None:
             ignore_mismatched_sizes=True,
         )
     refuse_misfits(folder, info)
+
+
+def check_adapter(model: Path, adapter: Path) -> None:
+    """Whether an adapter fits the model in a folder, whose weights stay unread.
+
+    Raises:
+        UserError: tensors are missing, unknown, of another shape or no numbers, or a file is damaged.
+    """
+    import torch
+
+    config = load_config(model)
+    with reading(model), torch.device("meta"):
+        network = _auto_class(config).from_config(config, trust_remote_code=False)
+    put_on(network, adapter, low_cpu_mem_usage=True, torch_device="cpu")
 
 
 def _weight_files(folder: Path) -> list[Path]:
@@ -203,17 +219,6 @@ def refuse_misfits(where: Path | str, info: dict) -> None:
     refuse_tensors(where, wrong, "use a complete model, as save_pretrained writes it, with its own config.json")
 
 
-def _refuse_no_numbers(path: Path, network) -> None:
-    """All that comes of a weight that is no number is no number either."""
-    import torch
-
-    for name, weight in network.named_parameters():
-        # A sum takes a fraction of the time of a look at each number.
-        suspect = weight.is_floating_point() and not weight.sum(dtype=torch.float32).isfinite()
-        if suspect and not weight.isfinite().all():
-            raise UserError(f"{path}: {name} holds infinite numbers or nan, so the model cannot be used")
-
-
 def _with_steady_weights(model):
     """Keep bitsandbytes from repacking 4-bit weights, with rounded scales, at the first forward pass without gradients.
 
@@ -237,6 +242,33 @@ def is_quantized(quantization: dict) -> bool:
     return quantization["load_in_4bit"] or quantization["load_in_8bit"]
 
 
+def is_stored_quantized(config) -> bool:
+    """Whether a model's weights are stored in 4 or 8 bits, as its config says."""
+    return getattr(config, "quantization_config", None) is not None
+
+
+def refuse_unmergeable(folder: Path, config) -> None:
+    """Of ways to store weights in few bits only bitsandbytes' can be turned back into plain weights here."""
+    method = is_stored_quantized(config) and config.quantization_config.get("quant_method", "bitsandbytes")
+    if method and method != "bitsandbytes":
+        raise UserError(
+            f"{folder}: its weights are stored quantized by {method}, so nothing can be merged into them: use the "
+            "model that it was made from, with quantization=4bit if it must be small"
+        )
+
+
+def _refuse_other_width(folder: Path, config, quantization: dict) -> None:
+    """transformers would silently go on with the width that the weights are stored in."""
+    if not is_stored_quantized(config):
+        return
+    for bits in ("load_in_4bit", "load_in_8bit"):
+        if quantization[bits] and not config.quantization_config.get(bits):
+            raise UserError(
+                f"{folder}: quantization.{bits}=true, but its weights are stored quantized already, in another way: "
+                "set quantization=none (with adapter=lora), or use the model that it was made from"
+            )
+
+
 def _bitsandbytes(quantization: dict, dtype):
     """Weights in 4 or 8 bits, products in `dtype`."""
     from transformers import BitsAndBytesConfig
@@ -244,11 +276,6 @@ def _bitsandbytes(quantization: dict, dtype):
     if quantization["load_in_8bit"]:
         return BitsAndBytesConfig(load_in_8bit=True)
     return BitsAndBytesConfig(**quantization, bnb_4bit_compute_dtype=dtype)
-
-
-def is_stored_quantized(config) -> bool:
-    """Whether a model's weights are stored in 4 or 8 bits, as its config says."""
-    return getattr(config, "quantization_config", None) is not None
 
 
 # --- tokenizers ----------------------------------------------------------------------------------
@@ -261,7 +288,8 @@ def load_tokenizer(folder: Path):
     tokenizer = _from_pretrained(AutoTokenizer, folder)
     if tokenizer.eos_token_id is None:
         raise UserError(f"{folder}: its tokenizer has no end-of-sequence token, so answers could never stop")
-    if tokenizer.pad_token_id is None:
+    known = load_config(folder).get_text_config().vocab_size
+    if tokenizer.pad_token_id is None or tokenizer.pad_token_id >= known:  # a token that was added, and never learned
         tokenizer.pad_token = tokenizer.eos_token
     with reading(folder):
         tokenizer.decode(tokenizer("A 1\n")["input_ids"])

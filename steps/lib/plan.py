@@ -412,6 +412,8 @@ class _Planner:
         slug = _slug(config) + suffix
         job = self._job("train_adapter", slug, config, inputs, unkeyed={"previous"}, upstream=part)
         job.settings["labels"] = config["eval"]["labels"]
+        asked = config["eval"]["max_new_tokens"]  # runs that share a training may be evaluated in several ways
+        job.settings["max_new_tokens"] = max(asked, job.settings.get("max_new_tokens", 0))
         return job
 
     def _key(self, stage: str, config: dict, inputs: dict, extra=None, unkeyed=frozenset(), upstream=None):

@@ -1,13 +1,14 @@
 """Reading what others wrote: model folders, adapters, checkpoints. What is damaged or does not fit is one line."""
 
 import contextlib
+import pickle
 from pathlib import Path
 
 from steps.lib.errors import UserError, lack
 
 
 @contextlib.contextmanager
-def reading(path: Path, called: str | None = None):
+def reading(path: Path | str, called: str | None = None, remedy: str | None = None):
     """Turn whatever a library raises while it reads `path` into one line that names it, or says what it is `called`.
 
     Each library complains about a damaged file in its own way: safetensors in an error of its own, torch in an
@@ -20,12 +21,14 @@ def reading(path: Path, called: str | None = None):
         if isinstance(error, UserError) or not (panic or isinstance(error, Exception)) or lack(error, str(path)):
             raise
         said = " ".join(f"{type(error).__name__}: {error}".split())
+        if isinstance(error, pickle.UnpicklingError):
+            said = "it is damaged, or holds a program, which is never run"
         if "trust_remote_code" in said:
             raise UserError(
                 f"{called or path}: needs Python code of its own (auto_map), and a model's code is never run here: "
                 "use a model that transformers itself knows"
             ) from error
-        raise UserError(f"{called or path}: cannot be read ({said[:300]}); {_remedy(Path(path))}") from error
+        raise UserError(f"{called or path}: cannot be read ({said[:300]}); {remedy or _remedy(Path(path))}") from error
 
 
 def _remedy(path: Path) -> str:
@@ -49,3 +52,14 @@ def refuse_tensors(where: Path | str, wrong: dict[str, list[str]], remedy: str) 
 
 def _some(names: list[str]) -> str:
     return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+
+
+def refuse_no_numbers(where: Path | str, weights) -> None:
+    """Raise a UserError for the first of `weights` (name, tensor) that holds infinity or nan: all it makes is nan."""
+    import torch
+
+    for name, weight in weights:
+        # A sum takes a tenth of the time of a look at each number.
+        suspect = weight.is_floating_point() and not weight.sum(dtype=torch.float32).isfinite()
+        if suspect and not weight.isfinite().all():
+            raise UserError(f"{where}: {name} holds infinite numbers or nan, so nothing it is part of can be used")

@@ -10,6 +10,7 @@ from pathlib import Path
 from steps.lib.adapters import DIVERGED, is_adapter, load_for_training, put_on
 from steps.lib.errors import UserError, suggest
 from steps.lib.files import made_again, read_json, read_yaml
+from steps.lib.limits import virtual_tokens_of
 from steps.lib.models import BUNDLED, load_model
 from steps.lib.plan import FOLDERS, RESULTS
 
@@ -240,6 +241,12 @@ def untouched_folder(run: Run) -> Path:
 def model_folder(run: Run) -> Path:
     """The folder with the tokenizer and the config of the run's model."""
     return run.parts["merge_adapter"] if run.uses_merged else base_folder(run)
+
+
+def virtual_tokens(run: Run) -> int:
+    """How many virtual tokens stand in front of each text, beside those in the model's folder."""
+    adapter = run.parts.get("train_adapter")
+    return virtual_tokens_of(adapter) if adapter and is_adapter(adapter) and not run.uses_merged else 0
 
 
 def refuse_bundled(folder: Path, instead: str) -> None:

@@ -11,14 +11,17 @@ import time
 from pathlib import Path
 
 import torch
+from peft import PeftModel
 from torch.utils.data import DataLoader
 from transformers import EarlyStoppingCallback, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from steps.lib import checkpoints
+from steps.lib.adapters import refuse_adapter_misfits
 from steps.lib.batches import EpochSampler, collate
 from steps.lib.loss import SupervisedLoss, tokens_computed, tokens_of, with_decoder_inputs
 from steps.lib.preferences import FIGURES, PreferenceLoss, collate_pairs
 from steps.lib.progress import Progress
+from steps.lib.reading import reading, refuse_tensors
 from steps.lib.schema import EARLY_STOPPING
 
 log = logging.getLogger("temper")
@@ -101,6 +104,28 @@ class TemperTrainer(Trainer):
         stopped = self.args.load_best_model_at_end and control.get("should_training_stop", False)
         return stopped or self.state.global_step >= self.state.max_steps
 
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        """Go on from all weights of a checkpoint, and from no others."""
+        with _reading_checkpoint(resume_from_checkpoint):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            if isinstance(self.model, PeftModel):  # Trainer does not look at what PEFT says of it
+                result = self.model.load_adapter(resume_from_checkpoint, self.model.active_adapter, is_trainable=True)
+                refuse_adapter_misfits(self.model, resume_from_checkpoint, result)
+
+    def _issue_warnings_after_load(self, load_result):
+        """Of all parameters: Trainer warns, in a log that nobody sees, and goes on."""
+        missing = set(load_result.missing_keys) - set(self.model.all_tied_weights_keys)
+        wrong = {"missing": sorted(missing), "unknown to the model": sorted(load_result.unexpected_keys)}
+        refuse_tensors("checkpoint", wrong, "delete it, and the one before it is used")
+
+    def _load_optimizer_and_scheduler(self, checkpoint):
+        with _reading_checkpoint(checkpoint):
+            super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _load_rng_state(self, checkpoint):
+        with _reading_checkpoint(checkpoint):
+            super()._load_rng_state(checkpoint)
+
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Mean over the learned tokens of the whole optimizer step, however it is cut into batches."""
         assert not return_outputs, "evaluate() is ours and never asks for outputs"
@@ -144,6 +169,11 @@ class TemperTrainer(Trainer):
         """(figures, summed over a batch's items, and how many those are): here the loss of learned tokens."""
         loss, count = self.supervised_loss(self.model, batch)
         return {"loss": loss}, count
+
+
+def _reading_checkpoint(checkpoint: str | None):
+    """Nothing of a checkpoint is ever executed: what torch refuses as a program is one line as well."""
+    return reading(checkpoint, remedy=f"delete {checkpoint} and run the same command again: the one before it is used")
 
 
 class PreferenceTrainer(TemperTrainer):
