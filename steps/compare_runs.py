@@ -24,8 +24,8 @@ from pathlib import Path
 
 from steps.lib import figures, metrics, pages, plan, tracking
 from steps.lib.errors import UserError, one_line_errors
-from steps.lib.files import made_again, read_json, read_json_lines, read_yaml
-from steps.lib.folders import locked
+from steps.lib.files import read_json, read_json_lines, read_yaml
+from steps.lib.folders import locked, made_again
 from steps.lib.step import config_and_settings, provenance, run_command
 
 STAGE = "compare_runs"

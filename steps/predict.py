@@ -39,11 +39,7 @@ def main(argv=None) -> None:
     arguments = parser.parse_args(argv)
     spare_the_collector()
     with one_line_errors(), logging_to(None):
-        try:
-            predict(arguments)
-        except KeyboardInterrupt:
-            print("interrupted", file=sys.stderr)
-            sys.exit(130)
+        predict(arguments)
 
 
 def predict(arguments) -> None:

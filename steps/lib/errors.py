@@ -4,6 +4,7 @@ import contextlib
 import difflib
 import errno
 import os
+import select
 import signal
 import sys
 import unicodedata
@@ -40,9 +41,8 @@ def one_line_errors(what: str | None = None, stage: str | None = None, log: str 
             yield
             sys.stdout.flush()
         except KeyboardInterrupt as error:
-            name = str(error) or "SIGINT"
-            line = f"interrupted ({name}): run the same command again, and it goes on from what is whole"
-            _end(line, getattr(error, "code", 130), log)
+            again = ": run the same command again, and it goes on from what is whole" if stage else ""
+            _end(f"interrupted ({error or 'SIGINT'}){again}", getattr(error, "code", 130), log)
         except Exception as error:
             if isinstance(error, BrokenPipeError) and _nobody_reads():
                 sys.exit(128 + signal.SIGPIPE)
@@ -61,12 +61,12 @@ def _print_any_text() -> None:
 
 def _nobody_reads() -> bool:
     """Whether standard output is a pipe that was closed. Python would complain of that once more at its end."""
-    try:
-        sys.stdout.flush()
-    except BrokenPipeError:
+    poll = select.poll()
+    poll.register(sys.stdout, 0)
+    closed = any(event & select.POLLERR for _, event in poll.poll(0))
+    if closed:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return True
-    return False
+    return closed
 
 
 def _end(line: str, code: int, log: str | None) -> None:
@@ -168,7 +168,9 @@ def _wrong_path(error: BaseException) -> UserError | None:
     """What is wrong with the path that the system refused, in one line."""
     if not isinstance(error, OSError) or error.filename is None or error.errno not in PATHS:
         return None
-    return UserError(f"{error.filename}: {error.strerror}; {PATHS[error.errno]}")
+    name = str(error.filename)
+    shown = f"{name[:60]}..." if error.errno == errno.ENAMETOOLONG else name
+    return UserError(f"{shown}: {error.strerror}; {PATHS[error.errno]}")
 
 
 def suggest(word: str, choices) -> str:

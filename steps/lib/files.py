@@ -8,14 +8,7 @@ import json
 from pathlib import Path
 
 from steps.lib.errors import UserError, lack
-
-
-def made_again(folder: Path) -> str:
-    """What to do about a folder that is damaged: words for the end of a message."""
-    return (
-        f"delete {folder} and make it again: in the workflow with snakemake --cores all {folder} --config ... "
-        "(as for its sweep), by hand with the step that wrote it"
-    )
+from steps.lib.folders import made_again
 
 
 def read_json(path: Path, shape=dict, remedy: str | None = None):

@@ -25,14 +25,14 @@ import time
 from pathlib import Path
 
 from steps.lib.errors import UserError, one_line_errors
-from steps.lib.files import made_again, read_json
+from steps.lib.files import read_json
 from steps.lib.folders import (
     PROVENANCE,
     check_name,
-    fault,
     is_complete,
     locked,
     made_by_a_step,
+    refuse_damaged,
     sizes,
     temporary_folder,
 )
@@ -178,8 +178,7 @@ def _input_path(name: str, value: str | None) -> Path | None:
     files, stage = MARKERS.get(name, ((), ""))
     if files and not any((path / file).is_file() for file in files):
         raise UserError(f"{flag} {value}: not a folder of {stage}: it has no {' or '.join(files)}")
-    if (path / PROVENANCE).is_file() and (wrong := fault(path)):
-        raise UserError(f"{flag} {value}: not whole: {wrong}; {made_again(path)}")
+    refuse_damaged(path, f"{flag} ")
     return path
 
 

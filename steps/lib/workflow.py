@@ -103,8 +103,7 @@ def complete(plan: planning.Plan, workflow):
 
     def path(_wildcards) -> str:
         file = Path(plan.complete)
-        executes = workflow.executor_plugin is not None and not workflow.dryrun  # and does not only show something
-        if executes and file.is_file() and not _is_of(plan, file):
+        if not workflow.dryrun and file.is_file() and not _is_of(plan, file):
             file.unlink()
         return plan.complete
 
@@ -114,11 +113,11 @@ def complete(plan: planning.Plan, workflow):
 def _is_of(plan: planning.Plan, file: Path) -> bool:
     """Whether a sweep's provenance is that of this plan's comparison, with all of it in the tracking store."""
     try:
-        recorded = read_json(file, {"key": str})
+        recorded = read_json(file)
     except UserError:
         return False
     mirrored = not plan.tracking["enabled"] or recorded.get("mirrored", True) is True
-    return mirrored and recorded["key"] == plan.comparison.key
+    return mirrored and ("key" not in recorded or recorded["key"] == plan.comparison.key)  # none: made by hand
 
 
 def training_threads(plan: planning.Plan, cores: int | None) -> int:
@@ -151,6 +150,7 @@ def gpus_per_job() -> int:
 # --- the workflow's handlers ---------------------------------------------------------------------
 
 ASKED_TO_END: list[int] = []  # the signal that did, if any
+PATIENCE = 30.0  # seconds that jobs get to leave everything in order
 
 
 def on_start(plan: planning.Plan, workflow) -> None:
@@ -179,8 +179,10 @@ def _end_jobs(number: int, scheduler) -> None:
 
     def tell() -> None:
         scheduler.exit_gracefully()
-        told = set()
+        told, again = set(), time.monotonic() + PATIENCE
         while True:  # one may be starting just now
+            if time.monotonic() > again:  # then a step ends at once
+                told, again = set(), time.monotonic() + PATIENCE
             told |= _signal(signal.SIGTERM, told)
             time.sleep(0.1)
 
@@ -236,7 +238,7 @@ def on_error(plan: planning.Plan) -> None:
 def _end_as_asked(plan: planning.Plan) -> None:
     """Leave the tracking store and the disk as they should be, and end with the signal's exit code."""
     number = ASKED_TO_END[0]
-    _mirror(plan, None)
+    _mirror(plan, None, unfinished="KILLED")
     _remove_leftovers()
     name = signal.Signals(number).name
     print(f"interrupted ({name}): run the same command again, and it goes on from what is whole", file=sys.stderr)
