@@ -246,7 +246,7 @@ rule evaluate_model:
 rule compare_runs:
     "Leaderboard and page of the sweep; completes MLflow and names the champion."
     input:
-        reports=temper.reports(PLAN),
+        reports=temper.reports(PLAN, workflow),
     output:
         f"{SWEEP}/leaderboard.csv",
         f"{SWEEP}/leaderboard.json",

@@ -89,8 +89,8 @@ def explained(error: Exception, what: str, stage: str | None = None) -> UserErro
 
 
 # Libraries wrap what the system says (safetensors in its own error, torch in a RuntimeError), but they all quote it.
-# "inline_container" is torch.save whose file was cut short.
-FULL = [os.strerror(errno.ENOSPC), os.strerror(errno.EDQUOT), "disk is full", "inline_container.cc"]
+# "inline_container" is torch.save whose file was cut short, "11360 requested and 2896 written" NumPy's.
+FULL = [os.strerror(errno.ENOSPC), os.strerror(errno.EDQUOT), "disk is full", "inline_container.cc", "requested and"]
 READ_ONLY = [os.strerror(errno.EROFS)]
 # The last two are what is said of a library that could not be loaded for lack of memory: by the loader, by Python.
 NO_MEMORY = [
@@ -134,6 +134,7 @@ SMALLER = {
     "reference_logprobs": "lower tokenize.max_length",
     "predict": "lower --batch-size",
 }
+RESUMED = ("train_adapter", "reference_logprobs", "snakemake")  # others begin anew
 LARGER = "close other programs, run with fewer --cores, or use a machine with more memory"
 
 
@@ -149,7 +150,9 @@ def lack(error: BaseException, output: str, stage: str | None = None) -> UserErr
         said += f"{type(error).__name__}: {error}\n"
         wrong = wrong or _wrong_path(error)
         error = error.__cause__ or error.__context__
-    again = "then run the same command again: it goes on where this one stopped"
+    again = "then run the same command again"
+    if stage is None or stage in RESUMED:
+        again += ": it goes on where this one stopped"
     if any(text in said for text in FULL):
         return UserError(f"{output}: the disk is full; free some space (results/merged/ can go first), {again}")
     if any(text in said for text in READ_ONLY):

@@ -89,9 +89,19 @@ def flags_of(plan: planning.Plan, stage: str, *names: str):
     return flags
 
 
-def reports(plan: planning.Plan) -> list[str]:
-    """The reports that the comparison waits for."""
-    return [run.artefacts["evaluate_model"] for run in plan.runs]
+def reports(plan: planning.Plan, workflow):
+    """Input function: the reports that the comparison waits for.
+
+    Its folder may be there from another plan, for which Snakemake would take it for made.
+    """
+
+    def inputs(_wildcards) -> list[str]:
+        file = Path(plan.complete)
+        if file.is_file() and not _is_of(plan, file):
+            workflow.dag.forcefiles.add(plan.complete)
+        return [run.artefacts["evaluate_model"] for run in plan.runs]
+
+    return inputs
 
 
 def complete(plan: planning.Plan, workflow):
@@ -117,7 +127,8 @@ def _is_of(plan: planning.Plan, file: Path) -> bool:
     except UserError:
         return False
     mirrored = not plan.tracking["enabled"] or recorded.get("mirrored", True) is True
-    return mirrored and ("key" not in recorded or recorded["key"] == plan.comparison.key)  # none: made by hand
+    of_others = "inputs" in recorded and recorded["inputs"] != plan.comparison.inputs
+    return mirrored and not of_others and ("key" not in recorded or recorded["key"] == plan.comparison.key)
 
 
 def training_threads(plan: planning.Plan, cores: int | None) -> int:
