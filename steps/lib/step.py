@@ -103,8 +103,11 @@ def logging_to(path: str | None):
     logging.getLogger().addHandler(logging.NullHandler())  # or a library's basicConfig shows every line twice
     handlers = [logging.StreamHandler(sys.stderr)]
     if path:
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        handlers.append(logging.FileHandler(path, mode="w", encoding="utf-8"))
+        try:
+            Path(path).parent.mkdir(parents=True, exist_ok=True)
+            handlers.append(logging.FileHandler(path, mode="w", encoding="utf-8"))
+        except OSError as error:
+            raise UserError(f"--log {path}: cannot be written ({error.strerror}); name another file") from None
     for handler in handlers:
         handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", datefmt="%H:%M:%S"))
         log.addHandler(handler)
