@@ -48,7 +48,7 @@ def main(argv=None) -> None:
 
 def _new_file(name: str) -> Path:
     path = Path(name)
-    if path.exists():
+    if os.path.lexists(path):
         raise UserError(f"--output {name}: is there already; name another file, or move it away")
     if path.suffix != ".gguf" or not path.parent.is_dir():
         raise UserError(f"--output {name}: name a file that ends in .gguf, in a folder that is there")

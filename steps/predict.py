@@ -39,11 +39,7 @@ def main(argv=None) -> None:
     arguments = parser.parse_args(argv)
     spare_the_collector()
     with one_line_errors(), logging_to(None):
-        try:
-            predict(arguments)
-        except KeyboardInterrupt:
-            print("interrupted", file=sys.stderr)
-            sys.exit(130)
+        predict(arguments)
 
 
 def predict(arguments) -> None:
@@ -171,7 +167,7 @@ def _new_file(name: str) -> Path | None:
     if name == STDIO:
         return None
     path = Path(name)
-    if path.exists():
+    if os.path.lexists(path):
         raise UserError(f"--output {name}: is there already; name another file, or move it away")
     if path.suffix != ".jsonl":
         raise UserError(f"--output {name}: answers are JSON lines; name a file that ends in .jsonl, or - for a pipe")

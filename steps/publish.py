@@ -15,6 +15,7 @@ Reads results/; writes to the hub only (HF_ENDPOINT: another one than huggingfac
 """
 
 import json
+import os
 import shutil
 import sys
 import tempfile
@@ -124,7 +125,7 @@ def _adapter_files(run: runs.Run, adapter: Path, base: cards.Origin) -> Files:
 
 
 def _write(files: Files, folder: Path) -> None:
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    if os.path.lexists(folder) and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"--dry-run {folder}: is there already; name a new folder")
     folder.mkdir(parents=True, exist_ok=True)
     for name, content in sorted(files.items()):

@@ -109,8 +109,8 @@ def test_without_the_merged_model_the_adapter_answers(finished_run, workspace, c
     assert predictions(run, 3) == [row["prediction"] for row in lines_of(f"{REPORT}/predictions.jsonl")[:3]]
     shutil.rmtree(workspace / "results/models")
     assert complaint(capsys, chat.main, "--run", RUN) == (
-        f"{REPORT}: results/models/tiny-00000000a0 is not there, and it holds the base model; run snakemake again, "
-        "which makes it"
+        f"{REPORT}: results/models/tiny-00000000a0 is not there, and it holds the base model; make it again with "
+        "snakemake --cores all results/models/tiny-00000000a0 --config ... (as for its sweep)"
     )
 
 

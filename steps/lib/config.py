@@ -14,6 +14,7 @@ from pathlib import Path
 
 from steps.lib import yaml_files
 from steps.lib.errors import UserError, suggest
+from steps.lib.files import read_yaml
 from steps.lib.keys import PACKAGE_ROOT, canonical_json, digest, flat
 from steps.lib.schema import (
     EARLY_STOPPING,
@@ -753,7 +754,7 @@ def validated_stage(stage: str, view: dict) -> dict:
 
 def stored_config(folder: Path) -> dict[str, str]:
     """The `config.yaml` of an artefact as flat keys and texts."""
-    return flat(_config_file(str(folder / "config.yaml")))
+    return flat(read_yaml(folder / "config.yaml"))
 
 
 def load_stage_config(stage: str, given: str | None, overrides: list[str]) -> dict:

@@ -25,14 +25,14 @@ import time
 from pathlib import Path
 
 from steps.lib.errors import UserError, one_line_errors
-from steps.lib.files import made_again, read_json
+from steps.lib.files import read_json
 from steps.lib.folders import (
     PROVENANCE,
     check_name,
-    fault,
     is_complete,
     locked,
     made_by_a_step,
+    refuse_damaged,
     sizes,
     temporary_folder,
 )
@@ -133,8 +133,11 @@ def logging_to(path: str | None):
     logging.getLogger().addHandler(logging.NullHandler())  # or a library's basicConfig shows every line twice
     handlers = [logging.StreamHandler(sys.stderr)]
     if path:
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        handlers.append(logging.FileHandler(path, mode="w", encoding="utf-8"))
+        try:
+            Path(path).parent.mkdir(parents=True, exist_ok=True)
+            handlers.append(logging.FileHandler(path, mode="w", encoding="utf-8"))
+        except OSError as error:
+            raise UserError(f"--log {path}: cannot be written ({error.strerror}); name another file") from None
     for handler in handlers:
         handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", datefmt="%H:%M:%S"))
         log.addHandler(handler)
@@ -208,8 +211,7 @@ def _input_path(name: str, value: str | None) -> Path | None:
     files, stage = MARKERS.get(name, ((), ""))
     if files and not any((path / file).is_file() for file in files):
         raise UserError(f"{flag} {value}: not a folder of {stage}: it has no {' or '.join(files)}")
-    if (path / PROVENANCE).is_file() and (wrong := fault(path)):
-        raise UserError(f"{flag} {value}: not whole: {wrong}; {made_again(path)}")
+    refuse_damaged(path, f"{flag} ")
     return path
 
 
