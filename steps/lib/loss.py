@@ -202,7 +202,7 @@ def _refuse_other_loss(model, batch) -> None:
     if own is None or not count or not torch.isfinite(total):
         return
     ours, precision = (total / count).item(), max(1e-4, 8 * torch.finfo(own.dtype).eps)
-    if abs(own.item() - ours) > precision * abs(ours):
+    if not abs(own.item() - ours) <= precision * abs(ours):
         name = type(_unwrapped(model)).__name__
         raise UserError(
             f"{name}: its own loss is {own.item():.6g}, the cross entropy of its answers {ours:.6g}: it adds something "
@@ -288,7 +288,8 @@ def _leak(base, flat) -> str | None:
     row = flat.row_of()
     if int(row.max()) == 0:
         return None
-    other = torch.where(row == 1, (flat.input_ids + 1) % base.get_input_embeddings().num_embeddings, flat.input_ids)
+    another = (flat.input_ids + 1) % base.config.get_text_config().vocab_size
+    other = torch.where(row == 1, another, flat.input_ids)
     with _evaluating(base):
         states, moved = (
             _flat_states(base, dataclasses.replace(flat, input_ids=ids)) for ids in (flat.input_ids, other)
