@@ -4,7 +4,9 @@
     snakemake --cores 2 --config experiment=smoke overrides="train.learning_rate=1e-4,3e-4 adapter.r=8"
 
 Every path below results/ ends in a key that hashes whatever made it (see steps/lib/plan.py), so a path
-that exists is right, and nothing is made twice. The rules hold no logic: what to make is in the plan.
+that exists is right, and nothing is made twice. The rules hold no logic: what to make is in the plan. A job reads
+its config there ($TEMPER_PLAN), so no command line grows with the sweep; and as names end in keys, no name of a
+user's decides which rule makes it.
 
 Outputs are marked `update`, so that Snakemake never deletes one: a step writes its folder whole, by one rename, and
 leaves alone what is complete, be it by a second command at the same time or by the orphan of a killed one.
@@ -17,6 +19,10 @@ from steps.lib import workflow as temper
 min_version("9.0")
 
 PLAN = temper.load_plan(config)  # a bad config ends here, in one line, before any job
+SWEEP = PLAN.comparison.path
+
+# A step that is asked to end says so: the shell waits for it, and what writes its log goes on to the last line.
+shell.prefix("trap : INT TERM HUP; log_to() (trap '' INT TERM HUP; exec tee \"$1\"); ")
 
 
 wildcard_constraints:
@@ -41,132 +47,123 @@ rule all:
 rule fetch_data:
     "Raw data, as pinned; the pin file says what was fetched."
     output:
-        update("data/raw/{data}/pin-{key}.json"),
-    params:
-        config=temper.config_of(PLAN, "fetch_data"),
+        update("data/raw/{name}.json"),
     log:
-        "results/logs/fetch_data/{data}-{key}.log",
+        "results/logs/fetch_data/{name}.log",
+    wildcard_constraints:
+        name="[^/]+/pin-[^/]+",
     shell:
         "python -m steps.fetch_data"
-        " --config {params.config:q}"
+        " --plan \"$TEMPER_PLAN\""
         " --output {output:q}"
-        " --log {log:q}"
+        " 2>&1 | log_to {log:q}"
 
 
 rule fetch_model:
     "The base model, in Hugging Face layout."
+    input:
+        unpack(temper.inputs_of(PLAN, "fetch_model", workflow)),
     output:
         update(directory("results/models/{name}")),
-    params:
-        config=temper.config_of(PLAN, "fetch_model"),
     log:
         "results/logs/fetch_model/{name}.log",
     shell:
         "python -m steps.fetch_model"
-        " --config {params.config:q}"
+        " --plan \"$TEMPER_PLAN\""
         " --output {output:q}"
-        " --log {log:q}"
+        " 2>&1 | log_to {log:q}"
 
 
 rule format_prompts:
     "Raw rows to conversations, assigned to train, validation and test."
     input:
-        unpack(temper.inputs_of(PLAN, "format_prompts")),
+        unpack(temper.inputs_of(PLAN, "format_prompts", workflow)),
     output:
         update(directory("results/prompts/{name}")),
-    params:
-        config=temper.config_of(PLAN, "format_prompts"),
     log:
         "results/logs/format_prompts/{name}.log",
     shell:
         "python -m steps.format_prompts"
         " --raw {input.raw:q}"
-        " --config {params.config:q}"
+        " --plan \"$TEMPER_PLAN\""
         " --output {output:q}"
-        " 2>&1 | tee {log:q}"
+        " 2>&1 | log_to {log:q}"
 
 
 rule tokenize_splits:
     "Conversations to token ids and labels, with an audit of what is learned."
     input:
-        unpack(temper.inputs_of(PLAN, "tokenize_splits")),
+        unpack(temper.inputs_of(PLAN, "tokenize_splits", workflow)),
     output:
         update(directory("results/splits/{name}")),
-    params:
-        config=temper.config_of(PLAN, "tokenize_splits"),
     log:
         "results/logs/tokenize_splits/{name}.log",
-    threads: temper.tokenizing_threads(PLAN, workflow.cores)
+    threads: lambda _: temper.tokenizing_threads(PLAN, workflow.cores)
     shell:
         "RAYON_NUM_THREADS={threads} python -m steps.tokenize_splits"
         " --prompts {input.prompts:q}"
         " --model {input.model:q}"
-        " --config {params.config:q}"
+        " --plan \"$TEMPER_PLAN\""
         " --output {output:q}"
-        " 2>&1 | tee {log:q}"
+        " 2>&1 | log_to {log:q}"
 
 
 rule sample_answers:
     "On-policy preference pairs: what the model itself answers wrongly is rejected."
     input:
-        unpack(temper.inputs_of(PLAN, "sample_answers")),
+        unpack(temper.inputs_of(PLAN, "sample_answers", workflow)),
     output:
         update(directory("results/pairs/{name}")),
-    params:
-        config=temper.config_of(PLAN, "sample_answers"),
     log:
         "results/logs/sample_answers/{name}.log",
     priority: 2  # all trainings of the sweep wait for it
-    threads: temper.training_threads(PLAN, workflow.cores)
+    threads: temper.threads_of(PLAN, "sample_answers")
     resources:
         gpu=temper.gpus_per_job(),
     shell:
         "python -m steps.sample_answers"
         " --splits {input.splits:q}"
         " --model {input.model:q}"
-        " --config {params.config:q}"
+        " --plan \"$TEMPER_PLAN\""
         " --output {output:q}"
-        " 2>&1 | tee {log:q}"
+        " 2>&1 | log_to {log:q}"
 
 
 rule reference_logprobs:
     "How likely the model finds both answers of each preference pair before it is trained."
     input:
-        unpack(temper.inputs_of(PLAN, "reference_logprobs")),
+        unpack(temper.inputs_of(PLAN, "reference_logprobs", workflow)),
     output:
         update(directory("results/references/{name}")),
-    params:
-        config=temper.config_of(PLAN, "reference_logprobs"),
     log:
         "results/logs/reference_logprobs/{name}.log",
     priority: 2  # all trainings of the sweep wait for it
-    threads: temper.training_threads(PLAN, workflow.cores)
+    threads: temper.threads_of(PLAN, "reference_logprobs")
     resources:
         gpu=temper.gpus_per_job(),
     shell:
         "python -m steps.reference_logprobs"
         " --splits {input.splits:q}"
         " --model {input.model:q}"
-        " --config {params.config:q}"
+        " --plan \"$TEMPER_PLAN\""
         " --output {output:q}"
-        " 2>&1 | tee {log:q}"
+        " 2>&1 | log_to {log:q}"
 
 
 rule train_adapter:
     "One training, or one epoch of a trunk that several runs share."
     input:
-        unpack(temper.inputs_of(PLAN, "train_adapter")),
+        unpack(temper.inputs_of(PLAN, "train_adapter", workflow)),
     output:
         update(directory("results/adapters/{name}")),
     params:
-        config=temper.config_of(PLAN, "train_adapter"),
         references=temper.flags_of(PLAN, "train_adapter", "references"),
     log:
         "results/logs/train_adapter/{name}.log",
     benchmark:
         "results/logs/train_adapter/{name}.benchmark.tsv"
     priority: 1  # trainings are the longest chain: what else is ready fills the cores at the end
-    threads: temper.training_threads(PLAN, workflow.cores)
+    threads: temper.threads_of(PLAN, "train_adapter")
     resources:
         gpu=temper.gpus_per_job(),
     shell:
@@ -174,68 +171,64 @@ rule train_adapter:
         " --splits {input.splits:q}"
         " --model {input.model:q}"
         " {params.references}"
-        " --config {params.config:q}"
         " --plan \"$TEMPER_PLAN\""
         " --output {output:q}"
-        " 2>&1 | tee {log:q}"
+        " 2>&1 | log_to {log:q}"
 
 
 rule merge_adapter:
     "Adapter and base model to one model that plain transformers loads."
     input:
-        unpack(temper.inputs_of(PLAN, "merge_adapter")),
+        unpack(temper.inputs_of(PLAN, "merge_adapter", workflow)),
     output:
         update(directory("results/merged/{name}")),
-    params:
-        config=temper.config_of(PLAN, "merge_adapter"),
     log:
         "results/logs/merge_adapter/{name}.log",
     shell:
         "python -m steps.merge_adapter"
         " --model {input.model:q}"
         " --adapter {input.adapter:q}"
-        " --config {params.config:q}"
+        " --plan \"$TEMPER_PLAN\""
         " --output {output:q}"
-        " 2>&1 | tee {log:q}"
+        " 2>&1 | log_to {log:q}"
 
 
 rule evaluate_base:
     "The untouched model on the test split: what every run is compared with."
     input:
-        unpack(temper.inputs_of(PLAN, "evaluate_model", prefix="base-")),
+        unpack(temper.inputs_of(PLAN, "evaluate_model", workflow)),
     output:
-        update(directory("results/reports/base-{name}")),
-    params:
-        config=temper.config_of(PLAN, "evaluate_model", prefix="base-"),
+        update(directory("results/reports/{name}")),
     log:
-        "results/logs/evaluate_model/base-{name}.log",
+        "results/logs/evaluate_model/{name}.log",
+    wildcard_constraints:
+        name=temper.one_of(PLAN.untouched),
     priority: 2  # cheap, and the first to trip over labels that do not fit the data
-    threads: temper.training_threads(PLAN, workflow.cores)
+    threads: temper.threads_of(PLAN, "evaluate_model")
     resources:
         gpu=temper.gpus_per_job(),
     shell:
         "python -m steps.evaluate_model"
         " --model {input.model:q}"
         " --splits {input.splits:q}"
-        " --config {params.config:q}"
+        " --plan \"$TEMPER_PLAN\""
         " --output {output:q}"
-        " 2>&1 | tee {log:q}"
+        " 2>&1 | log_to {log:q}"
 
 
 rule evaluate_model:
     "A tuned model on the test split, beside the untouched one."
     input:
-        unpack(temper.inputs_of(PLAN, "evaluate_model")),
+        unpack(temper.inputs_of(PLAN, "evaluate_model", workflow)),
     output:
         update(directory("results/reports/{name}")),
     params:
-        config=temper.config_of(PLAN, "evaluate_model"),
         references=temper.flags_of(PLAN, "evaluate_model", "references", "start_report"),
     log:
         "results/logs/evaluate_model/{name}.log",
     wildcard_constraints:
-        name="(?!base-)[^/]+",
-    threads: temper.training_threads(PLAN, workflow.cores)
+        name=temper.none_of(PLAN.untouched),
+    threads: temper.threads_of(PLAN, "evaluate_model")
     resources:
         gpu=temper.gpus_per_job(),
     shell:
@@ -245,9 +238,9 @@ rule evaluate_model:
         " --adapter {input.adapter:q}"
         " --base-report {input.base_report:q}"
         " {params.references}"
-        " --config {params.config:q}"
+        " --plan \"$TEMPER_PLAN\""
         " --output {output:q}"
-        " 2>&1 | tee {log:q}"
+        " 2>&1 | log_to {log:q}"
 
 
 rule compare_runs:
@@ -255,26 +248,24 @@ rule compare_runs:
     input:
         reports=temper.reports(PLAN),
     output:
-        "results/sweeps/{name}/leaderboard.csv",
-        "results/sweeps/{name}/leaderboard.json",
-        "results/sweeps/{name}/report.html",
-        "results/sweeps/{name}/provenance.json",
+        f"{SWEEP}/leaderboard.csv",
+        f"{SWEEP}/leaderboard.json",
+        f"{SWEEP}/report.html",
+        PLAN.complete,
     params:
-        config=temper.config_of(PLAN, "compare_runs"),
-        key=temper.key_of(PLAN, "compare_runs"),  # its path has none, and an edit to its code is a reason to rerun
-        folder="results/sweeps/{name}",
+        folder=lambda _: SWEEP,
+        key=PLAN.comparison.key,  # its path has none, and an edit to its code is a reason to rerun
     log:
-        "results/logs/compare_runs/{name}.log",
+        PLAN.comparison.log,
     shell:
         "python -m steps.compare_runs"
-        " --config {params.config:q}"
         " --plan \"$TEMPER_PLAN\""
         " --output {params.folder:q}"
-        " 2>&1 | tee {log:q}"
+        " 2>&1 | log_to {log:q}"
 
 
 onstart:
-    temper.on_start(PLAN)
+    temper.on_start(PLAN, workflow)
 
 
 onsuccess:

@@ -20,11 +20,13 @@ from pathlib import Path
 
 from steps.lib import prompting, runs
 from steps.lib.errors import UserError, suggest
+from steps.lib.folders import is_complete, locked, temporary_folder
 from steps.lib.keys import PACKAGE_ROOT, digest, file_sha256, stage_key
 from steps.lib.plan import FOLDERS, RESULTS
 from steps.lib.rows import RawFile
 from steps.lib.schema import Prompt, Tokenize
-from steps.lib.step import is_complete, locked, logging_to, temporary_folder, write_provenance
+from steps.lib.sources import pinned
+from steps.lib.step import logging_to, write_provenance
 
 CHAINS = ("sft", "own_answers")  # of method dpo: stages before it, which the workflow runs
 
@@ -199,7 +201,8 @@ def _model(model: str | Path | None) -> tuple[Path, str]:
             view, name = stage_config("fetch_model", config), config["model"]["name"]
             key = stage_key("fetch_model", view, {})
             return _made(fetch_model, f"{name}-{key}", view, {}, RESULTS).absolute(), key
-    view = {"model": {"source": {"kind": "hub", "repository": model, "revision": "main"}}}
+    source = {"kind": "hub", "repository": model, "revision": "main"}
+    view = {"model": {"source": pinned(source, "model", "model")}}
     key = stage_key("fetch_model", view, {})
     return _made(fetch_model, f"{model.replace('/', '-')}-{key}", view, {}), key
 

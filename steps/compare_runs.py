@@ -24,7 +24,9 @@ from pathlib import Path
 
 from steps.lib import figures, metrics, pages, plan, tracking
 from steps.lib.errors import UserError, one_line_errors
-from steps.lib.step import locked, provenance, run_command
+from steps.lib.files import made_again, read_json, read_json_lines, read_yaml
+from steps.lib.folders import locked
+from steps.lib.step import config_and_settings, provenance, run_command
 
 STAGE = "compare_runs"
 OUTPUT_HELP = "folder of the sweep; its files are replaced"
@@ -49,7 +51,7 @@ def compare(config: dict, output: Path) -> dict:
     from yaml import safe_dump
 
     metric = metrics.check_metric(config["eval"])
-    reports, missing = _reports(config["runs"])
+    reports, missing = _reports(config["runs"], metric)
     runs, diverged = _without_diverged(reports)
     runs.sort(key=lambda run: _rank(run, metric))
     names = _shown_metrics(runs, config["eval"]["task"], metric)
@@ -69,12 +71,10 @@ def compare(config: dict, output: Path) -> dict:
 
 def _keep_other_experiment(output: Path, experiment: str | None) -> None:
     """Two experiments over the same sweep share its folder: the page of the other one is kept beside it."""
-    from yaml import safe_load
-
     config, board = output / "config.yaml", output / "leaderboard.csv"
     if not (config.is_file() and board.is_file()):
         return
-    other = safe_load(config.read_text(encoding="utf-8")).get("experiment")
+    other = read_yaml(config, remedy=f"delete {output} and run snakemake again, which compares anew").get("experiment")
     if other and other != experiment:
         kept = output.with_name(f"{output.name}-{other}")
         shutil.copytree(output, kept, dirs_exist_ok=True)
@@ -84,15 +84,15 @@ def _keep_other_experiment(output: Path, experiment: str | None) -> None:
 # --- reading the reports -------------------------------------------------------------------------
 
 
-def _reports(planned: list[dict]) -> tuple[list[dict], list[str]]:
+def _reports(planned: list[dict], metric: str) -> tuple[list[dict], list[str]]:
     """(runs with the content of their report, names of runs that have none)."""
     runs, missing = [], []
     for run in planned:
         folder = Path(run["report"])
         if (folder / "metrics.json").is_file():
-            facts = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
             curves = folder / "curves.jsonl"
-            runs.append({**run, "facts": facts, "curves": pages.read_lines(curves) if curves.is_file() else []})
+            curves = read_json_lines(curves) if curves.is_file() else []
+            runs.append({**run, "facts": read_report(folder, metric), "curves": curves})
         else:
             missing.append(run["name"])
             log.info("left out: %s has no report (%s)", run["name"], folder)
@@ -103,6 +103,23 @@ def _reports(planned: list[dict]) -> tuple[list[dict], list[str]]:
     if missing:
         log.info("the leaderboard is partial: %d of %d runs", len(runs), len(planned))
     return runs, missing
+
+
+def read_report(folder: Path, metric: str) -> dict:
+    """A run's metrics.json, with what the comparison reads of it.
+
+    Raises:
+        UserError: it is damaged, or lacks a figure.
+    """
+    facts = read_json(folder / "metrics.json", {"train": dict | None})
+    if facts.get("diverged_at_step") is None:
+        figures = {"test": dict[str, float | None], "base": dict[str, float | None] | None}
+        read_json(folder / "metrics.json", {**figures, "interval": list[float]})
+        lacking = [name for name in (metric, "loss") if not isinstance(facts["test"].get(name), int | float)]
+        if lacking or len(facts["interval"]) != 2:
+            what = f"figure '{lacking[0]}'" if lacking else "interval of two ends"
+            raise UserError(f"{folder / 'metrics.json'}: damaged (it has no {what}); {made_again(folder)}")
+    return facts
 
 
 def _without_diverged(runs: list[dict]) -> tuple[list[dict], list[dict]]:
@@ -173,10 +190,25 @@ def print_leaderboard(path: Path) -> None:
     Args:
         path: the sweep's folder.
     """
-    file = Path(path) / "leaderboard.json"
+    print(leaderboard_text(read_board(Path(path)), Path(path)))
+
+
+def read_board(folder: Path) -> dict:
+    """The leaderboard.json of a sweep's folder.
+
+    Raises:
+        UserError: it is not there, or damaged.
+    """
+    file, remedy = folder / "leaderboard.json", f"delete {folder} and run snakemake again, which compares anew"
     if not file.is_file():
         raise UserError(f"{file}: no such file; run the sweep first")
-    print(leaderboard_text(json.loads(file.read_text(encoding="utf-8")), Path(path)))
+    shape = {"metric": str, "sweep": str, "base": dict | None, "missing": list[str], "rows": list[dict]}
+    board = read_json(file, shape, remedy)
+    figures = [f"test_{board['metric']}", f"test_{board['metric']}_low", f"test_{board['metric']}_high"]
+    needed = {"run", "report", "train_seconds", *figures}
+    if not board["rows"] or any(needed - row.keys() for row in board["rows"]):
+        raise UserError(f"{file}: damaged (a row lacks one of {', '.join(sorted(needed))}); {remedy}")
+    return board
 
 
 def leaderboard_text(board: dict, folder: Path) -> str:
@@ -341,21 +373,23 @@ def _override(value) -> str:
 
 def _work(_step, arguments, _inputs) -> None:
     """As steps.lib.step.execute, for a folder that is made again in place."""
-    from steps.lib.config import load_stage_config
-
-    if not arguments.config:
+    if not (arguments.config or arguments.plan):
         raise UserError("--config is missing: the runs to compare; results/sweeps/<sweep>/config.yaml has them")
-    config = load_stage_config(STAGE, arguments.config, [])
+    config = config_and_settings(STAGE, arguments)[0]
     output = Path(arguments.output)
+    if output.exists() and not output.is_dir():
+        raise UserError(f"--output {output}: is a file, and the sweep's folder should be there: move it away")
     with locked(output):
         started = time.time()
         board = compare(config, output)
-        mirrored = None
+        facts = {"missing": board["missing"], "mirrored": None}
         if arguments.plan:
-            mirrored, said = tracking.mirror(plan.load(arguments.plan), board)
+            planned = plan.load(arguments.plan)
+            facts["key"] = planned.comparison.key  # whoever finds the folder can tell which comparison it is
+            facts["mirrored"], said = tracking.mirror(planned, board)
             log.info("%s", said)
         reports = {run["name"]: run["report"] for run in config["runs"]}
-        facts = provenance(STAGE, reports, time.time() - started, {"missing": board["missing"], "mirrored": mirrored})
+        facts = provenance(STAGE, reports, time.time() - started, facts)
         pages.write_whole(output / "provenance.json", _json_text(facts))
     if not arguments.plan:  # the workflow shows it at its very end
         print_leaderboard(output)

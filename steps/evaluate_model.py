@@ -23,10 +23,11 @@ from pathlib import Path
 from steps.lib import figures, metrics, pages
 from steps.lib.adapters import DIVERGED
 from steps.lib.errors import UserError
+from steps.lib.files import load_rows, read_json, read_json_lines, read_yaml
 from steps.lib.keys import flat
 from steps.lib.progress import quiet_libraries
 from steps.lib.splits import answer_start
-from steps.lib.step import peak_memory, run_command
+from steps.lib.step import computing_threads, peak_memory, run_command
 
 STAGE = "evaluate_model"
 
@@ -53,17 +54,18 @@ def run(
     settings = config["eval"]
     metric = metrics.check_metric(settings)
     if (model / DIVERGED).is_file():
-        return _report_divergence(_json(model / DIVERGED)["step"], settings, metric, adapter, output)
+        return _report_divergence(read_json(model / DIVERGED, {"step": int})["step"], settings, metric, adapter, output)
     test, train_references = _rows(splits, settings)
     base = _base(base_report, settings, test) if base_report else None
-    asked = _ask(model, config, test)
+    with computing_threads(config["num_threads"]):
+        asked = _ask(model, config, test)
     judged = _judge(settings, metric, test, asked, base)
-    train = _json(adapter / "training.json") if adapter else None
+    train = read_json(adapter / "training.json") if adapter else None
     if references:
         judged["scores"].values |= metrics.rewards(train["beta"], asked["rows"], _references(references, test))
     facts = figures_of(settings, metric, train_references, test, asked, judged, base)
     facts |= {"train": train, "start": _start(start_report, metric), "left_out": _left_out(splits)}
-    curves = pages.read_lines(adapter / "metrics.jsonl") if adapter else []
+    curves = read_json_lines(adapter / "metrics.jsonl") if adapter else []
     predictions = _predictions(test, asked, judged, base)
     pages.write_whole(output / "metrics.json", json.dumps(facts, indent=2, ensure_ascii=False) + "\n")
     pages.write_whole(output / "predictions.jsonl", pages.json_lines(predictions))
@@ -76,17 +78,17 @@ def run(
 
 def _report_divergence(step: int, settings: dict, metric: str, adapter: Path, output: Path) -> dict:
     """The report of a training whose loss was no number any more: its curve, and no figures."""
-    curves = pages.read_lines(adapter / "metrics.jsonl")
+    curves = read_json_lines(adapter / "metrics.jsonl")
     facts = {
         "task": settings["task"],
         "metric": metric,
         "diverged_at_step": step,
-        "train": _json(adapter / "training.json"),
+        "train": read_json(adapter / "training.json"),
     }
     pages.write_whole(output / "metrics.json", json.dumps(facts, indent=2) + "\n")
     pages.write_whole(output / "predictions.jsonl", "")
     pages.write_whole(output / "curves.jsonl", pages.json_lines(curves))
-    name = output.name.removeprefix(".tmp-")
+    name = output.name
     loss_curves = figures.loss_curves([line for line in curves if None not in line.values()])
     pages.render("diverged.html", output / "report.html", name=name, step=step, loss_curves=loss_curves)
     log.info("the training diverged at step %d: no model to evaluate", step)
@@ -98,9 +100,7 @@ def _report_divergence(step: int, settings: dict, metric: str, adapter: Path, ou
 
 def _rows(splits: Path, settings: dict) -> tuple[list[dict], list[str]]:
     """(test rows, references of the training split where a baseline needs them)."""
-    from datasets import load_from_disk
-
-    loaded = load_from_disk(str(splits))
+    loaded = load_rows(splits)
     test = list(loaded["test"]) if "test" in loaded else []
     if not test:
         raise UserError(
@@ -114,13 +114,16 @@ def _rows(splits: Path, settings: dict) -> tuple[list[dict], list[str]]:
 
 def _left_out(splits: Path) -> dict:
     """Split -> how many of its rows tokenizing left out, and of how many; splits that kept all are not in it."""
-    audits = _json(splits / "audit.json")["splits"]
-    return {name: {key: one[key] for key in ("dropped", "read")} for name, one in audits.items() if one["dropped"]}
+    audits = read_json(splits / "audit.json", {"splits": dict[str, dict]})["splits"]
+    return {
+        name: {key: one.get(key) for key in ("dropped", "read")} for name, one in audits.items() if one.get("dropped")
+    }
 
 
 def _base(folder: Path, settings: dict, test: list[dict]) -> dict:
     """The untouched model's figures and answers, scored again so that differences can be judged row by row."""
-    facts, rows = _json(folder / "metrics.json"), pages.read_lines(folder / "predictions.jsonl")
+    facts = read_json(folder / "metrics.json", {"task": str, "test": dict, "intervals": dict})
+    rows = read_json_lines(folder / "predictions.jsonl", dict)
     if facts["task"] != settings["task"] or [row["id"] for row in rows] != [row["id"] for row in test]:
         raise UserError(
             f"--base-report {folder}: other test rows or another task; evaluate the base model on these splits"
@@ -132,9 +135,7 @@ def _base(folder: Path, settings: dict, test: list[dict]) -> dict:
 
 def _references(folder: Path, test: list[dict]) -> list[dict]:
     """The test split's figures of the model that preference optimization started from."""
-    from datasets import load_from_disk
-
-    figures = load_from_disk(str(folder))
+    figures = load_rows(folder)
     rows = list(figures["test"]) if "test" in figures else []
     if [row["id"] for row in rows] != [row["id"] for row in test]:
         raise UserError(f"--references {folder}: of other test rows; run reference_logprobs on these splits")
@@ -145,14 +146,8 @@ def _start(folder: Path | None, metric: str) -> dict | None:
     """Figures of the model that this training started from, when that was trained itself."""
     if folder is None:
         return None
-    facts = _json(folder / "metrics.json")
+    facts = read_json(folder / "metrics.json", {"test": dict, "intervals": dict})
     return {"name": "after fine-tuning", "test": facts["test"], "intervals": facts["intervals"], "metric": metric}
-
-
-def _json(path: Path) -> dict:
-    if not path.is_file():
-        raise UserError(f"{path}: no such file; run the stage that makes it again")
-    return json.loads(path.read_text(encoding="utf-8"))
 
 
 # --- what the model says -------------------------------------------------------------------------
@@ -321,7 +316,7 @@ def write_page(output: Path, facts: dict, predictions: list, curves: list, setti
     pages.render(
         "report.html",
         output / "report.html",
-        name=output.name.removeprefix(".tmp-"),
+        name=output.name,
         facts=facts,
         metric=facts["metric"],
         lower_is_better=metrics.LOWER_IS_BETTER,
@@ -412,14 +407,13 @@ def _spread(rows: list[dict], number: int) -> list[dict]:
 
 def _configs(config: dict, model: Path, splits: Path, adapter: Path | None) -> dict[str, dict[str, str]]:
     """The config of this stage and of those before it, as they left it in their folders."""
-    from yaml import safe_load
-
     inputs = {"model": model, "splits": splits, "adapter": adapter}
     tables = {"evaluate_model": flat(config)}
     for name, folder in inputs.items():
         if folder and (folder / "config.yaml").is_file():
-            stage = _json(folder / "provenance.json")["stage"] if (folder / "provenance.json").is_file() else name
-            tables[stage] = flat(safe_load((folder / "config.yaml").read_text(encoding="utf-8")))
+            made = (folder / "provenance.json").is_file()
+            stage = read_json(folder / "provenance.json", {"stage": str})["stage"] if made else name
+            tables[stage] = flat(read_yaml(folder / "config.yaml"))
     tables["inputs"] = {name: str(folder) for name, folder in inputs.items() if folder}
     return tables
 

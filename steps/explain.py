@@ -11,15 +11,15 @@ Reads conf/, data/raw/ and results/; makes nothing.
 """
 
 import functools
-import json
 import os
 from pathlib import Path
 
 from steps.lib import plan as planning
 from steps.lib.errors import one_line_errors
+from steps.lib.files import read_json, read_json_lines
 from steps.lib.forecast import Archive, Forecast, Made, same_part
 from steps.lib.keys import changed_keys, code_hashes, flat
-from steps.lib.workflow import training_threads
+from steps.lib.workflow import idle_cores
 
 MOST_ROWS = 5  # changed rows that are named
 MOST_JOBS = 8  # jobs with the same reason that are named
@@ -36,16 +36,15 @@ def main(argv=None) -> None:
 
 def explain(plan: planning.Plan, cores: int = 1) -> str:
     """The explanation as text: what is to be made and why, grouped by stage and reason, and the forecast."""
-    missing = {
-        job.path: job for job in plan.jobs.values() if job.stage != "compare_runs" and not Path(job.path).exists()
-    }
+    missing, damaged = {job.path: job for job in plan.missing()}, plan.damaged()
     if not missing:
         return f"sweep {plan.sweep}: all {len(plan.runs)} run(s) are there; at most the comparison runs"
-    archive, forecast = Archive(), Forecast(plan, cores, training_threads(plan, cores))
+    archive, forecast = Archive(), Forecast(plan, cores)
     groups: dict[tuple[str, str], list[str]] = {}
     for job in missing.values():
         like = archive.most_similar(job)
-        groups.setdefault((job.stage, "; ".join(reasons(job, like, missing))), []).append(Path(job.path).name)
+        wrong = [f"not whole: {damaged[job.path]}"] if job.path in damaged else reasons(job, like, missing)
+        groups.setdefault((job.stage, "; ".join(wrong)), []).append(Path(job.path).name)
         forecast.add(job, like)
     lines = [f"sweep {plan.sweep}: {len(missing)} job(s) to run, and the comparison"]
     for (stage, reason), names in sorted(groups.items(), key=lambda group: planning.STAGES.index(group[0][0])):
@@ -53,7 +52,7 @@ def explain(plan: planning.Plan, cores: int = 1) -> str:
         lines += [f"      {name}" for name in names[:MOST_JOBS]]
         if len(names) > MOST_JOBS:
             lines.append(f"      and {len(names) - MOST_JOBS} more")
-    return "\n".join([*lines, forecast.text()])
+    return "\n".join([*lines, forecast.text(), *filter(None, [idle_cores(plan, cores)])])
 
 
 def reasons(job: planning.Job, like: Made | None, missing: dict) -> list[str]:
@@ -98,12 +97,10 @@ def changed_rows(job: planning.Job, prompts: Path) -> str:
         return f"{raw.parent}: still to be fetched"
     before = {}
     for split in SPLITS:
-        for line in (prompts / f"{split}.jsonl").read_text(encoding="utf-8").splitlines():
-            made = json.loads(line)
-            before[made["id"]] = made
+        before |= {made.get("id"): made for made in read_json_lines(prompts / f"{split}.jsonl")}
     rows_now = examples(raw, job.config["data"], job.config["prompt"]["system"])
     now = {number: example and record(number, example) for number, example in rows_now}
-    rows = json.loads((prompts / "stats.json").read_text())["rows"]
+    rows = read_json(prompts / "stats.json", {"rows": int})["rows"]
     if len(now) != rows:
         return f"{raw.parent}: {rows} -> {len(now)} rows"
     changed = [number for number, made in before.items() if now.get(number) != made]

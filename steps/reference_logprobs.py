@@ -25,10 +25,12 @@ from pathlib import Path
 from steps.lib.adapters import refuse_diverged
 from steps.lib.batches import collate, padded
 from steps.lib.errors import UserError
+from steps.lib.files import load_rows
+from steps.lib.folders import locked
 from steps.lib.keys import code_key, digest, file_sha256
 from steps.lib.preferences import REFERENCES, chosen_of, rejected_of
 from steps.lib.progress import Progress, quiet_libraries
-from steps.lib.step import locked, run_command
+from steps.lib.step import computing_threads, run_command
 
 STAGE = "reference_logprobs"
 KNOWN = Path("results/.state/references")
@@ -44,10 +46,10 @@ def run(config: dict, splits: Path, model: Path, output: Path) -> dict:
     Raises:
         UserError: the splits have no pairs; the model is of a training that diverged.
     """
-    from datasets import DatasetDict, load_from_disk
+    from datasets import DatasetDict
 
     quiet_libraries()
-    rows = load_from_disk(splits)
+    rows = load_rows(splits)
     pairs = {split: part for split, part in rows.items() if "rejected_input_ids" in part.column_names}
     if "train" not in pairs:
         raise UserError(
@@ -66,11 +68,12 @@ def run(config: dict, splits: Path, model: Path, output: Path) -> dict:
         if key not in known
     }
     if missing:
-        known |= _compute(missing, model, config, path)
+        with computing_threads(config["num_threads"]):
+            known |= _compute(missing, model, config, path)
     figures = {split: _columns(part["id"], [known[key] for key in keys[split]]) for split, part in pairs.items()}
     DatasetDict(figures).save_to_disk(output)
     counts = {"computed": len(missing), "known": sum(map(len, keys.values())) - len(missing)}
-    (output / "references.json").write_text(json.dumps(counts, indent=2) + "\n")
+    (output / "references.json").write_text(json.dumps(counts, indent=2) + "\n", encoding="utf-8")
     log.info("reference: %(computed)d answers computed, %(known)d known before", counts)
     return counts
 
@@ -136,7 +139,7 @@ def _identity(model: Path, config: dict) -> str:
         "dtype": str(models.resolve_dtype(load["dtype"])),
         "attn_implementation": models.resolve_attention(load["attn_implementation"]),
     }
-    return digest([content, resolved, models.device().type, code_key(f"steps.{STAGE}")])
+    return digest([content, resolved, config["num_threads"], models.device().type, code_key(f"steps.{STAGE}")])
 
 
 def _key(answer: dict) -> str:
@@ -147,8 +150,8 @@ def _key(answer: dict) -> str:
 def _read(path: Path) -> dict[str, float]:
     """Figures by key. A line that was cut off by a kill is one not known."""
     figures = {}
-    for line in path.read_text().splitlines() if path.is_file() else []:
-        with contextlib.suppress(ValueError, TypeError):
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []:
+        with contextlib.suppress(ValueError, TypeError, RecursionError):
             key, figure = json.loads(line)
             figures[key] = float(figure)
     return figures
@@ -157,7 +160,7 @@ def _read(path: Path) -> dict[str, float]:
 def _append(path: Path, figures: dict[str, float]) -> None:
     """Add figures, for this and for every later run. Several processes may do so at once."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with locked(path), path.open("a") as file:
+    with locked(path), path.open("a", encoding="utf-8") as file:
         # The line break comes first: a line that a kill cut off must not swallow the next one.
         file.write("".join(f"\n{json.dumps([key, figure])}" for key, figure in figures.items()))
 

@@ -10,8 +10,9 @@ Writes  splits as tokenize_splits does. In train and validation the rejected ans
         answers rightly are left out; the test split stays as it is. audit.json counts both; answers.jsonl has all
         answers.
 
-An answer is wrong when it is not the reference, blanks at the ends aside. A sampled answer depends on the row and the
-model alone, so the same rows give the same pairs.
+An answer is wrong when it is not the reference, blanks at the ends aside. Each row is sampled from a random stream of
+its own, so the same rows give the same pairs. In 16 bits an answer may also depend on the rows that share its batch:
+`steps.lib.generation.generate_answers` says how.
 """
 
 import json
@@ -22,9 +23,10 @@ from pathlib import Path
 from steps.lib.adapters import refuse_diverged
 from steps.lib.conversation import IGNORED
 from steps.lib.errors import UserError
+from steps.lib.files import load_rows, read_json
 from steps.lib.progress import quiet_libraries
 from steps.lib.splits import features
-from steps.lib.step import run_command
+from steps.lib.step import computing_threads, run_command
 
 STAGE = "sample_answers"
 SAMPLED = ("train", "validation")
@@ -38,7 +40,7 @@ def run(config: dict, splits: Path, model: Path, output: Path) -> dict:
     Raises:
         UserError: `method.own_answers` is not set; the model has no wrong answer to a whole split.
     """
-    from datasets import Dataset, DatasetDict, load_from_disk
+    from datasets import Dataset, DatasetDict
 
     from steps.lib import models
 
@@ -47,14 +49,15 @@ def run(config: dict, splits: Path, model: Path, output: Path) -> dict:
     if not settings:
         raise UserError("config: 'method.own_answers' is not set, and it says how the model answers: see method=dpo")
     refuse_diverged(model)
-    rows = load_from_disk(splits)
+    rows = load_rows(splits)
     tokenizer = models.load_tokenizer(model)
     network = models.load_model(model, config["model"]["load"]).eval()
     stop_ids = models.stop_token_ids(model, tokenizer)
     counts = {}
     with (output / "answers.jsonl").open("w", encoding="utf-8") as file:
         for split in [split for split in SAMPLED if split in rows]:
-            pairs = _pairs(network, tokenizer, list(rows[split]), settings, stop_ids, file)
+            with computing_threads(config["num_threads"]):
+                pairs = _pairs(network, tokenizer, list(rows[split]), settings, stop_ids, file)
             counts[split] = {"read": len(rows[split]), "rows": len(pairs), "right": len(rows[split]) - len(pairs)}
             if not pairs:
                 raise UserError(
@@ -64,8 +67,8 @@ def run(config: dict, splits: Path, model: Path, output: Path) -> dict:
             rows[split] = Dataset.from_list(pairs, features=features(pairs=True))
             log.info("%s: %d rows, %d answered wrongly and kept", split, counts[split]["read"], len(pairs))
     DatasetDict(rows).save_to_disk(output)
-    audit = json.loads((splits / "audit.json").read_text())
-    (output / "audit.json").write_text(json.dumps({**audit, "own_answers": counts}, indent=2) + "\n")
+    text = json.dumps({**read_json(splits / "audit.json"), "own_answers": counts}, indent=2)
+    (output / "audit.json").write_text(text + "\n", encoding="utf-8")
     return {"own_answers": counts}
 
 

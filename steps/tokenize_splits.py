@@ -69,7 +69,7 @@ def run(config: dict, prompts: Path, model: Path, output: Path) -> dict:
         DatasetDict(splits).save_to_disk(output)
         shown = _shown_rows(splits["train"], encoder)
     audit = {"max_length": config["tokenize"]["max_length"], "splits": audits}
-    (output / "audit.json").write_text(json.dumps(audit, indent=2) + "\n")
+    (output / "audit.json").write_text(json.dumps(audit, indent=2) + "\n", encoding="utf-8")
     (output / "audit.txt").write_text(shown, encoding="utf-8")
     _report(audits)
     return {"rows": {split: audit["rows"] for split, audit in audits.items()}}

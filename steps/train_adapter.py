@@ -22,10 +22,12 @@ import sys
 from pathlib import Path
 
 from steps.lib.errors import UserError
-from steps.lib.keys import digest
+from steps.lib.files import load_rows
+from steps.lib.folders import locked
+from steps.lib.keys import HashCache, code_key, digest
 from steps.lib.labels import normalised
 from steps.lib.progress import quiet_libraries
-from steps.lib.step import locked, peak_memory, run_command
+from steps.lib.step import computing_threads, peak_memory, run_command
 
 STAGE = "train_adapter"
 STATE = Path("results/.state")
@@ -40,22 +42,41 @@ def run(config: dict, splits: Path, model: Path, output: Path, references: Path 
         UserError: nothing to train on, an adapter config that does not fit the model, or references of other rows.
     """
     quiet_libraries()
-    by_hand = [config, str(splits), str(model), *([str(references)] if references else [])]
-    state = STATE / config.get("trunk", f"by-hand-{digest(by_hand)}")
-    with locked(state):
+    inputs = [splits, model, *([references] if references else [])]
+    state = STATE / (config.get("trunk") or _by_hand(config, inputs))
+    with locked(state), computing_threads(config["num_threads"]):
         return _train(config, _rows(config, splits, references), model, output, state)
+
+
+def _by_hand(config: dict, inputs: list[Path]) -> str:
+    """A name for the checkpoints of a training that no plan named: by all that they come of, as a key is.
+
+    The paths of the inputs are not enough: what stands there may have been made anew.
+    """
+    hashes = HashCache(STATE / "hashes.json")
+    made_of = [
+        {str(path.relative_to(folder)): hashes.sha256(path) for path in sorted(folder.rglob("*")) if _counts(path)}
+        for folder in inputs
+    ]
+    hashes.save()
+    return f"by-hand-{digest([config, made_of, code_key(f'steps.{STAGE}')])}"
+
+
+def _counts(path: Path) -> bool:
+    """Whether a file of an input makes a difference: not how long it took to make it."""
+    return path.is_file() and path.name not in ("provenance.json", ".snakemake_timestamp")
 
 
 def _rows(config: dict, splits: Path, references: Path | None):
     """The splits; for preference optimization with the reference's figures beside each pair."""
-    from datasets import DatasetDict, concatenate_datasets, load_from_disk
+    from datasets import DatasetDict, concatenate_datasets
 
-    rows = load_from_disk(splits)
+    rows = load_rows(splits)
     if config["method"]["name"] != "dpo":
         return rows
     if references is None:
         raise UserError("--references is missing: method=dpo needs the folder of reference_logprobs for these splits")
-    figures, pairs = load_from_disk(references), {}
+    figures, pairs = load_rows(references), {}
     for split in [split for split in ("train", "validation") if split in rows]:
         if split not in figures or list(rows[split]["id"]) != list(figures[split]["id"]):
             raise UserError(f"--references {references}: of other rows than {splits}; run reference_logprobs on these")
@@ -70,9 +91,8 @@ def _train(config: dict, rows, model: Path, output: Path, state: Path) -> dict:
     if config.get("labels"):  # what the evaluation would refuse is better refused before training
         _check_references(rows, config["labels"])
     before = peak_memory()
-    train = config["train"] if "validation" in rows else {**config["train"], "eval_strategy": "no"}
-    args = training.training_arguments(train, config["seed"], state)
-    epoch_steps = training.steps_per_epoch(len(rows["train"]), args)
+    args = training.training_arguments(_without_validation(config["train"], rows), config["seed"], state)
+    epoch_steps = _epoch_steps(rows, args)
     total = args.max_steps if args.max_steps > 0 else math.ceil(epoch_steps * args.num_train_epochs)
     end = _plateau_end(args, total) if _is_plateau(config) else total
     plateau = [Path(config["plateau"])] if config.get("plateau") else []
@@ -85,9 +105,10 @@ def _train(config: dict, rows, model: Path, output: Path, state: Path) -> dict:
     if end <= args.warmup_steps:
         log.info("note: %d steps end within train.warmup_steps=%g: lower it", end, args.warmup_steps)
     with tracking.follow(config.get("follow")) as listener:
-        recorded = training.Recorded(trainer, state, checkpoint, config["train"], listener)
+        recorded = training.Recorded(trainer, state, checkpoint, config["train"], listener, _is_plateau(config))
         if end > 0:
             args.max_steps = end
+            args.eval_on_start &= checkpoint is None  # the start of training, not of each of its parts
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         facts = recorded.facts() | sizes | needs.facts(before)
     if _is_plateau(config):
@@ -96,6 +117,44 @@ def _train(config: dict, rows, model: Path, output: Path, state: Path) -> dict:
         trainer.model.save_pretrained(output)
         (output / "README.md").unlink(missing_ok=True)  # PEFT's empty card; steps.publish writes a real one
     return _write_facts(config, recorded, facts, output)
+
+
+# What asks for validation. Without a validation split there is nothing that it could go by.
+NEEDS_VALIDATION = {
+    "load_best_model_at_end": lambda value: value,
+    "early_stopping_patience": lambda value: value is not None,
+    "save_strategy": lambda value: value == "best",
+    "lr_scheduler_type": lambda value: value in ("reduce_lr_on_plateau", "greedy"),
+}
+
+
+def _without_validation(train: dict, rows) -> dict:
+    """`train`, with nothing to evaluate where there is no validation split (data.splits.validation=0 leaves it out)."""
+    if "validation" in rows:
+        return train
+    for name, needs_it in NEEDS_VALIDATION.items():
+        if needs_it(train.get(name)):
+            raise UserError(
+                f"config: train.{name}={train[name]} goes by the validation loss, and the splits have no validation "
+                "rows: raise data.splits.validation, or leave it out"
+            )
+    return {**train, "eval_strategy": "no", "eval_on_start": False}
+
+
+def _epoch_steps(rows, args) -> int:
+    """Optimizer steps in an epoch; at least one."""
+    from steps.lib.training import steps_per_epoch
+
+    count = len(rows["train"]) if "train" in rows else 0
+    if not count:
+        raise UserError("the splits have no training rows: see audit.json there for what was left out, and data.splits")
+    steps = steps_per_epoch(count, args)
+    if not steps:
+        raise UserError(
+            f"config: train.dataloader_drop_last=true leaves nothing to train on: {count} rows are less than a batch "
+            f"of {args.train_batch_size * args.world_size}; lower train.per_device_train_batch_size to {count} or less"
+        )
+    return steps
 
 
 def _trainer(config: dict, rows, model: Path, args, total: int):
@@ -132,7 +191,7 @@ def _write_facts(config: dict, recorded, facts: dict, output: Path) -> dict:
     }
     if config["method"]["name"] == "dpo":
         facts["beta"] = config["method"]["beta"]
-    (output / "training.json").write_text(json.dumps(facts, indent=2) + "\n")
+    (output / "training.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
     log.info(
         "trained %d steps, %.0f tokens/s, %.1f GFLOP/s; peak memory %s (estimated %s)",
         facts["global_step"],

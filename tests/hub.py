@@ -17,8 +17,12 @@ LFS = re.compile(r".*\.(safetensors|bin|gguf)")  # what the hub wants by LFS; th
 
 
 class Hub(http.server.BaseHTTPRequestHandler):
-    """Repositories acme/<name>, each a folder below `folders`; `created` has the payloads of new ones."""
+    """Repositories acme/<name>, each a folder below `folders`; `created` has the payloads of new ones.
 
+    `moved` takes the place of COMMIT as that of main, once a test has set it.
+    """
+
+    moved: str | None = None
     folders: Path
     created: list[dict]
 
@@ -51,11 +55,12 @@ class Hub(http.server.BaseHTTPRequestHandler):
             self._refuse("GatedRepo", 403)
         elif user != USER or not (self.folders / name).is_dir():
             self._refuse("RepoNotFound", 404 if self._authorised() or not self.headers.get("Authorization") else 401)
-        elif revision not in (None, "main", COMMIT):
+        elif revision not in (None, "main", COMMIT, self.moved):
             self._refuse("RevisionNotFound")
         else:
             siblings = [{"rfilename": file.name} for file in self._files(name)]
-            self._send_json({"id": repository, "sha": COMMIT, "siblings": siblings})
+            commit = revision if revision in (COMMIT, self.moved) else self.moved or COMMIT
+            self._send_json({"id": repository, "sha": commit, "siblings": siblings})
 
     def _entry(self, file: Path) -> dict:
         return {"type": "file", "path": file.name, "size": file.stat().st_size, "oid": file_sha256(file)[:40]}
@@ -150,13 +155,12 @@ class Hub(http.server.BaseHTTPRequestHandler):
 
 @contextlib.contextmanager
 def serve(folders: Path):
-    """Serve the folders in `folders` as acme/<name>. Gives the server's url and the list of what was created."""
-    created: list[dict] = []
-    handler = type("ThisHub", (Hub,), {"folders": folders, "created": created})
+    """Serve the folders in `folders` as acme/<name>. Gives the server's url and its handler (see Hub)."""
+    handler = type("ThisHub", (Hub,), {"folders": folders, "created": []})
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
     threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
     try:
-        yield f"http://127.0.0.1:{server.server_port}", created
+        yield f"http://127.0.0.1:{server.server_port}", handler
     finally:
         server.shutdown()
         server.server_close()

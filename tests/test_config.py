@@ -201,3 +201,81 @@ def test_a_package_line_that_is_not_the_first_is_named(workspace, monkeypatch, t
     monkeypatch.setattr(conf, "CONF", copy)
     with pytest.raises(UserError, match="mine.yaml: the line '# @package _global_' must be the first of the file"):
         composed("experiment=mine")
+
+
+@pytest.fixture
+def own_conf(workspace, monkeypatch):
+    """A copy of conf/ that a test may write into."""
+    copy = workspace / "conf"
+    shutil.copytree(ROOT / "conf", copy)
+    monkeypatch.setattr(conf, "CONF", copy)
+    caches = [conf._compose, conf._config_loader]
+    for cache in caches:
+        cache.cache_clear()
+    yield copy
+    for cache in caches:
+        cache.cache_clear()
+
+
+REVIEWS = (ROOT / "conf/data/movie_reviews.yaml").read_text()
+BOMB = (
+    REVIEWS
+    + "a: &a [1,1,1,1,1,1,1,1,1]\n"
+    + "".join(
+        f"{name}: &{name} [{','.join([f'*{before}'] * 9)}]\n"
+        for before, name in zip("abcdefgh", "bcdefghi", strict=True)
+    )
+)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("name: [", r"conf/data/mine\.yaml:1: is not valid YAML: expected the node content"),
+        ("name: a\nname: b\n", r"conf/data/mine\.yaml:2: is not valid YAML: found duplicate key name"),
+        (REVIEWS.encode() + b"where: \xff\n", r"conf/data/mine\.yaml:23: is not UTF-8"),
+        (REVIEWS + "where: " + "[" * 3000 + "]" * 3000, r"conf/data/mine\.yaml:23: is nested more than 50 levels"),
+        (BOMB, r"conf/data/mine\.yaml:\d+: holds more than 100,000 values"),
+        (None, r"conf/data/mine\.yaml: cannot be read \(Is a directory\)"),
+        (REVIEWS.replace('prompt: "', 'prompt: "${{ price }} '), r"conf/data/mine\.yaml: .*write \\\$\{"),
+        ("defaults:\n  - mine\n" + REVIEWS, r"defaults lists of sweep=none, data=mine name each other in a circle"),
+        (REVIEWS.replace("name: movie_reviews", "name: yes"), r"'data\.name'.*found true; YAML reads yes.* in quotes"),
+    ],
+)
+def test_a_file_of_conf_that_cannot_be_read_is_named(own_conf, content, message):
+    file = own_conf / "data" / "mine.yaml"
+    if content is None:
+        file.mkdir()
+    else:
+        file.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(UserError, match=message):
+        composed("sweep=none", "data=mine")
+
+
+def test_what_the_messages_propose_works(own_conf):
+    (own_conf / "data" / "mine.yaml").write_text(
+        REVIEWS.replace("name: movie_reviews", 'name: "yes"') + "where: \"text != '\\\\${{ price }}'\"\n"
+    )
+    _, [config] = composed("sweep=none", "data=mine", r"prompt.system='Is \${{ price }} much?'")
+    assert config["data"]["name"] == "yes"
+    assert config["data"]["where"] == "text != '${{ price }}'"
+    assert config["prompt"]["system"] == "Is ${{ price }} much?"
+    _, [config] = composed("sweep=none", "prompt.system='8'", "train.eval_strategy='no'", r"data.csv.delimiter='\t'")
+    assert config["prompt"]["system"] == "8"
+    assert config["train"]["eval_strategy"] == "no"
+    assert config["data"]["csv"]["delimiter"] == "\t"
+
+
+def test_a_glob_takes_the_choices_of_a_group(workspace):
+    axes, configs = composed("sweep=none", "adapter=glob(*lora,exclude=q*)")
+    assert axes == {"adapter": ["lora", "rslora"]}
+    assert [config["adapter"].get("use_rslora") for config in configs] == [None, True]
+
+
+@given(st.lists(st.text(st.characters(exclude_characters="\n\r", codec="utf-8")), max_size=4))
+def test_quoted_values_are_split_as_hydra_reads_them(values):
+    from hydra.core.override_parser.types import Quote, QuotedString
+
+    parts = [f"key={QuotedString(value, Quote.single).with_quotes()}" for value in values]
+    assert conf.split_overrides(" ".join(parts)) == parts
+    assert [conf._parsed(part).value() for part in parts] == values

@@ -22,10 +22,10 @@ REPORT = f"results/reports/{RUN}"
 def server(tmp_path, monkeypatch):
     """A hub without repositories, and the variables and the token with which this process uses it: (url, created)."""
     (tmp_path / "hub").mkdir()
-    with hub.serve(tmp_path / "hub") as (url, created):
+    with hub.serve(tmp_path / "hub") as (url, server):
         hub.use(monkeypatch, url)
         monkeypatch.setenv("HF_TOKEN", hub.TOKEN)
-        yield tmp_path / "hub", created
+        yield tmp_path / "hub", server.created
 
 
 def push(*flags: str) -> None:
@@ -126,7 +126,7 @@ def test_an_untouched_hub_model_goes_round(tmp_path):
         "tuned = api.train(api.load_rows('rows.jsonl'), 'acme/base', output='out', r=2, max_steps=2, warmup_steps=0);"
         "publish.main(['--run', str(tuned.folder), '--repository', 'acme/tuned'])"
     )
-    with hub.serve(tmp_path / "hub") as (url, created):
+    with hub.serve(tmp_path / "hub") as (url, server):
         variables = {**os.environ, **hub.environment(url, tmp_path / "cache"), "HF_TOKEN": hub.TOKEN}
         variables["PYTHONPATH"] = str(PACKAGE_ROOT)
 
@@ -137,7 +137,7 @@ def test_an_untouched_hub_model_goes_round(tmp_path):
             return done.stdout
 
         assert "pushed" in python(train)
-        assert created[0]["visibility"] == "private"
+        assert server.created[0]["visibility"] == "private"
         config = json.loads((tmp_path / "hub/tuned/adapter_config.json").read_text())
         assert (config["base_model_name_or_path"], config["revision"]) == ("acme/base", hub.COMMIT)
         card = (tmp_path / "hub/tuned/README.md").read_text()

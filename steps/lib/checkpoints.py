@@ -28,7 +28,7 @@ def seal(checkpoint: Path) -> None:
         _to_disk(path)
     sums = {str(path.relative_to(checkpoint)): file_sha256(path) for path in files}
     temporary = checkpoint / f".{SEAL}"
-    temporary.write_text(json.dumps(sums, indent=1))
+    temporary.write_text(json.dumps(sums, indent=1), encoding="utf-8")
     _to_disk(temporary)
     temporary.replace(checkpoint / SEAL)
     _to_disk(checkpoint)
@@ -45,11 +45,11 @@ def _to_disk(path: Path) -> None:
 def fault(checkpoint: Path) -> str | None:
     """What is wrong with a checkpoint, in a few words; None when it is whole."""
     try:
-        sums = json.loads((checkpoint / SEAL).read_text())
+        sums = dict(json.loads((checkpoint / SEAL).read_text(encoding="utf-8")))
     except FileNotFoundError:
         return "was not written to its end"
-    except ValueError:
-        return f"{SEAL} is no JSON"
+    except (OSError, ValueError, TypeError, RecursionError):
+        return f"{SEAL} is damaged"
     for name, expected in sums.items():
         path = checkpoint / name
         if not path.is_file():
@@ -62,6 +62,7 @@ def fault(checkpoint: Path) -> str | None:
 def last_whole(folders: list[Path], up_to: int) -> Path | None:
     """The newest whole checkpoint in `folders` that is not past step `up_to`. Others are named and passed over."""
     found = [path for folder in folders for path in folder.glob("checkpoint-*") if path.is_dir()]
+    found = [path for path in found if path.name.removeprefix("checkpoint-").isdecimal()]  # no copy of somebody's
     for checkpoint in sorted(found, key=step_of, reverse=True):
         if step_of(checkpoint) > up_to:
             continue

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import enum
 import functools
 import importlib.metadata
 import itertools
@@ -11,6 +12,7 @@ import math
 import typing
 from pathlib import Path
 
+from steps.lib import yaml_files
 from steps.lib.errors import UserError, suggest
 from steps.lib.keys import PACKAGE_ROOT, canonical_json, digest, flat
 from steps.lib.schema import (
@@ -28,6 +30,8 @@ from steps.lib.schema import (
 CONF = PACKAGE_ROOT / "conf"
 UNIONS = {"source": SOURCE_KINDS, "method": METHODS}  # sections that are one of several models, by their tag
 CHECKED = Path("results/.state/checked-configs")  # library sections that were found valid, by hash
+MOST_POINTS = 10_000  # of one sweep: planning them takes a minute
+MOST_DEPTH = 40  # brackets within brackets in an override
 
 # Fields of TrainingArguments that Temper decides itself, and where the user's choice goes instead.
 RESERVED_TRAIN = {
@@ -42,6 +46,14 @@ RESERVED_TRAIN = {
     "remove_unused_columns": "the collator takes what it needs",
     "train_sampling_strategy": "rows of similar length always train together",
     "do_train": "training is what the stage does",
+    # A training goes on from its last checkpoint, in another process, as if it had never stopped.
+    "save_only_model": "training goes on from checkpoints, which need the optimizer and the schedule",
+    "ignore_data_skip": "training goes on with the row after the last one, as if it had never stopped",
+    "restore_callback_states_from_checkpoint": "training goes on as if it had never stopped",
+    "enable_jit_checkpoint": "a training that is stopped from outside is not finished; checkpoints are written anyway",
+    # What a run computes follows from its config, not from the machine's memory or from which process is faster.
+    "auto_find_batch_size": "the batch is part of a run: lower per_device_train_batch_size yourself",
+    "dataloader_in_order": "the order of rows follows from the seed alone",
 }
 
 # Renamed or removed in transformers 5: what to write instead.
@@ -64,10 +76,14 @@ def groups() -> dict[str, list[str]]:
 
 
 def split_overrides(text: str) -> list[str]:
-    """Split ``a=1 b="x y" c=[1, 2]`` at blanks outside quotes and brackets."""
-    parts, part, depth, quote = [], "", 0, None
+    r"""Split ``a=1 b="x y" c=[1, 2]`` at blanks outside quotes and brackets. A backslash escapes, as in Hydra."""
+    parts, part, depth, quote, escaped = [], "", 0, None, False
     for char in text:
-        if quote:
+        if escaped:
+            escaped = False
+        elif char == "\\":
+            escaped = True
+        elif quote:
             quote = None if char == quote else quote
         elif char in "'\"":
             quote = char
@@ -82,8 +98,13 @@ def split_overrides(text: str) -> list[str]:
         part += char
     if quote or depth:
         what = f"quote {quote}" if quote else "bracket"
-        raise UserError(f"overrides: unbalanced {what} in: {text}")
+        raise UserError(f"overrides: unbalanced {what} in: {_short(text)}")
     return [part for part in [*parts, part] if part]
+
+
+def _short(text: str) -> str:
+    """A text for a message."""
+    return text if len(text) <= 200 else f"{text[:150]} ... {text[-30:]}"
 
 
 @dataclasses.dataclass
@@ -97,37 +118,91 @@ class Overrides:
 
 def parse_overrides(overrides: list[str]) -> Overrides:
     """Sort overrides into group choices, values and sweep axes; refuse what Hydra cannot parse."""
-    from hydra.core.override_parser.overrides_parser import OverridesParser
-    from hydra.errors import HydraException
-
-    parser = OverridesParser.create()
     sorted_out = Overrides([], [], {})
-    for text in overrides:
-        try:
-            override = parser.parse_override(text.strip())
-            swept = list(override.sweep_string_iterator()) if override.is_sweep_override() else None
-        except (HydraException, ValueError) as error:
-            reason = " ".join(str(error).split())[:200]
-            hint = "write key=value; put a value with blanks or other special characters in quotes: key='a b'"
-            raise UserError(f"override '{text}': {reason} ({hint})") from None
-        if override.package is not None:
-            raise UserError(f"override '{text}': packages (@...) are not supported: write group=choice or key=value")
-        if swept is not None:
-            _check_axis(override.key_or_group, swept, text)
-            sorted_out.axes[override.key_or_group] = swept
-        elif override.key_or_group in groups():
-            sorted_out.groups.append(_known_choice(override.key_or_group, str(override.value()), text))
+    for text in map(str.strip, overrides):
+        override = _parsed(text)
+        key, is_group = override.key_or_group, override.key_or_group in groups()
+        _check_override(override, is_group, _short(text))
+        if override.is_sweep_override():
+            sorted_out.axes[key] = _swept(override, _short(text))
+        elif is_group:
+            sorted_out.groups.append(_known_choice(key, str(override.value()), _short(text)))
         else:
             sorted_out.values.append(override)
     return sorted_out
 
 
-def _check_axis(key: str, values: list[str], text: str) -> None:
-    """Refuse axes that are empty, or that do not make runs that can be ranked together."""
-    if not values:
-        raise UserError(f"sweep '{text}': the axis has no values")
+def _parsed(text: str):
+    """One override, by Hydra's grammar."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
+    if _depth(text) > MOST_DEPTH:
+        raise UserError(f"override '{_short(text)}': has more than {MOST_DEPTH} brackets within brackets")
+    loader = _config_loader() if "glob(" in text else None
+    try:
+        return OverridesParser.create(config_loader=loader).parse_overrides([text])[0]
+    except (HydraException, ValueError) as error:
+        reason = " ".join(str(error).split()).partition(" expecting {")[0][:200]
+        hint = "write key=value; put a value with blanks or other special characters in quotes: key='a b'"
+        raise UserError(f"override '{_short(text)}': {reason} ({hint})") from None
+
+
+def _depth(text: str) -> int:
+    """How deep brackets stand within brackets, at most."""
+    depth = deepest = 0
+    for char in text:
+        depth += (char in "[{(") - (char in "]})")
+        deepest = max(deepest, depth)
+    return deepest
+
+
+@functools.cache
+def _config_loader():
+    """Hydra's view of conf/, for ``adapter=glob(*lora)``."""
+    from hydra import initialize_config_dir
+    from hydra.core.global_hydra import GlobalHydra
+
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        return GlobalHydra.instance().config_loader()
+
+
+def _check_override(override, is_group: bool, text: str) -> None:
+    """Refuse what parses and still says nothing that can be done."""
+    if override.package is not None:
+        raise UserError(f"override '{text}': packages (@...) are not supported: write group=choice or key=value")
+    if not override.key_or_group:
+        raise UserError(f"override '{text}': has no key; write key=value")
+    if override.is_delete() and is_group:
+        choices = suggest("", groups()[override.key_or_group])
+        raise UserError(f"override '{text}': a config group cannot be left out; choose another file of it ({choices})")
+    if override.is_delete() and override.is_sweep_override():
+        raise UserError(f"override '{text}': ~ takes a key out and gives it no values; leave out ~ or the values")
+
+
+def _swept(override, text: str) -> list[str]:
+    """The values of an axis, each as Hydra text; refuse an axis whose runs cannot be made or ranked together."""
+    from hydra.core.override_parser.types import RangeSweep
+    from hydra.errors import HydraException
+
+    key, sweep = override.key_or_group, override.value()
     if key.split(".")[0] in ("experiment", "sweep", "tracking") or key == "eval.metric":
         raise UserError(f"sweep '{text}': {key} cannot be an axis: it does not change what a run is; give one value")
+    if getattr(sweep, "shuffle", False):
+        raise UserError(f"sweep '{text}': all values of an axis are run, and shuffle would only rename the sweep")
+    too_many = f"sweep '{text}': has more than {MOST_POINTS:,} values; a plan takes so many: narrow it"
+    if isinstance(sweep, RangeSweep) and abs((sweep.stop - sweep.start) / (sweep.step or 1)) > MOST_POINTS:
+        raise UserError(too_many)
+    try:
+        values = list(itertools.islice(override.sweep_string_iterator(), MOST_POINTS + 1))
+    except (HydraException, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"sweep '{text}': {reason} (name the values: {key}=1,2 or range(1,4))") from None
+    if len(values) > MOST_POINTS:
+        raise UserError(too_many)
+    if not values:
+        raise UserError(f"sweep '{text}': the axis has no values")
+    return values
 
 
 def _known_choice(group: str, choice: str, text: str) -> str:
@@ -138,20 +213,36 @@ def _known_choice(group: str, choice: str, text: str) -> str:
 
 @functools.lru_cache(maxsize=256)
 def _compose(group_overrides: tuple[str, ...]):
-    _check_package_lines(group_overrides)
     from hydra import compose, initialize_config_dir
-    from hydra.errors import HydraException
-    from omegaconf.errors import OmegaConfBaseException
 
+    for path in sorted(CONF.rglob("*.yaml")):
+        yaml_files.check_size(path, _shown(path))
     try:
+        _check_package_lines(group_overrides)
         with initialize_config_dir(str(CONF), version_base="1.3"):
             return compose("config", overrides=list(group_overrides))
-    except (HydraException, OmegaConfBaseException) as error:
-        raise UserError("conf/: " + " ".join(str(error).split())) from None
-    except Exception as error:  # a YAML syntax error: Hydra lets the parser's own exception through
-        if type(error).__module__.startswith("yaml"):
-            raise UserError("conf/: " + " ".join(str(error).split())) from None
+    except UserError:
         raise
+    except Exception as error:  # YAML's, OmegaConf's, the system's: Hydra lets them all through
+        raise UserError(_why_not(error, group_overrides)) from None
+
+
+def _shown(path: Path) -> str:
+    """A file of conf/ for a message."""
+    return str(path.relative_to(CONF.parent))
+
+
+def _why_not(error: Exception, group_overrides: tuple[str, ...]) -> str:
+    """Why composing failed: the fault of a file where one is to blame, those that were chosen first."""
+    chosen = [CONF / choice.partition("=")[0] / f"{choice.partition('=')[2]}.yaml" for choice in group_overrides]
+    for path in dict.fromkeys([*chosen, *sorted(CONF.rglob("*.yaml"))]):
+        try:
+            yaml_files.load(path, _shown(path))
+        except UserError as fault:
+            return str(fault)
+    if isinstance(error, RecursionError):
+        return f"conf/: the defaults lists of {', '.join(group_overrides)} name each other in a circle"
+    return f"conf/: {yaml_files.reason(error)}"
 
 
 def chosen_experiment(overrides: Overrides) -> str:
@@ -194,8 +285,8 @@ def _update(config, override) -> None:
     try:
         OmegaConf.update(config, override.key_or_group, override.value(), merge=True)
     except (OmegaConfBaseException, ValueError, TypeError, IndexError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"override '{override.input_line}': does not fit what is there: {reason}") from None
+        line = _short(override.input_line)
+        raise UserError(f"override '{line}': does not fit what is there: {yaml_files.reason(error)}") from None
 
 
 def _delete(config, key: str) -> None:
@@ -218,6 +309,10 @@ def expand(overrides: Overrides) -> tuple[dict, list[tuple[dict, dict]]]:
     """
     base = composed(overrides)
     axes = _axes(base, overrides)
+    _refuse_idle_axes(base, axes)
+    number = math.prod(map(len, axes.values()))
+    if number > MOST_POINTS:
+        raise UserError(f"sweep: {', '.join(axes)} make {number:,} runs; a plan takes {MOST_POINTS:,}: narrow the axes")
     group_axes = [key for key in axes if key in groups()]
     points = []
     for point in itertools.product(*axes.values()):
@@ -236,6 +331,15 @@ def expand(overrides: Overrides) -> tuple[dict, list[tuple[dict, dict]]]:
         texts = dict(zip(axes, point, strict=True))
         points.append(({key: text if key in groups() else _at(config, key) for key, text in texts.items()}, config))
     return axes, points
+
+
+def _refuse_idle_axes(config, axes: dict[str, list[str]]) -> None:
+    """Refuse an axis whose values all make the same run."""
+    from omegaconf import OmegaConf
+
+    steps = OmegaConf.select(config, "train.max_steps")
+    if "train.num_train_epochs" in axes and isinstance(steps, int) and steps > 0:
+        raise UserError(f"sweep: train.max_steps={steps} ends each run, whatever train.num_train_epochs: leave one out")
 
 
 def _at(config: dict, key: str):
@@ -294,7 +398,8 @@ def to_container(config) -> dict:
     try:
         return OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
-        raise UserError("config: " + " ".join(str(error).split())) from None
+        key = f"'{error.full_key}': " if error.full_key else ""
+        raise UserError(f"config: {key}{yaml_files.reason(error)}") from None
 
 
 # --- validating ----------------------------------------------------------------------------------
@@ -403,8 +508,20 @@ def explain(error, model, prefix: str = "") -> str:
     message = fault["msg"].removeprefix("Value error, ")
     message = message[0].lower() + message[1:] if message[:2] != message[:2].upper() else message
     found = fault["input"]
-    shown = f" (found {json.dumps(found, default=str)})" if not isinstance(found, dict) else ""
-    return f"config: '{key}': {message}{shown}"
+    of_another_type = fault["type"].endswith("_type")  # else it is a whole section, and the message says what of it
+    if isinstance(found, dict) and not of_another_type:
+        return f"config: '{key}': {message}"
+    return f"config: '{key}': {message} (found {_found(found, text_wanted=fault['type'] == 'string_type')})"
+
+
+def _found(value, text_wanted: bool = False) -> str:
+    """A value for a message, as JSON. YAML makes something else of some unquoted texts."""
+    shown = _short(json.dumps(value, default=str, ensure_ascii=False))
+    if isinstance(value, bool):
+        return f"{shown}; YAML reads yes, no, on and off as true and false: put them in quotes where they are texts"
+    if text_wanted and isinstance(value, int | float):
+        return f"{shown}; put it in quotes to make it a text"
+    return shown
 
 
 def _without_tags(location) -> list:
@@ -512,6 +629,10 @@ def _check_ranges(train: dict) -> None:
         value = train.get(key)
         if value is not None and not value > 0:
             raise UserError(f"config: 'train.{key}' must be above 0 (found {value})")
+    if train.get("max_steps", -1) == 0 or train.get("max_steps", -1) < -1:
+        raise UserError(
+            f"config: 'train.max_steps' must be above 0, or -1 for num_train_epochs (found {train['max_steps']})"
+        )
     for key, (low, high) in {
         "num_train_epochs": (0, 10_000),
         "weight_decay": (0, 1),
@@ -539,9 +660,10 @@ def _check_type(key: str, value, annotation) -> None:
         adapter.validate_python(value, strict=True)
     except ValidationError as error:
         message = error.errors(include_url=False)[0]["msg"]
-        raise UserError(
-            f"config: '{key}': {message[0].lower()}{message[1:]} (found {json.dumps(value, default=str)})"
-        ) from None
+        choices = [kind for kind in (annotation, *typing.get_args(annotation)) if isinstance(kind, enum.EnumMeta)]
+        if choices:
+            message = f"must be one of {', '.join(str(choice.value) for choice in choices[0])}"
+        raise UserError(f"config: '{key}': {message[0].lower()}{message[1:]} (found {_found(value)})") from None
 
 
 def _check_adapter(adapter: dict) -> None:
@@ -601,11 +723,9 @@ def _annotation(model, name: str):
     from pydantic import Field
 
     field = model.model_fields[name]
-    return (
-        typing.Annotated[field.annotation, Field(discriminator=field.discriminator)]
-        if field.discriminator
-        else field.annotation
-    )
+    if field.discriminator:
+        return typing.Annotated[field.annotation, Field(discriminator=field.discriminator)]
+    return typing.Annotated[field.annotation, *field.metadata] if field.metadata else field.annotation
 
 
 @functools.cache
@@ -654,7 +774,7 @@ def load_stage_config(stage: str, given: str | None, overrides: list[str]) -> di
 def _config_text(text: str) -> dict:
     try:
         return json.loads(text)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"--config: not JSON: {error}; give a file, or JSON text as the workflow does") from None
 
 
@@ -663,13 +783,10 @@ def _first(axes: dict[str, list[str]]) -> str:
 
 
 def _config_file(path: str) -> dict:
-    from omegaconf import OmegaConf
-
+    """The mapping in a YAML (or JSON) file."""
     if not Path(path).is_file():
         raise UserError(f"--config {path}: no such file")
-    try:
-        return to_container(OmegaConf.load(path))
-    except Exception as error:
-        if type(error).__module__.startswith("yaml"):
-            raise UserError(f"--config {path}: " + " ".join(str(error).split())) from None
-        raise
+    found = to_container(yaml_files.load(Path(path), f"--config {path}"))
+    if not isinstance(found, dict):
+        raise UserError(f"--config {path}: holds no config, which is keys and values")
+    return found

@@ -4,8 +4,12 @@ import contextlib
 import difflib
 import errno
 import os
+import signal
 import sys
+import unicodedata
 from pathlib import Path
+
+from steps.lib import signals
 
 MOST_SHOWN = 15  # longer lists of choices drown the message
 
@@ -19,21 +23,69 @@ class UserError(Exception):
 
 
 @contextlib.contextmanager
-def one_line_errors():
-    """End the process with one line and exit code 2 when the user can fix what is wrong."""
+def one_line_errors(what: str | None = None, stage: str | None = None, log: str | None = None):
+    """End the process with one line when the user can fix what is wrong (exit code 2), or asked it to end.
+
+    A reader that closes its end of the pipe (``| head``) ends it without a word, as it ends other commands.
+
+    Args:
+        what: what is being made, for the line; the command's name by itself.
+        stage: the step or the command at work.
+        log: a file that gets the line as well.
+    """
+    command = Path(sys.argv[0]).stem
+    _print_any_text()
+    with signals.as_interrupts():
+        try:
+            yield
+            sys.stdout.flush()
+        except KeyboardInterrupt as error:
+            name = str(error) or "SIGINT"
+            line = f"interrupted ({name}): run the same command again, and it goes on from what is whole"
+            _end(line, getattr(error, "code", 130), log)
+        except Exception as error:
+            if isinstance(error, BrokenPipeError) and _nobody_reads():
+                sys.exit(128 + signal.SIGPIPE)
+            known = explained(error, what or command, stage or command)
+            if known is None:
+                raise
+            _end(f"error: {visible(str(known))}", 2, log)
+
+
+def _print_any_text() -> None:
+    """Let a terminal of another encoding show what it can, rather than end the command."""
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(AttributeError, ValueError):  # of a test, or closed
+            stream.reconfigure(errors="backslashreplace")
+
+
+def _nobody_reads() -> bool:
+    """Whether standard output is a pipe that was closed. Python would complain of that once more at its end."""
     try:
-        yield
-    except Exception as error:
-        known = explained(error, Path(sys.argv[0]).stem)
-        if known is None:
-            raise
-        print(f"error: {known}", file=sys.stderr, flush=True)
-        sys.exit(2)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return True
+    return False
 
 
-def explained(error: Exception, what: str) -> UserError | None:
+def _end(line: str, code: int, log: str | None) -> None:
+    print(line, file=sys.stderr, flush=True)
+    if log:
+        with contextlib.suppress(OSError), Path(log).open("a", encoding="utf-8") as file:
+            print(line, file=file)
+    sys.exit(code)
+
+
+def visible(text: str) -> str:
+    """A text on one line: what would break it, or steer a terminal, as Python writes it."""
+    hidden = ("Cc", "Cs", "Zl", "Zp")  # controls, halves of characters, ends of lines and paragraphs
+    return "".join(repr(char)[1:-1] if unicodedata.category(char) in hidden else char for char in text)
+
+
+def explained(error: Exception, what: str, stage: str | None = None) -> UserError | None:
     """What the user can do about `error`, met in making `what`; None: it is a fault of the code."""
-    return error if isinstance(error, UserError) else lack(error, what)
+    return error if isinstance(error, UserError) else lack(error, what, stage)
 
 
 # Libraries wrap what the system says (safetensors in its own error, torch in a RuntimeError), but they all quote it.
@@ -54,11 +106,48 @@ NO_MEMORY = [
 NO_THREAD = ["can't start new thread", os.strerror(errno.EAGAIN)]
 
 
-def lack(error: BaseException, output: str) -> UserError | None:
-    """What the machine lacks, when `error` or one it came from says so: room or rights on disk, memory, threads."""
-    said = ""
+# What a path can be that no retry will mend: the system's message and the path say it all.
+PATHS = {
+    errno.EACCES: "make it readable and writable",
+    errno.EPERM: "make it readable and writable",
+    errno.ENOTDIR: "there is a file where a folder should be: move it away",
+    errno.EEXIST: "move it away",
+    errno.EISDIR: "there is a folder where a file should be: move it away",
+    errno.ENAMETOOLONG: "choose a shorter name",
+    errno.ELOOP: "its links lead in a circle: name the file itself",
+    errno.EIO: "the disk or the network drive fails",
+    errno.ESTALE: "the disk or the network drive fails",
+    errno.EMFILE: "raise the limit of open files (ulimit -n)",
+    errno.ENFILE: "raise the limit of open files (ulimit -n)",
+}
+
+# What takes less memory, by what is at work. Elsewhere nothing does but a larger machine.
+TRAIN_SMALLER = (
+    "lower train.per_device_train_batch_size (and raise gradient_accumulation_steps by as much), or "
+    "tokenize.max_length, or set train.gradient_checkpointing=true"
+)
+SMALLER = {
+    None: TRAIN_SMALLER + "; in evaluation lower eval.batch_size (--batch-size)",
+    "train_adapter": TRAIN_SMALLER,
+    "evaluate_model": "lower eval.batch_size",
+    "sample_answers": "lower method.own_answers.batch_size",
+    "reference_logprobs": "lower tokenize.max_length",
+    "predict": "lower --batch-size",
+}
+LARGER = "close other programs, run with fewer --cores, or use a machine with more memory"
+
+
+def lack(error: BaseException, output: str, stage: str | None = None) -> UserError | None:
+    """What the machine lacks, when `error` or one it came from says so: room or rights on disk, memory, threads.
+
+    Args:
+        output: what was being made, for the line.
+        stage: the step or command at work, which decides what takes less memory; None: it is not known.
+    """
+    said, wrong = "", None
     while error is not None:
         said += f"{type(error).__name__}: {error}\n"
+        wrong = wrong or _wrong_path(error)
         error = error.__cause__ or error.__context__
     again = "then run the same command again: it goes on where this one stopped"
     if any(text in said for text in FULL):
@@ -66,17 +155,20 @@ def lack(error: BaseException, output: str) -> UserError | None:
     if any(text in said for text in READ_ONLY):
         return UserError(f"{output}: the disk is read-only; make it writable, {again}")
     if any(text in said for text in NO_MEMORY):
-        return UserError(
-            f"{output}: out of memory; lower train.per_device_train_batch_size (and raise gradient_accumulation_steps "
-            "by as much), or eval.batch_size (--batch-size), or tokenize.max_length, or set "
-            "train.gradient_checkpointing=true"
-        )
+        return UserError(f"{output}: out of memory; {SMALLER.get(stage, LARGER)}")
     if any(text in said for text in NO_THREAD):
         return UserError(
             f"{output}: no more threads can be started; the limit of processes (ulimit -u) or of memory (ulimit -v, "
             f"the job's request) is used up: raise it, {again}"
         )
-    return None
+    return wrong
+
+
+def _wrong_path(error: BaseException) -> UserError | None:
+    """What is wrong with the path that the system refused, in one line."""
+    if not isinstance(error, OSError) or error.filename is None or error.errno not in PATHS:
+        return None
+    return UserError(f"{error.filename}: {error.strerror}; {PATHS[error.errno]}")
 
 
 def suggest(word: str, choices) -> str:

@@ -6,11 +6,11 @@ The time of all is that of jobs started as soon as their inputs are there and co
 
 import dataclasses
 import heapq
-import json
 import os
 import shutil
 from pathlib import Path
 
+from steps.lib.files import read_json
 from steps.lib.keys import flat
 from steps.lib.pages import seconds as readable
 
@@ -70,7 +70,8 @@ def _read(folder: Path) -> Made | None:
 
     if not (folder / "config.yaml").is_file():
         return None
-    return Made(folder, stored_config(folder), json.loads((folder / "provenance.json").read_text()))
+    provenance = read_json(folder / "provenance.json", {"inputs": dict[str, str], "seconds": float})
+    return Made(folder, stored_config(folder), provenance)
 
 
 class Forecast:
@@ -79,11 +80,10 @@ class Forecast:
     Args:
         plan: the plan the jobs are of.
         cores: how many cores Snakemake will have.
-        threads: how many of them a training or an evaluation takes.
     """
 
-    def __init__(self, plan, cores: int, threads: int):
-        self.plan, self.cores, self.threads = plan, cores, threads
+    def __init__(self, plan, cores: int):
+        self.plan, self.cores = plan, cores
         self.jobs: dict[str, float] = {}  # path -> seconds
         self.bytes, self.unknown = 0, 0
 
@@ -119,7 +119,7 @@ class Forecast:
         while waiting or running:
             for path in list(waiting):
                 job = self.plan.jobs[path]
-                cores = min(self.threads if job.stage in ("train_adapter", "evaluate_model") else 1, self.cores)
+                cores = min(job.config.get("num_threads", 1), self.cores)
                 if cores <= free and not any(need in self.jobs and need not in ended for need in job.inputs.values()):
                     free -= cores
                     waiting.remove(path)
@@ -173,4 +173,4 @@ def rows_of(splits: Path, split: str) -> int | None:
     audit = splits / "audit.json"
     if not audit.is_file():
         return None
-    return json.loads(audit.read_text())["splits"].get(split, {}).get("rows")
+    return read_json(audit, {"splits": dict[str, dict]})["splits"].get(split, {}).get("rows")

@@ -18,7 +18,7 @@ PACKAGE_ROOT = Path(__file__).resolve().parents[2]
 # Modules that only watch or show what the steps do. An edit to them changes no artefact.
 NOT_IN_KEYS = frozenset(
     f"steps.lib.{name}"
-    for name in ("tracking", "progress", "errors", "plan", "figures", "pages", "workflow", "forecast")
+    for name in ("tracking", "progress", "errors", "signals", "plan", "figures", "pages", "workflow", "forecast")
 )
 
 
@@ -114,9 +114,9 @@ def file_sha256(path: str | os.PathLike) -> str:
 
 
 class HashCache:
-    """sha256 of files, remembered by path, size and modification time.
+    """sha256 of files, remembered by path, size and times.
 
-    Planning asks for the content of raw files each time. A file whose size and time stand as they
+    Planning asks for the content of raw files each time. A file whose size and times stand as they
     were is not read again, which keeps planning fast for gigabytes of data.
     """
 
@@ -129,15 +129,16 @@ class HashCache:
     def _read(path: Path) -> dict:
         """What was remembered; a damaged file is only a cache that is lost."""
         try:
-            known = json.loads(path.read_text())
-        except (OSError, ValueError):
+            known = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError):
             return {}
         whole = isinstance(known, dict) and all(isinstance(v, list) and len(v) == 2 for v in known.values())
         return known if whole else {}
 
     def sha256(self, path: str | os.PathLike) -> str:
         stat = Path(path).stat()
-        stamp = [stat.st_size, stat.st_mtime_ns, stat.st_ino]
+        # An edit may keep size and time of modification (rsync --times --inplace, cp -p), but the system notes it.
+        stamp = [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino, stat.st_dev]
         name = str(Path(path).absolute())
         if name not in self.known or self.known[name][0] != stamp:
             self.known[name] = [stamp, file_sha256(path)]
@@ -151,7 +152,7 @@ class HashCache:
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             temporary = self.path.with_suffix(f".{os.getpid()}")
-            temporary.write_text(json.dumps(self.known))
+            temporary.write_text(json.dumps(self.known), encoding="utf-8")
             temporary.replace(self.path)
         except OSError as error:
             print(

@@ -1,10 +1,10 @@
 """Loading models and tokenizers, with ``auto`` resolved for this machine."""
 
-import json
 import logging
 from pathlib import Path
 
 from steps.lib.errors import UserError
+from steps.lib.files import read_json
 
 log = logging.getLogger("temper")
 
@@ -98,7 +98,7 @@ def _with_steady_weights(model):
 def is_fully_trained(folder: Path) -> bool:
     """Whether all weights in a folder were trained here, in float32: in bfloat16 most of what they learned is lost."""
     provenance = folder / "provenance.json"
-    return provenance.is_file() and bool(json.loads(provenance.read_text()).get("fully_trained"))
+    return provenance.is_file() and bool(read_json(provenance).get("fully_trained"))
 
 
 def is_quantized(quantization: dict) -> bool:

@@ -60,12 +60,6 @@ def write_whole(path: Path, text: str) -> None:
     temporary.replace(path)
 
 
-def read_lines(path: Path) -> list[dict]:
-    """The objects of a JSON lines file."""
-    with path.open(encoding="utf-8") as file:
-        return [json.loads(line) for line in file if line.strip()]
-
-
 def json_lines(rows: list[dict]) -> str:
     return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 

@@ -15,10 +15,12 @@ from steps.lib import raw as raw_data
 from steps.lib.adapters import load_for_training
 from steps.lib.config import chosen_experiment, expand, parse_overrides, sft_config, split_overrides, stage_config
 from steps.lib.errors import UserError
-from steps.lib.keys import HashCache, digest, stage_key
+from steps.lib.files import read_json
+from steps.lib.folders import check_name, fault, is_complete
+from steps.lib.keys import HashCache, canonical_json, digest, stage_key
 from steps.lib.metrics import check_metric
 from steps.lib.schema import NOT_IN_KEY, Data
-from steps.lib.sources import model_files
+from steps.lib.sources import model_files, pinned
 
 RESULTS = Path("results")
 STATE = RESULTS / ".state"
@@ -64,7 +66,7 @@ class Job:
     def log(self) -> Path:
         """Where the Snakefile's rule of this stage writes its log."""
         path = Path(self.path)
-        name = f"{path.parent.name}-{self.key}" if self.stage == "fetch_data" else path.name
+        name = f"{path.parent.name}/{path.stem}" if self.stage == "fetch_data" else path.name
         return RESULTS / "logs" / self.stage / f"{name}.log"
 
 
@@ -106,6 +108,45 @@ class Plan:
         return self.jobs[path]
 
     @property
+    def comparison(self) -> Job:
+        """The last job."""
+        return self.jobs[str(RESULTS / "sweeps" / self.sweep)]
+
+    @property
+    def untouched(self) -> list[str]:
+        """The names of the untouched models' reports: what they are follows from what they are made from."""
+        reports = (job for job in self.jobs.values() if job.stage == "evaluate_model" and "adapter" not in job.inputs)
+        return [Path(job.path).name for job in reports]
+
+    def damaged(self) -> dict[str, str]:
+        """Folders that are there and not whole -> what is wrong. They count as not made, wherever that is asked."""
+        there = (job.path for job in self._kept() if Path(job.path).exists())
+        return {path: wrong for path in there if (wrong := fault(Path(path)))}
+
+    def missing(self) -> list[Job]:
+        """The jobs that are to run before the comparison: what a report needs and is not there, and what is damaged."""
+        found = dict.fromkeys(self.damaged())
+        todo = [run.artefacts["evaluate_model"] for run in self.runs] + [
+            path for broken in found for path in self.jobs[broken].inputs.values()
+        ]
+        while todo:
+            path = todo.pop()
+            if path not in found and not Path(path).exists():
+                found[path] = None
+                todo += self.jobs[path].inputs.values()
+        return [job for path, job in self.jobs.items() if path in found]
+
+    def is_made(self, job: Job) -> bool:
+        """Whether a job's output is there, and whole."""
+        if job.stage == "compare_runs":
+            return Path(self.complete).exists()
+        return Path(job.path).exists() if job.stage == "fetch_data" else is_complete(Path(job.path))
+
+    def _kept(self) -> list[Job]:
+        """The jobs that make a folder that stays as it is. Raw data is no such folder, and a sweep's is made anew."""
+        return [job for job in self.jobs.values() if job.stage not in ("fetch_data", "compare_runs")]
+
+    @property
     def leaderboard(self) -> str:
         return str(RESULTS / "sweeps" / self.sweep / "leaderboard.csv")
 
@@ -124,7 +165,7 @@ class Plan:
         try:
             PLANS.mkdir(parents=True, exist_ok=True)
             temporary = path.with_suffix(f".{os.getpid()}")
-            temporary.write_text(json.dumps(content, indent=1, ensure_ascii=False))
+            temporary.write_text(json.dumps(content, indent=1, ensure_ascii=False), encoding="utf-8")
             temporary.replace(path)  # written anew each time, so that a damaged one heals
         except OSError as error:
             raise UserError(f"{path}: cannot be written ({error.strerror}); make results/ a writable folder") from None
@@ -145,11 +186,19 @@ def parser(command: str, description: str) -> argparse.ArgumentParser:
 
 
 def load(path: str | os.PathLike) -> Plan:
-    """Read a frozen plan."""
-    content = json.loads(Path(path).read_text())
-    content["runs"] = [Run(**run) for run in content["runs"]]
-    content["jobs"] = {name: Job(**job) for name, job in content["jobs"].items()}
-    return Plan(**{**content, "path": str(path)})
+    """Read a frozen plan.
+
+    Raises:
+        UserError: it is damaged.
+    """
+    remedy = "run snakemake again, which writes it anew"
+    content = read_json(Path(path), {"runs": list[dict], "jobs": dict[str, dict]}, remedy)
+    try:
+        content["runs"] = [Run(**run) for run in content["runs"]]
+        content["jobs"] = {name: Job(**job) for name, job in content["jobs"].items()}
+        return Plan(**{**content, "path": str(path)})
+    except TypeError as error:
+        raise UserError(f"{path}: is no plan of this version ({error}); {remedy}") from None
 
 
 def build(experiment: str | None = None, sweep: str | None = None, overrides: str | list[str] = "") -> Plan:
@@ -182,6 +231,8 @@ def build(experiment: str | None = None, sweep: str | None = None, overrides: st
     )
     _add_comparison(plan, first)
     _add_tracking_targets(plan)
+    for path in plan.jobs:
+        check_name(Path(path), "config: a folder is named after data.name, model.name and sweep.name")
     return plan
 
 
@@ -219,8 +270,10 @@ class _Planner:
         self.jobs: dict[str, Job] = {}
         self.identities: dict[str, dict] = {}
         self.sources: dict[str, str] = {}  # data set's name -> its pin
+        self.exact: dict[str, dict] = {}  # source as the config has it -> the same, pinned
 
     def add_run(self, config: dict, point: dict) -> Run:
+        config = self._pinned(config)
         data, model = config["data"]["name"], config["model"]["name"]
         pin = self._raw(config)
         base = self._job("fetch_model", model, config, {}, extra=self._model_files(config))
@@ -282,6 +335,17 @@ class _Planner:
         view = {**config, "model": {**config["model"], "load": load}}
         job = self._job("reference_logprobs", _data_slug(config), view, {"model": start.path, "splits": splits.path})
         return {"references": job.path}
+
+    def _pinned(self, config: dict) -> dict:
+        """The config with commits in place of the hub's branches, so that keys know what they stand for."""
+        found = {}
+        for section, kind in (("data", "dataset"), ("model", "model")):
+            source = config[section]["source"]
+            asked = canonical_json(source)
+            if asked not in self.exact:
+                self.exact[asked] = pinned(source, kind, f"{section}.source")
+            found[section] = {**config[section], "source": self.exact[asked]}
+        return {**config, **found}
 
     def _raw(self, config: dict) -> str:
         """The fetch_data job; its output is the pin file, its identity the raw files' content."""
@@ -388,6 +452,7 @@ def _shares_trunk(train: dict) -> bool:
         and whole
         and train.get("max_steps", -1) <= 0
         and (warmup == 0 or warmup >= 1)  # below 1 it is a share of the total
+        and (train.get("eval_steps") or 1) >= 1  # the same
         and not train.get("load_best_model_at_end", False)
     )
 

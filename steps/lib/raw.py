@@ -45,6 +45,8 @@ def source_files(source: dict) -> dict[str, Path]:
     for path, file in zip(paths, files, strict=True):
         if not file.is_file():
             found = "is a folder: name the files in it" if file.is_dir() else "no such file"
+            if file.exists() and not file.is_dir():
+                found = "is no regular file (a pipe or a device?): write its content to one"
             raise UserError(f"data.source.path: {path}: {found} (relative paths start at {Path.cwd()})")
     counts = collections.Counter(file.name for file in files)
     named: dict[str, Path] = {}
@@ -52,7 +54,7 @@ def source_files(source: dict) -> dict[str, Path]:
         name = file.name if counts[file.name] == 1 else f"{file.parent.name}-{file.name}"
         if name in named:
             raise UserError(f"data.source.path: {named[name]} and {file} would both be called {name}: rename one")
-        if _is_not_data(name):
+        if is_no_data(name):
             raise UserError(f"data.source.path: {file}: hidden files and pin-*.json are no data: rename it")
         named[name] = file
     return dict(sorted(named.items()))
@@ -63,7 +65,9 @@ def data_files(raw: Path) -> list[Path]:
     if raw.is_file() and not is_pin(raw):
         return [raw]
     folder = raw.parent if is_pin(raw) else raw
-    files = sorted(path for path in folder.iterdir() if not path.is_dir() and not _is_not_data(path.name))
+    if not folder.is_dir():
+        raise UserError(f"{raw}: is neither a file nor a folder (a pipe or a device?): write its content to a file")
+    files = sorted(path for path in folder.iterdir() if not path.is_dir() and not is_no_data(path.name))
     for path in files:
         if not path.exists():
             raise UserError(f"{path}: links to {path.readlink()}, which does not exist any more")
@@ -77,7 +81,8 @@ def is_pin(path: Path) -> bool:
     return path.name.startswith("pin-") and path.suffix == ".json"
 
 
-def _is_not_data(name: str) -> bool:
+def is_no_data(name: str) -> bool:
+    """Whether a file of this name in a data folder is none of the raw files: it is hidden, or a pin."""
     return name.startswith(".") or is_pin(Path(name))
 
 
@@ -109,10 +114,10 @@ def read_pin(pin: Path) -> dict:
         UserError: it is damaged.
     """
     try:
-        recorded = json.loads(pin.read_text())
+        recorded = json.loads(pin.read_text(encoding="utf-8"))
         names = list(recorded["files"])
         whole = isinstance(recorded["source"], dict) and all(name == Path(name).name for name in names)
-    except (ValueError, LookupError, TypeError):
+    except (ValueError, LookupError, TypeError, RecursionError):
         whole = False
     if not whole:
         raise UserError(f"{pin}: damaged; delete it, and the data is fetched again (edited files are kept)")
@@ -124,8 +129,3 @@ def _identity(pin: Path, found: dict[str, str]) -> dict:
     if recorded["source"]["kind"] != "files" and recorded["files"] == found:
         return {"pin": pin.stem.removeprefix("pin-")}
     return {"files": list(found.values())}
-
-
-def identity_key(identity: dict) -> str:
-    """An identity as an upstream key."""
-    return digest(identity)

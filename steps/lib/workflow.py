@@ -2,19 +2,24 @@
 
 import contextlib
 import functools
-import json
+import logging
 import os
+import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 from steps.lib import plan as planning
-from steps.lib import tracking
+from steps.lib import signals, tracking
 from steps.lib.errors import UserError, one_line_errors, suggest
-from steps.lib.keys import PACKAGE_ROOT, canonical_json
+from steps.lib.files import read_json
+from steps.lib.folders import is_complete, remove_leftovers
+from steps.lib.keys import PACKAGE_ROOT
 
 FROZEN = "TEMPER_PLAN"  # environment variable: jobs that parse the Snakefile again read this plan
 STARTED = time.time()  # logs older than this command are not its failures
@@ -34,7 +39,10 @@ def load_plan(config: dict) -> planning.Plan:
                 )
         if not os.environ.get(FROZEN):
             texts = {key: _with_quotes(str(config[key])) for key in CONFIG_KEYS if config.get(key) is not None}
-            os.environ[FROZEN] = str(planning.build(**texts).freeze())
+            plan = planning.build(**texts)
+            os.environ[FROZEN] = str(plan.freeze())
+            for path, wrong in plan.damaged().items():
+                print(f"{path} is not whole ({wrong}): it is made again", file=sys.stderr)
         return planning.load(os.environ[FROZEN])
 
 
@@ -46,19 +54,29 @@ def _with_quotes(text: str) -> str:
     return text
 
 
-def inputs_of(plan: planning.Plan, stage: str, prefix: str = ""):
-    """Input function of a stage's rule: wildcards -> {input name: path}."""
-    return lambda wildcards: plan.job(stage, prefix + wildcards.name).inputs
+def inputs_of(plan: planning.Plan, stage: str, workflow):
+    """Input function of a stage's rule: wildcards -> {input name: path}.
 
-
-def config_of(plan: planning.Plan, stage: str, prefix: str = ""):
-    """Params function: wildcards -> the stage's config as one JSON text.
-
-    One text, because Snakemake compares params as a set of values: two values that swap places would go unseen.
+    Snakemake takes a folder that is there for made. It hears here of one that is not whole, whatever was asked for.
     """
-    if stage == "fetch_data":
-        return lambda wildcards: canonical_json(plan.jobs[f"data/raw/{wildcards.data}/pin-{wildcards.key}.json"].config)
-    return lambda wildcards: canonical_json(plan.job(stage, prefix + wildcards.name).config)
+
+    def inputs(wildcards) -> dict[str, str]:
+        job = plan.job(stage, wildcards.name)
+        if Path(job.path).exists() and not plan.is_made(job):
+            workflow.dag.forcefiles.add(job.path)
+        return job.inputs
+
+    return inputs
+
+
+def one_of(names: list[str]) -> str:
+    """A pattern for wildcards that takes just these names."""
+    return "|".join(map(re.escape, names))
+
+
+def none_of(names: list[str]) -> str:
+    """A pattern for wildcards that takes any name but these."""
+    return f"(?!({one_of(names)})$)[^/]+"
 
 
 def flags_of(plan: planning.Plan, stage: str, *names: str):
@@ -71,11 +89,6 @@ def flags_of(plan: planning.Plan, stage: str, *names: str):
     return flags
 
 
-def key_of(plan: planning.Plan, stage: str):
-    """Params function: wildcards -> the artefact's key."""
-    return lambda wildcards: plan.job(stage, wildcards.name).key
-
-
 def reports(plan: planning.Plan) -> list[str]:
     """The reports that the comparison waits for."""
     return [run.artefacts["evaluate_model"] for run in plan.runs]
@@ -85,28 +98,45 @@ def complete(plan: planning.Plan, workflow):
     """Input function: the file that a whole comparison writes last.
 
     It goes when the comparison could not reach the tracking store, so that this command compares, and mirrors, again.
+    It also goes when it is that of another plan: should a rule then not apply, nothing old hides it.
     """
 
     def path(_wildcards) -> str:
         file = Path(plan.complete)
-        look = plan.tracking["enabled"] and not workflow.dryrun and file.is_file()
-        if look and json.loads(file.read_text()).get("mirrored", True) is not True:
+        executes = workflow.executor_plugin is not None and not workflow.dryrun  # and does not only show something
+        if executes and file.is_file() and not _is_of(plan, file):
             file.unlink()
         return plan.complete
 
     return path
 
 
-def training_threads(plan: planning.Plan, cores: int | None) -> int:
-    """Cores per training: the machine's, shared evenly by the trainings that can run side by side.
+def _is_of(plan: planning.Plan, file: Path) -> bool:
+    """Whether a sweep's provenance is that of this plan's comparison, with all of it in the tracking store."""
+    try:
+        recorded = read_json(file, {"key": str})
+    except UserError:
+        return False
+    mirrored = not plan.tracking["enabled"] or recorded.get("mirrored", True) is True
+    return mirrored and recorded["key"] == plan.comparison.key
 
-    Two trainings of one thread each finish sooner than two in turn with two threads, and two with two
-    threads each on two cores would fight: measured 6 times slower.
-    """
-    if gpus_per_job():
-        return max(1, min(4, cores or 1))
-    trunks = {plan.jobs[path].settings["trunk"] for run in plan.runs for path in run.segments}
-    return max(1, (cores or 1) // max(1, len(trunks)))
+
+def threads_of(plan: planning.Plan, stage: str):
+    """Threads function of a stage's rule: what the config says (it is in the key), whatever the number of cores."""
+    return lambda wildcards: plan.job(stage, wildcards.name).config["num_threads"]
+
+
+def idle_cores(plan: planning.Plan, cores: int) -> str | None:
+    """A line on how to use the cores that the trainings to come leave idle, if they do."""
+    to_do = [job for job in plan.jobs.values() if "trunk" in job.settings and not plan.is_made(job)]
+    trunks = {job.settings["trunk"]: job.config["num_threads"] for job in to_do}
+    if not trunks or sum(trunks.values()) >= cores or gpus_per_job():
+        return None
+    each = max(1, cores // len(trunks))
+    return (
+        f"note: {len(trunks)} training(s) of {max(trunks.values())} thread(s) on {cores} cores: num_threads={each} is "
+        "faster (the number is part of a run, as its seed is: other last digits, another key)"
+    )
 
 
 def tokenizing_threads(plan: planning.Plan, cores: int | None) -> int:
@@ -126,40 +156,104 @@ def gpus_per_job() -> int:
 
 # --- the workflow's handlers ---------------------------------------------------------------------
 
+ASKED_TO_END: list[int] = []  # the signal that did, if any
 
-def on_start(plan: planning.Plan) -> None:
+
+def on_start(plan: planning.Plan, workflow) -> None:
     """Make the tracking store before eight jobs meet there; if it is away, nobody trains before they know."""
-    if not all(map(_has_report, plan.runs)):
-        with one_line_errors():
+    if note := idle_cores(plan, workflow.cores or 1):
+        print(note, file=sys.stderr)
+    with one_line_errors():
+        _remove_leftovers()
+        if not all(map(_has_report, plan.runs)):
             tracking.prepare(plan.tracking, plan.sweep)
+    if workflow.local_exec:  # a cluster's jobs are Snakemake's to cancel
+        signals.on_ending(lambda number: _end_jobs(number, workflow.scheduler), _end_at_once)
+
+
+def _remove_leftovers() -> None:
+    for folder in planning.FOLDERS.values():
+        remove_leftovers(planning.RESULTS / folder)
+
+
+def _end_jobs(number: int, scheduler) -> None:
+    """Tell all jobs to end, and start no others; Snakemake itself would wait for those that run.
+
+    In a thread: the scheduler's lock may be held by the very code that the signal interrupted.
+    """
+    ASKED_TO_END.append(number)
+    logging.getLogger("snakemake").setLevel(logging.CRITICAL)  # jobs that end now are no news
+    logging.getLogger("snakemake.logging").setLevel(logging.CRITICAL)
+
+    def tell() -> None:
+        scheduler.exit_gracefully()
+        told = set()
+        while True:  # one may be starting just now
+            told |= _signal(signal.SIGTERM, told)
+            time.sleep(0.1)
+
+    threading.Thread(target=tell, daemon=True).start()
+
+
+def _end_at_once(number: int) -> None:
+    _signal(signal.SIGKILL, set())
+    print("interrupted again: all jobs were killed; run the same command again", file=sys.stderr, flush=True)
+    os._exit(128 + number)
+
+
+def _signal(number: int, but: set[int]) -> set[int]:
+    """Send a signal to all processes that this one started, less some; returns which got it."""
+    import psutil
+
+    sent = set()
+    for process in psutil.Process().children(recursive=True):
+        if process.pid not in but:
+            with contextlib.suppress(psutil.Error):
+                process.send_signal(number)
+                sent.add(process.pid)
+    return sent
 
 
 def on_success(plan: planning.Plan) -> None:
     """Show what came out."""
-    from steps.compare_runs import print_leaderboard
+    from steps.compare_runs import print_leaderboard, read_board
 
     if not (Path(plan.complete).exists() and all(map(_has_report, plan.runs))):  # --until some stage
         _mirror(plan, None, unfinished="FINISHED")
         return
-    folder = Path(plan.leaderboard).parent
-    print_leaderboard(folder)
-    best = json.loads((folder / "leaderboard.json").read_text())["rows"][0]["run"]
-    print(f"best model: {next(run.artefacts['merge_adapter'] for run in plan.runs if run.name == best)}")
-    if plan.tracking["enabled"]:
-        print("MLflow: make ui, then http://127.0.0.1:5000")
+    with one_line_errors():
+        folder = Path(plan.leaderboard).parent
+        print_leaderboard(folder)
+        best = read_board(folder)["rows"][0]["run"]
+        print(f"best model: {next(run.artefacts['merge_adapter'] for run in plan.runs if run.name == best)}")
+        if plan.tracking["enabled"]:
+            print("MLflow: make ui, then http://127.0.0.1:5000")
 
 
 def on_error(plan: planning.Plan) -> None:
     """A leaderboard of the runs that did end, and one line per failed job with the end of its log."""
-    _compare_what_is_there(plan)
-    for job in plan.jobs.values():
-        if not Path(job.path).exists() and job.log.is_file() and job.log.stat().st_mtime >= STARTED:
-            print(f"failed: {job.stage} {job.log.stem}: {_end_of(job.log)}  (log: {job.log})", file=sys.stderr)
+    if ASKED_TO_END:
+        _end_as_asked(plan)
+    with one_line_errors():
+        _compare_what_is_there(plan)
+        for job in plan.jobs.values():
+            if not plan.is_made(job) and job.log.is_file() and job.log.stat().st_mtime >= STARTED:
+                print(f"failed: {job.stage} {job.log.stem}: {_end_of(job.log)}  (log: {job.log})", file=sys.stderr)
+
+
+def _end_as_asked(plan: planning.Plan) -> None:
+    """Leave the tracking store and the disk as they should be, and end with the signal's exit code."""
+    number = ASKED_TO_END[0]
+    _mirror(plan, None)
+    _remove_leftovers()
+    name = signal.Signals(number).name
+    print(f"interrupted ({name}): run the same command again, and it goes on from what is whole", file=sys.stderr)
+    sys.exit(128 + number)
 
 
 def _end_of(log: Path) -> str:
     """Why a job ended: the last line of its log, unless it was killed before it could say anything."""
-    text = log.read_text(errors="replace")
+    text = log.read_text(encoding="utf-8", errors="replace")
     lines = [line for line in text.splitlines() if line.strip()] or ["(nothing)"]
     if lines[-1].startswith(("error: ", "interrupted")) or "Traceback (most recent call last)" in text:
         return lines[-1]
@@ -175,9 +269,9 @@ def _compare_what_is_there(plan: planning.Plan) -> None:
 
     folder, board = Path(plan.leaderboard).parent, None
     if any(map(_has_report, plan.runs)):
-        Path(plan.complete).unlink(missing_ok=True)
-        with contextlib.suppress(UserError):  # then the comparison itself failed, and its log says why
-            board = compare_runs.compare(plan.jobs[str(folder)].config, folder)
+        with contextlib.suppress(UserError, OSError):  # then the comparison itself failed, and its log says why
+            Path(plan.complete).unlink(missing_ok=True)
+            board = compare_runs.compare(plan.comparison.config, folder)
     _mirror(plan, board)
     if board:
         compare_runs.print_leaderboard(folder)
@@ -190,4 +284,4 @@ def _mirror(plan: planning.Plan, board: dict | None, **options) -> None:
 
 
 def _has_report(run: planning.Run) -> bool:
-    return (Path(run.artefacts["evaluate_model"]) / "metrics.json").is_file()
+    return is_complete(Path(run.artefacts["evaluate_model"]))

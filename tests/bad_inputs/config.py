@@ -1,14 +1,109 @@
-"""Config that cannot be: keys, values, choices, files of conf/."""
+"""Config that cannot be: keys, values, choices, sweeps, YAML files."""
 
-from tests.bad_inputs import Bad
+import json
+
+from tests.bad_inputs import Bad, World
 
 
 def _plan(name: str, says: str, *overrides: str) -> Bad:
     return Bad(name, says, "plan", lambda world: ["--experiment", "smoke", *overrides])
 
 
+def _file(name: str, says: str, content: str | bytes) -> Bad:
+    """A stage's config file."""
+
+    def arguments(world: World) -> list[str]:
+        world.write("stage.yaml", content)
+        return ["--output", "model", "--config", "stage.yaml"]
+
+    return Bad(name, says, "fetch_model", arguments)
+
+
+def _text(name: str, says: str, text: str) -> Bad:
+    """A stage's config as JSON text."""
+    return Bad(name, says, "fetch_model", lambda world: ["--output", "model", "--config", text])
+
+
+def _by_hand(name: str, says: str, *arguments: str) -> Bad:
+    return Bad(name, says, "fetch_model", lambda world: ["--output", "model", *arguments])
+
+
+NINE_TIMES_NINE = "a: &a [1,1,1,1,1,1,1,1,1]\n" + "".join(
+    f"{name}: &{name} [{','.join([f'*{before}'] * 9)}]\n" for before, name in zip("abcdefgh", "bcdefghi", strict=True)
+)
+OF_A_PACKAGE = {"kind": "package", "requirement": "x==1", "sha256": "0" * 64}
+
 CASES = [
+    # keys and values
     _plan("unknown key", r"train\.lerning_rate.*did you mean 'learning_rate'", "train.lerning_rate=1e-3"),
-    _plan("unknown choice", r"conf/data/nothing\.yaml does not exist", "data=nothing"),
+    _plan("unknown section", r"unknown key 'hydra'", "hydra.run.dir=x"),
+    _plan("a key below a value", r"'seed'.*valid integer \(found \{\"x\": 1\}\)", "seed.x=1"),
+    _plan("no key", r"has no key", "=3"),
+    _plan("no value", r"'adapter\.r'.*valid integer", "adapter.r="),
+    _plan("a text for a number", r"'train\.learning_rate'", "train.learning_rate=fast"),
+    _plan("a truth value for a text", r"'data\.name'.*in quotes", "data.name=true"),
+    _plan("a number for a text", r"'prompt\.system'.*in quotes to make it a text", "prompt.system=8"),
+    _plan("a truth value for a choice", r"must be one of no, steps, epoch.*in quotes", "train.eval_strategy=false"),
+    _plan("no finite number", r"finite", "train.learning_rate=nan"),
+    _plan("a negative seed", r"'seed'", "seed=-1"),
+    _plan("a seed beyond 32 bits", r"'seed'", "seed=4294967296"),
+    _plan("a delimiter of two characters", r"'data\.csv\.delimiter'", "data.csv.delimiter=';;'"),
+    _plan("splits that leave nothing", r"leave no rows for training", "data.splits={validation:0.5,test:0.5}"),
+    # the grammar of overrides
     _plan("unbalanced bracket", r"override 'adapter\.target_modules=\[a'", "adapter.target_modules=[a"),
+    _plan("blanks without quotes", r"in quotes: key='a b'", "a b=3"),
+    _plan("a value that ends with a comma", r"override 'adapter\.r=1,'", "adapter.r=1,"),
+    _plan("an interpolation of nothing", r"'prompt\.system'.*write \\\$\{", "prompt.system=${nope}"),
+    _plan("a brace that is no interpolation", r"write \\\$\{", "prompt.system='Is ${{ price }} much?'"),
+    _plan("a variable that is not set", r"'seed'.*NOT_SET_ANYWHERE", "seed=${oc.env:NOT_SET_ANYWHERE}"),
+    _plan("3,000 brackets", r"more than 40 brackets within brackets", "seed=" + "[" * 3000 + "]" * 3000),
+    _plan("a package", r"packages \(@\.\.\.\) are not supported", "data@foo=english_quotes"),
+    _plan("to delete a key that is not there", r"there is no such key", "~train.nothing"),
+    _plan("to delete a group", r"cannot be left out", "~train"),
+    _plan("to delete and to sweep", r"~ takes a key out", "~train.learning_rate=1,2"),
+    # choices
+    _plan("unknown choice", r"conf/data/nothing\.yaml does not exist", "data=nothing"),
+    _plan("a choice above conf", r"does not exist", "data=../../../etc/passwd"),
+    _plan("a choice of 5,000 letters", r"does not exist", "data=" + "a" * 5000),
+    _plan("unknown experiment", r"conf/experiment/none\.yaml does not exist", "experiment=none"),
+    # sweeps
+    _plan("an axis without values", r"choice\(\)", "adapter.r=choice()"),
+    _plan("a glob without matches", r"has no values", "adapter=glob(nothing*)"),
+    _plan("an interval", r"range\(1,4\)", "train.learning_rate=interval(0,1)"),
+    _plan("a shuffled axis", r"shuffle", "seed=shuffle(1,2,3)"),
+    _plan("a billion values", r"more than 10,000 values", "seed=range(0,1000000000)"),
+    _plan("a billion values, sorted", r"more than 10,000 values", "seed=sort(range(0,1000000000))"),
+    _plan(
+        "ten million points",
+        r"make 20,000,000 runs; a plan takes 10,000",
+        "seed=range(0,10000)",
+        "adapter.r=range(1,1001)",
+    ),
+    _plan("a sweep of experiments", r"cannot be an axis", "experiment=smoke,demo"),
+    _plan("a sweep of sweeps", r"cannot be an axis", "sweep=none,smoke"),
+    _plan("a sweep of tracking", r"cannot be an axis", "tracking.enabled=true,false"),
+    _plan("a sweep of the ranking metric", r"cannot be an axis", "eval.metric=accuracy,f1"),
+    _plan("axes that are no mapping", r"'sweep\.axes' must map", "sweep.axes=3"),
+    _plan("an axis that changes nothing", r"leave one out", "train.max_steps=10", "train.num_train_epochs=1,2"),
+    # YAML files
+    _file("no YAML", r"stage\.yaml:1: is not valid YAML", "a: ["),
+    _file("a tab", r"stage\.yaml:2: is not valid YAML", "a:\n\tb: 1"),
+    _file("a key twice", r"stage\.yaml:2: .*duplicate key", "model: 1\nmodel: 2\n"),
+    _file("YAML in Latin-1", r"stage\.yaml:2: is not UTF-8", b"model:\n  name: M\xfcller\n"),
+    _file("YAML in UTF-16", r"is not UTF-8", "model: {}\n".encode("utf-16")),
+    _file("a NUL character", r"stage\.yaml: is not valid YAML", b"model: \x00\n"),
+    _file("two documents", r"stage\.yaml:2: is not valid YAML", "a: 1\n---\nb: 1\n"),
+    _file("a Python object", r"stage\.yaml:1: .*tag", "model: !!python/object/apply:os.system ['ls']\n"),
+    _file("5,000 brackets in YAML", r"nested more than 50 levels", "model: " + "[" * 5000 + "]" * 5000),
+    _file("a billion values by aliases", r"more than 100,000 values", NINE_TIMES_NINE),
+    _file("a list for a config", r"holds no config", "- model\n"),
+    _file("an empty file", r"'model' is missing|'model\.source' is missing", ""),
+    _text("no JSON text", r"--config: not JSON", "{model"),
+    _text("deep JSON text", r"--config: not JSON", '{"model":' + "[" * 100_000),
+    _text("an unknown section in JSON", r"'model' is missing|unknown", json.dumps({"modle": {}})),
+    _text("an unknown kind of source", r"kind", json.dumps({"model": {"source": {"kind": "ftp", "path": "x"}}})),
+    _text("a source without member", r"member", json.dumps({"model": {"source": OF_A_PACKAGE}})),
+    _by_hand("a config file that is not there", r"no such file", "--config", "x"),
+    _by_hand("config and overrides", r"exclude each other", "--config={}", "seed=1"),
+    _by_hand("a swept value by hand", r"one run, but seed is swept", "seed=1,2"),
 ]
