@@ -11,7 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCau
 from steps.lib.batches import collate
 from steps.lib.conversation import IGNORED
 from steps.lib.flat_batch import LONGEST_PRODUCTS, SHORTEST_PREFIX, flatten
-from steps.lib.loss import SupervisedLoss, flat_way, plain_way, short_way
+from steps.lib.loss import SupervisedLoss, flat_way, plain_way, short_way, unshared_way
 
 SIZES = {
     "vocab_size": 40,
@@ -136,21 +136,18 @@ def test_a_short_beginning_is_not_worth_an_attention_of_its_own():
     assert flatten(batch, batch["labels"][:, 1:] != IGNORED).prefix == 0
 
 
-def test_with_dropout_no_state_is_shared(monkeypatch):
+def test_with_dropout_no_state_is_shared():
     """Rows that shared a state would share its random draws."""
     model = LlamaForCausalLM._from_config(LlamaConfig(**SIZES, attention_dropout=0.5), attn_implementation="eager")
-    batch, seen = collate(rows_of([5, 5]), 0), []
-    monkeypatch.setattr("steps.lib.loss.flatten", lambda *a, **k: seen.append(k["share"]) or flatten(*a, **k))
-    loss = SupervisedLoss()
+    batch, loss = collate(rows_of([5, 5]), 0), SupervisedLoss()
     model.train()
     torch.manual_seed(0)
     one, two = loss(model, batch)[0].item(), loss(model, batch)[0].item()
-    assert loss.way is flat_way
+    assert loss.way is unshared_way
     assert one != two, "dropout is at work"
-    assert seen[-1] is False
     model.eval()
     loss(model, batch)
-    assert seen[-1] is True
+    assert loss.way is flat_way
 
 
 def test_the_models_own_attention_is_back_afterwards():

@@ -50,6 +50,23 @@ class FlatBatch:
     branches: torch.Tensor
     predicting: torch.Tensor
     masks: dict = dataclasses.field(default_factory=dict)
+    windowed: int = 0  # calls of attention that looked a few tokens back
+    unknown: set = dataclasses.field(default_factory=set)  # what attention was asked for and does not know
+
+    def row_of(self) -> torch.Tensor:
+        """(1, tokens) the number of each token's row, -1 for what all rows begin with."""
+        own = self.place_of // self.branches.shape[1]
+        return torch.cat([own.new_full((self.prefix,), -1), own])[None]
+
+    def misunderstood(self, config) -> str | None:
+        """What `config`'s attention does beyond `flat_attention`, once this batch went through the model."""
+        if self.unknown:
+            return f"attention takes {', '.join(sorted(self.unknown))}"
+        layers = getattr(config, "layer_types", None)
+        windows = layers.count("sliding_attention") if layers else int(bool(getattr(config, "sliding_window", None)))
+        if getattr(config, "use_sliding_window", True) and self.windowed < windows:
+            return "attention does not say how far back it looks"
+        return None
 
     def bias(self, window: int | None, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         """What to add to the scores of attention: nothing, or what leaves nothing of them where a token is not seen.
@@ -186,8 +203,23 @@ def flat_attention_in(model):
         model.config._attn_implementation = before
 
 
+# What models hand to their attention beside what it attends with; it changes nothing of what is computed.
+WITHOUT_MEANING = {"position_ids", "cache_position", "use_cache", "output_attentions", "output_hidden_states"}
+WITHOUT_MEANING |= {"return_dict", "output_router_logits", "position_embeddings"}
+
+
 def flat_attention(
-    module, query, key, value, attention_mask, scaling, dropout=0.0, flat=None, plain=True, sliding_window=None, **_
+    module,
+    query,
+    key,
+    value,
+    attention_mask,
+    scaling,
+    dropout=0.0,
+    flat=None,
+    plain=True,
+    sliding_window=None,
+    **more,
 ):
     """Attention of a `FlatBatch`, after transformers' attention interface.
 
@@ -199,6 +231,8 @@ def flat_attention(
         (output: (1, tokens, heads, size), None)
     """
     del module, attention_mask  # transformers makes no mask for an attention function it does not know
+    flat.windowed += bool(sliding_window)
+    flat.unknown |= {name for name, value in more.items() if value is not None and name not in WITHOUT_MEANING}
     prefix, own = flat.prefix, query.shape[2] - flat.prefix
     short = plain and prefix + flat.branches.shape[1] <= LONGEST_PRODUCTS
     attend = functools.partial(_products if short else _kernel, scaling=scaling, dropout=dropout)

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from torch.utils.data import DataLoader
 from transformers import EarlyStoppingCallback, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers.integrations import activate_neftune
 
 from steps.lib import checkpoints
 from steps.lib.batches import EpochSampler, collate
@@ -65,6 +66,9 @@ class TemperTrainer(Trainer):
         self.remove_callback(PrinterCallback)
         if self.args.gradient_checkpointing:  # train() does it again; the estimate before it must see it too
             self.model.gradient_checkpointing_enable(self.args.gradient_checkpointing_kwargs)
+        if self.neftune_noise_alpha is not None:  # likewise; train() would add the noise a second time
+            activate_neftune(self.model, self.neftune_noise_alpha, self.accelerator)
+            self.neftune_noise_alpha = None
         self.supervised_loss = SupervisedLoss()
         self.schedule_steps = schedule_steps
         self.tokens = 0  # real ones (no padding) that were trained on
