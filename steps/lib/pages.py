@@ -28,7 +28,7 @@ METRIC_NAMES = {
 }
 
 METRIC_NOTES = {
-    "accuracy": "share of rows where, of all labels, the model finds the right one likeliest",
+    "accuracy": "share of rows where, of all labels, the model finds the right one likeliest (log-probability of label and end)",
     "f1": "labels: mean of the classes' F1 (macro); tags: mean F1 of each row's sets",
     "exact_match": "share of answers equal to the reference",
     "precision": "tags: mean share of given tags that are wanted",

@@ -163,7 +163,7 @@ class PreferenceTrainer(TemperTrainer):
 
     def pair_losses(self, model, batch):
         """(loss of each pair, figures of each pair); both answers go through the model together."""
-        return self.preference_loss(self.supervised_loss.sequence_logps(model, batch, pairs=True), batch)
+        return self.preference_loss(self.supervised_loss.sequence_logps(model, batch, answers=2), batch)
 
     def _get_num_items_in_batch(self, batch_samples, device):
         pairs = sum(len(batch["input_ids"]) for batch in batch_samples) // 2
