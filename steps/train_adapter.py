@@ -27,7 +27,7 @@ from steps.lib.errors import UserError
 from steps.lib.files import load_rows
 from steps.lib.folders import locked
 from steps.lib.keys import HashCache, code_key, digest
-from steps.lib.labels import normalised
+from steps.lib.labels import gold_label
 from steps.lib.progress import quiet_libraries
 from steps.lib.step import computing_threads, peak_memory, run_command
 
@@ -229,14 +229,12 @@ def _keep_checkpoint(checkpoint: Path | None, output: Path) -> None:
 
 def _check_references(rows, labels: list[str]) -> None:
     """Every answer of a labelling task must be one of its labels."""
-    known = {normalised(label) for label in labels}
     for split, part in rows.items():
+        known = set()
         for number, reference in zip(part["id"], part["reference"], strict=True):
-            if normalised(reference) not in known:
-                raise UserError(
-                    f"{split} split, row {number} of the raw data: the answer '{reference[:60]}' is no label of "
-                    f"eval.labels ({', '.join(labels)}); correct the row, data.completion or eval.labels"
-                )
+            if reference not in known:
+                gold_label(reference, labels, f"{split} split, row {number} of the raw data")
+                known.add(reference)
 
 
 def _headline(rows, sizes: dict, args, target: int, checkpoint: Path | None, threads: int) -> str:

@@ -53,7 +53,7 @@ def test_the_fastest_way_is_taken_for_a_plain_decoder(model, batch):
 
 def test_a_head_that_does_more_falls_back_to_the_plain_way(model, batch):
     """A model that scales its logits (as Cohere and Granite do) is found out on the first batch."""
-    odd = copy.deepcopy(model)
+    odd = copy.deepcopy(model).eval()  # in training its loss, which is not scaled, would be refused
     base = odd.get_base_model()
     original = base.forward
 

@@ -83,7 +83,7 @@ def _is_usual_norm(norm) -> bool:
 
 
 def _use_fast_lora(model) -> int:
-    """Layers that do more (DoRA, a bias in the adapter), or less, keep PEFT's forward pass."""
+    """Layers that do more (DoRA, a bias in the adapter, hooks), or less, keep PEFT's forward pass."""
     from peft.tuners.lora.layer import Linear, LoraLayer
 
     layers = [part for part in model.modules() if isinstance(part, LoraLayer) and _is_plain(part, Linear)]
@@ -97,7 +97,15 @@ def _is_plain(layer, linear: type) -> bool:
     of_bitsandbytes = type(layer).__module__ == "peft.tuners.lora.bnb"
     if not (type(layer) is linear or of_bitsandbytes) or len(names) != 1:
         return False
-    return names[0] not in layer.lora_variant and layer.lora_B[names[0]].bias is None
+    products = layer.lora_A[names[0]], layer.lora_B[names[0]]
+    if names[0] in layer.lora_variant or products[1].bias is not None:
+        return False
+    return all(type(part) is torch.nn.Linear and not _has_hooks(part) for part in products)
+
+
+def _has_hooks(module) -> bool:
+    """Whether something is called with a module's pass, beside its `forward`."""
+    return any((module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks))
 
 
 def _forward(layer, original, inputs, *arguments, **keywords):

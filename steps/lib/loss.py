@@ -12,13 +12,16 @@ The plain way: the model's own logits at all positions. An encoder-decoder model
 import contextlib
 import dataclasses
 import logging
+import random
 from collections.abc import Callable
 
+import numpy
 import torch
 from torch.nn.functional import cross_entropy
 
 from steps.lib.adapters import is_prompt_learning
 from steps.lib.conversation import IGNORED
+from steps.lib.errors import UserError
 from steps.lib.flat_batch import flat_attention_in, flatten
 
 log = logging.getLogger("temper")
@@ -69,7 +72,9 @@ class SupervisedLoss:
 
     def __init__(self, share: bool = True):
         self.share = share
-        self.way = None  # not known before the first batch
+        self.ways: dict[bool, Callable] = {}  # of a model in training and one in evaluation: chosen on its first batch
+        self.way = None  # the last one taken
+        self.said: set[str] = set()
 
     def __call__(self, model, batch):
         """Args: a model (PEFT or not) and a batch with input_ids, attention_mask and labels as `collate` makes it.
@@ -79,60 +84,132 @@ class SupervisedLoss:
         """
         return self.predictions(model, batch).sum_and_count()
 
-    def sequence_logps(self, model, batch, pairs: bool = False):
+    def sequence_logps(self, model, batch, answers: int = 1):
         """Log-probability of each row's learned tokens, summed: (rows,) float32 with gradient.
 
-        `pairs`: the batch is that of `collate_pairs`.
+        `answers`: see `flat_batch.flatten`.
         """
-        found = self.predictions(model, batch, pairs)
+        found = self.predictions(model, batch, answers)
         logps = -found.losses()
         return logps.new_zeros(len(found.learned)).index_add(0, found.learned.nonzero()[:, 0], logps)
 
-    def predictions(self, model, batch, pairs: bool = False) -> Predictions:
+    def predictions(self, model, batch, answers: int = 1) -> Predictions:
         """What the model predicts at a batch's learned positions, and what was to be predicted."""
-        if self.way is None:
-            self.way = fastest_way(model, batch, pairs, self.share)
-        return self.way(model, batch, pairs)
+        if model.training not in self.ways:
+            self.ways[model.training] = self._fastest_way(model, batch, answers)
+        self.way = self.ways[model.training]
+        return self.way(model, batch, answers)
+
+    def _fastest_way(self, model, batch, answers: int) -> Callable:
+        way, why = fastest_way(model, batch, answers, self.share)
+        if why and why not in self.said:
+            self.said.add(why)
+            log.info("loss: %s", why)
+        return way
 
 
 # --- which way -----------------------------------------------------------------------------------
 
 
-def fastest_way(model, batch: dict, pairs: bool = False, share: bool = True) -> Callable:
-    """The first of flat, short and plain way that predicts what the model itself does; why not is logged, once.
+def fastest_way(model, batch: dict, answers: int = 1, share: bool = True) -> tuple[Callable, str | None]:
+    """(the first of flat, short and plain way that predicts what the model itself does; why it is not the flat one)
 
-    To be sure, the way is tried on some rows of the batch, without dropout.
+    To be sure, the way is tried on some rows of the batch: without randomness, and for a model in training also in
+    training. There a model may do what it does not in evaluation: draw random numbers, or call hooks (NEFTune's noise).
+    The flat way shows a module all rows as one. That changes no dropout, which draws for each number by itself, but may
+    change anything else that is drawn; so with that rows are padded, where the model sees what it would see anyway.
+
+    Raises:
+        UserError: for a model in training whose own loss has more in it than the cross entropy.
     """
-    few = _some_rows(batch, pairs)
-    with torch.no_grad(), _evaluating(model):
+    few, answers = _some_rows(batch, answers)
+    with torch.no_grad(), _random_state_kept():
+        if model.training:
+            _refuse_other_loss(model, few)
         obstacle = _head_obstacle(model, few)
         if obstacle is None:
-            flat = flat_way if share else unshared_way
-            flat_obstacle = _flat_obstacle(model) or _difference(flat, model, few, pairs)
+            flat_obstacle = _flat_obstacle(model, few, answers, share)
             if flat_obstacle is None:
-                return flat
-            log.info("loss: rows are padded and share nothing: %s", flat_obstacle)
-        obstacle = obstacle or _difference(short_way, model, few, pairs)
-    if obstacle is None:
-        return short_way
-    log.info("loss: logits at all positions: %s", obstacle)
-    return plain_way
+                return (flat_way if share and not _draws(model, few, answers) else unshared_way), None
+            obstacle = _short_obstacle(model, few, answers)
+            if obstacle is None:
+                return short_way, f"rows are padded and share nothing: {flat_obstacle}"
+    return plain_way, f"logits at all positions: {obstacle}"
 
 
-def _some_rows(batch: dict, pairs: bool) -> dict:
-    rows = len(batch["input_ids"])
-    wanted = [0, 1, rows // 2, rows // 2 + 1] if pairs and rows > 2 else range(min(rows, 4))
-    return {name: batch[name][list(wanted)] for name in ("input_ids", "attention_mask", "labels")}
+def _some_rows(batch: dict, answers: int) -> tuple[dict, int]:
+    """(a few rows, each with a few of its answers; how many)."""
+    rows, kept = len(batch["input_ids"]) // answers, min(answers, 3)
+    of_each = range(min(rows, 4 if answers == 1 else 2))
+    wanted = [answer * rows + row for answer in range(kept) for row in of_each]
+    return {name: batch[name][wanted] for name in ("input_ids", "attention_mask", "labels")}, kept
 
 
 @contextlib.contextmanager
 def _evaluating(model):
-    was_training = model.training
+    training = [part for part in model.modules() if part.training]
     model.eval()
     try:
         yield
     finally:
-        model.train(was_training)
+        for part in training:
+            part.training = True
+
+
+@contextlib.contextmanager
+def _random_state_kept():
+    """Have nothing that is drawn while the block runs change what is drawn after it."""
+    python, of_numpy = random.getstate(), numpy.random.get_state()
+    try:
+        with torch.random.fork_rng():
+            yield
+    finally:
+        random.setstate(python)
+        numpy.random.set_state(of_numpy)
+
+
+class _WithoutDropout(torch.overrides.TorchFunctionMode):
+    """Dropout, of modules, functions and PyTorch's attention, leaves everything while this is entered."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func in (torch.nn.functional.dropout, torch.dropout):
+            return args[0] if args else kwargs["input"]
+        if func is torch.nn.functional.scaled_dot_product_attention:
+            args, kwargs = args[:4], {**kwargs, "dropout_p": 0.0}
+        return func(*args, **kwargs)
+
+
+def _random_state(device) -> tuple:
+    states = [torch.get_rng_state()]
+    if device.type != "cpu":
+        states.append(torch.get_device_module(device).get_rng_state())
+    _, numbers, place, *_ = numpy.random.get_state()
+    return (*(bytes(state.numpy()) for state in states), random.getstate(), bytes(numbers), place)
+
+
+def _draws(model, batch, answers: int) -> bool:
+    """Whether a forward pass draws random numbers (dropout): then no two rows may share a state."""
+    before = _random_state(batch["input_ids"].device)
+    unshared_way(model, batch, answers)
+    return _random_state(batch["input_ids"].device) != before
+
+
+def _refuse_other_loss(model, batch) -> None:
+    """Ours is the cross entropy; a model may add to it (how evenly a mixture's experts are used, for instance)."""
+    torch.manual_seed(0)
+    own = model(**batch, use_cache=False).loss
+    torch.manual_seed(0)
+    total, count = plain_way(model, batch).sum_and_count()
+    if own is None or not count or not torch.isfinite(total):
+        return
+    ours, precision = (total / count).item(), max(1e-4, 8 * torch.finfo(own.dtype).eps)
+    if not abs(own.item() - ours) <= precision * abs(ours):
+        name = type(_unwrapped(model)).__name__
+        raise UserError(
+            f"{name}: its own loss is {own.item():.6g}, the cross entropy of its answers {ours:.6g}: it adds something "
+            'that would not be trained here; of a mixture of experts set "output_router_logits": false in config.json'
+        )
 
 
 def _head_obstacle(model, batch) -> str | None:
@@ -166,7 +243,33 @@ def _head_is_all_there_is(model, batch) -> bool:
     return torch.equal(seen["hidden"], seen["input"]) and torch.equal(seen["output"].float(), logits.float())
 
 
-def _flat_obstacle(model) -> str | None:
+def _short_obstacle(model, batch, answers: int) -> str | None:
+    """Why the short way does not predict what the model does, from the same random numbers."""
+    torch.manual_seed(0)
+    found = short_way(model, batch, answers)
+    torch.manual_seed(0)
+    return _difference(model, found, plain_way(model, batch, answers))
+
+
+def _flat_obstacle(model, batch, answers: int, share: bool) -> str | None:
+    """Why the flat way does not predict, from each row by itself, what the model does."""
+    known = _known_obstacle(model)
+    if known:
+        return known
+    base, device = _unwrapped(model), batch["input_ids"].device
+    flat = flatten(batch, batch["labels"][:, 1:] != IGNORED, answers=answers, share=share)
+    with _evaluating(model):
+        expected = plain_way(model, batch, answers)
+    before = _random_state(device)
+    with _WithoutDropout():
+        states = _flat_states(base, flat)
+    if _random_state(device) != before:
+        return f"{type(base).__name__} draws random numbers in training, and not for dropout alone"
+    found = Predictions(base.get_output_embeddings(), states[flat.predicting], expected.targets, expected.learned)
+    return flat.misunderstood(base.config.get_text_config()) or _difference(model, found, expected) or _leak(base, flat)
+
+
+def _known_obstacle(model) -> str | None:
     """What in a model's attention is known not to go with rows that lie one after the other."""
     base = _unwrapped(model)
     config, name = base.config.get_text_config(), type(base).__name__
@@ -182,9 +285,23 @@ def _flat_obstacle(model) -> str | None:
     return None
 
 
-def _difference(way: Callable, model, batch, pairs: bool) -> str | None:
-    """How a way's logits differ from the model's own, if by more than rounding."""
-    found, expected = (any_way(model, batch, pairs) for any_way in (way, plain_way))
+def _leak(base, flat) -> str | None:
+    """Whether another text in one row changes a token of the others (a convolution or a state that goes on does)."""
+    row = flat.row_of()
+    if int(row.max()) == 0:
+        return None
+    another = (flat.input_ids + 1) % base.config.get_text_config().vocab_size
+    other = torch.where(row == 1, another, flat.input_ids)
+    with _evaluating(base):
+        states, moved = (
+            _flat_states(base, dataclasses.replace(flat, input_ids=ids)) for ids in (flat.input_ids, other)
+        )
+    change = ((moved - states).float().abs().mean(dim=1) / states.float().std())[row[0] != 1].max().item()
+    return f"rows of {type(base).__name__} would see each other" if change > _tolerance(base) else None
+
+
+def _difference(model, found: Predictions, expected: Predictions) -> str | None:
+    """How logits differ from the model's own, if by more than rounding."""
     order = found.targets.equal(expected.targets)
     logits, wanted = found.logits(), expected.logits()
     share = ((logits - wanted).abs().mean() / wanted.std()).item() if order and len(wanted) else 0.0
@@ -202,45 +319,39 @@ def _tolerance(base) -> float:
 # --- the ways ------------------------------------------------------------------------------------
 
 
-def flat_way(model, batch, pairs: bool = False) -> Predictions:
+def flat_way(model, batch, answers: int = 1) -> Predictions:
     """One row without padding, common tokens once, logits at learned positions only."""
-    return _flat(model, batch, pairs, share=_shares(model))
+    return _flat(model, batch, answers, share=True)
 
 
-def unshared_way(model, batch, pairs: bool = False) -> Predictions:
+def unshared_way(model, batch, answers: int = 1) -> Predictions:
     """The flat way, every token of every row computed."""
-    return _flat(model, batch, pairs, share=False)
+    return _flat(model, batch, answers, share=False)
 
 
-def _flat(model, batch, pairs: bool, share: bool) -> Predictions:
+def _flat(model, batch, answers: int, share: bool) -> Predictions:
     base, learned = _unwrapped(model), batch["labels"][:, 1:] != IGNORED
-    flat = flatten(batch, learned, pairs=pairs, share=share)
-    with flat_attention_in(base) as usual:
-        inputs = {"input_ids": flat.input_ids, "position_ids": flat.position_ids}
-        hidden = base.base_model(**inputs, use_cache=False, flat=flat, plain=usual == "eager")[0]
-    states = hidden[0].index_select(0, flat.predicting)
+    flat = flatten(batch, learned, answers=answers, share=share)
+    states = _flat_states(base, flat).index_select(0, flat.predicting)
     return Predictions(base.get_output_embeddings(), states, batch["labels"][:, 1:][learned], learned)
 
 
-def tokens_computed(way: Callable | None, model, batch, pairs: bool = False) -> int:
+def _flat_states(base, flat):
+    """The decoder's output for the tokens of a `FlatBatch`: (tokens, width)."""
+    with flat_attention_in(base) as usual:
+        inputs = {"input_ids": flat.input_ids, "position_ids": flat.position_ids}
+        return base.base_model(**inputs, use_cache=False, flat=flat, plain=usual == "eager")[0][0]
+
+
+def tokens_computed(way: Callable | None, model, batch, answers: int = 1) -> int:
     """How many tokens go through a model's layers by a way (None: Trainer's): padding and shared ones count as such."""
     if way in (flat_way, unshared_way):
         learned = batch["labels"][:, 1:] != IGNORED
-        return flatten(batch, learned, pairs=pairs, share=way is flat_way and _shares(model)).input_ids.numel()
+        return flatten(batch, learned, answers=answers, share=way is flat_way).input_ids.numel()
     return batch["input_ids"].numel() + (batch["labels"].numel() if model.config.is_encoder_decoder else 0)
 
 
-def _shares(model) -> bool:
-    return not (model.training and _has_dropout(_unwrapped(model)))
-
-
-def _has_dropout(base) -> bool:
-    """Whether a training's forward pass draws random numbers: then no two rows share a state."""
-    layers = (part.p for part in base.modules() if isinstance(part, torch.nn.Dropout))
-    return any(layers) or bool(getattr(base.config.get_text_config(), "attention_dropout", 0.0))
-
-
-def short_way(model, batch, pairs: bool = False) -> Predictions:  # noqa: ARG001 - as the flat way
+def short_way(model, batch, answers: int = 1) -> Predictions:  # noqa: ARG001 - as the flat way
     """Padded rows, logits at learned positions only."""
     base, learned = _unwrapped(model), batch["labels"][:, 1:] != IGNORED
     inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
@@ -249,7 +360,7 @@ def short_way(model, batch, pairs: bool = False) -> Predictions:  # noqa: ARG001
     return Predictions(base.get_output_embeddings(), states, batch["labels"][:, 1:][learned], learned)
 
 
-def plain_way(model, batch, pairs: bool = False) -> Predictions:  # noqa: ARG001 - as the flat way
+def plain_way(model, batch, answers: int = 1) -> Predictions:  # noqa: ARG001 - as the flat way
     """The model's own logits at all positions."""
     inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
     if model.config.is_encoder_decoder:

@@ -29,8 +29,8 @@ METRIC_NAMES = {
 }
 
 METRIC_NOTES = {
-    "accuracy": "share of rows where, of all labels, the model finds the right one likeliest",
-    "f1": "labels: mean of the classes' F1 (macro); tags: mean F1 of each row's sets",
+    "accuracy": "share of rows whose label the model finds the likeliest of all (log-probability of label and end)",
+    "f1": "labels: mean of the F1 of all labels that occur (macro); tags: mean F1 of each row's sets",
     "exact_match": "share of answers equal to the reference",
     "precision": "tags: mean share of given tags that are wanted",
     "recall": "tags: mean share of wanted tags that are given",

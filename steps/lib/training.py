@@ -14,6 +14,7 @@ import torch
 from peft import PeftModel
 from torch.utils.data import DataLoader
 from transformers import EarlyStoppingCallback, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers.integrations import activate_neftune
 
 from steps.lib import checkpoints
 from steps.lib.adapters import refuse_adapter_misfits
@@ -71,6 +72,9 @@ class TemperTrainer(Trainer):
         self.remove_callback(PrinterCallback)
         if self.args.gradient_checkpointing:  # train() does it again; the estimate before it must see it too
             self.model.gradient_checkpointing_enable(self.args.gradient_checkpointing_kwargs)
+        if self.neftune_noise_alpha is not None:  # likewise; train() would add the noise a second time
+            activate_neftune(self.model, self.neftune_noise_alpha, self.accelerator)
+            self.neftune_noise_alpha = None
         self.supervised_loss = SupervisedLoss()
         self.schedule_steps = schedule_steps
         self.tokens = 0  # real ones (no padding) that were trained on
@@ -88,7 +92,7 @@ class TemperTrainer(Trainer):
     def tokens_computed(self, rows: list[int]) -> int:
         """How many tokens of a batch of these rows go through the layers, once the way of the loss is chosen."""
         batch = self.data_collator([self.train_dataset[row] for row in rows])
-        return tokens_computed(self.supervised_loss.way, self.model, batch, pairs=self.ITEMS == "pairs")
+        return tokens_computed(self.supervised_loss.way, self.model, batch, answers=2 if self.ITEMS == "pairs" else 1)
 
     def _get_train_sampler(self, train_dataset=None):  # noqa: ARG002 - Trainer's signature
         return self.sampler
@@ -197,7 +201,7 @@ class PreferenceTrainer(TemperTrainer):
 
     def pair_losses(self, model, batch):
         """(loss of each pair, figures of each pair); both answers go through the model together."""
-        return self.preference_loss(self.supervised_loss.sequence_logps(model, batch, pairs=True), batch)
+        return self.preference_loss(self.supervised_loss.sequence_logps(model, batch, answers=2), batch)
 
     def _get_num_items_in_batch(self, batch_samples, device):
         pairs = sum(len(batch["input_ids"]) for batch in batch_samples) // 2
