@@ -1,5 +1,6 @@
 """Loading models and tokenizers, with ``auto`` resolved for this machine."""
 
+import json
 import logging
 from pathlib import Path
 
@@ -188,7 +189,8 @@ def _weight_files(folder: Path) -> list[Path]:
         if (folder / name).is_file():
             return [folder / name]
         if index.is_file():
-            shards = read_json(index, {"weight_map": dict[str, str]})["weight_map"].values()
+            with reading(index):
+                shards = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
             return [folder / shard for shard in sorted(set(shards))]
     raise UserError(f"{folder}: no model.safetensors or pytorch_model.bin in it")
 
