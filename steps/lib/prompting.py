@@ -35,7 +35,7 @@ class Prompter:
     @property
     def keeps_history(self) -> bool:
         """A free template has a place for one prompt only."""
-        return self.encoder.template is None
+        return self.encoder.renderer.keeps_history
 
     def ids(self, messages: list[dict], max_new_tokens: int) -> list[int]:
         """Token ids that the answer to `messages` starts from.
@@ -127,7 +127,7 @@ def stream_answer(model, prompter: Prompter, ids: list[int], settings: Generatio
             input_ids=prompt, attention_mask=torch.ones_like(prompt), generation_config=config, streamer=streamer
         )
     answer = output[0, 1 if prompter.encoder.apart else len(ids) :].tolist()
-    return prompter.tokenizer.decode(answer, skip_special_tokens=True).strip(), answer[-1] in prompter.stop_ids
+    return prompter.encoder.text(answer), answer[-1] in prompter.stop_ids
 
 
 def answer_all(model, prompter: Prompter, prompts: list[list[int]], settings: Generation, batch_size: int, seed: int):
