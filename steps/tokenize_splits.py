@@ -92,10 +92,16 @@ def _find_opening(encoder: Encoder, path: Path) -> None:
         return
     with _named(path, record):
         encoder.renderer.opening = encoder.renderer.opening_of(record["messages"])
+    if encoder.renderer.reads_clock:
+        log.warning(
+            "warning: the chat template asks what day it is; here that is always prompt.date, so other programs that "
+            "load results/merged ask in other words (what steps.publish and steps.export_gguf write has the day in it)"
+        )
     if encoder.renderer.opening:
         log.warning(
             "warning: the chat template writes %r before an answer, but not at the end of a prompt; here it is part of "
-            "the prompt, so other programs that ask the model must put it there as well",
+            "the prompt, so other programs that load results/merged must put it there (what steps.publish and "
+            "steps.export_gguf write does)",
             encoder.renderer.opening,
         )
 

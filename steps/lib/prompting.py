@@ -3,8 +3,9 @@
 import dataclasses
 from pathlib import Path
 
+from steps.lib import templates
 from steps.lib.adapters import is_prompt_learning
-from steps.lib.conversation import Encoder
+from steps.lib.conversation import DATE, Encoder
 from steps.lib.errors import UserError
 from steps.lib.layouts import without_system
 
@@ -62,6 +63,24 @@ class Prompter:
                 if start == len(history) - 1:
                     raise
         raise AssertionError(f"a conversation of {len(history)} messages does not end with the user's")
+
+
+def tokenizer_to_ship(folder: Path, prompt: dict):
+    """The tokenizer in a model's folder, with a chat template by which other programs ask as the training did.
+
+    Args:
+        folder: a model in Hugging Face layout.
+        prompt: config section `prompt` of the run, with the template's `opening`.
+    """
+    from steps.lib.models import load_tokenizer
+
+    tokenizer = load_tokenizer(folder)
+    if prompt["apply_chat_template"]:
+        source = tokenizer.get_chat_template()
+        shipped = templates.to_ship(source, prompt.get("date") or DATE, prompt.get("opening", ""))
+        named = tokenizer.chat_template
+        tokenizer.chat_template = {**named, "default": shipped} if isinstance(named, dict) else shipped
+    return tokenizer
 
 
 @dataclasses.dataclass

@@ -102,7 +102,9 @@ class ChatTemplate:
         self.name, self.opening, self.ends, self.system = tokenizer.name_or_path, opening, ends, system
         source = tokenizer.get_chat_template()
         with templates.bounded(f"{self.name}: its chat template"):
-            self.template = templates.chat_environment(source, date).from_string(source)
+            environment = templates.chat_environment(source, date)
+            self.template = environment.from_string(source)
+            self.reads_clock = templates.reads_clock(source, environment)
         self.variables = {**tokenizer.special_tokens_map, "tools": None, "documents": None}
 
     def turns(self, conversations: list[list[dict]]) -> list[list[Turn]]:

@@ -7,6 +7,7 @@ in. Whatever goes wrong is one UserError that begins with the words of the calle
 
 import contextlib
 import datetime
+import json
 import os
 import re
 import resource
@@ -72,6 +73,48 @@ def chat_environment(source: str, date: str):
     made = without_dice(_compile_jinja_template(source).environment.overlay())
     made.globals["strftime_now"] = datetime.datetime.fromisoformat(date).strftime
     return made
+
+
+def reads_clock(source: str, environment) -> bool:
+    """Whether a chat template asks what day it is."""
+    from jinja2 import meta
+
+    return "strftime_now" in meta.find_undeclared_variables(environment.parse(source))
+
+
+def to_ship(source: str, date: str, opening: str) -> str:
+    """A chat template for other programs, that makes of a conversation what it makes here.
+
+    Args:
+        date: where its clock stands (ISO): the answers to all its questions go into the template.
+        opening: what comes behind each prompt (see `steps.lib.rendering`).
+
+    Raises:
+        UserError: it asks for the date in words that it puts together itself.
+    """
+    environment = chat_environment(source, date)
+    if reads_clock(source, environment):
+        answers = {text: environment.globals["strftime_now"](text) for text in _asked(source, environment)}
+        # The empty text at the end keeps blanks at the start of the template: a block would take a line end with it.
+        clock = "{%- macro strftime_now(format) %}{{ " + json.dumps(answers) + "[format] }}{% endmacro %}{{ '' }}"
+        source = clock + source
+    if opening:
+        source = (
+            source.removesuffix("\n") + "{% if add_generation_prompt %}{{ " + json.dumps(opening) + " }}{% endif %}"
+        )
+    return source
+
+
+def _asked(source: str, environment) -> list[str]:
+    """What the template asks the clock, as strftime has it."""
+    from jinja2 import nodes
+
+    tree = environment.parse(source)
+    calls = [call for call in tree.find_all(nodes.Call) if getattr(call.node, "name", None) == "strftime_now"]
+    formats = [call.args[0].value for call in calls if call.args and isinstance(call.args[0], nodes.Const)]
+    if len(formats) < len(calls):
+        raise UserError("the chat template asks for the date in words that it puts together: write the day into it")
+    return formats
 
 
 # --- that it ends ------------------------------------------------------------------------------------
