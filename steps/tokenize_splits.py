@@ -190,6 +190,8 @@ class _Rows:
 
     def _encode(self, records: list[dict]) -> list[list[Encoded]]:
         pieces = self.encoder.pieces(self._conversations(records))
+        if not self.encoder.apart:
+            self.audit.last_only += sum(map(_learns_less, self._conversations(records), pieces)) // (1 + self.pairs)
         if self.pairs:
             return list(map(list, self.encoder.encode_pairs(pieces)))
         return [[one] for one in self.encoder.encode_pieces(pieces)]
@@ -264,6 +266,10 @@ class _Rows:
         return short
 
 
+def _learns_less(messages: list[dict], turns: list) -> bool:
+    return len(turns) < sum(message["role"] == "assistant" for message in messages)
+
+
 def _batches(lines: Iterable[str]) -> Iterator[list[dict]]:
     """The records, in batches of about BATCH characters: long rows take no more memory than short ones."""
     batch, size = [], 0
@@ -282,7 +288,7 @@ class Audit:
 
     def __init__(self):
         self.lengths = collections.Counter()  # length -> rows, also those that were dropped
-        self.too_long = self.nothing_left = self.retokenized = self.ended_early = self.equal = 0
+        self.too_long = self.nothing_left = self.retokenized = self.ended_early = self.equal = self.last_only = 0
         self.rows = self.tokens = self.learned = self.rejected = 0
 
     @property
@@ -315,6 +321,7 @@ class Audit:
             "answer_cut_off_entirely": self.nothing_left,
             "answer_with_end_token": self.ended_early,
             "equal_pairs": self.equal,
+            "only_last_answer_learned": self.last_only,
             "tokenized_piecewise": self.retokenized,
             "tokens": self.tokens,
             "learned_tokens": self.learned,
@@ -388,6 +395,14 @@ def _report(audits: dict[str, dict]) -> None:
             audit["longest"],
             audit["quantiles"].get("0.99"),
         )
+        if audit["only_last_answer_learned"]:
+            log.warning(
+                "warning: of %d of %d conversations of %s only the last answer is learned: the chat template shows "
+                "earlier turns otherwise than when they were answered",
+                audit["only_last_answer_learned"],
+                audit["read"],
+                split,
+            )
         for name, what in DROPPED.items():
             if audit[name]:
                 log.warning("warning: %d of %d rows of %s are left out: %s", audit[name], audit["read"], split, what)

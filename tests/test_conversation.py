@@ -8,6 +8,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from steps.lib import templates
 from steps.lib.conversation import IGNORED, Encoded, Encoder
 from steps.lib.errors import UserError
 from tests.tiny import tiny_rows, tiny_tokenizer
@@ -406,3 +407,138 @@ def test_of_many_refused_the_first_is_named():
 def test_a_row_that_begins_with_an_answer_is_refused():
     with pytest.raises(UserError, match="begins with the assistant's turn.*set prompt.system"):
         encoder().pieces([[user("a"), assistant("b")], [assistant("a"), user("b"), assistant("c")]])
+
+
+# --- templates with habits ----------------------------------------------------------------------------
+
+
+def with_template(template: str, **fields):
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = template
+    return Encoder(tokenizer, [tokenizer.eos_token_id], {**CHAT, **fields})
+
+
+TURNS = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+THINKS = (  # as Qwen3's: an empty block of thoughts before the last answer, and no other
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n"
+    "{% if m.role == 'assistant' and loop.last %}<think>\n\n</think>\n\n{% endif %}"
+    "{{ m.content }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+OPENINGS = {"no generation prompt": (TURNS, "<|im_start|>assistant\n"), "thoughts": (THINKS, "<think>\n\n</think>\n\n")}
+
+
+@pytest.mark.parametrize("name", OPENINGS)
+def test_what_the_template_writes_before_an_answer_is_no_answer(name):
+    template, opening = OPENINGS[name]
+    messages = [user("Is it good?"), assistant("positive")]
+    assert with_template(template).renderer.opening_of(messages) == opening
+    encoder = with_template(template, opening=opening)
+    row = encoder.encode(messages)
+    assert learned_text(row) == "positive<|im_end|>"
+    assert row.input_ids[: row.prompt_length] == encoder.prompt_ids(messages[:-1])
+    assert TOKENIZER.decode(encoder.prompt_ids(messages[:-1])).endswith(opening)
+
+
+def test_a_row_without_the_opening_is_refused():
+    template = "{% for m in messages %}{{ m.content }}<|im_end|>{% if add_generation_prompt %}A:{% endif %}{% endfor %}"
+    with pytest.raises(UserError, match="ends a prompt otherwise than the prompt of an answer"):
+        with_template(template).encode([user("a"), assistant("b")])
+    with pytest.raises(UserError, match="writes '<think>.*before the first row's answer, but not before this one"):
+        with_template(TOKENIZER.chat_template, opening="<think>").encode([user("a"), assistant("b")])
+    with pytest.raises(UserError, match="writes '<think>.*between the prompt and an answer"):
+        with_template(THINKS).encode([user("a"), assistant("b")])
+
+
+@pytest.mark.parametrize(
+    ("said", "what"),
+    [("", "becomes '<|im_end|>"), ("{{ m.content | upper }}", "becomes 'ABC"), ("{{ m.content[1:] }}", "'bc")],
+)
+def test_an_answer_that_the_template_changes_is_refused(said, what):
+    template = TURNS.replace(
+        "{{ m.content }}", "{% if m.role == 'user' %}{{ m.content }}{% else %}" + said + "{% endif %}"
+    )
+    template += "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    with pytest.raises(UserError, match="changes an answer: 'abc' ") as raised:
+        with_template(template).encode([user("a"), assistant("abc")])
+    assert what in str(raised.value)
+    assert "use prompt=plain, or leave such rows out with data.where" in str(raised.value)
+
+
+def test_blanks_that_the_template_trims_are_none_of_the_answer():
+    template = TOKENIZER.chat_template.replace("message['content']", "message['content'] | trim")
+    assert learned_text(with_template(template).encode([user("a"), assistant(" b \n")])) == "b<|im_end|>"
+
+
+def test_of_a_conversation_that_the_template_rewrites_the_last_answer_is_learned():
+    encoder = with_template(THINKS, opening=OPENINGS["thoughts"][1])
+    messages = [user("one"), assistant("first"), user("two"), assistant("second")]
+    row = encoder.encode(messages)
+    assert learned_text(row) == "second<|im_end|>"
+    assert row.input_ids[: row.prompt_length] == encoder.prompt_ids(messages[:-1])
+    assert "first<|im_end|>" in TOKENIZER.decode(row.input_ids[: row.prompt_length])
+
+
+CLOCK = "{{ strftime_now('%d %b %Y') }}, {{ strftime_now('%A') }}\n"
+
+
+def test_the_day_of_a_template_is_that_of_the_config(monkeypatch):
+    def text(**fields):
+        encoder = with_template(CLOCK + TOKENIZER.chat_template, **fields)
+        return TOKENIZER.decode(encoder.prompt_ids([user("a")]))
+
+    assert text().startswith("26 Jul 2024, Friday\n<|im_start|>user")
+    assert text(date="2031-01-02").startswith("02 Jan 2031, Thursday\n<|im_start|>user")
+
+
+@pytest.mark.parametrize(
+    "template", [CLOCK + TURNS + "\n", "\n" + CLOCK + TOKENIZER.chat_template, TURNS, "  " + CLOCK + THINKS, MARKED]
+)
+def test_other_programs_ask_the_same_by_the_template_that_is_shipped(template):
+    messages = [user("Is it good?"), assistant("positive")]
+    opening = with_template(template).renderer.opening_of(messages)
+    encoder = with_template(template, opening=opening, date="2031-01-02")
+    shipped = templates.to_ship(template, "2031-01-02", opening)
+    theirs = encoder.tokenizer.apply_chat_template(
+        messages[:-1], chat_template=shipped, add_generation_prompt=True, return_dict=False
+    )
+    assert theirs == encoder.prompt_ids(messages[:-1])
+    assert (shipped == template) == (template == MARKED)
+
+
+def test_a_clock_that_is_asked_in_made_up_words_cannot_be_shipped():
+    with pytest.raises(UserError, match="write the day into it"):
+        templates.to_ship("{{ strftime_now('%' ~ 'd') }}" + MARKED, "2024-07-26", "")
+
+
+# --- tokens that end answers ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("settings", [CHAT, PLAIN])
+@pytest.mark.parametrize(
+    ("answer", "early"),
+    [
+        ("It is <|im_end|> or not", True),
+        ("<|im_end|>a", True),
+        ("answer<|im_end|>", False),
+        ("answer<|im_end|>\n", False),
+        ("answer<|im_end|> <|im_end|>", False),
+        ("answer", False),
+    ],
+)
+def test_an_answer_that_holds_its_own_end_is_told(settings, answer, early):
+    row = encoder(settings).encode([user("a"), assistant(answer)])
+    assert row.ended_early == early
+    if not early:
+        assert learned_text(row) == "answer<|im_end|>"
+        assert encoder(settings).text(row.answer) == "answer"
+
+
+def test_an_earlier_answer_that_holds_its_end_is_told():
+    messages = [user("a"), assistant("x <|im_end|> y"), user("b"), assistant("c")]
+    assert encoder().encode(messages).ended_early
+
+
+def test_special_tokens_that_a_model_says_are_shown():
+    """Labels may be such tokens."""
+    ids = TOKENIZER("<|endoftext|>good<|im_end|>", add_special_tokens=False)["input_ids"]
+    assert encoder().text(ids) == "<|endoftext|>good"

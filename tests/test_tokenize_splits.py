@@ -138,3 +138,74 @@ def test_the_first_row_at_fault_ends_it(workspace, tiny_model, monkeypatch, caps
     assert message in capsys.readouterr().err
     assert not Path("splits").exists()
     assert not Path(".tmp-splits").exists()
+
+
+def made(workspace, model, records: list[dict], *overrides) -> tuple[dict, dict]:
+    """(splits, audit) where all three splits have the same records."""
+    Path("prompts").mkdir()
+    lines = [json.dumps({"id": number, **record}) + "\n" for number, record in enumerate(records, 1)]
+    for split in tokenize_splits.SPLITS:
+        Path(f"prompts/{split}.jsonl").write_text("".join(lines))
+    tokenize_splits.main(
+        ["--prompts", "prompts", "--model", str(model), "--output", "splits", "sweep=none", *overrides]
+    )
+    return load_from_disk("splits"), json.loads(Path("splits/audit.json").read_text())["splits"]
+
+
+def chat(*texts: str) -> dict:
+    roles = ("user", "assistant")
+    return {"messages": [{"role": roles[at % 2], "content": text} for at, text in enumerate(texts)]}
+
+
+def test_answers_with_an_end_token_inside_are_left_out_and_counted(workspace, tiny_model, capsys):
+    rows = [chat("a", "It is <|im_end|> or"), chat("b", "answer<|im_end|>"), chat("c", "answer")]
+    splits, audit = made(workspace, tiny_model, rows)
+    for split in tokenize_splits.SPLITS:
+        assert splits[split]["id"][:] == [2, 3]
+        assert splits[split]["reference"][:] == ["answer", "answer"]
+        assert (audit[split]["answer_with_end_token"], audit[split]["dropped"]) == (1, 1)
+    assert "1 of 3 rows of test are left out: an answer holds a token that ends answers" in capsys.readouterr().err
+
+
+def test_pairs_of_the_same_tokens_are_left_out_and_counted(workspace, tiny_model, capsys):
+    shutil.copytree(tiny_model, "model")
+    Path("model/chat_template.jinja").write_text(
+        CHAT_TEMPLATE.replace("message['content']", "message['content'] | trim")
+    )
+    rows = [{**chat("a", "yes"), "rejected": "yes\n"}, {**chat("b", "yes"), "rejected": "no "}]
+    splits, audit = made(workspace, "model", rows)
+    assert splits["test"]["id"][:] == [2]
+    assert (splits["test"]["reference"][0], splits["test"]["rejected"][0]) == ("yes", "no")
+    assert audit["train"]["equal_pairs"] == 1
+    assert (
+        "1 of 2 rows of train are left out: the chosen and the rejected answer are the same" in capsys.readouterr().err
+    )
+
+
+def test_a_conversation_whose_last_answer_is_cut_off_is_left_out_everywhere(workspace, tiny_model):
+    rows = [chat("Tell me a number.", "It is one.", "And another one, please, a large one.", "Twelve."), chat("a", "b")]
+    splits, audit = made(workspace, tiny_model, rows, "tokenize.max_length=64", "tokenize.max_length_policy=truncate")
+    for split in tokenize_splits.SPLITS:
+        assert splits[split]["id"][:] == [2]
+        assert audit[split]["answer_cut_off_entirely"] == 1
+
+
+def test_an_error_names_the_row(workspace, tiny_model, capsys):
+    with pytest.raises(SystemExit):
+        made(workspace, tiny_model, [chat("a", "b"), chat("a", "b", "c", "d")], "prompt=plain")
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith("error: prompts/train.jsonl: row 2: prompt.template is for one prompt and one answer")
+    assert line.endswith("use prompt.apply_chat_template=true, or leave such rows out with data.where")
+
+
+def test_what_is_said_of_turns_that_a_template_rewrites(workspace, tiny_model, capsys):
+    from tests.test_conversation import THINKS
+
+    shutil.copytree(tiny_model, "model")
+    Path("model/chat_template.jinja").write_text(THINKS)
+    _, audit = made(workspace, "model", [chat("a", "b", "c", "d"), chat("e", "f")])
+    assert audit["train"]["only_last_answer_learned"] == 1
+    said = capsys.readouterr().err
+    assert "of 1 of 2 conversations of train only the last answer is learned" in said
+    assert r"the chat template writes '<think>\n\n</think>\n\n' before an answer" in said
+    assert json.loads(Path("splits/provenance.json").read_text())["opening"] == "<think>\n\n</think>\n\n"

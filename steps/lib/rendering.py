@@ -77,7 +77,7 @@ def _compiled(source: str):
 
     environment = templates.environment()
     with templates.bounded("config: 'prompt.template'"):
-        used = meta.find_undeclared_variables(environment.parse(source)) - {"range", "lipsum", "dict", "namespace"}
+        used = meta.find_undeclared_variables(environment.parse(source))
         template = environment.from_string(source)
     if "prompt" not in used or used - {"prompt", "system"}:
         found = ", ".join(sorted(used)) or "no variable"
@@ -134,17 +134,16 @@ class ChatTemplate:
     def prompt(self, messages: list[dict]) -> list[Turn]:
         """What an answer to `messages` starts from, as a last turn without an answer."""
         places = _answers(messages)
-        prompts = [*self._texts([messages[:place] for place in places] + [messages], True)]
+        prompts = self._texts([*(messages[:place] for place in places), messages], True)
         texts = self._texts([messages[: place + 1] for place in places], False)
         turns, done = [], ""
-        for prompt, text, place in zip(prompts, texts, places, strict=False):
-            turn = self._turn(done, prompt, text, messages[place]["content"])
-            if isinstance(turn, str):  # earlier turns look otherwise than when they were answered: one text
-                turns, done = [], ""
+        for prompt, text, place in zip(prompts[:-1], texts, places, strict=True):
+            turn = self._turn(done, prompt, text, messages[place]["content"]) if prompt.startswith(done) else None
+            if not isinstance(turn, Turn):  # as in `_located`: the text as it is now
                 break
             turns.append(turn)
             done += "".join(turn)
-        if not prompts[-1].startswith(done):
+        if len(turns) < len(places) or not prompts[-1].startswith(done):
             turns, done = [], ""
         return [*turns, Turn(prompts[-1][len(done) :] + self.opening, "")]
 
@@ -189,20 +188,25 @@ class ChatTemplate:
         return f"{self.name}: its chat template refuses messages of the roles {roles}"
 
     def _located(self, turns: list[tuple[str, str, str]], messages: list[dict]) -> list[Turn]:
-        """One conversation, from the text before each answer, the text with it, and the answer."""
+        """One conversation, from the text before each answer, the text with it, and the answer.
+
+        Where the template shows earlier turns otherwise than when they were answered, only the last one is learned:
+        everything before it is its prompt.
+        """
         found, done = [], ""
         for prompt, text, content in turns:
+            if not prompt.startswith(done):
+                return self._located(turns[-1:], messages)
             turn = self._turn(done, prompt, text, content)
             if isinstance(turn, str):
-                raise UserError(f"{self.name}: its chat template {turn}; {self._way_out([messages])}")
+                single = sum(message["role"] != "system" for message in messages) == 2
+                raise UserError(f"{self.name}: its chat template {turn}; {'use prompt=plain, or ' * single}{LEAVE_OUT}")
             found.append(turn)
             done += "".join(turn)
         return found
 
     def _turn(self, done: str, prompt: str, text: str, content: str) -> Turn | str:
         """The turn, or what is wrong with it."""
-        if not prompt.startswith(done):
-            return "rewrites earlier turns, so the assistant's turns cannot be located"
         if not text.startswith(prompt):
             return "ends a prompt otherwise than the prompt of an answer, so it cannot be seen what is learned"
         rest = text.removeprefix(prompt)
