@@ -45,6 +45,11 @@ DROPPED = {  # what is said of rows that are dropped whatever their length
     "answer_with_end_token": "an answer holds a token that ends answers, and what follows it could not be learned",
     "equal_pairs": "the chosen and the rejected answer are the same tokens",
 }
+TOLD = {  # what is said of rows that are kept
+    "only_last_answer_learned": "only the last answer is learned, for the chat template shows earlier turns otherwise "
+    "than when they were answered",
+    "special_tokens_in_prompts": "a text spells a special token, which the model reads as that token",
+}
 NOTABLE = 0.05  # more rows than this share beyond max_length are worth a warning
 
 log = logging.getLogger("temper")
@@ -213,6 +218,7 @@ class _Rows:
         """What becomes of a record; None: it is dropped."""
         messages = record["messages"]
         self.audit.count(encoded, self.max_length)
+        self.audit.special += self.encoder.names_special_tokens(messages)
         if any(one.ended_early for one in encoded):
             self.audit.ended_early += 1
             return None
@@ -288,7 +294,8 @@ class Audit:
 
     def __init__(self):
         self.lengths = collections.Counter()  # length -> rows, also those that were dropped
-        self.too_long = self.nothing_left = self.retokenized = self.ended_early = self.equal = self.last_only = 0
+        self.too_long = self.nothing_left = self.retokenized = self.ended_early = self.equal = 0
+        self.last_only = self.special = 0
         self.rows = self.tokens = self.learned = self.rejected = 0
 
     @property
@@ -322,6 +329,7 @@ class Audit:
             "answer_with_end_token": self.ended_early,
             "equal_pairs": self.equal,
             "only_last_answer_learned": self.last_only,
+            "special_tokens_in_prompts": self.special,
             "tokenized_piecewise": self.retokenized,
             "tokens": self.tokens,
             "learned_tokens": self.learned,
@@ -395,14 +403,9 @@ def _report(audits: dict[str, dict]) -> None:
             audit["longest"],
             audit["quantiles"].get("0.99"),
         )
-        if audit["only_last_answer_learned"]:
-            log.warning(
-                "warning: of %d of %d conversations of %s only the last answer is learned: the chat template shows "
-                "earlier turns otherwise than when they were answered",
-                audit["only_last_answer_learned"],
-                audit["read"],
-                split,
-            )
+        for name, what in TOLD.items():
+            if audit[name]:
+                log.warning("warning: %d of %d rows of %s: %s", audit[name], audit["read"], split, what)
         for name, what in DROPPED.items():
             if audit[name]:
                 log.warning("warning: %d of %d rows of %s are left out: %s", audit[name], audit["read"], split, what)

@@ -206,6 +206,40 @@ def test_what_is_said_of_turns_that_a_template_rewrites(workspace, tiny_model, c
     _, audit = made(workspace, "model", [chat("a", "b", "c", "d"), chat("e", "f")])
     assert audit["train"]["only_last_answer_learned"] == 1
     said = capsys.readouterr().err
-    assert "of 1 of 2 conversations of train only the last answer is learned" in said
+    assert "1 of 2 rows of train: only the last answer is learned, for the chat template shows earlier turns" in said
     assert r"the chat template writes '<think>\n\n</think>\n\n' before an answer" in said
     assert json.loads(Path("splits/provenance.json").read_text())["opening"] == "<think>\n\n</think>\n\n"
+
+
+def test_texts_that_spell_special_tokens_are_told(workspace, tiny_model, capsys):
+    rows = [chat("Say <|im_start|>assistant", "no"), chat("a", "b<|im_end|>")]
+    _, audit = made(workspace, tiny_model, rows)
+    assert audit["test"]["special_tokens_in_prompts"] == 1
+    assert "1 of 2 rows of test: a text spells a special token" in capsys.readouterr().err
+
+
+STRICT = "{% if messages[0].role == 'system' %}{{ raise_exception('no system message') }}{% endif %}" + CHAT_TEMPLATE
+
+
+@pytest.mark.parametrize("way", ["prompt.system=null", "prompt=plain"])
+def test_what_is_proposed_for_a_refused_system_message_works(workspace, tiny_model, capsys, way):
+    shutil.copytree(tiny_model, "model")
+    Path("model/chat_template.jinja").write_text(STRICT)
+    row = chat("a", "b")
+    with_system = {"messages": [{"role": "system", "content": "Be short."}, *row["messages"]]}
+    with pytest.raises(SystemExit):
+        made(workspace, "model", [with_system], "prompt.system='Be short.'")
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert "row 1: model: its chat template refuses messages of the roles system, user: no system message" in line
+    assert line.endswith("; set prompt.system=null, or use prompt=plain, or leave such rows out with data.where")
+    shutil.rmtree("prompts")
+    splits, _ = made(workspace, "model", [row if "null" in way else with_system], way)
+    assert len(splits["train"]) == 1
+
+
+def test_what_is_proposed_for_rows_of_several_turns_works():
+    from steps.lib.layouts import converter
+
+    convert = converter({"layout": "messages", "where": "messages | length == 2"}, None)
+    assert convert(chat("a", "b", "c", "d")) is None
+    assert convert(chat("a", "b")).messages == chat("a", "b")["messages"]

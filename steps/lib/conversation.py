@@ -12,9 +12,11 @@ and learns the answer and its end in its decoder: two sequences.
 
 import bisect
 import dataclasses
+import re
 
 from steps.lib.errors import UserError
 from steps.lib.rendering import ChatTemplate, FreeTemplate, Turn, text_of
+from steps.lib.splits import answer_text
 
 IGNORED = -100  # the label that torch's cross_entropy leaves out
 DATE = "2024-07-26"  # what Llama 3's templates say where there is no clock
@@ -109,6 +111,8 @@ class Encoder:
         self.first_ids = _ids_before(tokenizer) if self.free else []
         self.added = frozenset(tokenizer.added_tokens_decoder)
         self.stops_of: dict[str, int] = {}
+        special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+        self.special = re.compile("|".join(map(re.escape, special)) or "(?!)")
 
     def encode(self, messages: list[dict]) -> Encoded:
         """Token ids and labels of one conversation that ends with the assistant's answer."""
@@ -147,6 +151,10 @@ class Encoder:
     def text(self, ids: list[int]) -> str:
         """The text of an answer's tokens, up to the one that ends it: what is shown, and what is judged."""
         return answer_text(self.tokenizer, ids, self.stop_ids)
+
+    def names_special_tokens(self, messages: list[dict]) -> bool:
+        """Whether somebody but the assistant spells a special token, which the model then reads as that token."""
+        return any(self.special.search(turn["content"]) for turn in messages if turn["role"] != "assistant")
 
     # --- encoder-decoder --------------------------------------------------------------------------
 
@@ -332,12 +340,3 @@ def _ids_before(tokenizer) -> list[int]:
     made, plain = tokenizer("a")["input_ids"], tokenizer("a", add_special_tokens=False)["input_ids"]
     start = next(at for at in range(len(made)) if made[at : at + len(plain)] == plain)
     return made[:start]
-
-
-def answer_text(tokenizer, ids: list[int], stop_ids) -> str:
-    """The text of an answer's tokens, up to the one that ends it.
-
-    Special tokens in it are part of what the model says, so they are shown: labels may be such tokens.
-    """
-    end = next((at for at, token in enumerate(ids) if token in stop_ids), None)
-    return tokenizer.decode(ids[:end], skip_special_tokens=False).strip()

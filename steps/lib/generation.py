@@ -6,9 +6,8 @@ import logging
 import time
 
 from steps.lib.adapters import is_prompt_learning
-from steps.lib.conversation import answer_text
 from steps.lib.progress import Progress
-from steps.lib.splits import answer_start
+from steps.lib.splits import answer_start, answer_text
 
 log = logging.getLogger("temper")
 

@@ -5,7 +5,8 @@ predict and Python alike. A row whose answer does not come out of the template a
 template writes around an answer must be neither learned nor judged as the answer.
 """
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 from steps.lib import templates
@@ -122,10 +123,8 @@ class ChatTemplate:
             )
         asked = [messages[:place] for messages, places in zip(conversations, answers, strict=True) for place in places]
         said = [messages[: at + 1] for messages, places in zip(conversations, answers, strict=True) for at in places]
-        try:
+        with self._proposing(conversations):
             prompts, texts = iter(self._texts(asked, True)), iter(self._texts(said, False))
-        except UserError as error:
-            raise UserError(f"{error}; {self._way_out(conversations)}") from None
         return [
             self._located([(next(prompts), next(texts), messages[place]["content"]) for place in places], messages)
             for messages, places in zip(conversations, answers, strict=True)
@@ -153,8 +152,9 @@ class ChatTemplate:
         Some write the assistant's header only when there is an answer, some an empty block of thoughts.
         """
         *asked, answer = messages
-        prompt = self._texts([asked], True)[0]
-        probed, text = self._texts([[*asked, {**answer, "content": PROBE}], messages], False)
+        with self._proposing([messages]):
+            prompt = self._texts([asked], True)[0]
+            probed, text = self._texts([[*asked, {**answer, "content": PROBE}], messages], False)
         opening = probed[len(prompt) :].partition(PROBE)[0].rstrip(" ")
         found = PROBE in probed and probed.startswith(prompt) and text.startswith(prompt + opening)
         return opening if found and opening.strip() else ""
@@ -199,8 +199,8 @@ class ChatTemplate:
                 return self._located(turns[-1:], messages)
             turn = self._turn(done, prompt, text, content)
             if isinstance(turn, str):
-                single = sum(message["role"] != "system" for message in messages) == 2
-                raise UserError(f"{self.name}: its chat template {turn}; {'use prompt=plain, or ' * single}{LEAVE_OUT}")
+                plain = "use prompt=plain, or " if _is_exchange(messages) else ""
+                raise UserError(f"{self.name}: its chat template {turn}; {plain}{LEAVE_OUT}")
             found.append(turn)
             done += "".join(turn)
         return found
@@ -223,12 +223,22 @@ class ChatTemplate:
         closing = said[end:]
         return Turn(before, said[:end], closing if self.ends(closing) else "")
 
-    def _way_out(self, conversations: list[list[dict]]) -> str:
-        """What can be done about rows that the template does not take."""
-        roles = [message["role"] for messages in conversations for message in messages]
-        ways = ["set prompt.system=null"] if self.system and "system" in roles else []
-        single = all(sum(message["role"] != "system" for message in messages) == 2 for messages in conversations)
-        return ", or ".join([*ways, *(["use prompt=plain"] if single else []), LEAVE_OUT])
+    @contextlib.contextmanager
+    def _proposing(self, conversations: list[list[dict]]) -> Iterator[None]:
+        """An error says what can be done about rows that the template does not take."""
+        try:
+            yield
+        except UserError as error:
+            roles = [message["role"] for messages in conversations for message in messages]
+            ways = ["set prompt.system=null"] if self.system and "system" in roles else []
+            single = all(map(_is_exchange, conversations))
+            ways += ["use prompt=plain"] if single else []
+            raise UserError(f"{error}; {', or '.join([*ways, LEAVE_OUT])}") from None
+
+
+def _is_exchange(messages: list[dict]) -> bool:
+    """One prompt and one answer, which is what a free template is for."""
+    return sum(message["role"] != "system" for message in messages) == 2
 
 
 def _answers(messages: list[dict]) -> list[int]:
