@@ -287,7 +287,7 @@ def figures_of(settings, metric, train_references, test, asked, judged, base) ->
     `test`: metric -> figure of this model, `base`: the same of the untouched one, or None. `interval`: 95% bootstrap
     interval of the ranking metric; `intervals`: of every metric that has one; `delta`: the gain over the base model in
     the ranking metric, and its interval. `baselines`: what needs no model. Added by `run`: `train`, the adapter's
-    training.json; `start`, the figures of the model it started from; `left_out`, rows that were too long.
+    training.json; `start`, the figures of the model it started from; `left_out`, rows that tokenizing left out.
     """
     scores, answers = judged["scores"], asked["answers"]
     references = [row["reference"] for row in test]

@@ -5,7 +5,8 @@ r"""Write a run's merged model as one GGUF file, for llama.cpp and what is built
 
 For models of the Llama architecture with a byte-level BPE tokenizer whose way to split words llama.cpp knows by a name;
 others are refused, for a file that tokenizes differently answers worse and nobody sees why. Tokenizer and chat template
-go into the file; the system message of training does not, so give it when you ask.
+go into the file (the template with the day of the training, where it asks for one); the system message of training does
+not, so give it when you ask. A run with a `prompt.template` of its own is asked in that, without the chat template.
 
 Reads results/merged/; writes the file whole, by a rename.
 """
@@ -17,6 +18,7 @@ from pathlib import Path
 from steps.lib import runs
 from steps.lib.errors import UserError, one_line_errors
 from steps.lib.progress import quiet_libraries
+from steps.lib.prompting import tokenizer_to_ship
 
 OUTTYPES = ("auto", "f32", "f16", "bf16", "q8_0")
 
@@ -40,10 +42,13 @@ def main(argv=None) -> None:
     arguments = parser.parse_args(argv)
     with one_line_errors():
         output = _new_file(arguments.output)
-        folder = runs.find(arguments.run, arguments.sweep).part("merge_adapter", "and it is what is exported")
+        run = runs.find(arguments.run, arguments.sweep)
+        folder = run.part("merge_adapter", "and it is what is exported")
         runs.refuse_bundled(folder, "there is no one file of that")
-        export(folder, output, arguments.outtype)
+        export(folder, output, arguments.outtype, run.prompt)
         print(f"wrote {output} ({output.stat().st_size:,} bytes)")
+        if not run.prompt["apply_chat_template"]:
+            print(f"ask it in the words of its training, without a chat template: {run.prompt['template']!r}")
 
 
 def _new_file(name: str) -> Path:
@@ -55,20 +60,20 @@ def _new_file(name: str) -> Path:
     return path
 
 
-def export(folder: Path, output: Path, outtype: str) -> None:
-    """Write the model in `folder` to `output`.
+def export(folder: Path, output: Path, outtype: str, prompt: dict) -> None:
+    """Write the model in `folder`, whose run has the config section `prompt`, to `output`.
 
     Raises:
         UserError: GGUF readers would not compute or tokenize as the model does.
     """
     from gguf import GGUFWriter
 
-    from steps.lib.models import load_config, load_tokenizer
+    from steps.lib.models import load_config
 
     quiet_libraries()
     config = load_config(folder)
     _check_architecture(folder, config)
-    tokenizer = load_tokenizer(folder)
+    tokenizer = tokenizer_to_ship(folder, prompt)
     splits_words = pre_tokenizer(json.loads(tokenizer.backend_tokenizer.to_str()), folder)
     part = output.with_name(f".{output.name}.{os.getpid()}")
     writer = GGUFWriter(part, "llama")

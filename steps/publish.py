@@ -21,7 +21,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from steps.lib import cards, runs
+from steps.lib import cards, prompting, runs
 from steps.lib.adapters import is_adapter
 from steps.lib.errors import UserError, one_line_errors
 from steps.lib.files import read_json
@@ -104,7 +104,15 @@ def _merged_files(run: runs.Run) -> Files:
     check_weights(folder)
     load_tokenizer(folder)
     names = model_files([path.name for path in folder.iterdir()], str(folder))
-    return {name: folder / name for name in names if name != "provenance.json"}
+    files = {name: folder / name for name in names if name != "provenance.json"}
+    return {**files, **_tokenizer_files(folder, run)}
+
+
+def _tokenizer_files(folder: Path, run: runs.Run) -> Files:
+    """The tokenizer in `folder`, by whose chat template others ask as the training did."""
+    with tempfile.TemporaryDirectory() as scratch:
+        prompting.tokenizer_to_ship(folder, run.prompt).save_pretrained(scratch)
+        return {path.name: path.read_bytes() for path in Path(scratch).iterdir()}
 
 
 def _adapter_files(run: runs.Run, adapter: Path, base: cards.Origin) -> Files:
@@ -119,9 +127,7 @@ def _adapter_files(run: runs.Run, adapter: Path, base: cards.Origin) -> Files:
     config |= {"base_model_name_or_path": base.repository, "revision": base.commit}
     files: Files = {"adapter_config.json": (json.dumps(config, indent=2) + "\n").encode()}
     files |= {path.name: path for path in adapter.glob("adapter_model*") if path.is_file()}
-    with tempfile.TemporaryDirectory() as folder:
-        load_tokenizer(runs.base_folder(run)).save_pretrained(folder)
-        return {**files, **{path.name: path.read_bytes() for path in Path(folder).iterdir()}}
+    return {**files, **_tokenizer_files(runs.base_folder(run), run)}
 
 
 def _write(files: Files, folder: Path) -> None:

@@ -7,9 +7,10 @@ By hand::
 
 Reads   the prompts' train.jsonl, validation.jsonl and test.jsonl; the model's tokenizer.
 Writes  a `datasets.DatasetDict` (train, validation, test) with the columns id, input_ids, labels
-        (-100 where nothing is learned), prompt_length, prompt, reference; of preference pairs also
-        rejected_input_ids, rejected_labels, rejected: the same prompt tokens with the rejected answer (the other
-        columns are then those of the chosen one). For a causal model labels stand at the positions of input_ids; for an
+        (-100 where nothing is learned), prompt_length, prompt, reference (the text that the right answer's tokens
+        make); of preference pairs also rejected_input_ids, rejected_labels, rejected: the same prompt tokens with the
+        rejected answer (the other columns are then those of the chosen one). For a causal model labels stand at the
+        positions of input_ids, and input_ids[:prompt_length] is exactly what the finished model is asked; for an
         encoder-decoder model input_ids is the prompt alone, and labels the answer with its end.
         audit.json (counts, length histogram, suggested max_length) and audit.txt (rows with their learned tokens
         marked).
@@ -40,6 +41,16 @@ SPLITS = ("train", "validation", "test")
 BATCH = 2**18  # characters of the file that are tokenized at once: 1,000 rows of 50 tokens
 ROWS = 1000  # that are written at once
 SHOWN = 5  # rows in audit.txt
+DROPPED = {  # what is said of rows that are dropped whatever their length
+    "answer_cut_off_entirely": "tokenize.max_length cuts their last answer off",
+    "answer_with_end_token": "an answer holds a token that ends answers, and what follows it could not be learned",
+    "equal_pairs": "the chosen and the rejected answer are the same tokens",
+}
+TOLD = {  # what is said of rows that are kept
+    "only_last_answer_learned": "only the last answer is learned, for the chat template shows earlier turns otherwise "
+    "than when they were answered",
+    "special_tokens_in_prompts": "a text spells a special token, which the model reads as that token",
+}
 NOTABLE = 0.05  # more rows than this share beyond max_length are worth a warning
 
 log = logging.getLogger("temper")
@@ -49,8 +60,8 @@ def run(config: dict, prompts: Path, model: Path, output: Path) -> dict:
     """Tokenize all splits.
 
     Raises:
-        UserError: a row is too long under ``max_length_policy: error``; a split has no rows left;
-            a row has nothing to learn.
+        UserError: a row is too long under ``max_length_policy: error``; a split has no rows left; the template refuses
+            a row or changes its answer.
     """
     from datasets import DatasetDict
 
@@ -59,6 +70,7 @@ def run(config: dict, prompts: Path, model: Path, output: Path) -> dict:
     quiet_libraries()
     tokenizer = load_tokenizer(model)
     encoder = Encoder(tokenizer, stop_token_ids(model, tokenizer), config["prompt"], is_encoder_decoder(model))
+    _find_opening(encoder, prompts / "train.jsonl")
     audits, splits = {}, {}
     with _frozen(), tempfile.TemporaryDirectory(dir=output) as scratch:
         for split in SPLITS:
@@ -74,7 +86,40 @@ def run(config: dict, prompts: Path, model: Path, output: Path) -> dict:
     (output / "audit.json").write_text(json.dumps(audit, indent=2) + "\n", encoding="utf-8")
     (output / "audit.txt").write_text(shown, encoding="utf-8")
     _report(audits)
-    return {"rows": {split: audit["rows"] for split, audit in audits.items()}}
+    return {"rows": {split: audit["rows"] for split, audit in audits.items()}, "opening": encoder.renderer.opening}
+
+
+def _find_opening(encoder: Encoder, path: Path) -> None:
+    """What the template puts between prompt and answer of the first row belongs to the prompt, in all of them."""
+    if encoder.free:
+        return
+    with path.open(encoding="utf-8") as lines:
+        record = json.loads(next(lines, "null"))
+    if record is None:
+        return
+    with _named(path, record):
+        encoder.renderer.opening = encoder.renderer.opening_of(record["messages"])
+    if encoder.renderer.reads_clock:
+        log.warning(
+            "warning: the chat template asks what day it is; here that is always prompt.date, so other programs that "
+            "load results/merged ask in other words (what steps.publish and steps.export_gguf write has the day in it)"
+        )
+    if encoder.renderer.opening:
+        log.warning(
+            "warning: the chat template writes %r before an answer, but not at the end of a prompt; here it is part of "
+            "the prompt, so other programs that load results/merged must put it there (what steps.publish and "
+            "steps.export_gguf write does)",
+            encoder.renderer.opening,
+        )
+
+
+@contextlib.contextmanager
+def _named(path: Path, record: dict):
+    """An error of a row says which one it is."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{path}: row {record['id']}: {error}") from None
 
 
 @contextlib.contextmanager
@@ -94,6 +139,7 @@ class _Rows:
         self.path, self.encoder = path, encoder
         self.max_length, self.policy = tokenize["max_length"], tokenize["max_length_policy"]
         self.audit = Audit()
+        self.texts: dict[tuple[int, ...], str] = {}
         with path.open(encoding="utf-8") as lines:
             self.pairs = "rejected" in json.loads(next(lines, "{}"))
 
@@ -109,14 +155,22 @@ class _Rows:
             while some := list(itertools.islice(rows, ROWS)):
                 file.write_table(pyarrow.Table.from_pylist(some, schema=schema))
         if not self.audit.rows and self.audit.read:
-            raise UserError(
-                f"{self.path}: all {self.audit.read} rows are longer than "
-                f"tokenize.max_length={self.max_length}; raise it"
-            )
+            raise UserError(f"{self.path}: no row is left of {self.audit.read}: {self._why()}")
         with path.open("rb") as file:  # `datasets` itself would copy all rows into memory for it
             fingerprint = hashlib.file_digest(file, "sha256").hexdigest()[:16]
         table = pyarrow.ipc.open_stream(pyarrow.memory_map(str(path))).read_all()
         return Dataset(table, info=DatasetInfo(features=columns), fingerprint=fingerprint)
+
+    def _why(self) -> str:
+        """Why rows were dropped, and what to do."""
+        audit, ways = self.audit, []
+        if audit.too_long:
+            ways.append(f"{audit.too_long} are longer than tokenize.max_length={self.max_length}; raise it")
+        if audit.ended_early:
+            ways.append(f"the answers of {audit.ended_early} hold a token that ends answers; leave it out of the data")
+        if audit.equal:
+            ways.append(f"in {audit.equal} the chosen and the rejected answer are the same tokens; correct the data")
+        return "; ".join(ways)
 
     def _rows(self) -> Iterator[dict]:
         """The rows that are kept."""
@@ -135,12 +189,16 @@ class _Rows:
                     encoded = self._encode(records)
                 except UserError:  # one by one, to end with the error of the first row that has one
                     for record in records:
-                        yield [record], self._encode([record])
+                        with _named(self.path, record):
+                            encoded = self._encode([record])
+                        yield [record], encoded
                 else:
                     yield records, encoded
 
     def _encode(self, records: list[dict]) -> list[list[Encoded]]:
         pieces = self.encoder.pieces(self._conversations(records))
+        if not self.encoder.apart:
+            self.audit.last_only += sum(map(_learns_less, self._conversations(records), pieces)) // (1 + self.pairs)
         if self.pairs:
             return list(map(list, self.encoder.encode_pairs(pieces)))
         return [[one] for one in self.encoder.encode_pieces(pieces)]
@@ -162,10 +220,18 @@ class _Rows:
         """What becomes of a record; None: it is dropped."""
         messages = record["messages"]
         self.audit.count(encoded, self.max_length)
+        self.audit.special += self.encoder.names_special_tokens(messages)
+        if any(one.ended_early for one in encoded):
+            self.audit.ended_early += 1
+            return None
+        texts = [self._text(one.answer) for one in encoded]
         if max(one.length for one in encoded) > self.max_length:
             encoded = self._shortened(encoded, record["id"])
             if encoded is None:
                 return None
+        if len(encoded) == 2 and encoded[0].answer == encoded[1].answer:
+            self.audit.equal += 1
+            return None
         user = next(message["content"] for message in reversed(messages) if message["role"] == "user")
         self.audit.keep(encoded)
         row = {
@@ -174,12 +240,21 @@ class _Rows:
             "labels": encoded[0].labels,
             "prompt_length": encoded[0].prompt_length,
             "prompt": user,
-            "reference": messages[-1]["content"],
+            "reference": texts[0],
         }
         if len(encoded) == 2:
             row |= {"rejected_input_ids": encoded[1].input_ids, "rejected_labels": encoded[1].labels}
-            row["rejected"] = record["rejected"]
+            row["rejected"] = texts[1]
         return row
+
+    def _text(self, answer: list[int]) -> str:
+        """What a model says that answers just so. Many rows of labels have the same few answers."""
+        tokens = tuple(answer)
+        if tokens not in self.texts:
+            if len(self.texts) >= ROWS:
+                self.texts.clear()
+            self.texts[tokens] = self.encoder.text(answer)
+        return self.texts[tokens]
 
     def _shortened(self, encoded: list[Encoded], number: int) -> list[Encoded] | None:
         """What `max_length_policy` makes of a row, or of a pair, that is too long; None: it is dropped."""
@@ -192,12 +267,15 @@ class _Rows:
         if self.policy == "drop":
             return None
         short = [one.cut(self.max_length) for one in encoded]
-        # Of a pair only the answers are learned, so a prompt that fills the row leaves nothing.
-        learned = [one.answer if len(short) == 2 else one.labels for one in short]
-        if any(all(label == IGNORED for label in labels) for labels in learned):
+        # The last answer is what is judged, and all that is learned of a pair: without it there is no row.
+        if not all(one.answer for one in short):
             self.audit.nothing_left += 1
             return None
         return short
+
+
+def _learns_less(messages: list[dict], turns: list) -> bool:
+    return len(turns) < sum(message["role"] == "assistant" for message in messages)
 
 
 def _batches(lines: Iterable[str]) -> Iterator[list[dict]]:
@@ -218,7 +296,8 @@ class Audit:
 
     def __init__(self):
         self.lengths = collections.Counter()  # length -> rows, also those that were dropped
-        self.too_long = self.nothing_left = self.retokenized = 0
+        self.too_long = self.nothing_left = self.retokenized = self.ended_early = self.equal = 0
+        self.last_only = self.special = 0
         self.rows = self.tokens = self.learned = self.rejected = 0
 
     @property
@@ -230,7 +309,7 @@ class Audit:
         length = max(one.length for one in encoded)
         self.lengths[length] += 1
         self.too_long += length > max_length
-        self.retokenized += encoded[0].retokenized
+        self.retokenized += any(one.retokenized for one in encoded)
 
     def keep(self, encoded: list[Encoded]) -> None:
         self.rows += 1
@@ -249,6 +328,10 @@ class Audit:
             "longer_than_max_length": self.too_long,
             "dropped": read - self.rows,
             "answer_cut_off_entirely": self.nothing_left,
+            "answer_with_end_token": self.ended_early,
+            "equal_pairs": self.equal,
+            "only_last_answer_learned": self.last_only,
+            "special_tokens_in_prompts": self.special,
             "tokenized_piecewise": self.retokenized,
             "tokens": self.tokens,
             "learned_tokens": self.learned,
@@ -322,6 +405,12 @@ def _report(audits: dict[str, dict]) -> None:
             audit["longest"],
             audit["quantiles"].get("0.99"),
         )
+        for name, what in TOLD.items():
+            if audit[name]:
+                log.warning("warning: %d of %d rows of %s: %s", audit[name], audit["read"], split, what)
+        for name, what in DROPPED.items():
+            if audit[name]:
+                log.warning("warning: %d of %d rows of %s are left out: %s", audit[name], audit["read"], split, what)
         if audit["longer_than_max_length"] > NOTABLE * audit["read"]:
             log.warning(
                 "warning: %d of %d rows of %s are longer than tokenize.max_length; %s would keep 99%% of them",

@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from transformers import AutoTokenizer
 
 from steps import chat, evaluate_model, export_gguf, merge_adapter, predict, publish, reference_logprobs, train_adapter
 from steps.lib import prompting, runs
@@ -124,6 +125,25 @@ def predictions(run, number: int) -> list[str]:
 
 
 # --- prompts -------------------------------------------------------------------------------------
+
+
+def test_the_tokenizer_for_others_asks_as_the_run_does(tmp_path, tiny_model):
+    """Whatever the day, and with what the template writes before an answer only."""
+    from tests.test_conversation import CLOCK, OPENINGS
+
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_model, folder)
+    template, opening = OPENINGS["thoughts"]
+    (folder / "chat_template.jinja").write_text(CLOCK + template)
+    prompt = {"apply_chat_template": True, "system": None, "loss_on": "assistant", "date": "2031-01-02"}
+    prompt["opening"] = opening
+    prompting.tokenizer_to_ship(folder, prompt).save_pretrained(tmp_path / "shipped")
+    theirs = AutoTokenizer.from_pretrained(tmp_path / "shipped")
+    messages = [{"role": "user", "content": "Is it good?"}]
+    ids = theirs.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+    assert ids == prompting.Prompter(folder, prompt).ids(messages, 8)
+    assert theirs.decode(ids).startswith("02 Jan 2031, Thursday\n")
+    assert theirs.decode(ids).endswith(f"assistant\n{opening}")
 
 
 @pytest.mark.parametrize("template", [None, "{% if system %}{{ system }}: {% endif %}{{ prompt }}"])
@@ -404,10 +424,26 @@ def test_other_adapters_answer_as_in_their_evaluation(tmp_path, tiny_model, caps
             assert "virtual tokens cannot be merged" in complaint(capsys, main, "--run", RUN, *flags)
 
 
+def with_line_ends(tiny_model: Path, folder: Path) -> Path:
+    """The tiny model with a token of two line ends, as GPT-2's and its heirs' tokenizers have; another one goes."""
+    shutil.copytree(tiny_model, folder)
+    file = folder / "tokenizer.json"
+    content = json.loads(file.read_text())
+    vocabulary, merges = content["model"]["vocab"], content["model"]["merges"]
+    vocabulary["ĊĊ"] = vocabulary.pop("".join(merges.pop()))
+    merges.append(["Ċ", "Ċ"])
+    file.write_text(json.dumps(content))
+    return folder
+
+
 def test_a_free_template_is_for_single_prompts(tmp_path, tiny_model, capsys, monkeypatch):
-    project = finished.make(
-        tmp_path, tiny_model, "prompt=plain", f"prompt.system='{SYSTEM}'", "data.limit.test=4", "eval.max_new_tokens=4"
-    )
+    """Its two line ends are one token before nothing, and two before a word: all ask, and learned, with the one."""
+    from datasets import load_from_disk
+
+    from steps import api
+
+    options = ["prompt=plain", f"prompt.system='{SYSTEM}'", "data.limit.test=16", "eval.max_new_tokens=4"]
+    project = finished.make(tmp_path, with_line_ends(tiny_model, tmp_path / "model"), *options)
     monkeypatch.chdir(project)
     out, _ = talk(capsys, monkeypatch, "The plot falls flat.\nAnd the music?\n")
     assert out == "".join(
@@ -417,3 +453,14 @@ def test_a_free_template_is_for_single_prompts(tmp_path, tiny_model, capsys, mon
     (tmp_path / "in.txt").write_text("\n".join(row["prompt"] for row in evaluated))
     predict.main(["--run", RUN, "--input", "in.txt", "--output", "out.jsonl"])
     assert [row["prediction"] for row in lines_of("out.jsonl")] == [row["prediction"] for row in evaluated]
+    tuned = api.load(RUN)
+    assert tuned.answers([row["prompt"] for row in evaluated], max_new_tokens=4) == [
+        row["prediction"] for row in evaluated
+    ]
+    splits = load_from_disk("results/splits/reviews-tiny-00000000a2")
+    for row in [*splits["train"], *splits["test"]]:
+        asked = tuned.prompter.ids([{"role": "user", "content": row["prompt"]}], 4)
+        assert asked == row["input_ids"][: row["prompt_length"]]
+        assert tuned.prompter.tokenizer.convert_ids_to_tokens(asked[-1]) == "ĊĊ"
+    audit = json.loads(Path("results/splits/reviews-tiny-00000000a2/audit.json").read_text())["splits"]["train"]
+    assert audit["tokenized_piecewise"] == audit["read"] == len(splits["train"]) > 10

@@ -1,11 +1,14 @@
 """What is learned of a conversation, token by token."""
 
+import copy
+import dataclasses
 import functools
 
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from steps.lib import templates
 from steps.lib.conversation import IGNORED, Encoded, Encoder
 from steps.lib.errors import UserError
 from tests.tiny import tiny_rows, tiny_tokenizer
@@ -167,7 +170,7 @@ CLOSED = "{% for message in messages %}{{ message['content'] + eos_token }}{% en
 
 @functools.cache
 def tokenizer_with(make, template: str | None):
-    tokenizer = make()
+    tokenizer = copy.deepcopy(make())
     tokenizer.chat_template = template
     return tokenizer
 
@@ -191,82 +194,144 @@ chats = st.lists(st.tuples(words | text, words | text), min_size=1, max_size=4)
 
 
 def one_by_one(encoder, messages) -> Encoded:
-    """What `Encoder` does, slowly: each token of each conversation is held against all turns."""
-    pieces = pieces_of(encoder, messages)
-    answers = sum(is_answer for _, is_answer in pieces)
-    ids, turns, crosses = tokens_and_turns(encoder, pieces)
-    last = [index for index, turn in enumerate(turns) if turn == answers - 1]
-    stops = [index for index in last if ids[index] in encoder.stop_ids]
-    end = stops[0] if stops else last[-1] if last else len(ids) - 1
-    ids, turns = ids[: end + 1], turns[: end + 1]
-    start = last[0] if last else len(ids)
+    """What `Encoder` does, slowly and by definition: each turn is asked as if nothing came behind it."""
+    turns, tokens = turns_of(encoder, messages), tokens_by(encoder.tokenizer)
+    first = encoder.tokenizer("x")["input_ids"][: len(encoder.first_ids)]
+    chunks, starts = [""], []
+    for number, (before, answer) in enumerate(turns):
+        chunks[-1] += before
+        asked = tokens(chunks[-1])
+        starts.append(len(first) + sum(len(tokens(chunk)) for chunk in chunks))
+        behind = turns[number + 1][0] if number + 1 < len(turns) else ""
+        if tokens(chunks[-1] + answer + behind)[: len(asked)] != asked:
+            chunks.append("")
+        chunks[-1] += answer
+    ids = first + [token for chunk in chunks for token in tokens(chunk)]
+    ends = [len(first) + end for end in ends_of(encoder.tokenizer, chunks, turns)]
+    ranges = [range(start, max(start, end)) for start, end in zip(starts, [*ends[:-1], len(ids)], strict=True)]
+    stops = [index for index in ranges[-1] if ids[index] in encoder.stop_ids]
+    ids = ids[: stops[0] + 1] if stops else ids
+    learned = set()
+    for turn in ranges:
+        ends = [index for index in turn if index < len(ids) and ids[index] in encoder.stop_ids]
+        learned |= set(turn[: turn.index(ends[0]) + 1] if ends else turn)
+    labels = [token if encoder.learn_all or at in learned else IGNORED for at, token in enumerate(ids)]
     if not stops:
-        ids, turns = [*ids, encoder.tokenizer.eos_token_id], [*turns, answers - 1]
-    return Encoded(ids, labels_of(encoder, ids, turns), start, crosses)
+        ids, labels = [*ids, encoder.tokenizer.eos_token_id], [*labels, encoder.tokenizer.eos_token_id]
+    return Encoded(ids, labels, ranges[-1].start, len(chunks) > 1)
 
 
-def pieces_of(encoder, messages) -> list[tuple[str, bool]]:
-    """The text in pieces, each with whether it is an answer: one turn after the other, rendered anew."""
-    free, pieces = encoder.template, []
-    if free is not None:
-        return [(free.render(prompt=messages[0]["content"], system=None), False), (messages[1]["content"], True)]
-    render = encoder.tokenizer.apply_chat_template
+def ends_of(tokenizer, chunks, turns) -> list[int]:
+    """How many tokens start before the end of each turn."""
+    starts, place, ends = [], 0, []
+    for chunk in chunks:
+        starts += [
+            place + start
+            for start, _ in tokenizer(chunk, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+        ]
+        place += len(chunk)
+    for number in range(len(turns)):
+        end = sum(len(before) + len(answer) for before, answer in turns[: number + 1])
+        ends.append(next((at for at, start in enumerate(starts) if start >= end), len(starts)))
+    return ends
+
+
+def tokens_by(tokenizer):
+    return lambda text: tokenizer(text, add_special_tokens=False)["input_ids"] if text else []
+
+
+def turns_of(encoder, messages) -> list[tuple[str, str]]:
+    """(text before, answer with what ends it) of each of the assistant's turns, rendered anew by transformers."""
+    if encoder.free:
+        return [(messages[0]["content"], messages[1]["content"])]  # by the template {{ prompt }}
+    render, turns, done = encoder.tokenizer.apply_chat_template, [], ""
     for index in range(1, len(messages), 2):
-        done = "".join(piece for piece, _ in pieces)
         before = render(messages[:index], tokenize=False, add_generation_prompt=True)
-        after = render(messages[: index + 1], tokenize=False)
-        pieces += [(before[len(done) :], False), (after[len(before) :], True)]
-    return pieces
+        answer = render(messages[: index + 1], tokenize=False)[len(before) :]
+        closing = answer[len(messages[index]["content"]) :]
+        if not encoder.stop_ids & set(tokens_by(encoder.tokenizer)(closing)):
+            answer = messages[index]["content"]  # nothing in the closing ends an answer: it is no part of it
+        turns.append((before[len(done) :], answer))
+        done = before + answer
+    return turns
 
 
-def tokens_and_turns(encoder, pieces):
-    """(tokens, which answer each lies in, whether one would have crossed the start of an answer)."""
-    free, text = encoder.template is not None, "".join(piece for piece, _ in pieces)
-    made = encoder.tokenizer(text, add_special_tokens=free, return_offsets_mapping=True)
-    offsets, spans, position = made["offset_mapping"], [], 0
-    for piece, is_answer in pieces:
-        spans += [(position, position + len(piece))] if is_answer else []
-        position += len(piece)
-    if any(start < first < end for start, end in offsets for first, _ in spans):
-        return *tokenized_apart(encoder, pieces), True
-    turns = [
-        next((turn for turn, (first, last) in enumerate(spans) if start != end and first <= start < last), None)
-        for start, end in offsets
-    ]
-    return made["input_ids"], turns, False
+def gpt2_like():
+    """GPT-2's way to split, which looks ahead: two line ends are one token, but two before a word."""
+    return _trained("ByteLevel")
 
 
-def tokenized_apart(encoder, pieces):
-    """(tokens, which answer each lies in), no token across the border of two pieces."""
-    tokenizer, ids, turns = encoder.tokenizer, [], []
-    for number, (piece, is_answer) in enumerate(pieces):
-        first_of_free = encoder.template is not None and number == 0
-        part = tokenizer(piece, add_special_tokens=first_of_free)["input_ids"]
-        if first_of_free and part and part[-1] == tokenizer.eos_token_id:
-            part = part[:-1]
-        ids = ids + part
-        turns += [number // 2 if is_answer else None] * len(part)
-    return ids, turns
+def llama3_like():
+    """Llama 3's: a line end sticks to the blanks before it, numbers come in threes."""
+    return _trained("Split")
 
 
-def labels_of(encoder, ids, turns) -> list[int]:
-    """Each answer up to and with its first stop token, or all tokens."""
-    labels, stopped = [], set()
-    for token, turn in zip(ids, turns, strict=True):
-        labels.append(token if encoder.learn_all or (turn is not None and turn not in stopped) else IGNORED)
-        if token in encoder.stop_ids:
-            stopped.add(turn)
-    return labels
+def with_prefix_space():
+    """As RoBERTa's: a blank before each text."""
+    return _trained("ByteLevel", add_prefix_space=True)
 
 
-@settings(max_examples=200, deadline=None)
+def metaspace():
+    """As Llama 2's, with bytes for what it does not know."""
+    return _trained("Metaspace")
+
+
+def unigram():
+    """As T5's and XLM-R's."""
+    return _trained("Unigram")
+
+
+def words_only():
+    """Keeps no blanks at all."""
+    return _trained("Whitespace")
+
+
+@functools.cache
+def _trained(kind: str, add_prefix_space: bool = False):
+    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    from steps.export_gguf import LLAMA3
+
+    model = models.Unigram() if kind == "Unigram" else models.BPE(unk_token="<unk>", byte_fallback=kind == "Metaspace")
+    tokenizer = Tokenizer(model)
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=add_prefix_space, use_regex=kind != "Split")
+    split = pre_tokenizers.Split(Regex(LLAMA3), "isolated")
+    blank = kind in ("Metaspace", "Unigram")
+    tokenizer.pre_tokenizer = {
+        "ByteLevel": byte_level,
+        "Split": pre_tokenizers.Sequence([split, byte_level]),
+        "Whitespace": pre_tokenizers.Whitespace(),
+    }.get(kind, pre_tokenizers.Metaspace(prepend_scheme="first"))
+    fallback = decoders.Sequence([decoders.ByteFallback(), decoders.Metaspace(prepend_scheme="first"), decoders.Fuse()])
+    tokenizer.decoder = fallback if blank else decoders.ByteLevel()
+    bytes_of = [f"<0x{byte:02X}>" for byte in range(256)] if kind == "Metaspace" else []
+    common = {"vocab_size": 700, "special_tokens": ["<unk>", "<s>", "</s>", *bytes_of], "show_progress": False}
+    alphabet = pre_tokenizers.ByteLevel.alphabet() if kind in ("ByteLevel", "Split") else []
+    trainer = trainers.BpeTrainer(initial_alphabet=alphabet, **common)
+    if kind == "Unigram":
+        trainer = trainers.UnigramTrainer(unk_token="<unk>", **common)
+    rows = [f"{prompt}\n\n{answer}\n\n\n {answer}  {prompt}" for prompt, answer in tiny_rows(90)]
+    tokenizer.train_from_iterator(rows, trainer)
+    tokenizer.add_special_tokens([AddedToken("<|end|>", special=True)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>", name_or_path=kind
+    )
+
+
+KINDS = [gpt2_like, llama3_like, with_prefix_space, metaspace, unigram, words_only]
+LOSSLESS = [gpt2_like, llama3_like, with_prefix_space, metaspace]
+
+
+@settings(max_examples=100, deadline=None)
 @given(
-    make=st.sampled_from([tiny_tokenizer, trimming, sentencepiece_like]),
+    make=st.sampled_from([tiny_tokenizer, trimming, sentencepiece_like, *KINDS]),
     template=st.sampled_from([MARKED, BARE, CLOSED, None]),
     loss_on=st.sampled_from(["assistant", "all"]),
     rows=st.lists(chats, min_size=1, max_size=5),
 )
 @example(make=tiny_tokenizer, template=BARE, loss_on="assistant", rows=[[("?", " act"), ("", "ing")]])
+@example(make=gpt2_like, template=BARE, loss_on="assistant", rows=[[("a\n\n", "b"), ("\n\n", "c")]])
 def test_many_at_once_are_what_each_is_alone(make, template, loss_on, rows):
     tokenizer = tokenizer_with(make, template)
     glued = {"apply_chat_template": template is not None, "template": "{{ prompt }}", "loss_on": loss_on}
@@ -276,8 +341,59 @@ def test_many_at_once_are_what_each_is_alone(make, template, loss_on, rows):
         for row in rows
     ]
     expected = [one_by_one(encoder, messages) for messages in conversations]
-    assert encoder.encode_pieces(encoder.pieces(conversations)) == expected
-    assert [encoder.encode(messages) for messages in conversations] == expected
+    found = encoder.encode_pieces(encoder.pieces(conversations))
+    assert [dataclasses.replace(one, ended_early=False) for one in found] == expected
+    assert [encoder.encode(messages) for messages in conversations] == found
+    for messages, row in zip(conversations, found, strict=True):
+        assert row.input_ids[: row.prompt_length] == encoder.prompt_ids(messages[:-1])
+        for turn in range(1, len(messages), 2):  # each turn is asked as a conversation would ask it
+            asked = encoder.prompt_ids(messages[:turn])
+            assert row.input_ids[: len(asked)] == asked
+
+
+ENDS = ["\n\n", "\n", " ", "  ", "\n \n", "", "x", ":", ": ", "<|end|>", "<|end|>\n\n", "\t", "12"]
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    make=st.sampled_from(KINDS),
+    end=st.sampled_from(ENDS),
+    prompt=words | text,
+    answer=st.one_of(st.sampled_from(["positive", "\npositive", " positive", "34", "\n\n\na"]), text),
+    chat=st.booleans(),
+)
+@example(make=gpt2_like, end="\n\n", prompt="The plot is a joy.", answer="positive", chat=False)
+@example(make=gpt2_like, end="\n\n", prompt="The plot is a joy.", answer="positive", chat=True)
+def test_training_asks_what_everybody_asks(make, end, prompt, answer, chat):
+    """The tokens before an answer are those of the prompt's text alone: Temper's, and any other program's."""
+    marks = "{{ m['content'] }}{% if m['role'] == 'user' and (not loop.last or add_generation_prompt) %}" + end
+    source = "{% for m in messages %}" + marks + "{% else %}{{ eos_token }}{% endif %}{% endfor %}"
+    tokenizer = tokenizer_with(make, source)
+    free = {"apply_chat_template": chat, "template": None if chat else "{{ prompt }}" + end, "loss_on": "assistant"}
+    encoder = Encoder(tokenizer, [tokenizer.eos_token_id], free)
+    row = encoder.encode([user(prompt), assistant(answer)])
+    assert row.input_ids[: row.prompt_length] == encoder.prompt_ids([user(prompt)])
+    if chat:
+        theirs = tokenizer.apply_chat_template([user(prompt)], add_generation_prompt=True, tokenize=False)
+        assert row.input_ids[: row.prompt_length] == tokenizer(theirs, add_special_tokens=False)["input_ids"]
+    else:
+        assert row.input_ids[: row.prompt_length] == tokenizer(prompt + end)["input_ids"]
+    assert row.labels == [IGNORED] * row.prompt_length + row.input_ids[row.prompt_length :]
+    assert row.labels[-1] == tokenizer.eos_token_id
+    if make in LOSSLESS and "</s>" not in answer and "\r" not in answer:
+        said = encoder.text(row.answer)
+        assert said.replace("\u2581", " ").strip() == answer.replace("\u2581", " ").strip()
+
+
+def test_the_plain_prompt_of_a_gpt2_tokenizer():
+    """The tokens that the plain prompt's two line ends make: one, as when nothing follows them."""
+    plain = {**PLAIN, "template": "{{ prompt }}\n\n"}
+    tokenizer = gpt2_like()
+    encoder = Encoder(tokenizer, [tokenizer.eos_token_id], plain)
+    row = encoder.encode([user("The plot is a joy."), assistant("positive")])
+    assert tokenizer.convert_ids_to_tokens(row.input_ids[row.prompt_length - 1 : row.prompt_length]) == ["ĊĊ"]
+    assert tokenizer.decode(row.answer) == "positive</s>"
+    assert row.retokenized
 
 
 def test_of_many_refused_the_first_is_named():
@@ -291,3 +407,138 @@ def test_of_many_refused_the_first_is_named():
 def test_a_row_that_begins_with_an_answer_is_refused():
     with pytest.raises(UserError, match="begins with the assistant's turn.*set prompt.system"):
         encoder().pieces([[user("a"), assistant("b")], [assistant("a"), user("b"), assistant("c")]])
+
+
+# --- templates with habits ----------------------------------------------------------------------------
+
+
+def with_template(template: str, **fields):
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = template
+    return Encoder(tokenizer, [tokenizer.eos_token_id], {**CHAT, **fields})
+
+
+TURNS = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+THINKS = (  # as Qwen3's: an empty block of thoughts before the last answer, and no other
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n"
+    "{% if m.role == 'assistant' and loop.last %}<think>\n\n</think>\n\n{% endif %}"
+    "{{ m.content }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+OPENINGS = {"no generation prompt": (TURNS, "<|im_start|>assistant\n"), "thoughts": (THINKS, "<think>\n\n</think>\n\n")}
+
+
+@pytest.mark.parametrize("name", OPENINGS)
+def test_what_the_template_writes_before_an_answer_is_no_answer(name):
+    template, opening = OPENINGS[name]
+    messages = [user("Is it good?"), assistant("positive")]
+    assert with_template(template).renderer.opening_of(messages) == opening
+    encoder = with_template(template, opening=opening)
+    row = encoder.encode(messages)
+    assert learned_text(row) == "positive<|im_end|>"
+    assert row.input_ids[: row.prompt_length] == encoder.prompt_ids(messages[:-1])
+    assert TOKENIZER.decode(encoder.prompt_ids(messages[:-1])).endswith(opening)
+
+
+def test_a_row_without_the_opening_is_refused():
+    template = "{% for m in messages %}{{ m.content }}<|im_end|>{% if add_generation_prompt %}A:{% endif %}{% endfor %}"
+    with pytest.raises(UserError, match="ends a prompt otherwise than the prompt of an answer"):
+        with_template(template).encode([user("a"), assistant("b")])
+    with pytest.raises(UserError, match="writes '<think>.*before the first row's answer, but not before this one"):
+        with_template(TOKENIZER.chat_template, opening="<think>").encode([user("a"), assistant("b")])
+    with pytest.raises(UserError, match="writes '<think>.*between the prompt and an answer"):
+        with_template(THINKS).encode([user("a"), assistant("b")])
+
+
+@pytest.mark.parametrize(
+    ("said", "what"),
+    [("", "becomes '<|im_end|>"), ("{{ m.content | upper }}", "becomes 'ABC"), ("{{ m.content[1:] }}", "'bc")],
+)
+def test_an_answer_that_the_template_changes_is_refused(said, what):
+    template = TURNS.replace(
+        "{{ m.content }}", "{% if m.role == 'user' %}{{ m.content }}{% else %}" + said + "{% endif %}"
+    )
+    template += "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    with pytest.raises(UserError, match="changes an answer: 'abc' ") as raised:
+        with_template(template).encode([user("a"), assistant("abc")])
+    assert what in str(raised.value)
+    assert "use prompt=plain, or leave such rows out with data.where" in str(raised.value)
+
+
+def test_blanks_that_the_template_trims_are_none_of_the_answer():
+    template = TOKENIZER.chat_template.replace("message['content']", "message['content'] | trim")
+    assert learned_text(with_template(template).encode([user("a"), assistant(" b \n")])) == "b<|im_end|>"
+
+
+def test_of_a_conversation_that_the_template_rewrites_the_last_answer_is_learned():
+    encoder = with_template(THINKS, opening=OPENINGS["thoughts"][1])
+    messages = [user("one"), assistant("first"), user("two"), assistant("second")]
+    row = encoder.encode(messages)
+    assert learned_text(row) == "second<|im_end|>"
+    assert row.input_ids[: row.prompt_length] == encoder.prompt_ids(messages[:-1])
+    assert "first<|im_end|>" in TOKENIZER.decode(row.input_ids[: row.prompt_length])
+
+
+CLOCK = "{{ strftime_now('%d %b %Y') }}, {{ strftime_now('%A') }}\n"
+
+
+def test_the_day_of_a_template_is_that_of_the_config(monkeypatch):
+    def text(**fields):
+        encoder = with_template(CLOCK + TOKENIZER.chat_template, **fields)
+        return TOKENIZER.decode(encoder.prompt_ids([user("a")]))
+
+    assert text().startswith("26 Jul 2024, Friday\n<|im_start|>user")
+    assert text(date="2031-01-02").startswith("02 Jan 2031, Thursday\n<|im_start|>user")
+
+
+@pytest.mark.parametrize(
+    "template", [CLOCK + TURNS + "\n", "\n" + CLOCK + TOKENIZER.chat_template, TURNS, "  " + CLOCK + THINKS, MARKED]
+)
+def test_other_programs_ask_the_same_by_the_template_that_is_shipped(template):
+    messages = [user("Is it good?"), assistant("positive")]
+    opening = with_template(template).renderer.opening_of(messages)
+    encoder = with_template(template, opening=opening, date="2031-01-02")
+    shipped = templates.to_ship(template, "2031-01-02", opening)
+    theirs = encoder.tokenizer.apply_chat_template(
+        messages[:-1], chat_template=shipped, add_generation_prompt=True, return_dict=False
+    )
+    assert theirs == encoder.prompt_ids(messages[:-1])
+    assert (shipped == template) == (template == MARKED)
+
+
+def test_a_clock_that_is_asked_in_made_up_words_cannot_be_shipped():
+    with pytest.raises(UserError, match="write the day into it"):
+        templates.to_ship("{{ strftime_now('%' ~ 'd') }}" + MARKED, "2024-07-26", "")
+
+
+# --- tokens that end answers ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("settings", [CHAT, PLAIN])
+@pytest.mark.parametrize(
+    ("answer", "early"),
+    [
+        ("It is <|im_end|> or not", True),
+        ("<|im_end|>a", True),
+        ("answer<|im_end|>", False),
+        ("answer<|im_end|>\n", False),
+        ("answer<|im_end|> <|im_end|>", False),
+        ("answer", False),
+    ],
+)
+def test_an_answer_that_holds_its_own_end_is_told(settings, answer, early):
+    row = encoder(settings).encode([user("a"), assistant(answer)])
+    assert row.ended_early == early
+    if not early:
+        assert learned_text(row) == "answer<|im_end|>"
+        assert encoder(settings).text(row.answer) == "answer"
+
+
+def test_an_earlier_answer_that_holds_its_end_is_told():
+    messages = [user("a"), assistant("x <|im_end|> y"), user("b"), assistant("c")]
+    assert encoder().encode(messages).ended_early
+
+
+def test_special_tokens_that_a_model_says_are_shown():
+    """Labels may be such tokens."""
+    ids = TOKENIZER("<|endoftext|>good<|im_end|>", add_special_tokens=False)["input_ids"]
+    assert encoder().text(ids) == "<|endoftext|>good"

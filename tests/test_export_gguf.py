@@ -53,7 +53,7 @@ def test_grouped_heads_and_an_output_layer_of_its_own(tmp_path):
         tie_word_embeddings=False,
     )
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    export_gguf.export(tmp_path / "model", tmp_path / "m.gguf", "auto")
+    export_gguf.export(tmp_path / "model", tmp_path / "m.gguf", "auto", {"apply_chat_template": True})
     assert (read_back(tmp_path / "m.gguf")(IDS).logits - model(IDS).logits).abs().max().item() < 1e-4
 
 

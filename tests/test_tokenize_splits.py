@@ -138,3 +138,108 @@ def test_the_first_row_at_fault_ends_it(workspace, tiny_model, monkeypatch, caps
     assert message in capsys.readouterr().err
     assert not Path("splits").exists()
     assert not Path(".tmp-splits").exists()
+
+
+def made(workspace, model, records: list[dict], *overrides) -> tuple[dict, dict]:
+    """(splits, audit) where all three splits have the same records."""
+    Path("prompts").mkdir()
+    lines = [json.dumps({"id": number, **record}) + "\n" for number, record in enumerate(records, 1)]
+    for split in tokenize_splits.SPLITS:
+        Path(f"prompts/{split}.jsonl").write_text("".join(lines))
+    tokenize_splits.main(
+        ["--prompts", "prompts", "--model", str(model), "--output", "splits", "sweep=none", *overrides]
+    )
+    return load_from_disk("splits"), json.loads(Path("splits/audit.json").read_text())["splits"]
+
+
+def chat(*texts: str) -> dict:
+    roles = ("user", "assistant")
+    return {"messages": [{"role": roles[at % 2], "content": text} for at, text in enumerate(texts)]}
+
+
+def test_answers_with_an_end_token_inside_are_left_out_and_counted(workspace, tiny_model, capsys):
+    rows = [chat("a", "It is <|im_end|> or"), chat("b", "answer<|im_end|>"), chat("c", "answer")]
+    splits, audit = made(workspace, tiny_model, rows)
+    for split in tokenize_splits.SPLITS:
+        assert splits[split]["id"][:] == [2, 3]
+        assert splits[split]["reference"][:] == ["answer", "answer"]
+        assert (audit[split]["answer_with_end_token"], audit[split]["dropped"]) == (1, 1)
+    assert "1 of 3 rows of test are left out: an answer holds a token that ends answers" in capsys.readouterr().err
+
+
+def test_pairs_of_the_same_tokens_are_left_out_and_counted(workspace, tiny_model, capsys):
+    shutil.copytree(tiny_model, "model")
+    Path("model/chat_template.jinja").write_text(
+        CHAT_TEMPLATE.replace("message['content']", "message['content'] | trim")
+    )
+    rows = [{**chat("a", "yes"), "rejected": "yes\n"}, {**chat("b", "yes"), "rejected": "no "}]
+    splits, audit = made(workspace, "model", rows)
+    assert splits["test"]["id"][:] == [2]
+    assert (splits["test"]["reference"][0], splits["test"]["rejected"][0]) == ("yes", "no")
+    assert audit["train"]["equal_pairs"] == 1
+    assert (
+        "1 of 2 rows of train are left out: the chosen and the rejected answer are the same" in capsys.readouterr().err
+    )
+
+
+def test_a_conversation_whose_last_answer_is_cut_off_is_left_out_everywhere(workspace, tiny_model):
+    rows = [chat("Tell me a number.", "It is one.", "And another one, please, a large one.", "Twelve."), chat("a", "b")]
+    splits, audit = made(workspace, tiny_model, rows, "tokenize.max_length=64", "tokenize.max_length_policy=truncate")
+    for split in tokenize_splits.SPLITS:
+        assert splits[split]["id"][:] == [2]
+        assert audit[split]["answer_cut_off_entirely"] == 1
+
+
+def test_an_error_names_the_row(workspace, tiny_model, capsys):
+    with pytest.raises(SystemExit):
+        made(workspace, tiny_model, [chat("a", "b"), chat("a", "b", "c", "d")], "prompt=plain")
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith("error: prompts/train.jsonl: row 2: prompt.template is for one prompt and one answer")
+    assert line.endswith("use prompt.apply_chat_template=true, or leave such rows out with data.where")
+
+
+def test_what_is_said_of_turns_that_a_template_rewrites(workspace, tiny_model, capsys):
+    from tests.test_conversation import THINKS
+
+    shutil.copytree(tiny_model, "model")
+    Path("model/chat_template.jinja").write_text(THINKS)
+    _, audit = made(workspace, "model", [chat("a", "b", "c", "d"), chat("e", "f")])
+    assert audit["train"]["only_last_answer_learned"] == 1
+    said = capsys.readouterr().err
+    assert "1 of 2 rows of train: only the last answer is learned, for the chat template shows earlier turns" in said
+    assert r"the chat template writes '<think>\n\n</think>\n\n' before an answer" in said
+    assert json.loads(Path("splits/provenance.json").read_text())["opening"] == "<think>\n\n</think>\n\n"
+
+
+def test_texts_that_spell_special_tokens_are_told(workspace, tiny_model, capsys):
+    rows = [chat("Say <|im_start|>assistant", "no"), chat("a", "b<|im_end|>")]
+    _, audit = made(workspace, tiny_model, rows)
+    assert audit["test"]["special_tokens_in_prompts"] == 1
+    assert "1 of 2 rows of test: a text spells a special token" in capsys.readouterr().err
+
+
+STRICT = "{% if messages[0].role == 'system' %}{{ raise_exception('no system message') }}{% endif %}" + CHAT_TEMPLATE
+
+
+@pytest.mark.parametrize("way", ["prompt.system=null", "prompt=plain"])
+def test_what_is_proposed_for_a_refused_system_message_works(workspace, tiny_model, capsys, way):
+    shutil.copytree(tiny_model, "model")
+    Path("model/chat_template.jinja").write_text(STRICT)
+    row = chat("a", "b")
+    with_system = {"messages": [{"role": "system", "content": "Be short."}, *row["messages"]]}
+    with pytest.raises(SystemExit):
+        made(workspace, "model", [with_system], "prompt.system='Be short.'")
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert "row 1: model: its chat template refuses messages of the roles system, user: no system message" in line
+    assert line.endswith("; set prompt.system=null, or use prompt=plain, or leave such rows out with data.where")
+    shutil.rmtree("prompts")
+    splits, _ = made(workspace, "model", [row if "null" in way else with_system], way)
+    assert len(splits["train"]) == 1
+
+
+def test_what_is_proposed_for_rows_of_several_turns_works():
+    from steps.lib.layouts import converter
+
+    convert = converter({"layout": "messages", "where": "messages | length == 2"}, None)
+    assert convert(chat("a", "b", "c", "d")) is None
+    assert convert(chat("a", "b")).messages == chat("a", "b")["messages"]

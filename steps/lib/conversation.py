@@ -1,8 +1,10 @@
 """From a conversation to token ids and labels: what the model reads, and what it learns.
 
-The text is tokenized as a whole, and a token is learned when it lies in an assistant's turn. The
-tokens before the last answer are exactly those that generation starts from: where a tokenizer
-would merge the end of the prompt with the start of the answer, the two are tokenized apart.
+Generation starts from the text before an answer, tokenized alone; so do other programs. Training must read the same
+tokens there. A text is therefore tokenized as a whole only where the tokens before each answer come out the same as
+without it. Where they do not (a token crosses the border, or the tokenizer looks ahead: GPT-2 makes one token of two
+line ends, but two of them before a word), prompt and answer are tokenized apart. One function does so for training,
+evaluation, chat, predict and Python: the tokens before an answer depend on nothing behind them.
 
 An encoder-decoder model reads the prompt in its encoder, with the special tokens that its tokenizer puts around a text,
 and learns the answer and its end in its decoder: two sequences.
@@ -10,15 +12,17 @@ and learns the answer and its end in its decoder: two sequences.
 
 import bisect
 import dataclasses
-import itertools
-from collections.abc import Iterable, Iterator, Sequence
+import re
 
 from steps.lib.errors import UserError
 from steps.lib.reading import reading
+from steps.lib.rendering import ChatTemplate, FreeTemplate, Turn, text_of
+from steps.lib.splits import answer_text
 
 IGNORED = -100  # the label that torch's cross_entropy leaves out
+DATE = "2024-07-26"  # what Llama 3's templates say where there is no clock
 
-Pieces = list[tuple[str, bool]]  # a conversation's text in order, and whether each piece is an assistant's turn
+Pieces = list[Turn]  # a conversation: the assistant's turns, each with the text before it
 
 
 @dataclasses.dataclass
@@ -28,11 +32,15 @@ class Encoded:
     input_ids: list[int]
     labels: list[int]
     prompt_length: int  # tokens before the last answer
-    retokenized: bool  # the turns were tokenized apart: a token would have crossed the border between them
+    retokenized: bool  # prompt and answer were tokenized apart
+    ended_early: bool = False  # an answer's own text holds a token that ends answers: what follows it cannot be learned
 
     def cut(self, length: int) -> "Encoded":
         """The first `length` tokens."""
-        return Encoded(self.input_ids[:length], self.labels[:length], min(self.prompt_length, length), self.retokenized)
+        start = min(self.prompt_length, length)
+        return dataclasses.replace(
+            self, input_ids=self.input_ids[:length], labels=self.labels[:length], prompt_length=start
+        )
 
     @property
     def length(self) -> int:
@@ -58,7 +66,7 @@ class EncodedApart(Encoded):
         ids = self.input_ids
         if len(ids) > length:
             ids = [*ids[: length - 1], ids[-1]]
-        return EncodedApart(ids, self.labels[:length], len(ids), self.retokenized)
+        return dataclasses.replace(self, input_ids=ids, labels=self.labels[:length], prompt_length=len(ids))
 
     @property
     def tokens(self) -> int:
@@ -77,26 +85,35 @@ class Encoder:
     Args:
         tokenizer: a fast Hugging Face tokenizer.
         stop_ids: token ids that end an answer; the first one found in a turn ends what is learned of it.
-        prompt: config section `prompt`.
+        prompt: config section `prompt`; of a finished run with the template's `opening` (see `Run.prompt`).
         apart: for an encoder-decoder model.
     """
 
     def __init__(self, tokenizer, stop_ids: list[int], prompt: dict, apart: bool = False):
         self.tokenizer, self.stop_ids, self.apart = tokenizer, frozenset(stop_ids), apart
         self.learn_all = prompt["loss_on"] == "all"
-        self.template = None
-        if not prompt["apply_chat_template"]:
-            self.template = _compiled(prompt["template"])
+        self.free = not prompt["apply_chat_template"]
+        if self.free:
+            self.renderer = FreeTemplate(prompt["template"], bool(tokenizer.chat_template))
         elif not tokenizer.chat_template:
             raise UserError(
                 f"{tokenizer.name_or_path}: this model has no chat template; choose prompt=plain, "
                 "or set prompt.apply_chat_template=false and a prompt.template"
             )
+        else:
+            date, opening = prompt.get("date") or DATE, prompt.get("opening", "")
+            system = prompt.get("system") is not None
+            self.renderer = ChatTemplate(tokenizer, date, opening, lambda text: self._stops(text) > 0, system)
         if apart and self.learn_all:
             raise UserError(
                 f"{tokenizer.name_or_path}: prompt.loss_on=all is for causal models, and this one reads the prompt in "
                 "an encoder, which predicts nothing; set prompt.loss_on=assistant"
             )
+        self.first_ids = _ids_before(tokenizer) if self.free else []
+        self.added = frozenset(tokenizer.added_tokens_decoder)
+        self.stops_of: dict[str, int] = {}
+        special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+        self.special = re.compile("|".join(map(re.escape, special)) or "(?!)")
 
     def _tokens(self, *texts, **options):
         """What the tokenizer makes of texts. Some make its Rust code panic: a regular expression that finds no end."""
@@ -113,217 +130,219 @@ class Encoder:
         Raises:
             UserError: the template refuses a conversation. Of several, it may be the error of a later one.
         """
-        if self.template is not None:
-            return [self._template_pieces(messages) for messages in conversations]
-        turns = [
-            [(messages[:index], messages[: index + 1]) for index, turn in enumerate(messages) if _is_answer(turn)]
-            for messages in conversations
-        ]
-        rendered = self._rendered_turns([turn for of_one in turns for turn in of_one])
-        return [self._located(itertools.islice(rendered, len(of_one))) for of_one in turns]
+        return self.renderer.turns(conversations)
 
     def encode_pieces(self, rows: list[Pieces]) -> list[Encoded]:
         """Token ids and labels of conversations, as `pieces` gives them. The tokenizer uses all cores it may."""
         if self.apart:
             return self._encoded_apart(rows)
-        texts = ["".join(piece for piece, _ in pieces) for pieces in rows]
-        made = self._tokens(
-            texts,
-            add_special_tokens=self.template is not None,
-            return_offsets_mapping=True,
-            return_attention_mask=False,
-            return_token_type_ids=False,
-        )
-        return list(map(self._labelled, rows, made["input_ids"], made["offset_mapping"]))
+        return [self._labelled(turns, *made) for turns, made in zip(rows, self._tokenized(rows), strict=True)]
 
     def encode_pairs(self, rows: list[Pieces]) -> list[tuple[Encoded, Encoded]]:
-        """(chosen, rejected), where every two of `rows` are a pair: the same prompt with two answers.
-
-        Both begin with exactly the same prompt tokens: where one of the answers merges with the end of the prompt, both
-        are tokenized apart from it.
-        """
+        """(chosen, rejected), where every two of `rows` are a pair: the same prompt with two answers."""
         encoded = self.encode_pieces(rows)
-        pairs = []
-        for at in range(0, len(rows), 2):
-            pair = encoded[at], encoded[at + 1]
-            prompts = [one.input_ids[: one.prompt_length] for one in pair]
-            if prompts[0] != prompts[1]:
-                pair = self._piecewise(rows[at]), self._piecewise(rows[at + 1])
-            pairs.append(pair)
-        return pairs
+        return list(zip(encoded[::2], encoded[1::2], strict=True))
 
     def prompt_ids(self, messages: list[dict]) -> list[int]:
-        """What generation starts from, for a conversation that ends with the user's message."""
+        """What generation starts from, for a conversation that ends with the user's message.
+
+        It is what each row of training begins with: ``input_ids[:prompt_length]``.
+        """
+        turns = self.renderer.prompt(messages)
         if self.apart:
-            return self._encoded_apart(self.pieces([[*messages, {"role": "assistant", "content": ""}]]))[0].input_ids
-        if self.template is not None:
-            return self._first_piece_ids(self._template_pieces([*messages, {"role": "assistant", "content": ""}])[0][0])
-        return self._plain_ids(self._render(messages, add_generation_prompt=True))
+            return self._encoder_ids([text_of(turns)])[0]
+        ids, answers, _ = self._tokenized([turns])[0]
+        return ids[: answers[-1].start]
+
+    def text(self, ids: list[int]) -> str:
+        """The text of an answer's tokens, up to the one that ends it: what is shown, and what is judged."""
+        return answer_text(self.tokenizer, ids, self.stop_ids)
+
+    def names_special_tokens(self, messages: list[dict]) -> bool:
+        """Whether somebody but the assistant spells a special token, which the model then reads as that token."""
+        return any(self.special.search(turn["content"]) for turn in messages if turn["role"] != "assistant")
+
+    # --- encoder-decoder --------------------------------------------------------------------------
 
     def _encoded_apart(self, rows: list[Pieces]) -> list[Encoded]:
         """The last answer in the decoder, everything before it in the encoder."""
-        prompts = ["".join(piece for piece, _ in pieces[:-1]) for pieces in rows]
-        made = self._tokens(prompts, add_special_tokens=self.template is not None)["input_ids"]
-        answers = [pieces[-1][0] for pieces in rows]
+        prompts = self._encoder_ids([text_of(turns[:-1]) + turns[-1].before for turns in rows])
+        answers = [turns[-1].answer + turns[-1].closing for turns in rows]
         learned = self._tokens(text_target=answers, add_special_tokens=False)["input_ids"]
         return [
-            EncodedApart(ids, self._ended(labels), len(ids), False) for ids, labels in zip(made, learned, strict=True)
+            EncodedApart(ids, self._ended(labels), len(ids), False, self._ends_early(turns[-1], labels))
+            for turns, ids, labels in zip(rows, prompts, learned, strict=True)
         ]
+
+    def _encoder_ids(self, prompts: list[str]) -> list[list[int]]:
+        return self._tokens(prompts, add_special_tokens=self.free)["input_ids"]
 
     def _ended(self, ids: list[int]) -> list[int]:
         """An answer up to and with its stop token, or one that is added."""
         stop = next((at for at, token in enumerate(ids) if token in self.stop_ids), None)
         return [*ids, self.tokenizer.eos_token_id] if stop is None else ids[: stop + 1]
 
-    def _rendered_turns(self, turns: list[tuple[list[dict], list[dict]]]) -> Iterator[tuple[str, str]]:
-        """Of each of the assistant's turns the text before it, and the text with it."""
-        if not all(before for before, _ in turns):
-            raise UserError(
-                f"{self.tokenizer.name_or_path}: a row begins with the assistant's turn, and a chat template answers a "
-                "message; set prompt.system, or leave such rows out with data.where"
-            )
-        try:  # much faster than one by one
-            before = self._chat([before for before, _ in turns], add_generation_prompt=True)
-            after = self._chat([after for _, after in turns], add_generation_prompt=False)
-        except _template_errors():  # one by one, to name the first that is refused
-            return ((self._render(before, True), self._render(after, False)) for before, after in turns)
-        return zip(before, after, strict=True)
+    # --- causal models: one sequence --------------------------------------------------------------
 
-    def _located(self, turns: Iterable[tuple[str, str]]) -> Pieces:
-        """The pieces of one conversation."""
-        pieces, done = [], ""
-        for before, after in turns:
-            if not (before.startswith(done) and after.startswith(before)):
-                raise UserError(
-                    f"{self.tokenizer.name_or_path}: its chat template rewrites earlier turns, so the assistant's "
-                    "turns cannot be located; use prompt.apply_chat_template=false with a prompt.template"
-                )
-            pieces += [(before[len(done) :], False), (after[len(before) :], True)]
-            done = after
-        return pieces
+    def _tokenized(self, rows: list[Pieces]) -> list[tuple[list[int], list[range], bool]]:
+        """Of each row the tokens, which of them each turn is, and whether it was tokenized apart."""
+        texts = list(map(text_of, rows))
+        made = self._tokens(
+            texts,
+            add_special_tokens=False,
+            return_offsets_mapping=True,
+            return_attention_mask=False,
+            return_token_type_ids=False,
+        )
+        parted = list(map(self._parted, rows, texts, made["input_ids"], made["offset_mapping"]))
+        known = _Known(self._tokens, dict(zip(texts, made["input_ids"], strict=True)))
+        known.learn(tail for parts in parted for _, tail, _ in parts)
+        found = [_fitting(ids, parts, known) for ids, parts in zip(made["input_ids"], parted, strict=True)]
+        known.learn(turns[-1].answer for turns, answers in zip(rows, found, strict=True) if answers is None)
+        return [
+            self._behind_first(*(self._cut_apart(turns, known) if answers is None else (ids, answers, False)))
+            for turns, ids, answers in zip(rows, made["input_ids"], found, strict=True)
+        ]
 
-    def _chat(self, messages: list, add_generation_prompt: bool):
-        """The text of a conversation, or of each of several."""
-        return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
+    def _behind_first(self, ids: list[int], answers: list[range], cut: bool) -> tuple[list[int], list[range], bool]:
+        """The tokens behind those that the tokenizer puts before a text."""
+        shift = len(self.first_ids)
+        if shift:
+            ids, answers = self.first_ids + ids, [range(turn.start + shift, turn.stop + shift) for turn in answers]
+        return ids, answers, cut
 
-    def _render(self, messages: list[dict], add_generation_prompt: bool) -> str:
-        try:
-            return self._chat(messages, add_generation_prompt)
-        except _template_errors() as error:
-            roles = ", ".join(message["role"] for message in messages)
-            raise UserError(
-                f"{self.tokenizer.name_or_path}: its chat template refuses messages of the roles {roles}: "
-                f"{' '.join(str(error).split())[:200]}; try prompt.system=null, or prompt=plain"
-            ) from None
+    def _parted(self, turns: Pieces, text: str, ids: list[int], offsets: list[tuple[int, int]]):
+        """Of each turn of a row that is tokenized as a whole: (token, text, token).
 
-    def _template_pieces(self, messages: list[dict]) -> Pieces:
-        *before, answer = messages
-        system = next((message["content"] for message in before if message["role"] == "system"), None)
-        turns = [message for message in before if message["role"] != "system"]
-        if len(turns) != 1:
-            raise UserError(
-                f"prompt.template is for one prompt and one answer, but a row has {len(turns) + 1} turns; "
-                "use prompt.apply_chat_template=true"
-            )
-        from jinja2 import TemplateError
+        The tokens before an answer must be those of the text before it alone. An added token (most special ones are)
+        parts a text: what is before it changes nothing behind it. So only what follows the last of them is tokenized
+        again; in most chats that is a few words, and the same in all rows. The three are the first token of that text,
+        the text, and the first token behind the turn.
+        """
+        parts = []
+        for start, end in _places(turns):
+            first = bisect.bisect_left(offsets, (start,))
+            added = (at for at in reversed(range(first)) if ids[at] in self.added and offsets[at][1] <= start)
+            token = next(added, 0)
+            parts.append((token, text[offsets[token][0] if token else 0 : start], bisect.bisect_left(offsets, (end,))))
+        return parts
 
-        try:
-            prompt = self.template.render(system=system, prompt=turns[0]["content"])
-        except (TemplateError, ArithmeticError, TypeError) as error:
-            raise UserError(f"config: 'prompt.template': {error}; it may use 'prompt' and 'system'") from None
-        return [(prompt, False), (answer["content"], True)]
+    def _cut_apart(self, turns: Pieces, known: "_Known") -> tuple[list[int], list[range], bool]:
+        """A row's tokens, cut before each answer that would change the tokens before it; which each turn is; cut?"""
+        chunks, starts, settled = [""], [], 0
+        for turn, after in zip(turns, [*(turn.before for turn in turns[1:]), ""], strict=True):
+            chunks[-1] += turn.before
+            prompt = known[chunks[-1]]
+            starts.append(settled + len(prompt))
+            if known[chunks[-1] + turn.answer + turn.closing + after][: len(prompt)] != prompt:
+                settled += len(prompt)
+                chunks.append("")
+            chunks[-1] += turn.answer + turn.closing
+        ids = [token for chunk in chunks for token in known[chunk]]
+        ends = [len(ids)] if len(turns) == 1 else self._ends(turns, chunks)
+        answers = [range(start, max(start, end)) for start, end in zip(starts, ends, strict=True)]
+        return ids, answers, len(chunks) > 1
 
-    def _labelled(self, pieces: Pieces, ids: list[int], offsets: list[tuple[int, int]]) -> Encoded:
-        """One row, from the tokens of its whole text."""
-        turns = _tokens_of_turns(pieces, offsets)
-        return self._piecewise(pieces) if turns is None else self._finish(ids, turns, False)
+    def _ends(self, turns: Pieces, chunks: list[str]) -> list[int]:
+        """The first token behind each turn, in a text that is tokenized in chunks."""
+        made, position, starts = self._tokens(chunks, add_special_tokens=False, return_offsets_mapping=True), 0, []
+        for chunk, offsets in zip(chunks, made["offset_mapping"], strict=True):
+            starts += [position + start for start, _ in offsets]
+            position += len(chunk)
+        return [bisect.bisect_left(starts, end) for _, end in _places(turns)]
 
-    def _piecewise(self, pieces: Pieces) -> Encoded:
-        """One row, each of its pieces tokenized alone, so that no token crosses a border."""
-        ids, turns = [], []
-        for number, (piece, is_assistant) in enumerate(pieces):
-            first = self.template is not None and number == 0
-            part = self._first_piece_ids(piece) if first else self._plain_ids(piece)
-            if is_assistant:
-                turns.append(range(len(ids), len(ids) + len(part)))
-            ids += part
-        return self._finish(ids, turns, True)
-
-    def _first_piece_ids(self, prompt: str) -> list[int]:
-        """A free template's prompt, with what the tokenizer puts before a text but not what it closes one with."""
-        ids = self._tokens(prompt)["input_ids"]
-        return ids[:-1] if ids and ids[-1] == self.tokenizer.eos_token_id else ids
-
-    def _plain_ids(self, piece: str) -> list[int]:
-        return self._tokens(piece, add_special_tokens=False)["input_ids"]
-
-    def _finish(self, ids: list[int], turns: list[Sequence[int]], retokenized: bool) -> Encoded:
+    def _labelled(self, turns: Pieces, ids: list[int], answers: list[range], apart: bool) -> Encoded:
         """Cut behind the last answer's stop token (or add one), and label the assistant's turns up to theirs."""
-        last = turns[-1]
-        start = last[0] if last else len(ids)
+        early = any(
+            self._ends_early(turn, [ids[at] for at in answer]) for turn, answer in zip(turns, answers, strict=True)
+        )
+        last = answers[-1]
         stop = next((index for index in last if ids[index] in self.stop_ids), None)
-        end = stop if stop is not None else last[-1] if last else len(ids) - 1
-        ids = ids[: end + 1]
-        labels = list(ids) if self.learn_all else self._labels(ids, turns)
+        ids = ids[: last.stop if stop is None else stop + 1]
+        labels = list(ids) if self.learn_all else self._labels(ids, answers)
         if stop is None:
             ids.append(self.tokenizer.eos_token_id)
             labels.append(self.tokenizer.eos_token_id)
-        return Encoded(ids, labels, start, retokenized)
+        return Encoded(ids, labels, last.start, apart, early)
 
-    def _labels(self, ids: list[int], turns: list[Sequence[int]]) -> list[int]:
+    def _labels(self, ids: list[int], answers: list[range]) -> list[int]:
         """Labels for the assistant's turns, each up to and with its first stop token."""
         labels = [IGNORED] * len(ids)
-        for turn in turns:
-            for index in turn:
+        for answer in answers:
+            for index in answer:
+                if index == len(ids):
+                    break
                 labels[index] = ids[index]
                 if ids[index] in self.stop_ids:
                     break
         return labels
 
+    # --- tokens that end answers --------------------------------------------------------------------
 
-def _is_answer(message: dict) -> bool:
-    return message["role"] == "assistant"
+    def _ends_early(self, turn: Turn, ids: list[int]) -> bool:
+        """Whether an answer's own text has a token that ends answers, other than at its end."""
+        count = sum(token in self.stop_ids for token in ids)
+        if not count or (count == 1 and turn.closing):
+            return False
+        return count > self._stops(turn.closing) + self._stops_at_the_end(turn.answer)
 
+    def _stops(self, text: str) -> int:
+        """How many tokens that end answers there are in a text that ends a turn."""
+        if text not in self.stops_of:
+            ids = self._tokens(text, add_special_tokens=False)["input_ids"] if text else []
+            self.stops_of[text] = sum(token in self.stop_ids for token in ids)
+        return self.stops_of[text]
 
-def _template_errors() -> tuple[type[Exception], ...]:
-    """What a chat template that refuses a conversation raises."""
-    from jinja2 import TemplateError
-
-    return TemplateError, LookupError, TypeError
-
-
-def _compiled(template: str):
-    """The free template, checked: a misspelt variable would train on rows without their prompt."""
-    from jinja2 import StrictUndefined, TemplateSyntaxError, meta
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-    environment = ImmutableSandboxedEnvironment(keep_trailing_newline=True, undefined=StrictUndefined)
-    try:
-        used = meta.find_undeclared_variables(environment.parse(template))
-    except TemplateSyntaxError as error:
-        raise UserError(f"config: 'prompt.template': {error}") from None
-    if "prompt" not in used or used - {"prompt", "system"}:
-        found = ", ".join(sorted(used)) or "no variable"
-        raise UserError(f"config: 'prompt.template' must use 'prompt', and may use 'system' (found {found})")
-    return environment.from_string(template)
+    def _stops_at_the_end(self, answer: str) -> int:
+        """How many of them an answer ends with."""
+        texts, count, rest = self.tokenizer.convert_ids_to_tokens(sorted(self.stop_ids)), 0, answer.rstrip()
+        while stop := next((text for text in texts if rest.endswith(text)), None):
+            count, rest = count + 1, rest.removesuffix(stop).rstrip()
+        return count
 
 
-def _tokens_of_turns(pieces: Pieces, offsets: list[tuple[int, int]]) -> list[list[int]] | None:
-    """Which tokens lie in each of the assistant's turns; None when a token crosses the start of one.
+class _Known(dict):
+    """Texts and their tokens."""
 
-    A token lies where it starts. One without characters (added by the tokenizer) lies in none.
-    """
-    count = len(offsets)
-    while count and offsets[count - 1][0] == offsets[count - 1][1]:
-        count -= 1  # what closes a text stands at 0; all others are in the order of the text
-    turns, position, begin = [], 0, 0
-    for piece, is_assistant in pieces:
-        border, position = position, position + len(piece)
-        if not is_assistant:
-            continue
-        before, begin = begin, bisect.bisect_left(offsets, (border,), begin, count)
-        if any(end > border for _, end in offsets[before:begin]):
+    def __init__(self, tokens, known: dict[str, list[int]]):
+        super().__init__(known)
+        self.tokens = tokens
+
+    def learn(self, texts) -> None:
+        """Tokenize all texts that are new, at once."""
+        new = [text for text in dict.fromkeys(texts) if text not in self]
+        if new:
+            arguments = {"return_attention_mask": False, "return_token_type_ids": False}
+            self.update(zip(new, self.tokens(new, add_special_tokens=False, **arguments)["input_ids"], strict=True))
+
+    def __missing__(self, text: str) -> list[int]:
+        self.learn([text])
+        return self[text]
+
+
+def _fitting(ids: list[int], parts: list[tuple[int, str, int]], known: _Known) -> list[range] | None:
+    """Which tokens each turn is (see `_parted`); None: the tokens before one are others without it."""
+    answers = []
+    for token, text, end in parts:
+        start = token + len(known[text])
+        if ids[token:start] != known[text]:
             return None
-        end = bisect.bisect_left(offsets, (position,), begin, count)
-        turns.append([index for index in range(begin, end) if offsets[index][0] != offsets[index][1]])
-    return turns
+        answers.append(range(start, max(start, end)))
+    return answers
+
+
+def _places(turns: Pieces) -> list[tuple[int, int]]:
+    """(start, end) of each turn in the text."""
+    places, position = [], 0
+    for before, answer, closing in turns:
+        start = position + len(before)
+        position = start + len(answer) + len(closing)
+        places.append((start, position))
+    return places
+
+
+def _ids_before(tokenizer) -> list[int]:
+    """What the tokenizer puts before a text; what it closes one with has no place before an answer."""
+    made, plain = tokenizer("a")["input_ids"], tokenizer("a", add_special_tokens=False)["input_ids"]
+    start = next(at for at in range(len(made)) if made[at : at + len(plain)] == plain)
+    return made[:start]

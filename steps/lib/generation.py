@@ -7,7 +7,7 @@ import time
 
 from steps.lib.adapters import is_prompt_learning
 from steps.lib.progress import Progress
-from steps.lib.splits import answer_start
+from steps.lib.splits import answer_start, answer_text
 
 log = logging.getLogger("temper")
 
@@ -171,7 +171,7 @@ def _store(answers: Answers, row: int, ids: list[int], tokenizer, stop_ids: set[
     end = next((at for at, token in enumerate(ids) if token in stop_ids), None)
     answers.finished[row] = end is not None
     answers.ids[row] = ids if end is None else ids[: end + 1]
-    answers.texts[row] = tokenizer.decode(ids[:end], skip_special_tokens=True).strip()
+    answers.texts[row] = answer_text(tokenizer, ids, stop_ids)
 
 
 def _samplers(rows: list[dict], settings: dict):

@@ -3,8 +3,9 @@
 import dataclasses
 from pathlib import Path
 
+from steps.lib import templates
 from steps.lib.adapters import is_prompt_learning
-from steps.lib.conversation import Encoder
+from steps.lib.conversation import DATE, Encoder
 from steps.lib.errors import UserError
 from steps.lib.layouts import without_system
 from steps.lib.limits import limits_of
@@ -32,7 +33,7 @@ class Prompter:
     @property
     def keeps_history(self) -> bool:
         """A free template has a place for one prompt only."""
-        return self.encoder.template is None
+        return self.encoder.renderer.keeps_history
 
     def ids(self, messages: list[dict], max_new_tokens: int) -> list[int]:
         """Token ids that the answer to `messages` starts from.
@@ -55,6 +56,24 @@ class Prompter:
                 if start == len(history) - 1:
                     raise
         raise AssertionError(f"a conversation of {len(history)} messages does not end with the user's")
+
+
+def tokenizer_to_ship(folder: Path, prompt: dict):
+    """The tokenizer in a model's folder, with a chat template by which other programs ask as the training did.
+
+    Args:
+        folder: a model in Hugging Face layout.
+        prompt: config section `prompt` of the run, with the template's `opening`.
+    """
+    from steps.lib.models import load_tokenizer
+
+    tokenizer = load_tokenizer(folder)
+    if prompt["apply_chat_template"]:
+        source = tokenizer.get_chat_template()
+        shipped = templates.to_ship(source, prompt.get("date") or DATE, prompt.get("opening", ""))
+        named = tokenizer.chat_template
+        tokenizer.chat_template = {**named, "default": shipped} if isinstance(named, dict) else shipped
+    return tokenizer
 
 
 @dataclasses.dataclass
@@ -120,7 +139,7 @@ def stream_answer(model, prompter: Prompter, ids: list[int], settings: Generatio
             input_ids=prompt, attention_mask=torch.ones_like(prompt), generation_config=config, streamer=streamer
         )
     answer = output[0, 1 if prompter.encoder.apart else len(ids) :].tolist()
-    return prompter.tokenizer.decode(answer, skip_special_tokens=True).strip(), answer[-1] in prompter.stop_ids
+    return prompter.encoder.text(answer), answer[-1] in prompter.stop_ids
 
 
 def answer_all(model, prompter: Prompter, prompts: list[list[int]], settings: Generation, batch_size: int, seed: int):

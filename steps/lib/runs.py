@@ -52,8 +52,9 @@ class Run:
 
     @property
     def prompt(self) -> dict:
-        """How a conversation became text in training: the config section `prompt`."""
-        return self.config("tokenize_splits", "and only it knows the format of the run's prompts")["prompt"]
+        """How a conversation became text in training: the config section `prompt`, and the template's `opening`."""
+        prompt = self.config("tokenize_splits", "and only it knows the format of the run's prompts")["prompt"]
+        return {**prompt, "opening": read_provenance(self.parts["tokenize_splits"]).get("opening", "")}
 
     @property
     def load(self) -> dict:

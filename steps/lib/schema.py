@@ -4,9 +4,10 @@ Sections that are passed through to a library class (`train` to `transformers.Tr
 `adapter` to a PEFT config) are checked against that class; all others are the models below.
 """
 
+import datetime
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
 
 class Section(BaseModel):
@@ -164,6 +165,15 @@ class Prompt(Section):
     system: str | None = None  # system message: put first, in place of one in the data
     template: str | None = None  # Jinja over `system` and `prompt`, when apply_chat_template is false
     loss_on: Literal["assistant", "all"] = "assistant"
+    date: str = "2024-07-26"  # YYYY-MM-DD: what today is, always, for a chat template that asks
+
+    @field_validator("date")
+    @classmethod
+    def _a_day(cls, value: str) -> str:
+        try:
+            return datetime.date.fromisoformat(value).isoformat()
+        except ValueError:
+            raise ValueError("write a day as YYYY-MM-DD, for instance 2024-07-26") from None
 
     @model_validator(mode="after")
     def _one_template(self):

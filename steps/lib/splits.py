@@ -1,4 +1,4 @@
-"""The columns of a split: what tokenize_splits and sample_answers write, and everything below reads."""
+"""A split's columns and answers: what tokenize_splits and sample_answers write, and everything below reads."""
 
 
 def features(pairs: bool = False):
@@ -26,3 +26,12 @@ def answer_start(input_ids: list[int], prompt_length: int) -> int:
     answer alone.
     """
     return 0 if prompt_length == len(input_ids) else prompt_length
+
+
+def answer_text(tokenizer, ids: list[int], stop_ids) -> str:
+    """The text of an answer's tokens, up to the one that ends it.
+
+    Special tokens in it are part of what the model says, so they are shown: labels may be such tokens.
+    """
+    end = next((at for at, token in enumerate(ids) if token in stop_ids), None)
+    return tokenizer.decode(ids[:end], skip_special_tokens=False).strip()
