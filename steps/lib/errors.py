@@ -7,6 +7,8 @@ import os
 import sys
 from pathlib import Path
 
+from steps.lib.secrets import redacted
+
 MOST_SHOWN = 15  # longer lists of choices drown the message
 
 
@@ -14,8 +16,11 @@ class UserError(Exception):
     """Something a person can fix: bad config, bad data, a missing file, no network.
 
     The message is one line that says what was found, where, and what to do. Commands print it
-    as ``error: <message>`` and exit with code 2, without a traceback.
+    as ``error: <message>`` and exit with code 2, without a traceback. It never shows a password or a token.
     """
+
+    def __init__(self, message: str):
+        super().__init__(redacted(message))
 
 
 @contextlib.contextmanager

@@ -26,6 +26,7 @@ from pathlib import Path
 
 from steps.lib.errors import UserError, explained
 from steps.lib.keys import changed_keys, code_hashes, flat
+from steps.lib.secrets import redacted
 
 log = logging.getLogger("temper")
 
@@ -274,7 +275,7 @@ def provenance(stage: str, inputs: dict, seconds: float, facts: dict) -> dict:
         "stage": stage,
         "inputs": {name: str(path) for name, path in inputs.items() if path is not None},
         "code": code_hashes(f"steps.{stage}"),
-        "command": " ".join(sys.argv),
+        "command": redacted(" ".join(sys.argv)),
         "packages": package_versions(),
         "python": platform.python_version(),
         "git": git_commit(),
