@@ -31,9 +31,7 @@ explain: .venv/installed  ## what the next run would make, why, and how long it 
 	@$(BIN)/python -m steps.explain $(ARGS)
 
 ui: .venv/installed  ## open the MLflow UI on http://127.0.0.1:5000
-	@mkdir -p results
-	MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false $(BIN)/mlflow server --workers 1 --host 127.0.0.1 --port 5000 \
-		--backend-store-uri sqlite:///results/mlflow.db
+	@$(BIN)/python -m steps.ui
 
 publish: .venv/installed  ## push a run with a model card to the hub: make publish RUN=best REPOSITORY=me/name ARGS=--merged
 	@$(BIN)/python -m steps.publish --run "$(RUN)" --repository "$(REPOSITORY)" $(ARGS)

@@ -1,11 +1,22 @@
 """MLflow: one run per sweep point, complete, repeatable, and never in the way of training."""
 
+import contextlib
+import copy
 import json
+import os
+import re
+import shutil
+import subprocess
+import sys
 import time
+from collections import OrderedDict
 from pathlib import Path
 from types import SimpleNamespace
+from urllib.parse import unquote, urlsplit
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from steps.lib import plan as planning
 from steps.lib import tracking, workflow
@@ -24,9 +35,19 @@ LINES = [
 ]
 
 
+@pytest.fixture(scope="module")
+def empty_store(tmp_path_factory):
+    """MLflow's tables, which take seconds to make."""
+    with contextlib.chdir(tmp_path_factory.mktemp("store")):
+        tracking.open_own_store()
+        return Path("results/mlflow.db").resolve()
+
+
 @pytest.fixture
-def plan(workspace):
+def plan(workspace, empty_store):
     """A plan of two runs with everything in place that the stages would have written."""
+    Path("results").mkdir()
+    shutil.copy(empty_store, "results/mlflow.db")
     made = planning.build("smoke", None, ["tracking.experiment_name=test", "tracking.flush_seconds=0.2"])
     for index, run in enumerate(made.runs):
         _write(run, accuracy=0.8 + index / 10)
@@ -310,3 +331,269 @@ def test_no_tracking_makes_no_store(workspace):
     with tracking.follow({"tracking": off, "sweep": "s", "run": "r", "title": "t"}) as listener:
         listener(LINES[0])
     assert not Path("results").exists()
+
+
+# --- names, values, addresses --------------------------------------------------------------------
+
+
+@given(st.text(max_size=300))
+def test_every_name_becomes_one_that_mlflow_takes(name):
+    from mlflow.utils.validation import _validate_param_name
+
+    clean = tracking.valid_name(name)
+    _validate_param_name(clean)
+    assert len(clean) <= 250
+
+
+@given(st.text(max_size=300) | st.from_regex(r"[/\w.\- :]{1,300}", fullmatch=True), st.text(max_size=20))
+def test_two_names_never_become_one(name, other):
+    assert (tracking.valid_name(name) == tracking.valid_name(other)) == (name == other)
+
+
+@given(st.text(max_size=12) | st.sampled_from([".", "..", "../a", "a/b", "a:b", " ", "..a", "a.", "\n"]))
+def test_a_models_name_is_refused_before_mlflow_refuses_it(name):
+    from mlflow.exceptions import MlflowException
+    from mlflow.utils.validation import _validate_model_name
+    from pydantic import ValidationError
+
+    from steps.lib.schema import Tracking
+
+    def taken(check, *errors) -> bool:
+        try:
+            check()
+        except errors:
+            return False
+        return True
+
+    ours = taken(lambda: Tracking(registered_model_name=name), ValidationError)
+    assert ours == taken(lambda: _validate_model_name(name), MlflowException)
+
+
+def test_names_and_values_that_mlflow_does_not_take_as_they_are(plan):
+    """Regular expressions as keys, texts of 7,000 characters that differ at their end only."""
+    plan, board = plan
+    pattern = {"^a$": 4, "(a)": 8, "^a(": 2}
+    long = "Say positive or negative. " * 270
+    for index, run in enumerate(plan.runs):
+        run.config["adapter"]["rank_pattern"] = pattern
+        run.config["prompt"]["system"] = f"{long}{index}"
+        run.point["prompt.system"] = f"{long}{index}"
+        run.config["data"]["source"]["path"] = ["x" * 1000] * 100
+    plan.axes["prompt.system"] = [long, long]
+    tracking.prepare(plan.tracking, plan.sweep)
+    done, said = tracking.mirror(plan, board)
+    assert done, said
+    runs = [run for run in runs_of(plan)[1] if run.data.tags[tracking.RUN_TAG] != "-"]
+    assert {run.info.status for run in runs} == {"FINISHED"}
+    for run in runs:
+        ranks = {name: value for name, value in run.data.params.items() if name.startswith("adapter.rank_pattern")}
+        assert sorted(ranks.values()) == ["2", "4", "8"]
+    systems = [run.data.params["prompt.system"] for run in runs]
+    assert len(set(systems)) == 2 and all(f"... ({len(long) + 1} characters, " in text for text in systems)
+    assert len({run.info.run_name for run in runs}) == 2
+
+
+def test_a_parameter_that_changed_makes_the_run_anew(plan):
+    """Such as the path of the same rows, which no key has: MLflow would refuse it for ever."""
+    plan, board = plan
+    run = plan.runs[0]
+    tracking.prepare(plan.tracking, plan.sweep)
+    api, _ = runs_of(plan)
+    experiment = api.get_experiment_by_name("test").experiment_id
+    left = tracking._child_run(api, experiment, plan.sweep, run.name, run.title)
+    api.log_param(left, "data.source.path", "/where/it/was")
+    run.config["data"]["source"]["path"] = "/where/it/is"
+    done, said = tracking.mirror(plan, board)
+    assert done, said
+    runs = [made for made in runs_of(plan)[1] if made.data.tags[tracking.RUN_TAG] == run.name]
+    assert [made.data.params["data.source.path"] for made in runs] == ["/where/it/is"]
+    assert steps_of(api, runs[0]) == [1, 2, 3, 4]
+
+
+def test_what_a_store_refuses_for_one_run_does_not_keep_the_others_out(plan):
+    plan, board = plan
+    tracking.prepare(plan.tracking, plan.sweep)
+    plan.runs[0].config["data"] = {**plan.runs[0].config["data"], "name": "x" * 600}  # longer than MLflow takes
+    done, said = tracking.mirror(plan, board)
+    assert done is False
+    assert "1 run(s) refused" in said and "run the same command again" in said and "will try again" not in said
+    statuses = {run.data.tags[tracking.RUN_TAG]: run.info.status for run in runs_of(plan)[1]}
+    assert statuses == {"-": "FAILED", plan.runs[0].name: "FAILED", plan.runs[1].name: "FINISHED"}
+
+
+# --- a project that is copied or moved -----------------------------------------------------------
+
+
+def files_below(folder) -> dict[str, tuple]:
+    """Each file, and what changes when it is written anew, also by a copy with its time."""
+    stats = {str(path): path.stat() for path in Path(folder).rglob("*") if path.is_file()}
+    return {path: (stat.st_ino, stat.st_mtime_ns, stat.st_size) for path, stat in stats.items()}
+
+
+def another_run(plan):
+    """The plan as it is after one more run."""
+    extra = copy.deepcopy(plan.runs[0])
+    extra.name, extra.key = "one-more-0123456789", "0123456789"
+    extra.artefacts = {
+        **extra.artefacts,
+        "evaluate_model": "results/reports/one-more",
+        "train_adapter": "results/adapters/more",
+    }
+    _write(extra, accuracy=0.99)
+    plan.runs.append(extra)
+    return {"metric": "accuracy", "rows": [{"run": extra.name, "test_accuracy": 0.99}]}
+
+
+@pytest.mark.parametrize("how", [shutil.copytree, shutil.move])
+def test_a_copied_or_moved_project_writes_into_itself_only(plan, tmp_path, tmp_path_factory, monkeypatch, how):
+    plan, board = plan
+    tracking.mirror(plan, board)
+    original, copied = Path.cwd(), tmp_path_factory.mktemp("other") / "here"
+    how(original, copied)
+    before = files_below(original)
+    monkeypatch.chdir(copied)
+    monkeypatch.setattr("mlflow.tracking._tracking_service.utils._artifact_repos_cache", OrderedDict())  # a new process
+    board = another_run(plan)
+    done, said = tracking.mirror(plan, board)
+    assert done, said
+    assert files_below(original) == before, "nothing is written where the project was"
+    api, runs = runs_of(plan)
+    assert len(runs) == 4
+    for run in runs:
+        assert run.info.artifact_uri.startswith(Path("results").resolve().as_uri())
+        assert Path(local_path(run.info.artifact_uri), "report.html").is_file(), "old and new artifacts are found"
+    for version in api.search_model_versions("name = 'movie_reviews'"):
+        assert Path(local_path(version.source), "adapter_config.json").is_file()
+        download = api.get_model_version_download_uri("movie_reviews", version.version)
+        assert Path(local_path(download)).is_dir()
+
+
+def test_the_ui_shows_the_artifacts_of_a_copy_that_no_command_has_run_in(plan, tmp_path_factory, monkeypatch):
+    plan, board = plan
+    tracking.mirror(plan, board)
+    copied = tmp_path_factory.mktemp("other") / "here"
+    shutil.copytree(Path.cwd(), copied)
+    monkeypatch.chdir(copied)
+    assert tracking.open_own_store() == "sqlite:///results/mlflow.db"
+    assert all(run.info.artifact_uri.startswith(copied.resolve().as_uri()) for run in runs_of(plan)[1])
+
+
+def local_path(uri: str) -> str:
+    return unquote(urlsplit(uri).path)
+
+
+@pytest.mark.parametrize("name", ["we ird#a%41", 'it\'s "quoted" & é;$HOME'])
+def test_a_project_whose_path_has_signs_of_addresses(tmp_path, monkeypatch, name):
+    folder = tmp_path / name
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    tracking.prepare(SETTINGS, "s")
+    with tracking.follow(target_at(None)) as listener:
+        listener(LINES[0])
+    api, runs = all_runs(None)
+    (folder / "a.txt").write_text("a")
+    api.log_artifact(runs["r"].info.run_id, "a.txt")
+    assert [file.path for file in api.list_artifacts(runs["r"].info.run_id)] == ["a.txt"]
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+    assert sorted(path.name for path in folder.iterdir()) == ["a.txt", "results"]
+
+
+# --- what is registered --------------------------------------------------------------------------
+
+
+def test_a_fully_trained_champion_is_there_and_loads(plan, tiny_model):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    plan, board = plan
+    for run in plan.runs:
+        (Path(run.artefacts["train_adapter"]) / "adapter_config.json").unlink()
+        shutil.copytree(tiny_model, run.artefacts["merge_adapter"])
+    tracking.mirror(plan, board)
+    api, _ = runs_of(plan)
+    champion = api.get_model_version_by_alias("movie_reviews", "champion")
+    folder = local_path(api.get_model_version_download_uri("movie_reviews", champion.version))
+    AutoModelForCausalLM.from_pretrained(folder)
+    AutoTokenizer.from_pretrained(folder)
+    assert "still version 1" in tracking.mirror(plan, board)[1]
+    for run in plan.runs:  # the champion's folder goes; what was trained is still there
+        shutil.rmtree(run.artefacts["merge_adapter"])
+    assert "is version 2" in tracking.mirror(plan, board)[1]
+    source = api.get_model_version_by_alias("movie_reviews", "champion").source
+    assert Path(local_path(source)).is_dir()
+
+
+def test_a_fully_trained_champion_is_sent_to_a_server(plan, server, tiny_model, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    plan, board = plan
+    if server.process is None or server.process.poll() is not None:
+        server.start()
+    plan.tracking["tracking_uri"] = server.uri
+    for run in plan.runs:
+        (Path(run.artefacts["train_adapter"]) / "adapter_config.json").unlink()
+        shutil.copytree(tiny_model, run.artefacts["merge_adapter"])
+    done, said = tracking.mirror(plan, board)
+    assert done, said
+    import mlflow
+
+    champion = tracking.client(plan.tracking).get_model_version_by_alias("movie_reviews", "champion")
+    got = mlflow.artifacts.download_artifacts(
+        artifact_uri=champion.source, dst_path=str(tmp_path / "got"), tracking_uri=server.uri
+    )
+    AutoModelForCausalLM.from_pretrained(got)
+
+
+# --- what is said --------------------------------------------------------------------------------
+
+
+def test_try_again_is_said_only_where_it_can_succeed(plan):
+    plan, board = plan
+    tracking.mirror(plan, board)
+    api, _ = runs_of(plan)
+    experiment = api.get_experiment_by_name("test").experiment_id
+    api.delete_experiment(experiment)
+    with pytest.raises(UserError, match=r"the experiment 'test' was deleted in MLflow: restore it \(MLFLOW_TRACKING_"):
+        tracking.prepare(plan.tracking, plan.sweep)
+    done, said = tracking.mirror(plan, board)
+    assert done is False and "will try again" not in said and said.endswith("then run the same command again")
+    [command] = re.findall(r"restore it \((.*?)\)", said)
+    variable, _, command = command.partition(" ")
+    environment = {**os.environ, **dict([variable.split("=", 1)])}
+    subprocess.run([sys.executable, "-m", *command.split()], check=True, env=environment, capture_output=True)
+    assert tracking.mirror(plan, board)[0], "what was said to do helps"
+
+
+def test_a_damaged_store_is_made_anew_once_it_is_moved_away(plan):
+    plan, board = plan
+    Path("results/mlflow.db").write_text("no database, " * 100)
+    done, said = tracking.mirror(plan, board)
+    assert done is False and "move the damaged file away" in said and "will try again" not in said
+    with pytest.raises(UserError, match="sqlite:///results/mlflow.db: .*move the damaged file away"):
+        tracking.prepare(plan.tracking, plan.sweep)
+    Path("results/mlflow.db").rename("results/damaged")
+    assert tracking.mirror(plan, board)[0]
+
+
+def test_an_address_of_the_environment_is_read_when_it_is_needed_and_never_shown(plan, monkeypatch):
+    plan, board = plan
+    Path("results/mlflow.db").unlink()
+    settings = {**plan.tracking, "tracking_uri": "env"}
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    with pytest.raises(UserError, match="the environment variable MLFLOW_TRACKING_URI is not set"):
+        tracking.check(settings)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://alice:s3cret@127.0.0.1:9")
+    with pytest.raises(UserError) as refused:
+        tracking.prepare(settings, "s")
+    assert "http://***@127.0.0.1:9" in str(refused.value) and "s3cret" not in str(refused.value)
+    plan.tracking.update(settings)
+    assert "s3cret" not in tracking.mirror(plan, board)[1]
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{Path('mine.db').resolve()}")
+    assert tracking.mirror(plan, board)[0]
+    assert Path("mine.db").is_file() and not Path("results/mlflow.db").exists()
+
+
+def test_a_variable_that_is_not_used_is_said(workspace, monkeypatch, capsys):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://alice:s3cret@127.0.0.1:9")
+    tracking.prepare(SETTINGS, "s")
+    said = capsys.readouterr().err
+    assert "MLFLOW_TRACKING_URI is set, but not used" in said and "s3cret" not in said

@@ -27,6 +27,7 @@ from steps.lib.schema import (
     DataView,
     Section,
 )
+from steps.lib.secrets import has_login, secret_variables
 
 CONF = PACKAGE_ROOT / "conf"
 UNIONS = {"source": SOURCE_KINDS, "method": METHODS}  # sections that are one of several models, by their tag
@@ -413,7 +414,28 @@ def validated(config: dict) -> dict:
     check_library_sections(filled["train"], filled["adapter"])
     _check_together(filled)
     _check_method(filled)
+    _check_secrets(filled)
     return filled
+
+
+def _check_secrets(config: dict) -> None:
+    """A config is stored and shown, so it holds no login. The message must not, either."""
+    uri = config["tracking"]["tracking_uri"]
+    if uri is not None and has_login(uri):
+        raise UserError(
+            "config: 'tracking.tracking_uri' holds a login or a query (not shown here), and a config is stored and "
+            "shown: write the bare address, and give the login by MLFLOW_TRACKING_USERNAME and "
+            "MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN; or put the whole address into the environment "
+            "variable MLFLOW_TRACKING_URI and set tracking.tracking_uri=env"
+        )
+    secrets = secret_variables()
+    for key, value in flat(config).items() if secrets else ():
+        found = [name for name, secret in secrets.items() if secret in value]
+        if found:
+            raise UserError(
+                f"config: '{key}' holds the value of the environment variable {found[0]} (not shown here), and a "
+                "config is stored and shown: leave it out; what needs the variable reads it from the environment"
+            )
 
 
 def _check_method(config: dict) -> None:

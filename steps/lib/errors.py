@@ -11,6 +11,7 @@ import unicodedata
 from pathlib import Path
 
 from steps.lib import signals
+from steps.lib.secrets import redacted
 
 MOST_SHOWN = 15  # longer lists of choices drown the message
 
@@ -19,8 +20,11 @@ class UserError(Exception):
     """Something a person can fix: bad config, bad data, a missing file, no network.
 
     The message is one line that says what was found, where, and what to do. Commands print it
-    as ``error: <message>`` and exit with code 2, without a traceback.
+    as ``error: <message>`` and exit with code 2, without a traceback. It never shows a password or a token.
     """
+
+    def __init__(self, message: str):
+        super().__init__(redacted(message))
 
 
 @contextlib.contextmanager

@@ -20,7 +20,18 @@ PACKAGE_ROOT = Path(__file__).resolve().parents[2]
 # Modules that only watch or show what the steps do. An edit to them changes no artefact.
 NOT_IN_KEYS = frozenset(
     f"steps.lib.{name}"
-    for name in ("tracking", "progress", "errors", "signals", "plan", "figures", "pages", "workflow", "forecast")
+    for name in (
+        "tracking",
+        "progress",
+        "errors",
+        "signals",
+        "secrets",
+        "plan",
+        "figures",
+        "pages",
+        "workflow",
+        "forecast",
+    )
 )
 
 

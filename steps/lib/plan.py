@@ -12,6 +12,7 @@ import os
 from pathlib import Path
 
 from steps.lib import raw as raw_data
+from steps.lib import tracking
 from steps.lib.adapters import load_for_training
 from steps.lib.config import chosen_experiment, expand, parse_overrides, sft_config, split_overrides, stage_config
 from steps.lib.errors import UserError
@@ -215,6 +216,7 @@ def build(experiment: str | None = None, sweep: str | None = None, overrides: st
     parsed = parse_overrides([*chosen, *texts])
     axes, points = expand(parsed)
     configs = [config for _, config in points]
+    tracking.check(configs[0]["tracking"])
     hashes = HashCache(STATE / "hashes.json")
     planner = _Planner(hashes)
     runs = {}

@@ -5,6 +5,7 @@ Sections that are passed through to a library class (`train` to `transformers.Tr
 """
 
 import datetime
+import re
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
@@ -317,13 +318,32 @@ class Eval(Section):
         return self
 
 
+MLFLOW_NAME = 256  # characters that MLflow's tables have for a name
+
+
+def _not_blank(name: str) -> str:
+    if not name.strip():
+        raise ValueError("must not be blank")
+    return name
+
+
+def _model_name_of_mlflow(name: str) -> str:
+    if re.search("[/:]", name) or name in (".", "..") or name.startswith("..") or not name.strip():
+        raise ValueError("MLflow takes no such name for a model: write one without / and :, not blank and not . or ..")
+    return name
+
+
 class Tracking(Section):
     """MLflow. In no key: tracking changes what is seen, never what is made."""
 
     enabled: bool = True
-    tracking_uri: str | None = None  # null: sqlite, results/mlflow.db
-    experiment_name: str = "temper"
-    registered_model_name: str | None = None  # null: the data set's name
+    # null: sqlite, results/mlflow.db; env: each job reads the variable MLFLOW_TRACKING_URI, and nothing stores it
+    tracking_uri: Annotated[str, Field(min_length=1)] | None = None
+    experiment_name: Annotated[str, Field(max_length=MLFLOW_NAME), AfterValidator(_not_blank)] = "temper"
+    # null: the data set's name
+    registered_model_name: (
+        Annotated[str, Field(max_length=MLFLOW_NAME), AfterValidator(_model_name_of_mlflow)] | None
+    ) = None
     flush_seconds: Annotated[float, Field(gt=0)] = 5.0
 
 

@@ -37,6 +37,7 @@ from steps.lib.folders import (
     temporary_folder,
 )
 from steps.lib.keys import changed_keys, code_hashes, flat
+from steps.lib.secrets import redacted
 
 log = logging.getLogger("temper")
 
@@ -278,7 +279,7 @@ def provenance(stage: str, inputs: dict, seconds: float, facts: dict) -> dict:
         "stage": stage,
         "inputs": {name: str(path) for name, path in inputs.items() if path is not None},
         "code": code_hashes(f"steps.{stage}"),
-        "command": " ".join(sys.argv),
+        "command": redacted(" ".join(sys.argv)),
         "packages": package_versions(),
         "python": platform.python_version(),
         "git": git_commit(),
