@@ -21,6 +21,7 @@ import heapq
 import itertools
 import json
 import logging
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -106,15 +107,41 @@ def _summary(stats: dict) -> str:
 def examples(raw: Path, data: dict, system: str | None) -> Iterator[tuple[int, layouts.Example | None]]:
     """(row number from 1 through all files, its example; None when `data.where` leaves the row out)."""
     convert = layouts.converter(data, system)
-    count = itertools.count(1)
+    count, controls = itertools.count(1), _Controls()
     for path in raw_data.data_files(raw):
-        file = RawFile(path, data.get("format"), data.get("csv") or {})
+        file = RawFile(path, data.get("format"), data.get("csv") or {}, data.get("field"))
         for number, row in file:
             try:
                 example = convert(row)
             except UserError as error:
                 raise UserError(f"{file.place(number)}: {error}") from None
+            if example:
+                controls.look_at(example, file.place(number))
             yield next(count), example
+    controls.say()
+
+
+class _Controls:
+    """Counts rows with C1 control characters, which no text has: Latin-1 read them where Windows had quotes."""
+
+    PATTERN = re.compile("[\x80-\x84\x86-\x9f]")
+
+    def __init__(self):
+        self.rows, self.first = 0, ""
+
+    def look_at(self, example: layouts.Example, place: str) -> None:
+        texts = [message["content"] for message in example.messages] + [example.rejected or ""]
+        if any(self.PATTERN.search(text) for text in texts):
+            self.rows, self.first = self.rows + 1, self.first or place
+
+    def say(self) -> None:
+        if self.rows:
+            log.warning(
+                "%d rows hold control characters (the first: %s), as a file of Windows does that was converted from "
+                "Latin-1: convert the original with iconv -f cp1252 -t utf-8",
+                self.rows,
+                self.first,
+            )
 
 
 # --- splitting -----------------------------------------------------------------------------------

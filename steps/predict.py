@@ -21,6 +21,7 @@ from pathlib import Path
 
 from steps.lib import prompting, runs
 from steps.lib.errors import UserError, one_line_errors, suggest
+from steps.lib.layouts import refuse_unused
 from steps.lib.progress import quiet_libraries
 from steps.lib.rows import FORMATS, RawFile
 from steps.lib.step import logging_to, spare_the_collector
@@ -49,13 +50,11 @@ def predict(arguments) -> None:
     run = runs.find(arguments.run, arguments.sweep)
     settings, batch_size = _settings(run, arguments)
     rows = read_prompts(arguments.input)
+    _check_columns(rows)
     prompter = prompting.Prompter(runs.model_folder(run), run.prompt, arguments.system, runs.virtual_tokens(run))
     prompts = [_ids(row, prompter, settings.max_new_tokens) for row in rows]
     answers = prompting.answer_all(runs.load_network(run), prompter, prompts, settings, batch_size, seed=arguments.seed)
-    lines = [
-        json.dumps({**row.columns, "prediction": text, "finished": finished}, ensure_ascii=False, default=str) + "\n"
-        for row, text, finished in zip(rows, answers.texts, answers.finished, strict=True)
-    ]
+    lines = [_line(*made) for made in zip(rows, answers.texts, answers.finished, strict=True)]
     _write(output, lines)
     _summarise(answers, settings, output)
 
@@ -98,6 +97,28 @@ def read_prompts(name: str) -> list[Row]:
     return rows
 
 
+ADDED = ("prediction", "finished")  # columns of the output beside those of the input
+
+
+def _check_columns(rows: list[Row]) -> None:
+    """Refuse, before any answer is made, rows that could not be written with their answer."""
+    for row in rows:
+        taken = [name for name in ADDED if name in row.columns]
+        if taken:
+            raise UserError(f"{row.place}: there is a column '{taken[0]}' already, which the answers need: rename it")
+        try:
+            _line(row, "", True).encode()
+        except UnicodeEncodeError as error:
+            half = error.object[error.start].encode("unicode_escape").decode()
+            raise UserError(f"{row.place}: a text holds half a character ({half}): correct the file") from None
+
+
+def _line(row: Row, text: str, finished: bool) -> str:
+    """A row with its answer, as a line of the output."""
+    columns = {**row.columns, "prediction": text, "finished": finished}
+    return json.dumps(columns, ensure_ascii=False, default=str) + "\n"
+
+
 def _lines(name: str):
     """One prompt a line; blank lines are none."""
     content = sys.stdin.buffer.read() if name == STDIO else Path(name).read_bytes()
@@ -134,6 +155,7 @@ def conversation(columns: dict) -> list[dict]:
     value = columns[name]
     if name == "prompt" and isinstance(value, str):
         value = [{"role": "user", "content": value}]
+    refuse_unused(columns, [name])
     if not isinstance(value, list) or not value:
         raise UserError(f"column '{name}' holds {value!r:.60}, not {'text or ' * (name == 'prompt')}a list of messages")
     messages = [_message(message, f"{name}[{index}]") for index, message in enumerate(value)]

@@ -5,9 +5,10 @@ comes from a function of its own, ``(row, messages) -> text``. Complaints name c
 """
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
+from steps.lib import templates, texts
 from steps.lib.errors import UserError, suggest
 
 Messages = list[dict[str, str]]
@@ -33,7 +34,8 @@ def converter(data: dict, system: str | None) -> Callable[[dict], Example | None
     Raises:
         UserError: now, for a template that does not compile; when called, for a row that makes no conversation.
     """
-    renamed = _renamed_columns(data)
+    renamed, ignored = _renamed_columns(data), frozenset(data.get("ignore_fields") or ())
+    columns = LAYOUTS[data["layout"]][1] if data["layout"] != "template" else ()
     where = _compiled("where", data["where"]) if data.get("where") else None
     to_messages = _template_layout(data) if data["layout"] == "template" else LAYOUTS[data["layout"]][0]
     to_rejected = _rejected(data)
@@ -43,6 +45,7 @@ def converter(data: dict, system: str | None) -> Callable[[dict], Example | None
             row = {**row, **{name: _renamed(row, name, theirs) for name, theirs in renamed.items()}}
         if where and not where(row):
             return None
+        refuse_unused(row, columns, ignored)
         messages = to_messages(row)
         rejected = to_rejected(row, messages)
         if system is not None:
@@ -51,6 +54,30 @@ def converter(data: dict, system: str | None) -> Callable[[dict], Example | None
         return Example(messages, rejected)
 
     return convert
+
+
+MESSAGE = frozenset({"role", "content", "from", "value"})  # what is read of a message
+HARMLESS = (None, "", [], {}, 1, True)  # a weight of 1, `train: true`, and what says nothing
+
+
+def refuse_unused(row: dict, columns: Iterable[str], ignored: frozenset[str] = frozenset()) -> None:
+    """Refuse what stands in messages, or beside them, and is not read: it would be dropped without a word.
+
+    Args:
+        columns: those that may hold messages.
+        ignored: what is dropped on purpose (data.ignore_fields).
+    """
+    found = [("tools", row["tools"])] if "messages" in columns and row.get("tools") else []
+    for column in columns:
+        turns = row.get(column)
+        for turn in turns if isinstance(turns, list) else [turns]:
+            found += turn.items() if isinstance(turn, dict) else ()
+    for name, value in found:
+        if name not in MESSAGE and name not in ignored and value not in HARMLESS:
+            raise UserError(
+                f"'{name}' ({texts.shown(value)}) in or beside messages is not used: to drop it from all rows, set "
+                f"data.ignore_fields=[{name}]; to leave such rows out, use data.where"
+            )
 
 
 def _renamed(row: dict, name: str, theirs: str):
@@ -136,12 +163,12 @@ def _text(row: dict, name: str) -> str:
         raise UserError(f'column "{name}" is empty; to leave such rows out, set data.where to "{name}"')
     if isinstance(value, str):
         raise UserError(f'column "{name}" is blank; to leave such rows out, set data.where to "{name} | trim"')
-    raise UserError(f"column '{name}' holds {_shown(value)}, not text; data.layout=template makes text of it")
-
-
-def _shown(value) -> str:
-    shown = repr(value)
-    return shown if len(shown) <= 60 else f"{shown[:60]}..."
+    try:
+        texts.checked(value)
+        way_on = f"data.layout=template makes text of it: {{{{ {name} }}}}"
+    except texts.NotTextError:
+        way_on = f"data.layout=template can make text of it: {texts.way_on(value).replace('COLUMN', name)}"
+    raise UserError(f"column '{name}' holds {texts.shown(value)}, {texts.kind(value)}, not text; {way_on}")
 
 
 # --- layouts of whole conversations --------------------------------------------------------------
@@ -160,19 +187,19 @@ def sharegpt(row: dict) -> Messages:
 def _read(turns, column: str) -> Messages:
     """A column's list of messages, in our words: role and content."""
     if not isinstance(turns, list) or not turns:
-        raise UserError(f"column '{column}' holds {_shown(turns)}, not a list of messages")
+        raise UserError(f"column '{column}' holds {texts.shown(turns)}, not a list of messages")
     return [_message(turn, f"{column}[{index}]") for index, turn in enumerate(turns)]
 
 
 def _message(turn, name: str) -> dict[str, str]:
     if not isinstance(turn, dict):
-        raise UserError(f"{name} is {_shown(turn)}, not a message with role and content")
+        raise UserError(f"{name} is {texts.shown(turn)}, not a message with role and content")
     given, content = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
     role = SHAREGPT_ROLES.get(given)
     if role is None:
         raise UserError(f"{name}: role {given!r} is not known; {suggest(str(given), SHAREGPT_ROLES)}")
     if not isinstance(content, str):
-        raise UserError(f"{name}: the content is {_shown(content)}, not text")
+        raise UserError(f"{name}: the content is {texts.shown(content)}, not text")
     if not content.strip():
         raise UserError(f"{name}: the {role}'s message is empty; leave such rows out with data.where")
     return {"role": role, "content": content}
@@ -245,7 +272,7 @@ def _rejected_column(row: dict, messages: Messages) -> str:
 def _other_than_chosen(rejected: str, messages: Messages) -> str:
     if rejected == messages[-1]["content"]:
         raise UserError(
-            f"the chosen and the rejected answer are the same ({_shown(rejected)}), which prefers nothing; "
+            f"the chosen and the rejected answer are the same ({texts.shown(rejected)}), which prefers nothing; "
             "correct the row, or leave such rows out with data.where"
         )
     return rejected
@@ -255,7 +282,7 @@ def another_label(labels: list[str], messages: Messages) -> str:
     """One of the labels that the answer is not. Of several it is picked by a hash of the conversation."""
     answer = messages[-1]["content"]
     if answer not in labels:
-        raise UserError(f"the answer {_shown(answer)} is none of data.rejected_from ({', '.join(labels)})")
+        raise UserError(f"the answer {texts.shown(answer)} is none of data.rejected_from ({', '.join(labels)})")
     others = [label for label in labels if label != answer]
     asked = repr([[message["role"], message["content"]] for message in without_system(messages)])
     return others[int.from_bytes(hashlib.sha256(asked.encode(errors="replace")).digest()[:8]) % len(others)]
@@ -294,56 +321,34 @@ def _rendered(text: str, key: str, row: dict) -> str:
 
 def _compiled(key: str, source: str) -> Callable[[dict], object]:
     """`data.<key>` as a function of the row: a template's text, or the truth of the expression `where`."""
-    import jinja2
-
-    environment = _environment()
-    try:
-        evaluate = _condition(environment, source) if key == "where" else environment.from_string(source).render
-    except jinja2.TemplateSyntaxError as error:
-        raise UserError(f"config: 'data.{key}': {error.message} in line {error.lineno} of: {_shown(source)}") from None
+    environment = texts.environment()
+    with templates.bounded(f"config: 'data.{key}'"):
+        if key == "where":
+            expression = environment.compile_expression(source, undefined_to_none=False)
+        else:
+            template = environment.from_string(source)
 
     def evaluated(row: dict):
         try:
-            return evaluate(row)
-        except Exception as error:  # the template is the user's program: whatever it raises is for the user
-            raise UserError(f"data.{key}: {error} (columns: {_names(row)})") from None
+            with templates.bounded(f"data.{key}"):
+                # A misspelt column raises in bool(); by default it would count as false.
+                return texts.true(expression(row)) if key == "where" else template.render(row)
+        except UserError as error:
+            raise UserError(f"{_with_column(str(error), row)} (columns: {_names(row)})") from None
 
-    return evaluated
+    def text(row: dict) -> str:
+        return templates.checked(evaluated(row), row, f"data.{key}")
+
+    return evaluated if key == "where" else text
 
 
-def _condition(environment, source: str) -> Callable[[dict], bool]:
-    expression = environment.compile_expression(source, undefined_to_none=False)
-
-    def holds(row: dict) -> bool:
-        return bool(expression(row))  # a misspelt column raises here; by default it would count as false
-
-    return holds
+def _with_column(message: str, row: dict) -> str:
+    """A message whose way on says COLUMN, with the name of a column that holds such a value."""
+    if "COLUMN" not in message:
+        return message
+    named = [name for name, value in row.items() if texts.way_on(value) in message]
+    return message.replace("COLUMN", str(named[0])) if named else message
 
 
 def _names(row: dict) -> str:
     return ", ".join(map(str, row))
-
-
-def _environment():
-    """Sandboxed Jinja where a misspelt column is an error, and so is a number that is none."""
-    import jinja2
-    from jinja2.filters import FILTERS
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-    environment = ImmutableSandboxedEnvironment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
-    for name in ("float", "int"):
-        environment.filters[name] = _strict_number(FILTERS[name])
-    return environment
-
-
-def _strict_number(convert: Callable) -> Callable:
-    """Jinja's filters float and int make 0 of any text; in a label that would be a silent error."""
-    missing = object()
-
-    def strict(value, default=missing, *arguments, **named):
-        number = convert(value, default, *arguments, **named)
-        if number is missing:
-            raise ValueError(f"{_shown(value)} is not a number")
-        return number
-
-    return strict

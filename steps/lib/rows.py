@@ -11,14 +11,18 @@ import gzip
 import json
 import re
 import sys
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
-from steps.lib.errors import UserError
+from steps.lib.errors import UserError, lack
 
 FORMATS = {".json": "json", ".jsonl": "jsonl", ".ndjson": "jsonl", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
 BOM = b"\xef\xbb\xbf"
-CSV_DEFAULTS = {"delimiter": ",", "quotechar": '"', "fieldnames": None}
+CSV_DEFAULTS = {"delimiter": ",", "quotechar": '"', "escapechar": None, "fieldnames": None}
+LONGEST_LINE = 2**28  # bytes
+# Bytes that a gzipped file may unpack to: so many times its own size, or so many in any case.
+MOST_GROWTH, SMALL = 200, 2**30
 
 _BLANK = re.compile(r"[ \t\r\n]*")  # JSON's idea of white space
 
@@ -30,7 +34,8 @@ class RawFile:
     Args:
         path: the file; json, jsonl and csv may be gzipped (``.gz``).
         format: json, jsonl, csv or parquet; None: by the file's ending.
-        csv: delimiter, quotechar (None: quotes have no meaning), fieldnames (None: from the first line).
+        csv: delimiter, quotechar (None: quotes have no meaning), escapechar, fieldnames (None: from the first line).
+        field: of a json file that is one object: which of its fields holds the rows.
 
     Raises:
         UserError: at the first line that cannot be read, with file, line and reason.
@@ -39,6 +44,7 @@ class RawFile:
     path: Path
     format: str | None = None
     csv: dict = dataclasses.field(default_factory=dict)
+    field: str | None = None
 
     def __post_init__(self):
         self.format = self.format or _format_by_ending(self.path)
@@ -48,10 +54,20 @@ class RawFile:
 
     def __iter__(self) -> Iterator[tuple[int, dict]]:
         read = {"json": self._json, "jsonl": self._jsonl, "csv": self._csv, "parquet": self._parquet}[self.format]
-        for number, row in read():
-            if not isinstance(row, dict):
-                raise UserError(f"{self.place(number)}: expected an object with columns, found {_kind(row)}")
-            yield number, row
+        number = 0
+        try:
+            for number, row in read():
+                if not isinstance(row, dict):
+                    raise UserError(f"{self.place(number)}: expected an object with columns, found {_kind(row)}")
+                yield number, row
+        except UserError:
+            raise
+        except Exception as error:  # whatever a parser meets in a damaged or hostile file
+            if lack(error, str(self.path)):
+                raise
+            reason = "nested too deeply" if isinstance(error, RecursionError) else " ".join(str(error).split())[:200]
+            after = f" after {self.place(number)}" if number else ""
+            raise UserError(f"{self.path}: cannot be read{after} ({reason or type(error).__name__})") from None
 
     def place(self, number: int) -> str:
         """``file:line``, or ``file, row n`` where there are no lines."""
@@ -62,67 +78,109 @@ class RawFile:
     def _jsonl(self):
         for number, line in self._lines():
             if line.strip():
-                try:
-                    row = json.loads(line.rstrip())  # with its end, a fault there would count as the next line's
-                except json.JSONDecodeError as error:
-                    raise UserError(f"{self.place(number)}: no valid JSON: {_json_reason(error)}") from None
-                yield number, row
+                # With its end, a fault in the line would count as the next line's.
+                yield number, self._parsed(number, lambda line=line: DECODER.decode(line.rstrip()))
 
     def _json(self):
         text = self._text()
+        if self.field is not None:
+            whole = self._parsed(1, lambda: DECODER.decode(text))
+            rows = whole.get(self.field) if isinstance(whole, dict) else None
+            if not isinstance(rows, list):
+                raise UserError(f"{self.path}: has no list '{self.field}', which data.field names")
+            yield from enumerate(rows, 1)
+            return
+        elements = _array_elements(text)
+        number = 1
+        while True:
+            element = self._parsed(number, lambda: next(elements, None))
+            if element is None:
+                return
+            number = element[0]
+            yield element
+
+    def _parsed(self, number: int, parse):
+        """What `parse` makes of JSON; a fault is told with its line."""
         try:
-            yield from _array_elements(text)
+            return parse()
         except json.JSONDecodeError as error:
-            raise UserError(f"{self.place(error.lineno)}: no valid JSON: {_json_reason(error)}") from None
+            line = error.lineno if self.format == "json" else number
+            raise UserError(f"{self.place(line)}: no valid JSON: {_json_reason(error)}") from None
+        except RecursionError:
+            raise UserError(f"{self.place(number)}: nested too deeply") from None
+        except ValueError as error:  # a key twice, a number of thousands of digits
+            raise UserError(f"{self.place(number)}: {error}") from None
 
     def _csv(self):
         csv.field_size_limit(sys.maxsize)  # the default, 128 KiB, is less than a long document
+        lines = _Remembered(line for _, line in self._lines())
+        delimiter = _excels_delimiter(lines) or self.csv["delimiter"]
         quotes = {"quoting": csv.QUOTE_NONE} if self.csv["quotechar"] is None else {"quotechar": self.csv["quotechar"]}
-        reader = csv.reader((line for _, line in self._lines()), delimiter=self.csv["delimiter"], strict=True, **quotes)
-        names, start = self.csv["fieldnames"], 1
+        if self.csv["escapechar"] is not None:
+            quotes["escapechar"] = self.csv["escapechar"]
+        reader = csv.reader(lines, delimiter=delimiter, strict=True, **quotes)
+        names, start = self.csv["fieldnames"], lines.count + 1
+        before = lines.count
         try:
             for fields in reader:
-                number, start = start, reader.line_num + 1  # quoted fields may hold line ends
+                number, start = start, before + reader.line_num + 1  # quoted fields may hold line ends
                 if not fields:
                     continue
                 if names is None:
-                    names = self._header(fields, number)
+                    names = self._header(fields, number, delimiter)
                     continue
+                if fields == names:
+                    raise UserError(f"{self.place(number)}: is a header, so leave data.csv.fieldnames out")
                 if len(fields) != len(names):
-                    raise UserError(self._field_count(fields, names, number))
+                    raise UserError(self._field_count(fields, names, number, delimiter))
                 yield number, dict(zip(names, fields, strict=True))
         except csv.Error as error:
-            hint = "; if quotes are plain text in this file: data.csv.quotechar=null" if self.csv["quotechar"] else ""
-            raise UserError(f"{self.place(start)}: no valid csv: {error}{hint}") from None
+            raise UserError(f"{self.place(start)}: no valid csv: {error}{self._quote_hint(lines.last)}") from None
 
-    def _header(self, fields: list[str], number: int) -> list[str]:
-        twice = [name for name, count in collections.Counter(fields).items() if count > 1]
-        if twice or "" in fields:
-            what = f"column '{twice[0]}' twice" if twice else "a column without a name"
+    def _quote_hint(self, line: str) -> str:
+        if self.csv["quotechar"] is None or self.csv["escapechar"] is not None:
+            return ""
+        if f"\\{self.csv['quotechar']}" in line:
+            return r"; a backslash stands before quotes in the text: data.csv.escapechar='\\'"
+        return "; if quotes are plain text in this file: data.csv.quotechar=null"
+
+    def _header(self, fields: list[str], number: int, delimiter: str) -> list[str]:
+        """The names of the columns; one without a name, as pandas writes its index, is called what pandas calls it."""
+        other = next((sign for sign in ";\t|" if sign in fields[0]), None)
+        if len(fields) == 1 and other and delimiter != other:
+            shown = "\\t" if other == "\t" else other
             raise UserError(
-                f"{self.place(number)}: the header has {what}; if this is no header, name the columns: "
-                "data.csv.fieldnames=[a,b]"
+                f"{self.place(number)}: the header is one column, '{fields[0][:60]}', for it has no {delimiter!r}: "
+                f"data.csv.delimiter='{shown}'"
             )
-        return fields
+        names = [name or f"Unnamed: {index}" for index, name in enumerate(fields)]
+        twice = [name for name, count in collections.Counter(names).items() if count > 1]
+        if twice:
+            raise UserError(
+                f"{self.place(number)}: the header has column '{twice[0]}' twice: rename one there; only if this line "
+                "is a row and no header, name the columns: data.csv.fieldnames=[a,b]"
+            )
+        return names
 
-    def _field_count(self, fields: list[str], names: list[str], number: int) -> str:
+    def _field_count(self, fields: list[str], names: list[str], number: int, delimiter: str) -> str:
         return (
             f"{self.place(number)}: {len(fields)} fields, expected {len(names)} ({', '.join(names)}); check "
-            f"data.csv.delimiter ({self.csv['delimiter']!r}), quotechar ({self.csv['quotechar']!r}) and the line itself"
+            f"data.csv.delimiter ({delimiter!r}), quotechar ({self.csv['quotechar']!r}) and the line itself"
         )
 
     def _parquet(self):
-        from pyarrow import ArrowException, parquet
+        from pyarrow import parquet
 
-        try:
-            with parquet.ParquetFile(self.path) as file:
-                number = 0
-                for batch in file.iter_batches(batch_size=1024):
-                    for row in batch.to_pylist():
-                        number += 1
-                        yield number, row
-        except ArrowException as error:
-            raise UserError(f"{self.path}: no valid parquet file: {str(error).splitlines()[0]}") from None
+        number = 0
+        with parquet.ParquetFile(self.path) as file:
+            columns = collections.Counter(file.schema_arrow.names)
+            twice = [name for name, count in columns.items() if count > 1]
+            if twice:
+                raise UserError(f"{self.path}: has column '{twice[0]}' twice: rename one")
+            for batch in file.iter_batches(batch_size=1024):
+                for row in batch.to_pylist():
+                    number += 1
+                    yield number, row
 
     # --- bytes to text ---------------------------------------------------------------------------
 
@@ -131,25 +189,76 @@ class RawFile:
 
     def _lines(self) -> Iterator[tuple[int, str]]:
         """Line number from 1, and the line as text with its end. Only a line feed ends a line, as in JSON lines."""
-        number = 0
+        number = read = 0
+        most = max(SMALL, MOST_GROWTH * self.path.stat().st_size)
         try:
             with self._open() as file:
-                for number, line in enumerate(file, start=1):
+                for number, line in enumerate(iter(lambda: file.readline(LONGEST_LINE), b""), start=1):
+                    read += len(line)
+                    if len(line) == LONGEST_LINE:
+                        raise UserError(f"{self.place(number)}: is longer than {LONGEST_LINE >> 20} MiB: is it text?")
+                    if read > most and self.path.suffix == ".gz":
+                        raise UserError(
+                            f"{self.path}: unpacks to over {most >> 30} GiB, {MOST_GROWTH} times its size: "
+                            "if you trust it, unpack it yourself"
+                        )
                     yield number, (line.removeprefix(BOM) if number == 1 else line).decode()
         except UnicodeDecodeError as error:
             raise UserError(self._not_utf8(number, error)) from None
-        except (gzip.BadGzipFile, EOFError) as error:
+        except (gzip.BadGzipFile, EOFError, zlib.error) as error:
             raise UserError(f"{self.place(number + 1)}: no valid gzip file: {error}") from None
+        except PermissionError as error:
+            raise UserError(f"{self.path}: cannot be read ({error.strerror}); make it readable") from None
 
     def _text(self) -> str:
         return "".join(line for _, line in self._lines())
 
     def _not_utf8(self, number: int, error: UnicodeDecodeError) -> str:
-        byte = error.object[error.start]
+        byte, start = error.object[error.start], error.object[:2]
+        # cp1252 is what Windows calls Latin-1: it has letters and quotes where Latin-1 has control characters.
+        encoding = "utf-16" if number == 1 and start in (b"\xff\xfe", b"\xfe\xff") else "cp1252"
+        what = "UTF-16" if encoding == "utf-16" else "Latin-1 or of Windows"
         return (
-            f"{self.place(number)}: byte 0x{byte:02x} at column {error.start + 1} is no UTF-8: "
-            "convert the file (iconv -f latin1 -t utf-8, if it is Latin-1)"
+            f"{self.place(number)}: byte 0x{byte:02x} at column {error.start + 1} is no UTF-8: convert the file "
+            f"(iconv -f {encoding} -t utf-8, if it is {what})"
         )
+
+
+class _Remembered:
+    """Lines, with the last one that was taken and how many were."""
+
+    def __init__(self, lines: Iterator[str]):
+        self.lines, self.last, self.count, self.back = lines, "", 0, []
+
+    def __iter__(self):
+        return self
+
+    def __next__(self) -> str:
+        self.last = self.back.pop() if self.back else next(self.lines)
+        return self.last
+
+
+def _excels_delimiter(lines: _Remembered) -> str | None:
+    """The delimiter that Excel writes into a first line of its own, ``sep=;``, which is taken; None without one."""
+    first = next(lines, "")
+    found = re.fullmatch(r"sep=(.)\r?\n?", first)
+    if found:
+        lines.count = 1
+        return found[1]
+    lines.back = [first] if first else []
+    return None
+
+
+def _unique(pairs: list[tuple]) -> dict:
+    """An object of JSON. Of a key that stands in it twice, JSON's own reader would keep the last value."""
+    made = dict(pairs)
+    if len(made) != len(pairs):
+        [(twice, _)] = collections.Counter(name for name, _ in pairs).most_common(1)
+        raise ValueError(f"has '{twice}' twice: rename or remove one")
+    return made
+
+
+DECODER = json.JSONDecoder(object_pairs_hook=_unique)
 
 
 def _format_by_ending(path: Path) -> str:
@@ -161,18 +270,16 @@ def _format_by_ending(path: Path) -> str:
 
 def _array_elements(text: str) -> Iterator[tuple[int, object]]:
     """(line number, element) of a JSON array, decoded one at a time."""
-    decoder = json.JSONDecoder()
     position = _BLANK.match(text).end()
     if not text.startswith("[", position):
-        what = "one object a line is data.format=jsonl" if text.startswith("{", position) else "is it json at all?"
-        raise json.JSONDecodeError(f"Expecting an array of objects, [{{...}}, ...] ({what})", text, position)
+        raise json.JSONDecodeError(f"Expecting an array of objects, [{{...}}, ...] ({_instead(text)})", text, position)
     line, counted, after = 1, 0, "["
     while True:
         position = _BLANK.match(text, position + 1).end()
         if after == "[" and text.startswith("]", position):
             break
         line, counted = line + text.count("\n", counted, position), position
-        element, position = decoder.raw_decode(text, position)
+        element, position = DECODER.raw_decode(text, position)
         yield line, element
         position = _BLANK.match(text, position).end()
         after = text[position : position + 1]
@@ -183,6 +290,18 @@ def _array_elements(text: str) -> Iterator[tuple[int, object]]:
     end = _BLANK.match(text, position + 1).end()
     if end != len(text):
         raise json.JSONDecodeError("Extra data after the array", text, end)
+
+
+def _instead(text: str) -> str:
+    """What a text is that is no array."""
+    try:
+        whole = DECODER.decode(text)
+    except (ValueError, RecursionError):
+        return "one object a line is data.format=jsonl" if text.lstrip().startswith("{") else "is it json at all?"
+    lists = [name for name, value in whole.items() if isinstance(value, list)] if isinstance(whole, dict) else []
+    if lists:
+        return f"the file is one object; if its rows are in '{lists[0]}': data.field={lists[0]}"
+    return "the file is one object, which is one row with data.format=jsonl if it stands in one line"
 
 
 def _json_reason(error: json.JSONDecodeError) -> str:

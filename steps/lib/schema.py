@@ -79,6 +79,7 @@ class Csv(Section):
 
     delimiter: Annotated[str, Field(min_length=1, max_length=1), BeforeValidator(_tab)] = ","
     quotechar: Annotated[str, Field(min_length=1, max_length=1)] | None = '"'  # null: quotes have no meaning
+    escapechar: Annotated[str, Field(min_length=1, max_length=1)] | None = None  # what stands before a quote in a text
     fieldnames: list[str] | None = None  # column names when the file has no header line
 
 
@@ -115,8 +116,10 @@ class Data(Section):
     source: Source
     format: Literal["json", "jsonl", "csv", "parquet"] | None = None  # null: by the file's ending
     csv: Csv = Csv()
+    field: str | None = None  # of a json file that is one object: which of its fields holds the rows
     layout: Layout
     columns: dict[str, str] = {}  # the layout's column -> the file's column, where the names differ
+    ignore_fields: list[str] = []  # fields of messages, and columns, that are left out on purpose (weight, tools, ...)
     prompt: str | None = None  # layout template: Jinja over the row's columns
     completion: str | None = None
     rejected: str | None = None  # layout template: the worse answer of a preference pair
