@@ -131,6 +131,25 @@ def test_a_training_that_was_stopped_early_stays_so(workspace, tiny_splits, tiny
     assert_equal(first, again)
 
 
+def test_a_best_model_that_is_damaged_is_not_passed_off(workspace, tiny_splits, tiny_model, capsys):
+    options = [*PLAIN, *EVERY_4, *BEST, "train.metric_for_best_model=eval_loss", "train.greater_is_better=true"]
+    train(tiny_splits, tiny_model, "first", *options, trunk="best")
+    assert facts("first")["best_step"] == 4
+    weights = Path("results/.state/best/checkpoint-4/adapter_model.safetensors")
+    content = bytearray(weights.read_bytes())
+    content[-8] ^= 1  # one bit of one weight: the file still loads
+    weights.write_bytes(content)
+    with pytest.raises(SystemExit) as ended:
+        train(tiny_splits, tiny_model, "again", *options, trunk="best")
+    assert ended.value.code == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert "checkpoint-4: the best model, adapter_model.safetensors is damaged; delete results/.state/best" in said
+    shutil.rmtree("results/.state/best")
+    assert_equal(
+        train(tiny_splits, tiny_model, "again", *options, trunk="best"), load_file("first/adapter_model.safetensors")
+    )
+
+
 @pytest.mark.parametrize("save", ["train.save_steps=6", "train.save_steps=2 train.save_total_limit=1"])
 def test_what_is_in_no_key_does_not_choose_the_best_model(workspace, tiny_splits, tiny_model, save):
     options = [*PLAIN, *EVERY_4, "train.eval_steps=2", "train.save_steps=2", *BEST]
@@ -247,18 +266,26 @@ def wide_model(tmp_path_factory) -> Path:
     return tiny.make_tiny_model(tmp_path_factory.mktemp("wide"), hidden_size=256, intermediate_size=512)
 
 
-def test_the_bits_follow_from_num_threads_whatever_the_machine_offers(workspace, tiny_splits, wide_model):
-    offered, found = torch.get_num_threads(), []
+def trained_with(threads: int, machine: int, splits, model) -> dict[str, torch.Tensor]:
+    """The weights after two steps with `num_threads`, where torch would by itself take as many as `machine`."""
+    offered = torch.get_num_threads()
+    torch.set_num_threads(machine)
     try:
-        for threads, machine in ((1, 1), (1, 2), (2, 1)):
-            torch.set_num_threads(machine)
-            options = [f"num_threads={threads}", "train.max_steps=2", "train.eval_strategy=no"]
-            found.append(train(tiny_splits, wide_model, f"out{len(found)}", *options))
-            assert torch.get_num_threads() == machine, "the caller's setting stays"
+        options = [f"num_threads={threads}", "train.max_steps=2", "train.eval_strategy=no"]
+        return train(splits, model, f"out-{threads}-{machine}", *options)
     finally:
+        assert torch.get_num_threads() == machine, "the caller's setting stays"
         torch.set_num_threads(offered)
-    assert_equal(found[0], found[1])
-    assert any(not torch.equal(weight, found[2][name]) for name, weight in found[0].items()), "else this shows nothing"
+
+
+def test_the_bits_are_those_of_num_threads_whatever_the_machine_offers(workspace, tiny_splits, wide_model):
+    assert_equal(trained_with(1, 1, tiny_splits, wide_model), trained_with(1, 2, tiny_splits, wide_model))
+
+
+@pytest.mark.slow  # two threads wait for each other for seconds when the cores have other work
+def test_another_num_threads_gives_other_bits(workspace, tiny_splits, wide_model):
+    one, two = (trained_with(threads, 1, tiny_splits, wide_model) for threads in (1, 2))
+    assert any(not torch.equal(weight, two[name]) for name, weight in one.items()), "else the key would not need it"
 
 
 ESTIMATED = {
