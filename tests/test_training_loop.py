@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from safetensors.torch import load_file
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from steps import evaluate_model, merge_adapter, train_adapter
+from steps.lib import plan, workflow
 from steps.lib.adapters import add_adapter
 from steps.lib.batches import EpochSampler, collate
 from steps.lib.config import load_stage_config
@@ -170,6 +172,35 @@ def test_the_curve_of_a_shared_trunk_is_that_of_a_separate_run(workspace, tiny_s
     shared, alone = ({name: figure(folder, name) for name in ("loss", "eval_loss")} for folder in ("shared2", "alone"))
     assert list(alone["loss"]) == [4, 6, 8, 12]
     assert shared == alone
+
+
+def test_the_batch_that_is_proposed_trains(workspace, tiny_splits, tiny_model):
+    options = ["train.dataloader_drop_last=true", "train.warmup_steps=0"]
+    with pytest.raises(SystemExit):
+        train(tiny_splits, tiny_model, "none", *options, "train.per_device_train_batch_size=25")
+    train(tiny_splits, tiny_model, "all", *options, "train.per_device_train_batch_size=24")
+    assert facts("all")["global_step"] == 1
+
+
+def test_evaluations_at_shares_of_the_total_are_shared_by_no_runs(workspace):
+    every = ["train.eval_strategy=steps", "train.num_train_epochs=1,2"]
+    shared = plan.build("smoke", "none", [*every, "train.eval_steps=4"]).runs
+    apart = plan.build("smoke", "none", [*every, "train.eval_steps=0.5"]).runs
+    assert [len(run.segments) for run in shared] == [1, 2]
+    assert [len(run.segments) for run in apart] == [1, 1]
+
+
+def test_a_training_takes_the_threads_that_its_key_says(workspace):
+    one, three = (plan.build("smoke", "none", [f"num_threads={threads}"]) for threads in (1, 3))
+    for made, threads in ((one, 1), (three, 3)):
+        for stage in ("train_adapter", "evaluate_model"):
+            path = made.runs[0].artefacts[stage]
+            wildcards = SimpleNamespace(name=Path(path).name)
+            assert workflow.threads_of(made, stage)(wildcards) == made.jobs[path].config["num_threads"] == threads
+    assert one.runs[0].artefacts["tokenize_splits"] == three.runs[0].artefacts["tokenize_splits"]
+    assert one.runs[0].artefacts["train_adapter"] != three.runs[0].artefacts["train_adapter"]
+    assert "num_threads=8 is faster" in workflow.idle_cores(one, 8)
+    assert workflow.idle_cores(three, 3) is None
 
 
 SMOOTH = [*PLAIN, "train.label_smoothing_factor=0.1", "train.eval_strategy=no"]
@@ -398,32 +429,22 @@ def test_options_leave_a_shared_trunk_equal_to_separate_runs(workspace, tiny_spl
 
 @pytest.mark.slow
 def test_the_number_of_cores_changes_no_bit_of_a_workflow(workspace, wide_model):
-    """Trainings, evaluations and the leaderboard, on one core, on two, and with more than there are."""
+    """Neither of the training nor of the evaluation: on one core, and where it could have had four."""
     from tests.workflow_tools import leaderboard, own_sources, snakemake
 
+    few = "sweep=none tracking=none data.limit={train:24,validation:8,test:8} train.per_device_train_batch_size=4"
     found = []
-    for cores in ("1", "2", "4"):
+    for cores in ("1", "4"):
         folder = workspace / cores
         folder.mkdir()
         sources = own_sources(folder, wide_model, tiny.tiny_rows(180))
-        few = "data.limit={train:24,validation:8,test:8} train.per_device_train_batch_size=4"
-        done = snakemake(
-            folder,
-            "--cores",
-            cores,
-            "--config",
-            "experiment=smoke",
-            f"overrides={sources} {few} sweep=none train.learning_rate=1e-3,1e-2",
-        )
-        assert ("training(s) of 1 thread(s) on 4 cores: num_threads=2 is faster" in done.stderr) is (cores == "4")
-        adapters = sorted((folder / "results" / "adapters").glob("*/adapter_model.safetensors"))
-        rows = [
-            {name: row[name] for name in ("run", "test_loss", "test_accuracy")} for row in leaderboard(folder, "single")
-        ]
-        found.append((rows, {path.parent.name: load_file(path) for path in adapters}))
-    (rows, adapters), *others = found
-    assert len(rows) == len(adapters) == 2
-    for other_rows, other_adapters in others:
-        assert other_rows == rows
-        for name, weights in adapters.items():
-            assert_equal(weights, other_adapters[name])
+        config = ["--config", "experiment=smoke", f"overrides={sources} {few}"]
+        done = snakemake(folder, "--cores", cores, *config)
+        assert ("1 training(s) of 1 thread(s) on 4 cores: num_threads=4 is faster" in done.stderr) is (cores == "4")
+        [row] = leaderboard(folder, "single")
+        [adapter] = (folder / "results" / "adapters").glob("*/adapter_model.safetensors")
+        figures = {name: row[name] for name in ("run", "test_loss", "base_test_loss", "test_accuracy")}
+        found.append((figures, load_file(adapter)))
+    (figures, weights), (other_figures, other_weights) = found
+    assert figures == other_figures
+    assert_equal(weights, other_weights)
