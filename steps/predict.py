@@ -8,7 +8,8 @@ r"""Have a run's model answer a file of prompts.
 content, the user's last) as .jsonl, .json, .csv, .tsv or .parquet. A prompt is what the user says: the system message
 and the chat template of training are put around it. `--output`: JSON lines, each row as it came with `prediction` and
 `finished` (did the model end by itself?). The file appears whole, or not at all. Generation is as in the run's
-evaluation unless flags say otherwise; a sampled answer depends on the seed and the row's number, not on the other rows.
+evaluation unless flags say otherwise; a sampled answer is drawn by the seed and the row's number alone.
+Rounding is another matter: in 16 bits an answer may depend on the rows beside it (`steps.lib.generation`).
 
 Reads the prompts, and results/; every row is checked before the model is loaded.
 """

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from safetensors.torch import load_file
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from steps import evaluate_model, merge_adapter, train_adapter
+from steps.lib import plan, workflow
 from steps.lib.adapters import add_adapter
 from steps.lib.batches import EpochSampler, collate
 from steps.lib.config import load_stage_config
@@ -131,6 +133,25 @@ def test_a_training_that_was_stopped_early_stays_so(workspace, tiny_splits, tiny
     assert_equal(first, again)
 
 
+def test_a_best_model_that_is_damaged_is_not_passed_off(workspace, tiny_splits, tiny_model, capsys):
+    options = [*PLAIN, *EVERY_4, *BEST, "train.metric_for_best_model=eval_loss", "train.greater_is_better=true"]
+    train(tiny_splits, tiny_model, "first", *options, trunk="best")
+    assert facts("first")["best_step"] == 4
+    weights = Path("results/.state/best/checkpoint-4/adapter_model.safetensors")
+    content = bytearray(weights.read_bytes())
+    content[-8] ^= 1  # one bit of one weight: the file still loads
+    weights.write_bytes(content)
+    with pytest.raises(SystemExit) as ended:
+        train(tiny_splits, tiny_model, "again", *options, trunk="best")
+    assert ended.value.code == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert "checkpoint-4: the best model, adapter_model.safetensors is damaged; delete results/.state/best" in said
+    shutil.rmtree("results/.state/best")
+    assert_equal(
+        train(tiny_splits, tiny_model, "again", *options, trunk="best"), load_file("first/adapter_model.safetensors")
+    )
+
+
 @pytest.mark.parametrize("save", ["train.save_steps=6", "train.save_steps=2 train.save_total_limit=1"])
 def test_what_is_in_no_key_does_not_choose_the_best_model(workspace, tiny_splits, tiny_model, save):
     options = [*PLAIN, *EVERY_4, "train.eval_steps=2", "train.save_steps=2", *BEST]
@@ -151,6 +172,35 @@ def test_the_curve_of_a_shared_trunk_is_that_of_a_separate_run(workspace, tiny_s
     shared, alone = ({name: figure(folder, name) for name in ("loss", "eval_loss")} for folder in ("shared2", "alone"))
     assert list(alone["loss"]) == [4, 6, 8, 12]
     assert shared == alone
+
+
+def test_the_batch_that_is_proposed_trains(workspace, tiny_splits, tiny_model):
+    options = ["train.dataloader_drop_last=true", "train.warmup_steps=0"]
+    with pytest.raises(SystemExit):
+        train(tiny_splits, tiny_model, "none", *options, "train.per_device_train_batch_size=25")
+    train(tiny_splits, tiny_model, "all", *options, "train.per_device_train_batch_size=24")
+    assert facts("all")["global_step"] == 1
+
+
+def test_evaluations_at_shares_of_the_total_are_shared_by_no_runs(workspace):
+    every = ["train.eval_strategy=steps", "train.num_train_epochs=1,2"]
+    shared = plan.build("smoke", "none", [*every, "train.eval_steps=4"]).runs
+    apart = plan.build("smoke", "none", [*every, "train.eval_steps=0.5"]).runs
+    assert [len(run.segments) for run in shared] == [1, 2]
+    assert [len(run.segments) for run in apart] == [1, 1]
+
+
+def test_a_training_takes_the_threads_that_its_key_says(workspace):
+    one, three = (plan.build("smoke", "none", [f"num_threads={threads}"]) for threads in (1, 3))
+    for made, threads in ((one, 1), (three, 3)):
+        for stage in ("train_adapter", "evaluate_model"):
+            path = made.runs[0].artefacts[stage]
+            wildcards = SimpleNamespace(name=Path(path).name)
+            assert workflow.threads_of(made, stage)(wildcards) == made.jobs[path].config["num_threads"] == threads
+    assert one.runs[0].artefacts["tokenize_splits"] == three.runs[0].artefacts["tokenize_splits"]
+    assert one.runs[0].artefacts["train_adapter"] != three.runs[0].artefacts["train_adapter"]
+    assert "num_threads=8 is faster" in workflow.idle_cores(one, 8)
+    assert workflow.idle_cores(three, 3) is None
 
 
 SMOOTH = [*PLAIN, "train.label_smoothing_factor=0.1", "train.eval_strategy=no"]
@@ -247,18 +297,26 @@ def wide_model(tmp_path_factory) -> Path:
     return tiny.make_tiny_model(tmp_path_factory.mktemp("wide"), hidden_size=256, intermediate_size=512)
 
 
-def test_the_bits_follow_from_num_threads_whatever_the_machine_offers(workspace, tiny_splits, wide_model):
-    offered, found = torch.get_num_threads(), []
+def trained_with(threads: int, machine: int, splits, model) -> dict[str, torch.Tensor]:
+    """The weights after two steps with `num_threads`, where torch would by itself take as many as `machine`."""
+    offered = torch.get_num_threads()
+    torch.set_num_threads(machine)
     try:
-        for threads, machine in ((1, 1), (1, 2), (2, 1)):
-            torch.set_num_threads(machine)
-            options = [f"num_threads={threads}", "train.max_steps=2", "train.eval_strategy=no"]
-            found.append(train(tiny_splits, wide_model, f"out{len(found)}", *options))
-            assert torch.get_num_threads() == machine, "the caller's setting stays"
+        options = [f"num_threads={threads}", "train.max_steps=2", "train.eval_strategy=no"]
+        return train(splits, model, f"out-{threads}-{machine}", *options)
     finally:
+        assert torch.get_num_threads() == machine, "the caller's setting stays"
         torch.set_num_threads(offered)
-    assert_equal(found[0], found[1])
-    assert any(not torch.equal(weight, found[2][name]) for name, weight in found[0].items()), "else this shows nothing"
+
+
+def test_the_bits_are_those_of_num_threads_whatever_the_machine_offers(workspace, tiny_splits, wide_model):
+    assert_equal(trained_with(1, 1, tiny_splits, wide_model), trained_with(1, 2, tiny_splits, wide_model))
+
+
+@pytest.mark.slow  # two threads wait for each other for seconds when the cores have other work
+def test_another_num_threads_gives_other_bits(workspace, tiny_splits, wide_model):
+    one, two = (trained_with(threads, 1, tiny_splits, wide_model) for threads in (1, 2))
+    assert any(not torch.equal(weight, two[name]) for name, weight in one.items()), "else the key would not need it"
 
 
 ESTIMATED = {
@@ -371,32 +429,22 @@ def test_options_leave_a_shared_trunk_equal_to_separate_runs(workspace, tiny_spl
 
 @pytest.mark.slow
 def test_the_number_of_cores_changes_no_bit_of_a_workflow(workspace, wide_model):
-    """Trainings, evaluations and the leaderboard, on one core, on two, and with more than there are."""
+    """Neither of the training nor of the evaluation: on one core, and where it could have had four."""
     from tests.workflow_tools import leaderboard, own_sources, snakemake
 
+    few = "sweep=none tracking=none data.limit={train:24,validation:8,test:8} train.per_device_train_batch_size=4"
     found = []
-    for cores in ("1", "2", "4"):
+    for cores in ("1", "4"):
         folder = workspace / cores
         folder.mkdir()
         sources = own_sources(folder, wide_model, tiny.tiny_rows(180))
-        few = "data.limit={train:24,validation:8,test:8} train.per_device_train_batch_size=4"
-        done = snakemake(
-            folder,
-            "--cores",
-            cores,
-            "--config",
-            "experiment=smoke",
-            f"overrides={sources} {few} sweep=none train.learning_rate=1e-3,1e-2",
-        )
-        assert ("training(s) of 1 thread(s) on 4 cores: num_threads=2 is faster" in done.stderr) is (cores == "4")
-        adapters = sorted((folder / "results" / "adapters").glob("*/adapter_model.safetensors"))
-        rows = [
-            {name: row[name] for name in ("run", "test_loss", "test_accuracy")} for row in leaderboard(folder, "single")
-        ]
-        found.append((rows, {path.parent.name: load_file(path) for path in adapters}))
-    (rows, adapters), *others = found
-    assert len(rows) == len(adapters) == 2
-    for other_rows, other_adapters in others:
-        assert other_rows == rows
-        for name, weights in adapters.items():
-            assert_equal(weights, other_adapters[name])
+        config = ["--config", "experiment=smoke", f"overrides={sources} {few}"]
+        done = snakemake(folder, "--cores", cores, *config)
+        assert ("1 training(s) of 1 thread(s) on 4 cores: num_threads=4 is faster" in done.stderr) is (cores == "4")
+        [row] = leaderboard(folder, "single")
+        [adapter] = (folder / "results" / "adapters").glob("*/adapter_model.safetensors")
+        figures = {name: row[name] for name in ("run", "test_loss", "base_test_loss", "test_accuracy")}
+        found.append((figures, load_file(adapter)))
+    (figures, weights), (other_figures, other_weights) = found
+    assert figures == other_figures
+    assert_equal(weights, other_weights)

@@ -63,6 +63,7 @@ RENAMED_TRAIN = {
     "evaluation_strategy": "it is called eval_strategy now",
     "group_by_length": "rows of similar length always train together",
     "no_cuda": "write train.use_cpu=true",
+    "num_threads": "it stands beside 'seed', for all stages: write num_threads=<number>",
 }
 
 

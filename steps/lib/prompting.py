@@ -146,7 +146,7 @@ def answer_all(model, prompter: Prompter, prompts: list[list[int]], settings: Ge
     """Answers to prompts of token ids, as `steps.lib.generation.Answers`: batched by length, in the given order."""
     from steps.lib.generation import generate_answers
 
-    # A sampled answer depends on its id alone. torch's generators look at 32 bits of a seed; the odd factor keeps two
+    # An answer is drawn by its id alone. torch's generators look at 32 bits of a seed; the odd factor keeps two
     # seeds apart on every row, and with seed 0 row numbers are ids, as in the evaluation.
     rows = [
         {"id": (seed * 2_654_435_761 + number) % 2**32, "input_ids": ids, "prompt_length": len(ids)}

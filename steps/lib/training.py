@@ -19,6 +19,7 @@ from transformers.integrations import activate_neftune
 from steps.lib import checkpoints
 from steps.lib.adapters import refuse_adapter_misfits
 from steps.lib.batches import EpochSampler, collate
+from steps.lib.errors import UserError
 from steps.lib.loss import SupervisedLoss, tokens_computed, tokens_of, with_decoder_inputs
 from steps.lib.preferences import FIGURES, PreferenceLoss, collate_pairs
 from steps.lib.progress import Progress
@@ -101,6 +102,13 @@ class TemperTrainer(Trainer):
         """Nothing where the checkpoint that training continues from is that of its end: Trainer takes a step more."""
         if not self._has_ended():
             super()._run_epoch(**arguments)
+
+    def _load_best_model(self):
+        """As Trainer does, if the checkpoint is still what was sealed."""
+        best = Path(self.state.best_model_checkpoint)
+        if wrong := checkpoints.fault(best):
+            raise UserError(f"{best}: the best model, {wrong}; delete {best.parent}, and train again")
+        super()._load_best_model()
 
     def _has_ended(self) -> bool:
         """Whether training is over before an epoch begins: all steps are done, or early stopping ended it."""
