@@ -345,7 +345,8 @@ def test_a_folder_that_is_not_whole_is_made_again(project):
     for said in (done.stderr, planned):
         assert "(provenance.json is missing)" in said
         assert f"(model.safetensors has 100 bytes, and had {len(whole)} when it was written)" in said
-    assert "jobs to do: merge_adapter 1, evaluate_model 1\n" in planned
+    todo = next(line for line in planned.splitlines() if line.startswith("jobs to do: "))
+    assert set(todo.removeprefix("jobs to do: ").split(", ")) == {"merge_adapter 1", "evaluate_model 1"}
 
 
 def test_a_folder_in_a_place_that_is_asked_for_by_name_is_made(project):

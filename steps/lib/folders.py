@@ -19,6 +19,7 @@ SNAKEMAKE = ".snakemake_timestamp"  # left by Snakemake in a folder that a rule 
 TEMPORARY = ".tmp-"
 OWNER = ".temper"  # in a temporary folder of ours: locked as long as somebody works there
 DAMAGED = ".damaged"
+TEXTS = (".json", ".jsonl", ".yaml", ".txt", ".md", ".html", ".jinja")  # what people edit
 MOST_BYTES = 240  # of a name: file systems take 255, and locks and logs add some of their own
 
 
@@ -30,17 +31,21 @@ def is_complete(folder: Path) -> bool:
     return fault(folder) is None
 
 
-def fault(folder: Path) -> str | None:
+def fault(folder: Path, may_be_edited: bool = False) -> str | None:
     """What is wrong with a stage's folder, in a few words; None when it is whole.
 
     The files are compared by size, so that thousands of folders are looked at in no time: that shows what a power
     cut, a full disk or somebody's hand took away.
+
+    Args:
+        may_be_edited: whether a text may have another size, as long as there is something in it.
     """
     try:
         files = json.loads((folder / PROVENANCE).read_text(encoding="utf-8")).get("files", {})
         for name, size in files.items():
             found = (folder / name).stat().st_size
-            if found != size:
+            by_hand = may_be_edited and found and Path(name).suffix in TEXTS
+            if found != size and not by_hand:
                 return f"{name} has {found} bytes, and had {size} when it was written"
     except PermissionError as error:
         raise UserError(f"{error.filename}: cannot be read ({error.strerror}); make it readable") from None
@@ -59,13 +64,14 @@ def made_again(folder: Path) -> str:
     )
 
 
-def refuse_damaged(folder: Path, flag: str = "") -> None:
+def refuse_damaged(folder: Path, flag: str = "", may_be_edited: bool = False) -> None:
     """Refuse a step's folder that is not whole any more. One that no step wrote is as its owner has it.
 
     Args:
         flag: what named the folder, for the line.
+        may_be_edited: as for `fault`.
     """
-    if (folder / PROVENANCE).is_file() and (wrong := fault(folder)):
+    if (folder / PROVENANCE).is_file() and (wrong := fault(folder, may_be_edited)):
         raise UserError(f"{flag}{folder}: not whole: {wrong}; {made_again(folder)}")
 
 

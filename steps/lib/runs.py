@@ -40,7 +40,7 @@ class Run:
         if folder is None or not folder.is_dir():
             where = folder or f"the folder of {stage}"
             raise UserError(f"{self.asked}: {where} is not there, {purpose}; {_make(folder)}")
-        refuse_damaged(folder)
+        refuse_damaged(folder, may_be_edited=True)
         return folder
 
     def has(self, stage: str) -> bool:
