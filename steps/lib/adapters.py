@@ -1,6 +1,7 @@
 """Adapters: from the config section to a PEFT model, and back into the base."""
 
 import collections
+import copy
 from pathlib import Path
 
 from steps.lib.errors import UserError
@@ -45,8 +46,27 @@ def add_adapter(model, adapter: dict, seed: int):
         adapted = get_peft_model(model, config)
     except ValueError as error:
         raise _misfit(model, " ".join(str(error).split())[:200]) from None
-    _refuse_tied(adapted)
+    if not config.is_prompt_learning:
+        _refuse_tied(adapted)
+        _refuse_unmergeable(adapted)
     return adapted
+
+
+def _refuse_unmergeable(model) -> None:
+    """What PEFT would refuse to merge after the training: tried before it, on a copy of a layer of each kind."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    layers = [part for part in model.modules() if isinstance(part, BaseTunerLayer)]
+    kinds = {(type(layer), getattr(layer.get_base_layer(), "bias", None) is None): layer for layer in layers}
+    try:
+        for layer in kinds.values():
+            copy.deepcopy(layer).merge()
+        able = hasattr(model.base_model, "merge_and_unload")
+        said = f"PEFT cannot merge {model.active_peft_config.peft_type.value}"
+    except (RuntimeError, NotImplementedError, ValueError) as error:
+        able, said = False, " ".join(str(error).split())[:200]
+    if not able:
+        raise UserError(f"config: adapter: what is trained so could never be merged ({said}): choose another one")
 
 
 def _refuse_tied(model) -> None:
