@@ -64,7 +64,7 @@ def _refuse_unmergeable(model) -> None:
         able = hasattr(model.base_model, "merge_and_unload")
         said = f"PEFT cannot merge {model.active_peft_config.peft_type.value}"
     except (RuntimeError, NotImplementedError, ValueError) as error:
-        able, said = False, " ".join(str(error).split())[:200]
+        able, said = False, " ".join(str(error).split())[:200] or type(error).__name__
     if not able:
         raise UserError(f"config: adapter: what is trained so could never be merged ({said}): choose another one")
 
@@ -120,19 +120,15 @@ def _misfit(model, what: str) -> UserError:
     )
 
 
-def put_on(network, adapter: Path, **arguments):
-    """The network with the adapter of a folder on it, each of its weights as they are in the folder.
-
-    Args:
-        arguments: of `PeftModel.from_pretrained`.
-    """
+def put_on(network, adapter: Path):
+    """The network with the adapter of a folder on it, each of its weights as they are in the folder."""
     from peft import PeftModel, load_peft_weights
 
     with reading(adapter):
         weights = load_peft_weights(adapter, device="cpu")
-        model = PeftModel.from_pretrained(network, adapter, **arguments)
+        model = PeftModel.from_pretrained(network, adapter)
         # PeftModel only warns of what is missing, and says nothing of what is left over; this tells both.
-        result = model.load_adapter(adapter, "default", **arguments)
+        result = model.load_adapter(adapter, "default")
     refuse_adapter_misfits(model, adapter, result)
     refuse_no_numbers(adapter, weights.items())
     return model
@@ -142,7 +138,10 @@ def refuse_adapter_misfits(model, adapter: Path, result) -> None:
     """Of what PEFT says about loading an adapter from a folder (or a checkpoint), nothing may be left over."""
     # Those of virtual tokens are loaded apart, and each must be there.
     unknown = [] if model.active_peft_config.is_prompt_learning else sorted(result.unexpected_keys)
-    wrong = {"missing": sorted(result.missing_keys), "unknown to the model": unknown}
+    weights = dict(model.named_parameters(remove_duplicate=False))
+    there = {id(weight) for name, weight in weights.items() if name not in result.missing_keys}
+    missing = [name for name in sorted(result.missing_keys) if id(weights.get(name)) not in there]  # else it is shared
+    wrong = {"missing": missing, "unknown to the model": unknown}
     refuse_tensors(adapter, wrong, "use an adapter of this base model; if it was made here, delete it and run again")
 
 
