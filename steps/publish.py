@@ -22,10 +22,10 @@ import tempfile
 from pathlib import Path
 
 from steps.lib import cards, prompting, runs
-from steps.lib.adapters import is_adapter
+from steps.lib.adapters import is_adapter, put_on
 from steps.lib.errors import UserError, one_line_errors
 from steps.lib.files import read_json
-from steps.lib.models import check_adapter, check_weights, load_tokenizer
+from steps.lib.models import check_weights, load_model, load_tokenizer
 from steps.lib.sources import HUB_TIMEOUT, model_files
 
 LOGIN = "make one at https://huggingface.co/settings/tokens (write access), then `hf auth login`, or set HF_TOKEN"
@@ -122,7 +122,7 @@ def _adapter_files(run: runs.Run, adapter: Path, base: cards.Origin) -> Files:
             f"--run {run.name}: its base model is {base.text}, which is not on the hub, so nobody could load the "
             "adapter: publish with --merged, or say where the model is on the hub with --base-model user/name"
         )
-    check_adapter(runs.base_folder(run), adapter)
+    put_on(load_model(runs.base_folder(run), run.load), adapter)  # that they fit, before others find out
     config = read_json(adapter / "adapter_config.json")
     config |= {"base_model_name_or_path": base.repository, "revision": base.commit}
     files: Files = {"adapter_config.json": (json.dumps(config, indent=2) + "\n").encode()}

@@ -1,6 +1,7 @@
 """Adapters: from the config section to a PEFT model, and back into the base."""
 
 import collections
+import copy
 from pathlib import Path
 
 from steps.lib.errors import UserError
@@ -45,8 +46,27 @@ def add_adapter(model, adapter: dict, seed: int):
         adapted = get_peft_model(model, config)
     except ValueError as error:
         raise _misfit(model, " ".join(str(error).split())[:200]) from None
-    _refuse_tied(adapted)
+    if not config.is_prompt_learning:
+        _refuse_tied(adapted)
+        _refuse_unmergeable(adapted)
     return adapted
+
+
+def _refuse_unmergeable(model) -> None:
+    """What PEFT would refuse to merge after the training: tried before it, on a copy of a layer of each kind."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    layers = [part for part in model.modules() if isinstance(part, BaseTunerLayer)]
+    kinds = {(type(layer), getattr(layer.get_base_layer(), "bias", None) is None): layer for layer in layers}
+    try:
+        for layer in kinds.values():
+            copy.deepcopy(layer).merge()
+        able = hasattr(model.base_model, "merge_and_unload")
+        said = f"PEFT cannot merge {model.active_peft_config.peft_type.value}"
+    except (RuntimeError, NotImplementedError, ValueError) as error:
+        able, said = False, " ".join(str(error).split())[:200] or type(error).__name__
+    if not able:
+        raise UserError(f"config: adapter: what is trained so could never be merged ({said}): choose another one")
 
 
 def _refuse_tied(model) -> None:
@@ -100,19 +120,15 @@ def _misfit(model, what: str) -> UserError:
     )
 
 
-def put_on(network, adapter: Path, **arguments):
-    """The network with the adapter of a folder on it, each of its weights as they are in the folder.
-
-    Args:
-        arguments: of `PeftModel.from_pretrained`.
-    """
+def put_on(network, adapter: Path):
+    """The network with the adapter of a folder on it, each of its weights as they are in the folder."""
     from peft import PeftModel, load_peft_weights
 
     with reading(adapter):
         weights = load_peft_weights(adapter, device="cpu")
-        model = PeftModel.from_pretrained(network, adapter, **arguments)
+        model = PeftModel.from_pretrained(network, adapter)
         # PeftModel only warns of what is missing, and says nothing of what is left over; this tells both.
-        result = model.load_adapter(adapter, "default", **arguments)
+        result = model.load_adapter(adapter, "default")
     refuse_adapter_misfits(model, adapter, result)
     refuse_no_numbers(adapter, weights.items())
     return model
@@ -122,7 +138,10 @@ def refuse_adapter_misfits(model, adapter: Path, result) -> None:
     """Of what PEFT says about loading an adapter from a folder (or a checkpoint), nothing may be left over."""
     # Those of virtual tokens are loaded apart, and each must be there.
     unknown = [] if model.active_peft_config.is_prompt_learning else sorted(result.unexpected_keys)
-    wrong = {"missing": sorted(result.missing_keys), "unknown to the model": unknown}
+    weights = dict(model.named_parameters(remove_duplicate=False))
+    there = {id(weight) for name, weight in weights.items() if name not in result.missing_keys}
+    missing = [name for name in sorted(result.missing_keys) if id(weights.get(name)) not in there]  # else it is shared
+    wrong = {"missing": missing, "unknown to the model": unknown}
     refuse_tensors(adapter, wrong, "use an adapter of this base model; if it was made here, delete it and run again")
 
 

@@ -168,20 +168,6 @@ def check_weights(folder: Path) -> None:
     refuse_misfits(folder, info)
 
 
-def check_adapter(model: Path, adapter: Path) -> None:
-    """Whether an adapter fits the model in a folder, whose weights stay unread.
-
-    Raises:
-        UserError: tensors are missing, unknown, of another shape or no numbers, or a file is damaged.
-    """
-    import torch
-
-    config = load_config(model)
-    with reading(model), torch.device("meta"):
-        network = _auto_class(config).from_config(config, trust_remote_code=False)
-    put_on(network, adapter, low_cpu_mem_usage=True, torch_device="cpu")
-
-
 def _weight_files(folder: Path) -> list[Path]:
     """The files that transformers reads the weights from: one, or those that an index names."""
     for name in ("model.safetensors", "pytorch_model.bin"):

@@ -391,4 +391,16 @@ CASES = [
         "adapter.target_modules=[q_proj,lm_head]",
         name="train_adapter: LoRA on tied embeddings",
     ),
+    _asked(
+        r"could never be merged \(Impossible to merge LoRA with `lora_bias=True`",
+        "train_adapter",
+        "adapter.lora_bias=true",
+        name="train_adapter: a bias that the layers lack",
+    ),
+    _asked(
+        r"could never be merged \(aLoRA",
+        "train_adapter",
+        "adapter.alora_invocation_tokens=[1,2]",
+        name="train_adapter: aLoRA",
+    ),
 ]
