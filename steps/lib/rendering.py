@@ -36,7 +36,7 @@ class FreeTemplate:
         chat_template: whether the model has one, which is what to use for several turns.
     """
 
-    keeps_history = False
+    keeps_history = reads_clock = False
     opening = ""
 
     def __init__(self, source: str, chat_template: bool):
