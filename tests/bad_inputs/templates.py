@@ -95,7 +95,7 @@ CASES = [
     _answer("answer cut by the template", r"changes an answer: 'good' becomes 'goo", "{{ message['content'][:3] }}"),
     _tokenize(
         "prompt that ends otherwise",
-        r"row 7.*ends a prompt otherwise.*prompt=plain, or leave such rows out",
+        r"row 7.*ends a prompt with .*A:', which it does not.*prompt=plain, or leave such rows out",
         NO_PROMPT_END,
     ),
     _tokenize(
