@@ -30,7 +30,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from steps.lib import limits
-from steps.lib.conversation import IGNORED, Encoded, Encoder
+from steps.lib.conversation import DATE, IGNORED, Encoded, Encoder
 from steps.lib.errors import UserError
 from steps.lib.progress import Progress, quiet_libraries
 from steps.lib.splits import features
@@ -71,6 +71,7 @@ def run(config: dict, prompts: Path, model: Path, output: Path) -> dict:
     tokenizer = load_tokenizer(model)
     encoder = Encoder(tokenizer, stop_token_ids(model, tokenizer), config["prompt"], is_encoder_decoder(model))
     _find_opening(encoder, prompts / "train.jsonl")
+    _tell_what_others_do_not_know(encoder, config["prompt"].get("date") or DATE)
     audits, splits = {}, {}
     with _frozen(), tempfile.TemporaryDirectory(dir=output) as scratch:
         for split in SPLITS:
@@ -91,25 +92,40 @@ def run(config: dict, prompts: Path, model: Path, output: Path) -> dict:
 
 def _find_opening(encoder: Encoder, path: Path) -> None:
     """What the template puts between prompt and answer of the first row belongs to the prompt, in all of them."""
-    if encoder.free:
-        return
     with path.open(encoding="utf-8") as lines:
         record = json.loads(next(lines, "null"))
-    if record is None:
-        return
-    with _named(path, record):
-        encoder.renderer.opening = encoder.renderer.opening_of(record["messages"])
+    if record is not None and not encoder.free:
+        with _named(path, record):
+            encoder.renderer.opening = encoder.renderer.opening_of(record["messages"])
+
+
+def _tell_what_others_do_not_know(encoder: Encoder, date: str) -> None:
+    """Where a program that loads the merged model, and knows nothing of the config, asks in other tokens."""
+    shipped = "what steps.publish and steps.export_gguf write does"
     if encoder.renderer.reads_clock:
         log.warning(
-            "warning: the chat template asks what day it is; here that is always prompt.date, so other programs that "
-            "load results/merged ask in other words (what steps.publish and steps.export_gguf write has the day in it)"
+            "warning: the chat template asks what day it is; here that is always prompt.date=%s, but other programs "
+            "that load results/merged tell it today's (%s not)",
+            date,
+            shipped,
         )
+    elif date != DATE:
+        log.warning("warning: prompt.date=%s changes nothing: the chat template asks for no date", date)
     if encoder.renderer.opening:
         log.warning(
             "warning: the chat template writes %r before an answer, but not at the end of a prompt; here it is part of "
-            "the prompt, so other programs that load results/merged must put it there (what steps.publish and "
-            "steps.export_gguf write does)",
+            "the prompt, so other programs that load results/merged must put it there (%s)",
             encoder.renderer.opening,
+            shipped,
+        )
+    if (
+        encoder.free
+        and not encoder.apart
+        and encoder.tokenizer("a")["input_ids"][-1] in encoder.tokenizer.all_special_ids
+    ):
+        log.warning(
+            "warning: the tokenizer closes each text with a special token, which is left out before an answer: other "
+            "programs must leave it out of the prompt as well"
         )
 
 

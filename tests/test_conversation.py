@@ -441,7 +441,7 @@ def test_what_the_template_writes_before_an_answer_is_no_answer(name):
 
 def test_a_row_without_the_opening_is_refused():
     template = "{% for m in messages %}{{ m.content }}<|im_end|>{% if add_generation_prompt %}A:{% endif %}{% endfor %}"
-    with pytest.raises(UserError, match="ends a prompt otherwise than the prompt of an answer"):
+    with pytest.raises(UserError, match="ends a prompt with '.*A:', which it does not write before an answer"):
         with_template(template).encode([user("a"), assistant("b")])
     with pytest.raises(UserError, match="writes '<think>.*before the first row's answer, but not before this one"):
         with_template(TOKENIZER.chat_template, opening="<think>").encode([user("a"), assistant("b")])

@@ -243,3 +243,19 @@ def test_what_is_proposed_for_rows_of_several_turns_works():
     convert = converter({"layout": "messages", "where": "messages | length == 2"}, None)
     assert convert(chat("a", "b", "c", "d")) is None
     assert convert(chat("a", "b")).messages == chat("a", "b")["messages"]
+
+
+def test_what_other_programs_do_not_know_is_told(workspace, tiny_model, capsys):
+    from tests.test_conversation import CLOCK
+
+    shutil.copytree(tiny_model, "model")
+    Path("model/chat_template.jinja").write_text(CLOCK + CHAT_TEMPLATE)
+    splits, _ = made(workspace, "model", [chat("a", "b")], "prompt.date=2031-01-02")
+    assert "here that is always prompt.date=2031-01-02, but other programs" in capsys.readouterr().err
+    assert json.loads(Path("splits/provenance.json").read_text())["opening"] == ""
+    assert "date: '2031-01-02'" in Path("splits/config.yaml").read_text()
+
+
+def test_a_date_that_nothing_asks_for_is_told(workspace, tiny_model, capsys):
+    made(workspace, tiny_model, [chat("a", "b")], "prompt.date=2031-01-02")
+    assert "prompt.date=2031-01-02 changes nothing" in capsys.readouterr().err

@@ -36,7 +36,7 @@ class FreeTemplate:
         chat_template: whether the model has one, which is what to use for several turns.
     """
 
-    keeps_history = False
+    keeps_history = reads_clock = False
     opening = ""
 
     def __init__(self, source: str, chat_template: bool):
@@ -133,6 +133,7 @@ class ChatTemplate:
     def prompt(self, messages: list[dict]) -> list[Turn]:
         """What an answer to `messages` starts from, as a last turn without an answer."""
         places = _answers(messages)
+        places = places if all(places) else []  # nothing was asked before the first answer
         prompts = self._texts([*(messages[:place] for place in places), messages], True)
         texts = self._texts([messages[: place + 1] for place in places], False)
         turns, done = [], ""
@@ -208,7 +209,7 @@ class ChatTemplate:
     def _turn(self, done: str, prompt: str, text: str, content: str) -> Turn | str:
         """The turn, or what is wrong with it."""
         if not text.startswith(prompt):
-            return "ends a prompt otherwise than the prompt of an answer, so it cannot be seen what is learned"
+            return f"ends a prompt with {prompt[-40:]!r}, which it does not write before an answer"
         rest = text.removeprefix(prompt)
         if not rest.startswith(self.opening):
             return f"writes {self.opening!r} before the first row's answer, but not before this one ({rest[:60]!r})"

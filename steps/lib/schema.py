@@ -183,6 +183,8 @@ class Prompt(Section):
     def _one_template(self):
         if self.apply_chat_template and self.template is not None:
             raise ValueError("'template' is for apply_chat_template: false; the model's own template would ignore it")
+        if not self.apply_chat_template and self.date != Prompt.model_fields["date"].default:
+            raise ValueError("'date' is for apply_chat_template: true; a prompt.template cannot ask for it")
         if not self.apply_chat_template and self.template is None:
             raise ValueError("apply_chat_template: false needs a 'template', for instance '{{ prompt }}\\n'")
         return self

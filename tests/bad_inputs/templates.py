@@ -95,7 +95,7 @@ CASES = [
     _answer("answer cut by the template", r"changes an answer: 'good' becomes 'goo", "{{ message['content'][:3] }}"),
     _tokenize(
         "prompt that ends otherwise",
-        r"row 7.*ends a prompt otherwise.*prompt=plain, or leave such rows out",
+        r"row 7.*ends a prompt with .*A:', which it does not.*prompt=plain, or leave such rows out",
         NO_PROMPT_END,
     ),
     _tokenize(
@@ -132,6 +132,13 @@ CASES = [
     ),
     _tokenize("no chat template", r"no chat template; choose prompt=plain", ""),
     _tokenize("date that is none", r"prompt\.date.*YYYY-MM-DD", None, "prompt.date=yesterday"),
+    _tokenize(
+        "date without a chat template",
+        r"'date' is for apply_chat_template",
+        None,
+        "prompt=plain",
+        "prompt.date=2031-01-02",
+    ),
     _free("free template that loops", r"takes more than 1 s of computing", "{{ prompt }}" + LOOP),
     _free("free template with a power", r"takes more than 1 s of computing", "{{ prompt }}{{ 9 ** (9 ** 9) }}"),
     _free("free template that divides by zero", r"division by zero", "{{ prompt }}{{ 1 / 0 }}"),
