@@ -22,7 +22,7 @@ TRAIN_USED = {
     "learning_rate": "",
     "lr_scheduler_type": "reduce_lr_on_plateau and greedy need a validation split",
     "lr_scheduler_kwargs": "refused where the schedule ignores it",
-    "warmup_steps": "below 1 a share of all steps (warmup_ratio is taken as well); refused where the schedule ignores it",
+    "warmup_steps": "below 1 a share of all steps (warmup_ratio is taken as well)",
     "optim": "refused where its library is missing",
     "optim_args": "refused where the optimizer ignores it",
     "optim_target_modules": "for GaLore and APOLLO, whose libraries must be installed",
@@ -147,6 +147,14 @@ TRAIN_REFUSED = {
     "skip_memory_metrics": "training.json has the memory that was used",
 }
 
+# train.optim -> why not, for all that begin with it or end with it
+OPTIM_REFUSED = {
+    "schedule_free": "it keeps two sets of weights, between which validation and saving would have to switch",
+    "lomo": "it moves the weights within the backward pass, which is also taken to estimate the memory",
+    "adalomo": "it moves the weights within the backward pass, which is also taken to estimate the memory",
+    "layerwise": "it moves the weights within the backward pass, which is also taken to estimate the memory",
+}
+
 # Renamed or removed in transformers 5: what to write instead.
 TRAIN_RENAMED = {
     "evaluation_strategy": "it is called eval_strategy now",
@@ -211,7 +219,7 @@ _TASKS = "it needs the number of each row's task, which the data do not have"
 
 # peft_type -> why not
 PEFT_REFUSED = {
-    "ADALORA": "its ranks are reallocated, and its loss extended, by a loop of its own; adapter.rank_pattern sets ranks",
+    "ADALORA": "its ranks are reallocated by a loop of its own; use LORA, whose rank_pattern sets ranks",
     "ADAPTION_PROMPT": _NO_MERGE,
     "BEFT": "it trains the biases of layers, of which most models have none",
     "CARTRIDGE": "it starts from the cache of a text, which PEFT wants to be made before; use PREFIX_TUNING",
@@ -279,6 +287,14 @@ def refuse(train: dict, adapter: dict) -> None:
             raise UserError(f"config: 'train.{key}' cannot be set: {TRAIN_REFUSED[key]}")
         if key in TRAIN_RENAMED:
             raise UserError(f"config: unknown key 'train.{key}': {TRAIN_RENAMED[key]}")
+    optim = str(train.get("optim"))
+    for name, reason in OPTIM_REFUSED.items():
+        if optim.startswith(name) or optim.endswith(name):
+            raise UserError(f"config: 'train.optim': {optim} cannot be used here: {reason}; choose adamw_torch")
+    _refuse_adapter(adapter)
+
+
+def _refuse_adapter(adapter: dict) -> None:
     if adapter.get("peft_type") in PEFT_REFUSED:
         kind = adapter["peft_type"]
         raise UserError(f"config: 'adapter.peft_type': {kind} cannot be used here: {PEFT_REFUSED[kind]}")
@@ -300,9 +316,9 @@ def page() -> str:
         [
             "# Options of the libraries",
             "",
-            "`train.*` are the fields of `transformers.TrainingArguments`, `adapter.*` those of the PEFT method. What is",
-            "not understood, not available on this machine, or without effect here is refused before anything is trained,",
-            "in one line that says why. This page is made from the code that decides it: `python -m steps.lib.options`.",
+            "`train.*` are the fields of `transformers.TrainingArguments`, `adapter.*` those of the PEFT method. What",
+            "is not understood, missing on this machine, or without effect here is refused before anything is trained,",
+            "in one line that says why. This page is made from the code that decides: `python -m steps.lib.options`.",
             "",
             "## train",
             "",
@@ -310,16 +326,22 @@ def page() -> str:
             "",
             *_table("field", "remark", TRAIN_USED),
             "",
-            "`early_stopping_patience` and `early_stopping_threshold` are those of `transformers.EarlyStoppingCallback`.",
+            "`early_stopping_patience` and `early_stopping_threshold` are those of `EarlyStoppingCallback`.",
             "",
             "### Refused",
             "",
             *_table("field", "why", TRAIN_REFUSED),
             "",
+            "### `train.optim`",
+            "",
+            "Any of transformers whose library is there, but for these:",
+            "",
+            *_table("optim", "why", OPTIM_REFUSED),
+            "",
             "## adapter",
             "",
-            "`adapter.peft_type`; null (`adapter=full`) trains all parameters. Each method trains as PEFT's own loop does,",
-            "is loaded and merged again in a test.",
+            "`adapter.peft_type`; null (`adapter=full`) trains all parameters. A test trains each method as PEFT's own",
+            "loop does, loads it and merges it.",
             "",
             "### Used",
             "",
