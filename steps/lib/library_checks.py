@@ -109,7 +109,7 @@ TRAIN_RANGES = {
     "per_device_train_batch_size": (0, 100_000, False),
     "per_device_eval_batch_size": (0, 100_000, False),
     "gradient_accumulation_steps": (0, 100_000, False),
-    "learning_rate": (0, 1e6, False),
+    "learning_rate": (0, 1e38, False),
     "weight_decay": (0, 1, True),
     "label_smoothing_factor": (0, 1, True),
     "max_grad_norm": (0, 1e9, True),
