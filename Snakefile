@@ -22,7 +22,7 @@ PLAN = temper.load_plan(config)  # a bad config ends here, in one line, before a
 SWEEP = PLAN.comparison.path
 
 # A step that is asked to end says so: the shell waits for it, and what writes its log goes on to the last line.
-shell.prefix("trap : INT TERM HUP; log_to() (trap '' INT TERM HUP; exec tee \"$1\"); ")
+shell.prefix("trap : INT TERM HUP; log_to() {{ trap '' INT TERM HUP; exec tee \"$1\"; }}; ")
 
 
 wildcard_constraints:
@@ -246,7 +246,7 @@ rule evaluate_model:
 rule compare_runs:
     "Leaderboard and page of the sweep; completes MLflow and names the champion."
     input:
-        reports=temper.reports(PLAN),
+        reports=temper.reports(PLAN, workflow),
     output:
         f"{SWEEP}/leaderboard.csv",
         f"{SWEEP}/leaderboard.json",

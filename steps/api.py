@@ -52,6 +52,7 @@ def train(
     method: str = "sft",
     adapter: str = "lora",
     seed: int = 42,
+    num_threads: int = 1,
     **options,
 ) -> "Tuned":
     """Fine-tune a model on `rows`.
@@ -66,6 +67,7 @@ def train(
         method: sft, or dpo: learn to prefer the chosen answer to the rejected one.
         adapter: a file of conf/adapter: lora, lora_all_linear, qlora, full, ...
         seed: of the adapter's start, of the order of rows, of dropout.
+        num_threads: of the computation on a CPU; part of a run as its seed is, for sums are cut by their number.
         options: fields of `transformers.TrainingArguments`, of the adapter's PEFT config, of the config sections
             `prompt` (template, apply_chat_template, loss_on), `tokenize` (max_length, max_length_policy) and `method`
             (dpo: beta, loss_type, label_smoothing).
@@ -79,7 +81,8 @@ def train(
     if model is not None and Path(model).is_dir():
         model = Path(model).absolute()
     with logging_to(None), contextlib.chdir(folder):  # what the stages keep in results/.state stays in there, too
-        config = _config({"system": system, **options}, method, adapter, seed)
+        run = {"seed": seed, "num_threads": num_threads}
+        config = _config({"system": system, **options}, method, adapter, run)
         trained = _trained(config, rows, validation or [], model, f"{method}-{adapter}")
     return Tuned(folder / trained, temporary)
 
@@ -95,7 +98,8 @@ class Tuned:
     def __init__(self, folder: Path, temporary: tempfile.TemporaryDirectory | None = None):
         self.folder, self.temporary = folder, temporary
         self.run = runs.find(str(folder))
-        self.prompter = prompting.Prompter(runs.model_folder(self.run), self.run.prompt)
+        model, virtual_tokens = runs.model_folder(self.run), runs.virtual_tokens(self.run)
+        self.prompter = prompting.Prompter(model, self.run.prompt, virtual_tokens=virtual_tokens)
         self.model = None
 
     def answer(self, prompt: str | list[dict], **generation) -> str:
@@ -136,8 +140,8 @@ def _trained(config: dict, rows: list[dict], validation: list[dict], model: str 
     return _made(train_adapter, f"{name}-{stage_key('train_adapter', view, keys)}", view, inputs)
 
 
-def _config(options: dict, method: str, adapter: str, seed: int) -> dict:
-    """The whole config, defaults from conf/, with each option in the section that knows it."""
+def _config(options: dict, method: str, adapter: str, run: dict) -> dict:
+    """The whole config, defaults from conf/, with each option in the section that knows it; `run`: those of none."""
     from steps.lib.config import expand, parse_overrides, validated
 
     chosen = ["sweep=none", f"method={method}", f"adapter={adapter}"]
@@ -145,7 +149,7 @@ def _config(options: dict, method: str, adapter: str, seed: int) -> dict:
         chosen += ["data.layout=preference", "data.prompt=null", "data.completion=null"]
     _, [(_, config)] = expand(parse_overrides(chosen))
     config["prompt"]["system"] = None
-    config["seed"] = seed
+    config |= run
     known = {**_known_options(config["adapter"]["peft_type"]), "method": set(config["method"]) - {"name", *CHAINS}}
     for name, value in options.items():
         section = next((section for section, names in known.items() if name in names), None)

@@ -24,8 +24,9 @@ from pathlib import Path
 
 from steps.lib import figures, metrics, pages, plan, tracking
 from steps.lib.errors import UserError, one_line_errors
-from steps.lib.files import made_again, read_json, read_json_lines, read_yaml
-from steps.lib.folders import locked
+from steps.lib.files import read_json, read_json_lines, read_yaml
+from steps.lib.folders import locked, made_again
+from steps.lib.keys import stage_key
 from steps.lib.step import config_and_settings, provenance, run_command
 
 STAGE = "compare_runs"
@@ -382,10 +383,11 @@ def _work(_step, arguments, _inputs) -> None:
     with locked(output):
         started = time.time()
         board = compare(config, output)
-        facts = {"missing": board["missing"], "mirrored": None}
+        # Whoever finds the folder can tell which comparison it is.
+        facts = {"missing": board["missing"], "mirrored": None, "key": stage_key(STAGE, config, {})}
         if arguments.plan:
             planned = plan.load(arguments.plan)
-            facts["key"] = planned.comparison.key  # whoever finds the folder can tell which comparison it is
+            facts["key"] = planned.comparison.key
             facts["mirrored"], said = tracking.mirror(planned, board)
             log.info("%s", said)
         reports = {run["name"]: run["report"] for run in config["runs"]}

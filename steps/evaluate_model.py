@@ -14,13 +14,17 @@ Writes  metrics.json (all figures, see `figures_of`); predictions.jsonl (one ans
         training's, if there was one); report.html (one page, nothing fetched from elsewhere).
 """
 
+from __future__ import annotations
+
 import json
 import logging
+import math
 import sys
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from steps.lib import figures, metrics, pages
+from steps.lib import figures, limits, metrics, pages
 from steps.lib.adapters import DIVERGED
 from steps.lib.errors import UserError
 from steps.lib.files import load_rows, read_json, read_json_lines, read_yaml
@@ -28,6 +32,9 @@ from steps.lib.keys import flat
 from steps.lib.progress import quiet_libraries
 from steps.lib.splits import answer_start
 from steps.lib.step import computing_threads, peak_memory, run_command
+
+if TYPE_CHECKING:
+    from datasets import DatasetDict
 
 STAGE = "evaluate_model"
 
@@ -55,15 +62,15 @@ def run(
     metric = metrics.check_metric(settings)
     if (model / DIVERGED).is_file():
         return _report_divergence(read_json(model / DIVERGED, {"step": int})["step"], settings, metric, adapter, output)
-    test, train_references = _rows(splits, settings)
+    rows, test = _rows(model, splits, settings)
     base = _base(base_report, settings, test) if base_report else None
     with computing_threads(config["num_threads"]):
-        asked = _ask(model, config, test)
+        asked = _ask(model, config, rows, test)
     judged = _judge(settings, metric, test, asked, base)
     train = read_json(adapter / "training.json") if adapter else None
     if references:
         judged["scores"].values |= metrics.rewards(train["beta"], asked["rows"], _references(references, test))
-    facts = figures_of(settings, metric, train_references, test, asked, judged, base)
+    facts = figures_of(settings, metric, _train_references(rows, settings), test, asked, judged, base)
     facts |= {"train": train, "start": _start(start_report, metric), "left_out": _left_out(splits)}
     curves = read_json_lines(adapter / "metrics.jsonl") if adapter else []
     predictions = _predictions(test, asked, judged, base)
@@ -77,7 +84,7 @@ def run(
 
 
 def _report_divergence(step: int, settings: dict, metric: str, adapter: Path, output: Path) -> dict:
-    """The report of a training whose loss was no number any more: its curve, and no figures."""
+    """The report of a training that diverged: its curve, and no figures."""
     curves = read_json_lines(adapter / "metrics.jsonl")
     facts = {
         "task": settings["task"],
@@ -89,7 +96,7 @@ def _report_divergence(step: int, settings: dict, metric: str, adapter: Path, ou
     pages.write_whole(output / "predictions.jsonl", "")
     pages.write_whole(output / "curves.jsonl", pages.json_lines(curves))
     name = output.name
-    loss_curves = figures.loss_curves([line for line in curves if None not in line.values()])
+    loss_curves = figures.loss_curves(curves)
     pages.render("diverged.html", output / "report.html", name=name, step=step, loss_curves=loss_curves)
     log.info("the training diverged at step %d: no model to evaluate", step)
     return {"diverged_at_step": step}
@@ -98,8 +105,8 @@ def _report_divergence(step: int, settings: dict, metric: str, adapter: Path, ou
 # --- what goes in --------------------------------------------------------------------------------
 
 
-def _rows(splits: Path, settings: dict) -> tuple[list[dict], list[str]]:
-    """(test rows, references of the training split where a baseline needs them)."""
+def _rows(model: Path, splits: Path, settings: dict) -> tuple[DatasetDict, list[dict]]:
+    """(all splits, the test rows)."""
     loaded = load_rows(splits)
     test = list(loaded["test"]) if "test" in loaded else []
     if not test:
@@ -108,8 +115,14 @@ def _rows(splits: Path, settings: dict) -> tuple[list[dict], list[str]]:
         )
     if all(label == -100 for row in test for label in row["labels"]):
         raise UserError(f"{splits}: no supervised token in the test split; see audit.json there, and prompt.loss_on")
-    wanted = settings["task"] in ("labels", "tags") and "train" in loaded
-    return test, list(loaded["train"]["reference"]) if wanted else []
+    limits.check(model, {"test": loaded["test"]}, ["test"], settings["max_new_tokens"])
+    return loaded, test
+
+
+def _train_references(rows: DatasetDict, settings: dict) -> list[str]:
+    """The training split's references, where a baseline needs them."""
+    wanted = settings["task"] in ("labels", "tags") and "train" in rows
+    return list(rows["train"]["reference"]) if wanted else []
 
 
 def _left_out(splits: Path) -> dict:
@@ -153,41 +166,84 @@ def _start(folder: Path | None, metric: str) -> dict | None:
 # --- what the model says -------------------------------------------------------------------------
 
 
-def _ask(folder: Path, config: dict, test: list[dict]) -> dict:
-    """Loss of each row, an answer to each prompt and, for labels, which of them the model finds likeliest."""
+def _ask(folder: Path, config: dict, rows: DatasetDict, test: list[dict]) -> dict:
+    """Loss of each row, an answer to each prompt and, for labels, how likely the model finds each of them.
+
+    Raises:
+        UserError: a loss that is no finite number, or labels that the tokenizer does not tell apart.
+    """
     from steps.lib import generation, models, scoring
 
     settings = config["eval"]
     tokenizer = models.load_tokenizer(folder)
+    labels = settings["labels"] if settings["task"] == "labels" else None
+    label_tokens = label_answers(labels, rows, tokenizer) if labels else None
     model = models.load_model(folder, config["model"]["load"]).eval()
+    size = settings["batch_size"], tokenizer.pad_token_id
     started = time.perf_counter()
-    tokens = _first_tokens(settings, tokenizer, test)
-    losses = scoring.row_losses(model, test, settings["batch_size"], tokenizer.pad_token_id, list(tokens))
+    losses = scoring.row_losses(model, test, *size)
     loss_seconds = time.perf_counter() - started
-    choices = [tokens.get(token) for token in losses.favourites] if tokens else None
+    asked = [{"loss_sum": total, "tokens": count} for total, count in zip(losses.sums, losses.tokens, strict=True)]
+    _check_finite(folder, test, losses.sums)
+    logps = scoring.label_logps(model, test, label_tokens, *size) if labels else []
+    for row, of_labels in zip(asked, logps, strict=bool(labels)):
+        row["label_logps"] = [round(logp, 5) for logp in of_labels]
+    choices = [labels[max(range(len(labels)), key=of_row.__getitem__)] for of_row in logps] if labels else None
     stop_ids = models.stop_token_ids(folder, tokenizer)
     known = generation.greedy_references(test, losses.matched, settings, stop_ids)
     answers = generation.generate_answers(model, tokenizer, test, settings, stop_ids, known)
-    rows = [{"loss_sum": total, "tokens": count} for total, count in zip(losses.sums, losses.tokens, strict=True)]
     if "rejected_input_ids" in test[0]:
-        pairs = scoring.pair_logps(model, test, settings["batch_size"], tokenizer.pad_token_id)
-        for row, logps in zip(rows, pairs, strict=True):
-            row["chosen_logp"], row["rejected_logp"] = logps
-    return {"rows": rows, "loss_seconds": loss_seconds, "choices": choices, "answers": answers}
+        for row, both in zip(asked, scoring.pair_logps(model, test, *size), strict=True):
+            row["chosen_logp"], row["rejected_logp"] = both
+    return {"rows": asked, "loss_seconds": loss_seconds, "choices": choices, "answers": answers}
 
 
-def _first_tokens(settings: dict, tokenizer, test: list[dict]) -> dict[int, str]:
-    """First token of a label's answer -> the label. Empty where the first token does not tell the labels apart."""
-    if settings["task"] != "labels":
-        return {}
-    first: dict[str, int] = {}
-    for row in test:
-        label = metrics.reference_label(row["reference"], settings["labels"], row["id"])
-        first.setdefault(label, row["labels"][answer_start(row["input_ids"], row["prompt_length"])])
-    for label in settings["labels"]:  # one that no row of the split has
-        first.setdefault(label, tokenizer(label, add_special_tokens=False)["input_ids"][0])
-    tokens = {token: label for label, token in first.items()}
-    return tokens if len(tokens) == len(first) else {}
+def _check_finite(folder: Path, test: list[dict], sums: list[float]) -> None:
+    for row, total in zip(test, sums, strict=True):
+        if not math.isfinite(total):
+            raise UserError(
+                f"{folder}: the loss of test row {row['id']} is {total}, so no figure would mean anything: the weights "
+                "are not finite, or model.load.dtype is too narrow for them (try float32)"
+            )
+
+
+def label_answers(labels: list[str], rows: DatasetDict, tokenizer) -> list[list[int]]:
+    """Of each label the tokens of an answer that is just it, with the token that ends it: as it is learned.
+
+    They are read from the first row that has the label as `eval.labels` spells it. Of a label that no row has, its own
+    tokens stand where those of another row's answer stand.
+
+    Raises:
+        UserError: two labels have the same tokens.
+    """
+    found: dict[str, list[int]] = {}
+    like = None  # a reference and the tokens of its answer
+    for part in rows.values():
+        first = {reference: at for at, reference in reversed(list(enumerate(part["reference"])))}
+        for label in [label for label in labels if label in first and label not in found]:
+            found[label] = _answer_of(part[first[label]])
+        if like is None and len(part):
+            like = part[0]["reference"], _answer_of(part[0])
+    for label in labels:
+        found[label] = found.get(label) or _in_place_of(*like, label, tokenizer)
+    seen: dict[tuple, str] = {}
+    for label in labels:
+        other = seen.setdefault(tuple(found[label]), label)
+        if other != label:
+            raise UserError(f"config: 'eval.labels': '{other}' and '{label}' have the same tokens in this model")
+    return [found[label] for label in labels]
+
+
+def _answer_of(row: dict) -> list[int]:
+    return list(row["labels"][answer_start(row["input_ids"], row["prompt_length"]) :])
+
+
+def _in_place_of(reference: str, answer: list[int], label: str, tokenizer) -> list[int]:
+    """The tokens of an answer, with a label in place of the reference."""
+    theirs, ours = (tokenizer(text_target=text, add_special_tokens=False)["input_ids"] for text in (reference, label))
+    places = range(len(answer) - len(theirs) + 1)
+    at = next((at for at in places if answer[at : at + len(theirs)] == theirs), None)
+    return [*ours, answer[-1]] if at is None else [*answer[:at], *ours, *answer[at + len(theirs) :]]
 
 
 # --- how good that is ----------------------------------------------------------------------------
@@ -259,6 +315,7 @@ def figures_of(settings, metric, train_references, test, asked, judged, base) ->
         facts["baselines"] = [metrics.majority_baseline(settings, train_references, references)]
     if settings["task"] == "labels":
         labels = settings["labels"]
+        facts["accuracy_of"] = "the likeliest label, by the log-probability of the label and the token that ends it"
         facts["classes"] = metrics.per_class(labels, references, scores.readings)
         facts["confusion"] = metrics.confusion(labels, references, scores.readings)
         facts["base_confusion"] = base["facts"].get("confusion") if base else None
@@ -298,7 +355,8 @@ def headline(facts: dict) -> str:
     """One line: the ranking figure, how sure it is, and what tuning changed."""
     metric, low, high = facts["metric"], *facts["interval"]
     name, value = pages.metric_name(metric), facts["test"][metric]
-    text = f"test {name} {value:.3f} [{low:.3f}, {high:.3f}] on {facts['rows']} rows"
+    of = " of the likeliest label" if facts["task"] == "labels" and metric in ("accuracy", "f1") else ""
+    text = f"test {name}{of} {value:.3f} [{low:.3f}, {high:.3f}] on {facts['rows']} rows"
     if facts["delta"]:
         gain, (low, high) = facts["delta"]["value"], facts["delta"]["interval"]
         text += f"; base model {facts['base'][metric]:.3f}, tuning {gain:+.3f} [{low:+.3f}, {high:+.3f}]"

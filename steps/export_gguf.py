@@ -48,7 +48,7 @@ def main(argv=None) -> None:
 
 def _new_file(name: str) -> Path:
     path = Path(name)
-    if path.exists():
+    if os.path.lexists(path):
         raise UserError(f"--output {name}: is there already; name another file, or move it away")
     if path.suffix != ".gguf" or not path.parent.is_dir():
         raise UserError(f"--output {name}: name a file that ends in .gguf, in a folder that is there")
@@ -62,12 +62,11 @@ def export(folder: Path, output: Path, outtype: str) -> None:
         UserError: GGUF readers would not compute or tokenize as the model does.
     """
     from gguf import GGUFWriter
-    from transformers import AutoConfig
 
-    from steps.lib.models import load_tokenizer
+    from steps.lib.models import load_config, load_tokenizer
 
     quiet_libraries()
-    config = AutoConfig.from_pretrained(folder)
+    config = load_config(folder)
     _check_architecture(folder, config)
     tokenizer = load_tokenizer(folder)
     splits_words = pre_tokenizer(json.loads(tokenizer.backend_tokenizer.to_str()), folder)
@@ -174,9 +173,10 @@ def _add_weights(writer, folder: Path, config, outtype: str) -> None:
     """All weights: matrices in `outtype`, the rest, a few numbers, in float32."""
     import torch
     from gguf import MODEL_ARCH, GGMLQuantizationType, LlamaFileType, get_tensor_name_map, quants
-    from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(folder)
+    from steps.lib.models import load_model, stored_dtype
+
+    model = load_model(folder, {"dtype": stored_dtype(folder), "attn_implementation": "auto"})
     stored = {torch.bfloat16: "bf16", torch.float16: "f16"}.get(model.dtype, "f32")
     chosen = (stored if outtype == "auto" else outtype).upper()
     writer.add_file_type(LlamaFileType["ALL_F32" if chosen == "F32" else f"MOSTLY_{chosen}"])
@@ -189,7 +189,7 @@ def _add_weights(writer, folder: Path, config, outtype: str) -> None:
         projection = name.split(".")[-2]
         values = _interleaved(weight, heads[projection]) if projection in heads else weight
         kind = GGMLQuantizationType[chosen if values.dim() > 1 else "F32"]
-        array = values.float().numpy()
+        array = values.float().cpu().numpy()
         try:
             packed = quants.quantize(array, kind)
         except quants.QuantError as error:

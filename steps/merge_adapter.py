@@ -9,7 +9,8 @@ Reads   the base model; the adapter (a full-parameter run passes through, in flo
         most of what it learned; merge.dtype=bfloat16 does that if it must be small).
 Writes  the merged model in Hugging Face layout, with the base's tokenizer. Before writing, the merged
         model's logits are compared with the adapter's on a fixed input; provenance.json has the difference.
-        A QLoRA adapter goes into the base as stored, or into the dequantized one (merge.dequantized_base=true).
+        A QLoRA adapter goes into the base as stored, or into the dequantized one (merge.dequantized_base=true, or when
+        the base is stored in 4 or 8 bits).
         Virtual tokens (prompt tuning, prefix tuning, P-tuning) cannot be merged: the output is then the base model with
         the adapter in adapter/, and `PeftModel.from_pretrained(model, folder + "/adapter")` puts it on.
         Of a training that diverged there is nothing to merge: diverged.json says at which step.
@@ -21,10 +22,10 @@ import shutil
 import sys
 from pathlib import Path
 
-from steps.lib.adapters import DIVERGED, can_be_merged, is_adapter
+from steps.lib.adapters import DIVERGED, can_be_merged, is_adapter, put_on
 from steps.lib.errors import UserError
 from steps.lib.files import read_json
-from steps.lib.models import BUNDLED, load_model, resolve_dtype
+from steps.lib.models import BUNDLED, is_stored_quantized, load_config, load_model, resolve_dtype, stored_dtype
 from steps.lib.progress import quiet_libraries
 from steps.lib.step import computing_threads, run_command
 
@@ -58,7 +59,8 @@ def run(config: dict, model: Path, adapter: Path, output: Path) -> dict:
         network, facts = _merged(config, model, adapter)
     if config["merge"]["dtype"] != "auto":
         network = network.to(resolve_dtype(config["merge"]["dtype"]))
-    network.save_pretrained(output)
+    # What was read packed cannot be packed again: the weights are plain now.
+    network.save_pretrained(output, save_original_format=not is_stored_quantized(load_config(model)))
     load_tokenizer(model).save_pretrained(output)
     return {"dtype": str(network.dtype).removeprefix("torch."), **facts}
 
@@ -75,11 +77,11 @@ def _bundle(model: Path, adapter: Path, output: Path) -> dict:
 
 def _merged(config: dict, model: Path, adapter: Path):
     """(merged model, facts)."""
-    dtype = "float32" if config["merge"]["dtype"] == "float32" else _stored_dtype(model)
+    dtype = "float32" if config["merge"]["dtype"] == "float32" else stored_dtype(model)
     load = {"dtype": dtype, "attn_implementation": "auto"}
     if not is_adapter(adapter):  # passes through in the precision it was trained in
         return load_model(adapter, {**load, "dtype": "float32"}), {"fully_trained": config["merge"]["dtype"] == "auto"}
-    if not config["merge"]["dequantized_base"]:
+    if not (config["merge"]["dequantized_base"] or is_stored_quantized(load_config(model))):
         network, facts = _merge(load_model(model, load), adapter)
         return network, {"base": "as stored", **facts}
     base = load_model(model, load, config["quantization"]).dequantize()
@@ -87,19 +89,10 @@ def _merged(config: dict, model: Path, adapter: Path):
     return network, {"base": "dequantized", **facts}
 
 
-def _stored_dtype(folder: Path) -> str:
-    """The precision the base model is stored in."""
-    from transformers import AutoConfig
-
-    dtype = AutoConfig.from_pretrained(folder).dtype
-    return str(dtype or "float32").removeprefix("torch.")
-
-
 def _merge(network, adapter: Path):
     import torch
-    from peft import PeftModel
 
-    with_adapter = PeftModel.from_pretrained(network, adapter).eval()
+    with_adapter = put_on(network, adapter).eval()
     generator = torch.Generator().manual_seed(0)
     vocabulary = len(network.get_input_embeddings().weight)
     tokens = torch.randint(vocabulary, (1, PROBE_TOKENS), generator=generator).to(network.device)
@@ -123,10 +116,11 @@ def _merge(network, adapter: Path):
     if share > NOTABLE:
         log.info("merge.dtype=float32 keeps all of it, in a file of twice the size")
     if not difference <= TOLERANCE:
+        coarse = merged.dtype != torch.float32
+        remedy = "try merge.dtype=float32" if coarse else "this kind of adapter cannot be merged here: use the adapter"
         raise UserError(
             f"{adapter}: the merged model's logits differ from the adapter's by {difference:.2g} of their spread "
-            f"(at most {TOLERANCE} is rounding); the weights may not be finite, or merge.dtype is too coarse: "
-            "try merge.dtype=float32"
+            f"(at most {TOLERANCE} is rounding); {remedy}"
         )
     return merged, {"logit_difference": difference, "share_of_adapter_effect": share}
 

@@ -39,11 +39,7 @@ def main(argv=None) -> None:
     arguments = parser.parse_args(argv)
     spare_the_collector()
     with one_line_errors(), logging_to(None):
-        try:
-            predict(arguments)
-        except KeyboardInterrupt:
-            print("interrupted", file=sys.stderr)
-            sys.exit(130)
+        predict(arguments)
 
 
 def predict(arguments) -> None:
@@ -53,7 +49,7 @@ def predict(arguments) -> None:
     run = runs.find(arguments.run, arguments.sweep)
     settings, batch_size = _settings(run, arguments)
     rows = read_prompts(arguments.input)
-    prompter = prompting.Prompter(runs.model_folder(run), run.prompt, arguments.system)
+    prompter = prompting.Prompter(runs.model_folder(run), run.prompt, arguments.system, runs.virtual_tokens(run))
     prompts = [_ids(row, prompter, settings.max_new_tokens) for row in rows]
     answers = prompting.answer_all(runs.load_network(run), prompter, prompts, settings, batch_size, seed=arguments.seed)
     lines = [
@@ -171,7 +167,7 @@ def _new_file(name: str) -> Path | None:
     if name == STDIO:
         return None
     path = Path(name)
-    if path.exists():
+    if os.path.lexists(path):
         raise UserError(f"--output {name}: is there already; name another file, or move it away")
     if path.suffix != ".jsonl":
         raise UserError(f"--output {name}: answers are JSON lines; name a file that ends in .jsonl, or - for a pipe")

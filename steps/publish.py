@@ -15,6 +15,7 @@ Reads results/; writes to the hub only (HF_ENDPOINT: another one than huggingfac
 """
 
 import json
+import os
 import shutil
 import sys
 import tempfile
@@ -24,6 +25,7 @@ from steps.lib import cards, runs
 from steps.lib.adapters import is_adapter
 from steps.lib.errors import UserError, one_line_errors
 from steps.lib.files import read_json
+from steps.lib.models import check_adapter, check_weights, load_tokenizer
 from steps.lib.sources import HUB_TIMEOUT, model_files
 
 LOGIN = "make one at https://huggingface.co/settings/tokens (write access), then `hf auth login`, or set HF_TOKEN"
@@ -99,19 +101,20 @@ def _merged_files(run: runs.Run) -> Files:
     """The merged model: no file of Temper's own goes along."""
     folder = run.part("merge_adapter", "and it is what --merged publishes")
     runs.refuse_bundled(folder, "publish the adapter, without --merged")
+    check_weights(folder)
+    load_tokenizer(folder)
     names = model_files([path.name for path in folder.iterdir()], str(folder))
     return {name: folder / name for name in names if name != "provenance.json"}
 
 
 def _adapter_files(run: runs.Run, adapter: Path, base: cards.Origin) -> Files:
     """The adapter, with the base model's name on the hub in its config, and the base model's tokenizer."""
-    from steps.lib.models import load_tokenizer
-
     if base.repository is None:
         raise UserError(
             f"--run {run.name}: its base model is {base.text}, which is not on the hub, so nobody could load the "
             "adapter: publish with --merged, or say where the model is on the hub with --base-model user/name"
         )
+    check_adapter(runs.base_folder(run), adapter)
     config = read_json(adapter / "adapter_config.json")
     config |= {"base_model_name_or_path": base.repository, "revision": base.commit}
     files: Files = {"adapter_config.json": (json.dumps(config, indent=2) + "\n").encode()}
@@ -122,7 +125,7 @@ def _adapter_files(run: runs.Run, adapter: Path, base: cards.Origin) -> Files:
 
 
 def _write(files: Files, folder: Path) -> None:
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    if os.path.lexists(folder) and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"--dry-run {folder}: is there already; name a new folder")
     folder.mkdir(parents=True, exist_ok=True)
     for name, content in sorted(files.items()):

@@ -22,6 +22,7 @@ import sys
 import time
 from pathlib import Path
 
+from steps.lib import limits
 from steps.lib.adapters import refuse_diverged
 from steps.lib.batches import collate, padded
 from steps.lib.errors import UserError
@@ -57,6 +58,7 @@ def run(config: dict, splits: Path, model: Path, output: Path) -> dict:
             "data.rejected_from, and make the splits again"
         )
     refuse_diverged(model)
+    limits.check(model, pairs)
     path = KNOWN / f"{_identity(model, config)}.jsonl"
     known = _read(path)
     answers = {split: [side(row) for row in part for side in (chosen_of, rejected_of)] for split, part in pairs.items()}

@@ -20,6 +20,7 @@ import logging
 import sys
 from pathlib import Path
 
+from steps.lib import limits
 from steps.lib.adapters import refuse_diverged
 from steps.lib.conversation import IGNORED
 from steps.lib.errors import UserError
@@ -50,6 +51,7 @@ def run(config: dict, splits: Path, model: Path, output: Path) -> dict:
         raise UserError("config: 'method.own_answers' is not set, and it says how the model answers: see method=dpo")
     refuse_diverged(model)
     rows = load_rows(splits)
+    limits.check(model, rows, SAMPLED, settings["max_new_tokens"], "method.own_answers.max_new_tokens")
     tokenizer = models.load_tokenizer(model)
     network = models.load_model(model, config["model"]["load"]).eval()
     stop_ids = models.stop_token_ids(model, tokenizer)

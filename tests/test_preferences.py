@@ -106,7 +106,7 @@ def test_loss_gradients_and_figures_equal_trls(workspace, policy, tiny_model, ro
     expected = theirs.compute_loss(policy, batch)
     expected_gradients = gradients(policy, expected)
     losses, figures = PreferenceLoss(beta, loss_type, label_smoothing)(
-        SupervisedLoss().sequence_logps(policy, ours, pairs=True), ours
+        SupervisedLoss().sequence_logps(policy, ours, answers=2), ours
     )
     torch.testing.assert_close(losses.mean(), expected)
     found = gradients(policy, losses.mean())
@@ -121,11 +121,11 @@ def test_loss_gradients_and_figures_equal_trls(workspace, policy, tiny_model, ro
 
 def test_answers_that_share_their_prompt_give_what_they_give_alone(policy, rows):
     batch, loss = collate_pairs(rows, 0), SupervisedLoss()
-    shared = loss.sequence_logps(policy, batch, pairs=True)
+    shared = loss.sequence_logps(policy, batch, answers=2)
     assert loss.way is flat_way
     found = gradients(policy, shared.square().mean())
     loss.way = plain_way
-    alone = loss.sequence_logps(policy, batch, pairs=True)
+    alone = loss.sequence_logps(policy, batch, answers=2)
     torch.testing.assert_close(shared, alone)
     for name, gradient in gradients(policy, alone.square().mean()).items():
         torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-5 * gradient.abs().max().item())

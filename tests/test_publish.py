@@ -188,5 +188,6 @@ def test_a_dry_run_replaces_nothing_and_needs_no_merged_model_that_is_gone(finis
     assert complaint(capsys, publish.main, *arguments, "mine") == "--dry-run mine: is there already; name a new folder"
     shutil.rmtree(workspace / "results/merged")
     assert complaint(capsys, publish.main, *arguments, "new").endswith(
-        "is not there, and it is what --merged publishes; run snakemake again, which makes it"
+        f"is not there, and it is what --merged publishes; make it again with snakemake --cores all "
+        f"results/merged/{MERGED} --config ... (as for its sweep)"
     )

@@ -190,6 +190,35 @@ def kill(kind: str, folder: Path, main: subprocess.Popen) -> bool:
     return True
 
 
+@pytest.mark.parametrize(
+    ("whom", "number"), [("all", signal.SIGINT), ("main", signal.SIGTERM), ("main", signal.SIGHUP), ("main", None)]
+)
+def test_a_sweep_that_is_asked_to_end_leaves_nothing_and_goes_on(project, whom, number):
+    """`number` None: Ctrl-C twice."""
+    folder, command = project
+    asked = start(command, folder, "asked")
+    deadline = time.monotonic() + 200
+    while not list((folder / "results" / ".state").glob("*/checkpoint-*")) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    for wait in (0,) if number else (0, 1):
+        time.sleep(wait)
+        (os.killpg if whom == "all" else os.kill)(asked.pid, number or signal.SIGINT)
+    assert asked.wait(timeout=60) == 128 + (number or signal.SIGINT)
+    said = output(folder, "asked")
+    assert "Traceback" not in said
+    assert "killed from outside" not in said
+    assert said.splitlines()[-1].startswith(f"interrupted ({number.name})" if number else "interrupted again")
+    time.sleep(0.5)
+    assert not processes(folder)
+    if number:
+        assert not list((folder / "results").glob("*/.tmp-*"))
+    again = start(command, folder, "again")
+    assert again.wait(timeout=500) == 0, output(folder, "again")
+    assert "continuing from" in output(folder, "again")
+    assert len(leaderboard(folder, "single")) == 4
+    assert not list((folder / "results").glob("*/.tmp-*"))
+
+
 @pytest.mark.parametrize("kills", [12])
 def test_whatever_is_killed_and_when_the_sweep_ends_as_undisturbed(project, monkeypatch, tmp_path_factory, kills):
     folder, command = project

@@ -11,6 +11,8 @@ import dataclasses
 import json
 import re
 import shutil
+import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,7 +21,7 @@ import pytest
 
 from tests import tiny
 from tests.conftest import ROOT
-from tests.workflow_tools import executed, leaderboard, snakemake
+from tests.workflow_tools import environment, executed, leaderboard, snakemake
 
 DOCS = ROOT / "docs" / "reruns.md"
 
@@ -314,6 +316,47 @@ def test_an_edit_plans_just_its_jobs(project, edit):
     """Something left behind by the edit before, which was taken back without a run, would show here, too."""
     with applied(project, edit) as overrides:
         assert run(project, overrides, "-n") == edit.runs
+
+
+def test_a_folder_that_is_not_whole_is_made_again(project):
+    """Whether it lost a file, all of them, or the end of one; and all of the commands say so."""
+    report = next((project / "results/reports").glob("mine-*"))
+    weights = next((project / "results/merged").glob("*/model.safetensors"))
+    whole = weights.read_bytes()
+    report.rename(project / "kept")
+    report.mkdir()
+    weights.write_bytes(whole[:100])
+    try:
+        done = snakemake(project, "-n", "--config", "experiment=mine", project=project)
+        with contextlib.chdir(project):
+            command = [sys.executable, "-m", "steps.plan", "--experiment", "mine"]
+            planned = subprocess.run(command, capture_output=True, text=True, env=environment()).stdout
+    finally:
+        weights.write_bytes(whole)
+        report.rmdir()
+        (project / "kept").rename(report)
+    # Of the other run the evaluation runs too, and finds that it has nothing to do.
+    assert {name: executed(done)[name] for name in ("merge_adapter", "compare_runs")} == {
+        "merge_adapter": 1,
+        "compare_runs": 1,
+    }
+    assert 1 <= executed(done)["evaluate_model"] <= 2
+    assert "train_adapter" not in executed(done)
+    for said in (done.stderr, planned):
+        assert "(provenance.json is missing)" in said
+        assert f"(model.safetensors has 100 bytes, and had {len(whole)} when it was written)" in said
+    assert "jobs to do: merge_adapter 1, evaluate_model 1\n" in planned
+
+
+def test_a_folder_in_a_place_that_is_asked_for_by_name_is_made(project):
+    """What messages propose for one that was deleted: nothing else asks for it."""
+    merged = next((project / "results/merged").glob("mine-*"))
+    merged.rename(project / "kept")
+    try:
+        assert run(project, "", "-n") == {}
+        assert run(project, "", "-n", str(merged.relative_to(project))) == {"merge_adapter": 1}
+    finally:
+        (project / "kept").rename(merged)
 
 
 def test_edits_that_were_taken_back_are_no_work(project):

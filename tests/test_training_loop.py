@@ -2,7 +2,11 @@
 
 import functools
 import json
+import math
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,13 +15,14 @@ from datasets import load_from_disk
 from safetensors.torch import load_file
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from steps import merge_adapter
+from steps import evaluate_model, merge_adapter, train_adapter
 from steps.lib.adapters import add_adapter
 from steps.lib.batches import EpochSampler, collate
 from steps.lib.config import load_stage_config
 from steps.lib.models import load_model, load_tokenizer
 from steps.lib.training import read_metrics
 from tests import tiny
+from tests.conftest import ROOT
 from tests.test_train_adapter import SMALL, assert_equal, train
 
 PLAIN = ["adapter.lora_dropout=0", "train.learning_rate=1e-2", "train.warmup_steps=0", "train.logging_steps=1"]
@@ -196,6 +201,22 @@ def test_what_diverged_is_a_result_and_no_model(workspace, tiny_splits, tiny_mod
     assert found["eval_loss"] is None
     merge_adapter.main(["--model", str(tiny_model), "--adapter", "out", "--output", "merged"])
     assert json.loads(Path("merged/diverged.json").read_text()) == {"step": found["diverged_at_step"]}
+    evaluate_model.main(
+        [
+            "--model",
+            "merged",
+            "--splits",
+            str(tiny_splits),
+            "--adapter",
+            "out",
+            "--output",
+            "report",
+            "experiment=smoke",
+        ]
+    )
+    page = Path("report/report.html").read_text()
+    assert f"diverged: at step {found['diverged_at_step']} " in page
+    assert "None" not in page
     for weights in Path("results/.state/shared").glob("checkpoint-*/adapter_model.safetensors"):
         assert all(weight.isfinite().all() for weight in load_file(weights).values()), "nobody continues from nan"
 
@@ -238,3 +259,144 @@ def test_the_bits_follow_from_num_threads_whatever_the_machine_offers(workspace,
         torch.set_num_threads(offered)
     assert_equal(found[0], found[1])
     assert any(not torch.equal(weight, found[2][name]) for name, weight in found[0].items()), "else this shows nothing"
+
+
+ESTIMATED = {
+    "common beginnings are computed once": [],
+    "with dropout nothing is shared": ["adapter.lora_dropout=0.1"],
+    "two batches a step": ["train.gradient_accumulation_steps=2", "train.per_device_train_batch_size=5"],
+    "all parameters": ["adapter=full"],
+    "padded rows": ["train.gradient_checkpointing=true"],
+    "pairs": ["experiment=dpo", "model.load.dtype=float32"],
+}
+
+
+@pytest.mark.parametrize("name", ESTIMATED)
+def test_flops_and_activations_are_those_of_real_batches(workspace, tiny_splits, tiny_pairs, tiny_model, name):
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from steps.lib import estimates, training
+
+    overrides = [*SMALL, "adapter.lora_dropout=0", "train.per_device_train_batch_size=8", *ESTIMATED[name]]
+    if "adapter=full" in overrides:
+        overrides = [option for option in overrides if not option.startswith("adapter.")]
+    config = load_stage_config("train_adapter", None, overrides)
+    args = training.training_arguments(config["train"], 1, workspace / "state")
+    rows = load_from_disk(tiny_pairs if name == "pairs" else tiny_splits)
+    if name == "pairs":
+        zeros = [0.0] * len(rows["train"])
+        rows["train"] = rows["train"].add_column("ref_chosen_logps", zeros).add_column("ref_rejected_logps", zeros)
+    trainer = train_adapter._trainer(config, rows, tiny_model, args, 3)
+    found = estimates.estimate(trainer, trainer.sampler.lengths, program=0)
+    order, size = list(trainer.sampler), args.train_batch_size
+    counted, kept = [], []
+    for at in range(0, len(order), size):
+        batch = trainer.data_collator([rows["train"][row] for row in order[at : at + size]])
+        kept.append(estimates._probe(trainer, batch)[1])
+        with FlopCounterMode(display=False) as counter:
+            trainer.compute_loss(trainer.model, batch).backward()
+        counted.append(counter.get_total_flops())
+    steps = math.ceil(len(counted) / args.gradient_accumulation_steps)
+    assert found.flops_per_step == pytest.approx(sum(counted) / steps, rel=0.1)
+    assert found.activations == pytest.approx(estimates.HEAP * max(kept), rel=0.15)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("adapter", ["lora", "full"])
+def test_the_peak_of_memory_is_what_was_said(workspace, adapter):
+    """In a process of its own, of a model whose activations are most of what it takes."""
+    model = tiny.make_tiny_model(
+        workspace / "model", hidden_size=512, intermediate_size=1024, num_hidden_layers=6, initializer_range=0.02
+    )
+    rows = [
+        (" ".join([prompt] * (2 + number % 5)), answer) for number, (prompt, answer) in enumerate(tiny.tiny_rows(180))
+    ]
+    splits = tiny.make_tiny_splits(workspace / "splits", model, rows={"train": rows})
+    options = ["experiment=smoke", f"adapter={adapter}", "model.load.dtype=float32", "train.num_train_epochs=2"]
+    inputs = ["--splits", str(splits), "--model", str(model), "--output", "out"]
+    command = [sys.executable, "-m", "steps.train_adapter", *inputs, *options, "train.per_device_train_batch_size=32"]
+    subprocess.run(command, check=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    found = facts("out")
+    assert 0.85 < found["estimated_peak_memory_bytes"] / found["peak_memory_bytes"] < 1.15
+
+
+HOARD = """
+import sys, torch
+from steps.lib.step import bound_shape_caches, peak_memory
+if sys.argv[1] == "bound": bound_shape_caches()
+weight, inputs = torch.randn(256, 256).to_mkldnn(), torch.randn(900, 256)
+before = peak_memory()
+for rows in range(100, 900, 2): torch._C._nn.mkldnn_linear(inputs[:rows].to_mkldnn(), weight, None)
+print(peak_memory() - before)
+"""
+
+
+def test_code_for_shapes_that_are_never_met_again_is_not_hoarded(workspace):
+    if not torch.backends.mkldnn.is_available():
+        pytest.skip("this torch has no oneDNN")
+    grown = {}
+    for how in ("bound", "as it comes"):
+        command, environment = [sys.executable, "-c", HOARD, how], {**os.environ, "PYTHONPATH": str(ROOT)}
+        for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
+            environment.pop(name, None)  # as a step in this process may have set them
+        grown[how] = int(subprocess.run(command, check=True, env=environment, capture_output=True, text=True).stdout)
+    assert grown["bound"] < grown["as it comes"] / 2
+
+
+OTHERS = {
+    "an optimizer that keeps no moments": ["train.optim=adafactor"],
+    "states in 8 bits": ["adapter=full", "train.optim=adamw_bnb_8bit", "train.learning_rate=1e-4"],
+    "no checkpoints asked for": ["train.save_strategy=no"],
+    "checkpoints within an epoch": ["train.save_strategy=steps", "train.save_steps=4", "train.save_total_limit=1"],
+    "a falling rate": ["train.lr_scheduler_type=inverse_sqrt"],
+    "accumulation that does not divide": ["train.gradient_accumulation_steps=4", "train.label_smoothing_factor=0.1"],
+    "whole batches only": ["train.dataloader_drop_last=true", "train.per_device_train_batch_size=7"],
+    "autocast": ["train.bf16=true", "train.use_cpu=true"],
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_options_leave_a_shared_trunk_equal_to_separate_runs(workspace, tiny_splits, tiny_model, name):
+    options = [*SMALL, *OTHERS[name]]
+    if "adapter=full" in options:
+        options = [option for option in options if not option.startswith("adapter.")]
+    inputs = ["--splits", str(tiny_splits), "--model", str(tiny_model)]
+    for output, epochs, trunk in (("first", 1, "shared"), ("shared", 2, "shared"), ("alone", 2, "alone")):
+        config = load_stage_config("train_adapter", None, [*options, f"train.num_train_epochs={epochs}"])
+        train_adapter.main([*inputs, "--output", output, "--config", json.dumps(config | {"trunk": trunk})])
+    assert facts("shared")["resumed_from_step"] == facts("first")["global_step"] > 0
+    weights = "model.safetensors" if "adapter=full" in options else "adapter_model.safetensors"
+    assert_equal(load_file(f"shared/{weights}"), load_file(f"alone/{weights}"))
+
+
+@pytest.mark.slow
+def test_the_number_of_cores_changes_no_bit_of_a_workflow(workspace, wide_model):
+    """Trainings, evaluations and the leaderboard, on one core, on two, and with more than there are."""
+    from tests.workflow_tools import leaderboard, own_sources, snakemake
+
+    found = []
+    for cores in ("1", "2", "4"):
+        folder = workspace / cores
+        folder.mkdir()
+        sources = own_sources(folder, wide_model, tiny.tiny_rows(180))
+        few = "data.limit={train:24,validation:8,test:8} train.per_device_train_batch_size=4"
+        done = snakemake(
+            folder,
+            "--cores",
+            cores,
+            "--config",
+            "experiment=smoke",
+            f"overrides={sources} {few} sweep=none train.learning_rate=1e-3,1e-2",
+        )
+        assert ("training(s) of 1 thread(s) on 4 cores: num_threads=2 is faster" in done.stderr) is (cores == "4")
+        adapters = sorted((folder / "results" / "adapters").glob("*/adapter_model.safetensors"))
+        rows = [
+            {name: row[name] for name in ("run", "test_loss", "test_accuracy")} for row in leaderboard(folder, "single")
+        ]
+        found.append((rows, {path.parent.name: load_file(path) for path in adapters}))
+    (rows, adapters), *others = found
+    assert len(rows) == len(adapters) == 2
+    for other_rows, other_adapters in others:
+        assert other_rows == rows
+        for name, weights in adapters.items():
+            assert_equal(weights, other_adapters[name])

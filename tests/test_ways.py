@@ -239,7 +239,7 @@ def test_training_with_neftune_equals_trainers_own(tmp_path):
     ours = training.trainer_for(
         {"name": "sft"}, model=network(), args=args, train_dataset=data, pad_token_id=0, schedule_steps=3
     )
-    estimates.estimate(ours, ours.sampler.lengths)
+    estimates.estimate(ours, ours.sampler.lengths, 0)
     assert ours.supervised_loss.way is short_way
     theirs = transformers.Trainer(
         model=network(), args=args, train_dataset=data, data_collator=lambda rows: collate(rows, 0)

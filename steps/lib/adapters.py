@@ -1,12 +1,14 @@
 """Adapters: from the config section to a PEFT model, and back into the base."""
 
+import collections
 import re
 import warnings
 from pathlib import Path
 
 from steps.lib.errors import UserError, told_by_library
+from steps.lib.reading import reading, refuse_no_numbers, refuse_tensors
 
-DIVERGED = "diverged.json"  # in a merged folder, in place of a model: the training's loss was no number any more
+DIVERGED = "diverged.json"  # in a merged folder, in place of a model: the training ended in nan or infinity
 
 
 def load_for_training(adapter: dict, load: dict) -> dict:
@@ -27,6 +29,11 @@ def add_adapter(model, adapter: dict, seed: int):
     from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PeftType, get_peft_model
 
     if adapter["peft_type"] is None:
+        if getattr(model, "is_quantized", False):
+            raise UserError(
+                f"{model.name_or_path}: its weights are stored quantized, so they cannot be trained themselves: choose "
+                "adapter=lora, or the model that it was made from"
+            )
         return model
     fields = {key: value for key, value in adapter.items() if key != "peft_type"}
     if fields.get("prompt_tuning_init") == "TEXT":  # PEFT reads the text with a tokenizer of its own
@@ -47,6 +54,7 @@ def add_adapter(model, adapter: dict, seed: int):
     without_effect = _without_effect(network, adapter, names, [str(warning.message) for warning in said])
     if without_effect:
         raise _misfit(linear, without_effect[0])
+    _refuse_tied(network)
     return network
 
 
@@ -102,6 +110,24 @@ def _listed(value) -> list:
     return value if isinstance(value, list) else [value] if isinstance(value, int) else []
 
 
+def _refuse_tied(model) -> None:
+    """An adapter on a weight that two layers share cannot be merged: it would change what the other layer does."""
+    from peft.tuners.trainable_tokens.layer import TrainableTokensLayer  # knows about tied weights
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    layers = collections.Counter(id(weight) for _, weight in model.named_parameters(remove_duplicate=False))
+    for name, layer in model.named_modules():
+        if not isinstance(layer, BaseTunerLayer) or isinstance(layer, TrainableTokensLayer):
+            continue
+        if any(layers[id(weight)] > 1 for weight in layer.get_base_layer().parameters(recurse=False)):
+            name = name.rpartition(".")[2]
+            raise UserError(
+                f"config: adapter.target_modules: this model's {name} shares its weights with another layer (tied "
+                "embeddings), so an adapter on it could never be merged: leave it out; "
+                f"adapter.modules_to_save=[{name}] trains it as a whole"
+            )
+
+
 def save_adapter(model, folder: Path) -> None:
     """What was trained, as PEFT saves it (or, of all parameters, transformers)."""
     model.save_pretrained(folder)
@@ -146,6 +172,32 @@ def _misfit(linear: list[str], what: str) -> UserError:
     )
 
 
+def put_on(network, adapter: Path, **arguments):
+    """The network with the adapter of a folder on it, each of its weights as they are in the folder.
+
+    Args:
+        arguments: of `PeftModel.from_pretrained`.
+    """
+    from peft import PeftModel, load_peft_weights
+
+    with reading(adapter):
+        weights = load_peft_weights(adapter, device="cpu")
+        model = PeftModel.from_pretrained(network, adapter, **arguments)
+        # PeftModel only warns of what is missing, and says nothing of what is left over; this tells both.
+        result = model.load_adapter(adapter, "default", **arguments)
+    refuse_adapter_misfits(model, adapter, result)
+    refuse_no_numbers(adapter, weights.items())
+    return model
+
+
+def refuse_adapter_misfits(model, adapter: Path, result) -> None:
+    """Of what PEFT says about loading an adapter from a folder (or a checkpoint), nothing may be left over."""
+    # Those of virtual tokens are loaded apart, and each must be there.
+    unknown = [] if model.active_peft_config.is_prompt_learning else sorted(result.unexpected_keys)
+    wrong = {"missing": sorted(result.missing_keys), "unknown to the model": unknown}
+    refuse_tensors(adapter, wrong, "use an adapter of this base model; if it was made here, delete it and run again")
+
+
 def parameter_counts(model) -> dict[str, int]:
     """Trained parameters and all of them. PEFT knows how many a 4-bit weight stands for."""
     if hasattr(model, "get_nb_trainable_parameters"):
@@ -175,4 +227,5 @@ def can_be_merged(folder: Path) -> bool:
     """Whether the adapter in a train_adapter folder can become part of the base's weights."""
     from peft import PeftConfig
 
-    return not PeftConfig.from_pretrained(folder).is_prompt_learning
+    with reading(folder):
+        return not PeftConfig.from_pretrained(folder).is_prompt_learning

@@ -7,6 +7,7 @@ written last, names every file with the sha256 that the file still has.
 import json
 import logging
 import os
+import re
 from pathlib import Path
 
 from steps.lib.keys import file_sha256
@@ -14,6 +15,8 @@ from steps.lib.keys import file_sha256
 log = logging.getLogger("temper")
 
 SEAL = "complete.json"
+STATE = "trainer_state.json"
+NAME = re.compile(r"checkpoint-\d+")
 
 
 def step_of(checkpoint: Path | None) -> int:
@@ -44,12 +47,13 @@ def _to_disk(path: Path) -> None:
 
 def fault(checkpoint: Path) -> str | None:
     """What is wrong with a checkpoint, in a few words; None when it is whole."""
-    try:
-        sums = dict(json.loads((checkpoint / SEAL).read_text(encoding="utf-8")))
-    except FileNotFoundError:
+    if not (checkpoint / SEAL).is_file():
         return "was not written to its end"
-    except (OSError, ValueError, TypeError, RecursionError):
-        return f"{SEAL} is damaged"
+    sums, state = _entries(checkpoint / SEAL), _entries(checkpoint / STATE)
+    if not sums:
+        return f"has no list of files in {SEAL}"
+    if state.get("global_step") != step_of(checkpoint):
+        return f"is not of the step that its {STATE} tells"
     for name, expected in sums.items():
         path = checkpoint / name
         if not path.is_file():
@@ -59,11 +63,21 @@ def fault(checkpoint: Path) -> str | None:
     return None
 
 
+def _entries(path: Path) -> dict:
+    """The entries of a JSON object in a file; none when there is no such thing in it."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):  # ValueError: no JSON, or no text
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
 def last_whole(folders: list[Path], up_to: int) -> Path | None:
     """The newest whole checkpoint in `folders` that is not past step `up_to`. Others are named and passed over."""
     found = [path for folder in folders for path in folder.glob("checkpoint-*") if path.is_dir()]
-    found = [path for path in found if path.name.removeprefix("checkpoint-").isdecimal()]  # no copy of somebody's
-    for checkpoint in sorted(found, key=step_of, reverse=True):
+    for odd in [path for path in found if not NAME.fullmatch(path.name)]:
+        log.info("%s: passed over, for its name is not checkpoint-<step>", odd)
+    for checkpoint in sorted(filter(lambda path: NAME.fullmatch(path.name), found), key=step_of, reverse=True):
         if step_of(checkpoint) > up_to:
             continue
         wrong = fault(checkpoint)

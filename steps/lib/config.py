@@ -12,6 +12,7 @@ from steps.lib import yaml_files
 from steps.lib.errors import UserError, suggest
 from steps.lib.errors import found as _found
 from steps.lib.errors import short as _short
+from steps.lib.files import read_yaml
 from steps.lib.keys import PACKAGE_ROOT, canonical_json, flat
 from steps.lib.library_checks import check_library_sections, refuse_without_validation
 from steps.lib.schema import (
@@ -539,7 +540,7 @@ def _stage_model(stage: str):
         annotation = _annotation(Config, section)
         if name:
             annotation = create_model(section, __base__=Section, **{name: (_annotation(annotation, name), ...)})
-        fields[section] = (DataView if path == "data" else annotation, ...)
+        fields[section] = (DataView if path == "data" else annotation, Config.model_fields[section].default)
     return create_model(stage, __config__={"extra": "allow"}, **fields)
 
 
@@ -553,7 +554,7 @@ def validated_stage(stage: str, view: dict) -> dict:
 
 def stored_config(folder: Path) -> dict[str, str]:
     """The `config.yaml` of an artefact as flat keys and texts."""
-    return flat(_config_file(str(folder / "config.yaml")))
+    return flat(read_yaml(folder / "config.yaml"))
 
 
 def load_stage_config(stage: str, given: str | None, overrides: list[str]) -> dict:

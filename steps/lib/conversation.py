@@ -14,6 +14,7 @@ import itertools
 from collections.abc import Iterable, Iterator, Sequence
 
 from steps.lib.errors import UserError
+from steps.lib.reading import reading
 
 IGNORED = -100  # the label that torch's cross_entropy leaves out
 
@@ -97,6 +98,11 @@ class Encoder:
                 "an encoder, which predicts nothing; set prompt.loss_on=assistant"
             )
 
+    def _tokens(self, *texts, **options):
+        """What the tokenizer makes of texts. Some make its Rust code panic: a regular expression that finds no end."""
+        with reading(self.tokenizer.name_or_path):
+            return self.tokenizer(*texts, **options)
+
     def encode(self, messages: list[dict]) -> Encoded:
         """Token ids and labels of one conversation that ends with the assistant's answer."""
         return self.encode_pieces(self.pieces([messages]))[0]
@@ -121,7 +127,7 @@ class Encoder:
         if self.apart:
             return self._encoded_apart(rows)
         texts = ["".join(piece for piece, _ in pieces) for pieces in rows]
-        made = self.tokenizer(
+        made = self._tokens(
             texts,
             add_special_tokens=self.template is not None,
             return_offsets_mapping=True,
@@ -157,9 +163,9 @@ class Encoder:
     def _encoded_apart(self, rows: list[Pieces]) -> list[Encoded]:
         """The last answer in the decoder, everything before it in the encoder."""
         prompts = ["".join(piece for piece, _ in pieces[:-1]) for pieces in rows]
-        made = self.tokenizer(prompts, add_special_tokens=self.template is not None)["input_ids"]
+        made = self._tokens(prompts, add_special_tokens=self.template is not None)["input_ids"]
         answers = [pieces[-1][0] for pieces in rows]
-        learned = self.tokenizer(text_target=answers, add_special_tokens=False)["input_ids"]
+        learned = self._tokens(text_target=answers, add_special_tokens=False)["input_ids"]
         return [
             EncodedApart(ids, self._ended(labels), len(ids), False) for ids, labels in zip(made, learned, strict=True)
         ]
@@ -245,11 +251,11 @@ class Encoder:
 
     def _first_piece_ids(self, prompt: str) -> list[int]:
         """A free template's prompt, with what the tokenizer puts before a text but not what it closes one with."""
-        ids = self.tokenizer(prompt)["input_ids"]
+        ids = self._tokens(prompt)["input_ids"]
         return ids[:-1] if ids and ids[-1] == self.tokenizer.eos_token_id else ids
 
     def _plain_ids(self, piece: str) -> list[int]:
-        return self.tokenizer(piece, add_special_tokens=False)["input_ids"]
+        return self._tokens(piece, add_special_tokens=False)["input_ids"]
 
     def _finish(self, ids: list[int], turns: list[Sequence[int]], retokenized: bool) -> Encoded:
         """Cut behind the last answer's stop token (or add one), and label the assistant's turns up to theirs."""

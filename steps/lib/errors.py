@@ -5,6 +5,7 @@ import difflib
 import errno
 import json
 import os
+import select
 import signal
 import sys
 import unicodedata
@@ -41,9 +42,8 @@ def one_line_errors(what: str | None = None, stage: str | None = None, log: str 
             yield
             sys.stdout.flush()
         except KeyboardInterrupt as error:
-            name = str(error) or "SIGINT"
-            line = f"interrupted ({name}): run the same command again, and it goes on from what is whole"
-            _end(line, getattr(error, "code", 130), log)
+            again = ": run the same command again, and it goes on from what is whole" if stage else ""
+            _end(f"interrupted ({error or 'SIGINT'}){again}", getattr(error, "code", 130), log)
         except Exception as error:
             if isinstance(error, BrokenPipeError) and _nobody_reads():
                 sys.exit(128 + signal.SIGPIPE)
@@ -62,12 +62,12 @@ def _print_any_text() -> None:
 
 def _nobody_reads() -> bool:
     """Whether standard output is a pipe that was closed. Python would complain of that once more at its end."""
-    try:
-        sys.stdout.flush()
-    except BrokenPipeError:
+    poll = select.poll()
+    poll.register(sys.stdout, 0)
+    closed = any(event & select.POLLERR for _, event in poll.poll(0))
+    if closed:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return True
-    return False
+    return closed
 
 
 def _end(line: str, code: int, log: str | None) -> None:
@@ -90,8 +90,8 @@ def explained(error: Exception, what: str, stage: str | None = None) -> UserErro
 
 
 # Libraries wrap what the system says (safetensors in its own error, torch in a RuntimeError), but they all quote it.
-# "inline_container" is torch.save whose file was cut short.
-FULL = [os.strerror(errno.ENOSPC), os.strerror(errno.EDQUOT), "disk is full", "inline_container.cc"]
+# "inline_container" is torch.save whose file was cut short, "11360 requested and 2896 written" NumPy's.
+FULL = [os.strerror(errno.ENOSPC), os.strerror(errno.EDQUOT), "disk is full", "inline_container.cc", "requested and"]
 READ_ONLY = [os.strerror(errno.EROFS)]
 # The last two are what is said of a library that could not be loaded for lack of memory: by the loader, by Python.
 NO_MEMORY = [
@@ -135,6 +135,7 @@ SMALLER = {
     "reference_logprobs": "lower tokenize.max_length",
     "predict": "lower --batch-size",
 }
+RESUMED = ("train_adapter", "reference_logprobs", "snakemake")  # others begin anew
 LARGER = "close other programs, run with fewer --cores, or use a machine with more memory"
 
 
@@ -150,7 +151,9 @@ def lack(error: BaseException, output: str, stage: str | None = None) -> UserErr
         said += f"{type(error).__name__}: {error}\n"
         wrong = wrong or _wrong_path(error)
         error = error.__cause__ or error.__context__
-    again = "then run the same command again: it goes on where this one stopped"
+    again = "then run the same command again"
+    if stage is None or stage in RESUMED:
+        again += ": it goes on where this one stopped"
     if any(text in said for text in FULL):
         return UserError(f"{output}: the disk is full; free some space (results/merged/ can go first), {again}")
     if any(text in said for text in READ_ONLY):
@@ -169,7 +172,9 @@ def _wrong_path(error: BaseException) -> UserError | None:
     """What is wrong with the path that the system refused, in one line."""
     if not isinstance(error, OSError) or error.filename is None or error.errno not in PATHS:
         return None
-    return UserError(f"{error.filename}: {error.strerror}; {PATHS[error.errno]}")
+    name = str(error.filename)
+    shown = f"{name[:60]}..." if error.errno == errno.ENAMETOOLONG else name
+    return UserError(f"{shown}: {error.strerror}; {PATHS[error.errno]}")
 
 
 def suggest(word: str, choices) -> str:

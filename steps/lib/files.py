@@ -1,21 +1,15 @@
 """Reading what an earlier command wrote, and what may be damaged by now: cut, emptied, edited, of another program.
 
-Every such file is read here, so that each fault is one line that names the file and what to do.
+Every such file is read here, so that each fault is one line that names the file and what to do. Writing one whole, too.
 """
 
 import functools
 import json
+import os
 from pathlib import Path
 
 from steps.lib.errors import UserError, lack
-
-
-def made_again(folder: Path) -> str:
-    """What to do about a folder that is damaged: words for the end of a message."""
-    return (
-        f"delete {folder} and make it again: in the workflow with snakemake --cores all {folder} --config ... "
-        "(as for its sweep), by hand with the step that wrote it"
-    )
+from steps.lib.folders import made_again
 
 
 def read_json(path: Path, shape=dict, remedy: str | None = None):
@@ -70,6 +64,16 @@ def load_rows(folder: Path):
             raise
         raise UserError(f"{folder}: cannot be read ({_short(error)}); {made_again(folder)}") from None
     return rows
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file by way of a temporary one: nobody ever reads half of it, and a failure leaves nothing."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def _parsed(path: Path, parse, shape, remedy: str | None, of_each=None):

@@ -28,8 +28,8 @@ FILLER = -2  # the branch of a token that is there to make their number even, se
 class FlatBatch:
     """The tokens of a batch: those common to all rows, then each row's own, one row after the other.
 
-    A row has `width` places for its own tokens. A preference pair is one row: the chosen text, then what is different
-    in the rejected one, which does not see what is different in the chosen one.
+    A row has `width` places for its own tokens. Several answers to one prompt (a preference pair, all labels) are one
+    row: the first text, then what is different in each other one, which does not see what is different in those before.
 
     Args:
         input_ids, position_ids: (1, tokens); positions are those in the row's text.
@@ -101,20 +101,21 @@ def _sees(query, key, window: int | None):
     return (key <= query) if window is None else (key <= query) & (query - key < window)
 
 
-def flatten(batch: dict, learned: torch.Tensor, *, pairs: bool = False, share: bool = True) -> FlatBatch:
+def flatten(batch: dict, learned: torch.Tensor, *, answers: int = 1, share: bool = True) -> FlatBatch:
     """A right-padded batch as one row of tokens.
 
     Args:
         batch: `input_ids` and `attention_mask`, (rows, length), as `collate` makes them.
         learned: (rows, length - 1) whether the token at the next position is learned.
-        pairs: the batch is that of `collate_pairs`, chosen texts first: the answers of a pair share their prompt.
+        answers: how many texts each row has that share a prompt; the batch holds the first of all rows, then the second
+            of all rows, and so on (`collate_pairs`: chosen, then rejected).
         share: compute common tokens once. With dropout every row wants draws of its own.
     """
     ids, lengths = batch["input_ids"].cpu(), batch["attention_mask"].sum(dim=1).tolist()
     texts = [row[:length] for row, length in zip(ids, lengths, strict=True)]
     prefix = worth_sharing(texts) if share else 0
-    half = len(texts) // 2
-    rows = zip(texts[:half], texts[half:], strict=True) if pairs and share else zip(texts, strict=True)
+    count = len(texts) // answers if share else len(texts)
+    rows = zip(*(texts[at : at + count] for at in range(0, len(texts), count)), strict=True)
     end, parts, of_rows = prefix, [], []
     for row in rows:
         part, starts = _own_tokens(row, prefix, end)
@@ -154,7 +155,7 @@ def common_start(texts) -> int:
 
 
 def _own_tokens(texts, prefix: int, end: int):
-    """The part of a row (one text, or two that share their prompt) that comes after the prefix.
+    """The part of a row (one text, or several that share their prompt) that comes after the prefix.
 
     Returns:
         ((tokens, positions, branches), of each text [(first position, which token that is), ...])
@@ -163,7 +164,10 @@ def _own_tokens(texts, prefix: int, end: int):
     fork = common_start(texts) if len(texts) > 1 else len(first)
     positions = [torch.arange(prefix, len(first)), *(torch.arange(fork, len(text)) for text in texts[1:])]
     tokens = [first[prefix:], *(text[fork:] for text in texts[1:])]
-    starts = [[(0, 0), (prefix, end)], *([(0, 0), (prefix, end), (fork, end + len(tokens[0]))] for _ in texts[1:])]
+    starts, token = [[(0, 0), (prefix, end)]], end + len(tokens[0])
+    for part in tokens[1:]:
+        starts.append([(0, 0), (prefix, end), (fork, token)])
+        token += len(part)
     branches = [torch.full((len(part),), number + 1) for number, part in enumerate(tokens)]
     branches[0][: fork - prefix] = 0
     return tuple(map(torch.cat, (tokens, positions, branches))), starts

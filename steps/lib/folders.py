@@ -51,6 +51,24 @@ def fault(folder: Path) -> str | None:
     return None
 
 
+def made_again(folder: Path) -> str:
+    """What to do about a folder that is damaged: words for the end of a message."""
+    return (
+        f"delete {folder} and make it again: in the workflow with snakemake --cores all {folder} --config ... "
+        "(as for its sweep), by hand with the step that wrote it"
+    )
+
+
+def refuse_damaged(folder: Path, flag: str = "") -> None:
+    """Refuse a step's folder that is not whole any more. One that no step wrote is as its owner has it.
+
+    Args:
+        flag: what named the folder, for the line.
+    """
+    if (folder / PROVENANCE).is_file() and (wrong := fault(folder)):
+        raise UserError(f"{flag}{folder}: not whole: {wrong}; {made_again(folder)}")
+
+
 def sizes(folder: Path) -> dict[str, int]:
     """The files of a folder and their bytes, as its provenance records them."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())

@@ -12,6 +12,8 @@ import os
 import sys
 from pathlib import Path
 
+from steps.lib.files import write_whole
+
 KEY_LENGTH = 10  # 40 bits: a collision among 10,000 artefacts has a chance of about 1 in 20,000
 PACKAGE_ROOT = Path(__file__).resolve().parents[2]
 
@@ -137,7 +139,7 @@ class HashCache:
         except (OSError, ValueError, RecursionError):
             return {}
         whole = isinstance(known, dict) and all(isinstance(v, list) and len(v) == 2 for v in known.values())
-        return known if whole else {}
+        return known if whole and all(isinstance(sha256, str) for _, sha256 in known.values()) else {}
 
     def sha256(self, path: str | os.PathLike) -> str:
         stat = Path(path).stat()
@@ -155,9 +157,7 @@ class HashCache:
             return
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            temporary = self.path.with_suffix(f".{os.getpid()}")
-            temporary.write_text(json.dumps(self.known), encoding="utf-8")
-            temporary.replace(self.path)
+            write_whole(self.path, json.dumps(self.known))
         except OSError as error:
             print(
                 f"note: {self.path} cannot be written ({error.strerror}); hashes will be computed again",

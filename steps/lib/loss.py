@@ -84,24 +84,24 @@ class SupervisedLoss:
         """
         return self.predictions(model, batch).sum_and_count()
 
-    def sequence_logps(self, model, batch, pairs: bool = False):
+    def sequence_logps(self, model, batch, answers: int = 1):
         """Log-probability of each row's learned tokens, summed: (rows,) float32 with gradient.
 
-        `pairs`: the batch is that of `collate_pairs`.
+        `answers`: see `flat_batch.flatten`.
         """
-        found = self.predictions(model, batch, pairs)
+        found = self.predictions(model, batch, answers)
         logps = -found.losses()
         return logps.new_zeros(len(found.learned)).index_add(0, found.learned.nonzero()[:, 0], logps)
 
-    def predictions(self, model, batch, pairs: bool = False) -> Predictions:
+    def predictions(self, model, batch, answers: int = 1) -> Predictions:
         """What the model predicts at a batch's learned positions, and what was to be predicted."""
         if model.training not in self.ways:
-            self.ways[model.training] = self._fastest_way(model, batch, pairs)
+            self.ways[model.training] = self._fastest_way(model, batch, answers)
         self.way = self.ways[model.training]
-        return self.way(model, batch, pairs)
+        return self.way(model, batch, answers)
 
-    def _fastest_way(self, model, batch, pairs: bool) -> Callable:
-        way, why = fastest_way(model, batch, pairs, self.share)
+    def _fastest_way(self, model, batch, answers: int) -> Callable:
+        way, why = fastest_way(model, batch, answers, self.share)
         if why and why not in self.said:
             self.said.add(why)
             log.info("loss: %s", why)
@@ -111,7 +111,7 @@ class SupervisedLoss:
 # --- which way -----------------------------------------------------------------------------------
 
 
-def fastest_way(model, batch: dict, pairs: bool = False, share: bool = True) -> tuple[Callable, str | None]:
+def fastest_way(model, batch: dict, answers: int = 1, share: bool = True) -> tuple[Callable, str | None]:
     """(the first of flat, short and plain way that predicts what the model itself does; why it is not the flat one)
 
     To be sure, the way is tried on some rows of the batch: without randomness, and for a model in training also in
@@ -122,25 +122,27 @@ def fastest_way(model, batch: dict, pairs: bool = False, share: bool = True) -> 
     Raises:
         UserError: for a model in training whose own loss has more in it than the cross entropy.
     """
-    few = _some_rows(batch, pairs)
+    few, answers = _some_rows(batch, answers)
     with torch.no_grad(), _random_state_kept(), _with_effect(model):
         if model.training:
             _refuse_other_loss(model, few)
         obstacle = _head_obstacle(model, few)
         if obstacle is None:
-            flat_obstacle = _flat_obstacle(model, few, pairs, share)
+            flat_obstacle = _flat_obstacle(model, few, answers, share)
             if flat_obstacle is None:
-                return (flat_way if share and not _draws(model, few, pairs) else unshared_way), None
-            obstacle = _short_obstacle(model, few, pairs)
+                return (flat_way if share and not _draws(model, few, answers) else unshared_way), None
+            obstacle = _short_obstacle(model, few, answers)
             if obstacle is None:
                 return short_way, f"rows are padded and share nothing: {flat_obstacle}"
     return plain_way, f"logits at all positions: {obstacle}"
 
 
-def _some_rows(batch: dict, pairs: bool) -> dict:
-    rows = len(batch["input_ids"])
-    wanted = [0, 1, rows // 2, rows // 2 + 1] if pairs and rows > 2 else range(min(rows, 4))
-    return {name: batch[name][list(wanted)] for name in ("input_ids", "attention_mask", "labels")}
+def _some_rows(batch: dict, answers: int) -> tuple[dict, int]:
+    """(a few rows, each with a few of its answers; how many)."""
+    rows, kept = len(batch["input_ids"]) // answers, min(answers, 3)
+    of_each = range(min(rows, 4 if answers == 1 else 2))
+    wanted = [answer * rows + row for answer in range(kept) for row in of_each]
+    return {name: batch[name][wanted] for name in ("input_ids", "attention_mask", "labels")}, kept
 
 
 @contextlib.contextmanager
@@ -199,10 +201,10 @@ def _random_state(device) -> tuple:
     return (*(bytes(state.numpy()) for state in states), random.getstate(), bytes(numbers), place)
 
 
-def _draws(model, batch, pairs: bool) -> bool:
+def _draws(model, batch, answers: int) -> bool:
     """Whether a forward pass draws random numbers (dropout): then no two rows may share a state."""
     before = _random_state(batch["input_ids"].device)
-    unshared_way(model, batch, pairs)
+    unshared_way(model, batch, answers)
     return _random_state(batch["input_ids"].device) != before
 
 
@@ -254,23 +256,23 @@ def _head_is_all_there_is(model, batch) -> bool:
     return torch.equal(seen["hidden"], seen["input"]) and torch.equal(seen["output"].float(), logits.float())
 
 
-def _short_obstacle(model, batch, pairs: bool) -> str | None:
+def _short_obstacle(model, batch, answers: int) -> str | None:
     """Why the short way does not predict what the model does, from the same random numbers."""
     torch.manual_seed(0)
-    found = short_way(model, batch, pairs)
+    found = short_way(model, batch, answers)
     torch.manual_seed(0)
-    return _difference(model, found, plain_way(model, batch, pairs))
+    return _difference(model, found, plain_way(model, batch, answers))
 
 
-def _flat_obstacle(model, batch, pairs: bool, share: bool) -> str | None:
+def _flat_obstacle(model, batch, answers: int, share: bool) -> str | None:
     """Why the flat way does not predict, from each row by itself, what the model does."""
     known = _known_obstacle(model)
     if known:
         return known
     base, device = _unwrapped(model), batch["input_ids"].device
-    flat = flatten(batch, batch["labels"][:, 1:] != IGNORED, pairs=pairs, share=share)
+    flat = flatten(batch, batch["labels"][:, 1:] != IGNORED, answers=answers, share=share)
     with _evaluating(model):
-        expected = plain_way(model, batch, pairs)
+        expected = plain_way(model, batch, answers)
     before = _random_state(device)
     with _WithoutDropout():
         states = _flat_states(base, flat)
@@ -330,19 +332,19 @@ def _tolerance(base) -> float:
 # --- the ways ------------------------------------------------------------------------------------
 
 
-def flat_way(model, batch, pairs: bool = False) -> Predictions:
+def flat_way(model, batch, answers: int = 1) -> Predictions:
     """One row without padding, common tokens once, logits at learned positions only."""
-    return _flat(model, batch, pairs, share=True)
+    return _flat(model, batch, answers, share=True)
 
 
-def unshared_way(model, batch, pairs: bool = False) -> Predictions:
+def unshared_way(model, batch, answers: int = 1) -> Predictions:
     """The flat way, every token of every row computed."""
-    return _flat(model, batch, pairs, share=False)
+    return _flat(model, batch, answers, share=False)
 
 
-def _flat(model, batch, pairs: bool, share: bool) -> Predictions:
+def _flat(model, batch, answers: int, share: bool) -> Predictions:
     base, learned = _unwrapped(model), batch["labels"][:, 1:] != IGNORED
-    flat = flatten(batch, learned, pairs=pairs, share=share)
+    flat = flatten(batch, learned, answers=answers, share=share)
     states = _flat_states(base, flat).index_select(0, flat.predicting)
     return Predictions(base.get_output_embeddings(), states, batch["labels"][:, 1:][learned], learned)
 
@@ -354,7 +356,15 @@ def _flat_states(base, flat):
         return base.base_model(**inputs, use_cache=False, flat=flat, plain=usual == "eager")[0][0]
 
 
-def short_way(model, batch, pairs: bool = False) -> Predictions:  # noqa: ARG001 - as the flat way
+def tokens_computed(way: Callable | None, model, batch, answers: int = 1) -> int:
+    """How many tokens go through a model's layers by a way (None: Trainer's): padding and shared ones count as such."""
+    if way in (flat_way, unshared_way):
+        learned = batch["labels"][:, 1:] != IGNORED
+        return flatten(batch, learned, answers=answers, share=way is flat_way).input_ids.numel()
+    return batch["input_ids"].numel() + (batch["labels"].numel() if model.config.is_encoder_decoder else 0)
+
+
+def short_way(model, batch, answers: int = 1) -> Predictions:  # noqa: ARG001 - as the flat way
     """Padded rows, logits at learned positions only."""
     base, learned = _unwrapped(model), batch["labels"][:, 1:] != IGNORED
     inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
@@ -363,7 +373,7 @@ def short_way(model, batch, pairs: bool = False) -> Predictions:  # noqa: ARG001
     return Predictions(base.get_output_embeddings(), states, batch["labels"][:, 1:][learned], learned)
 
 
-def plain_way(model, batch, pairs: bool = False) -> Predictions:  # noqa: ARG001 - as the flat way
+def plain_way(model, batch, answers: int = 1) -> Predictions:  # noqa: ARG001 - as the flat way
     """The model's own logits at all positions."""
     inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
     if model.config.is_encoder_decoder:

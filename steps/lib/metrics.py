@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable, Sequence
 
 from steps.lib.errors import UserError, suggest
-from steps.lib.labels import normalised
+from steps.lib.labels import check_labels, gold_label, read_label
 from steps.lib.schema import PREFERENCE
 
 log = logging.getLogger("temper")
@@ -54,40 +54,11 @@ def check_metric(eval_config: dict) -> str:
             known = suggest(figure["metric"], allowed)
             raise UserError(f"config: 'eval.published': '{figure['name']}' has metric '{figure['metric']}'; {known}")
     if task == "labels":
-        _check_labels(eval_config["labels"])
+        check_labels(eval_config["labels"])
     return metric
 
 
-def _check_labels(labels: list[str]) -> None:
-    seen: dict[str, tuple[int, str]] = {}
-    for index, label in enumerate(labels):
-        if not label.strip():
-            raise UserError("config: 'eval.labels': an empty label could not be told from no answer")
-        first, other = seen.setdefault(normalised(label), (index, label))
-        if first != index:
-            raise UserError(f"config: 'eval.labels': '{other}' and '{label}' are one, case and punctuation aside")
-
-
 # --- reading answers -----------------------------------------------------------------------------
-
-
-def read_label(text: str, labels: list[str]) -> str | None:
-    """The label that a free answer gives, or None.
-
-    The whole answer when it is a label, case and punctuation aside (``Positive.``); else the label that occurs first
-    as whole words (``It is a positive review``), the longest one where several start at the same word. So ``not
-    positive`` reads as positive: the rule looks for words, it does not understand.
-    """
-    answer = normalised(text)
-    found = []
-    for label in labels:
-        wanted = normalised(label)
-        if answer == wanted:
-            return label
-        at = f" {answer} ".find(f" {wanted} ")
-        if at >= 0:
-            found.append((at, -len(wanted), label))
-    return min(found)[2] if found else None
 
 
 def read_tags(text: str, separator: str = ",") -> frozenset[str]:
@@ -151,14 +122,16 @@ def _score_labels(eval_config: dict, references: list[str], predictions: list[st
 
     labels = eval_config["labels"]
     codes = {label: code for code, label in enumerate([*labels, UNPARSED])}
-    wanted = [reference_label(text, labels, row) for row, text in enumerate(references, 1)]
     free = [read_label(text, labels) or UNPARSED for text in predictions]
     readings = free if choices is None else choices
-    true, read, said = (np.array([codes[label] for label in column]) for column in (wanted, readings, free))
+    columns = (gold_labels(references, labels), readings, free)
+    true, read, said = (np.array([codes[label] for label in column]) for column in columns)
 
-    # An unparsed answer counts against its true class, and is no class of its own in the average.
+    # An unparsed answer counts against its true class, and is no class of its own in the average. Nor is a label that
+    # neither the rows nor the answers have: there is nothing to be right or wrong about.
     def f1(rows):
-        return float(f1_score(true[rows], read[rows], labels=range(len(labels)), average="macro", zero_division=0))
+        present = np.setdiff1d(np.union1d(true[rows], read[rows]), [codes[UNPARSED]])
+        return float(f1_score(true[rows], read[rows], labels=present, average="macro", zero_division=0))
 
     right = (true == read).astype(float)
     unparsed = [float(reading == UNPARSED) for reading in free]
@@ -167,15 +140,13 @@ def _score_labels(eval_config: dict, references: list[str], predictions: list[st
     return statistics, right.tolist(), readings
 
 
-def reference_label(text: str, labels: list[str], row: int) -> str:
-    """The label that a reference is, case and punctuation aside. `row`: its number, for the error message."""
-    for label in labels:
-        if normalised(label) == normalised(text):
-            return label
-    raise UserError(
-        f"test split, row {row}: the reference '{text[:60]}' is no label of eval.labels ({', '.join(labels)}); "
-        "correct eval.labels, or data.completion, which makes the references"
-    )
+def gold_labels(references: list[str], labels: list[str]) -> list[str]:
+    """The labels that references are.
+
+    Raises:
+        UserError: one is none of them.
+    """
+    return [gold_label(text, labels, f"row {row} of the split") for row, text in enumerate(references, 1)]
 
 
 def _score_tags(eval_config: dict, references: list[str], predictions: list[str], _choices):
@@ -191,21 +162,29 @@ def _score_tags(eval_config: dict, references: list[str], predictions: list[str]
     return statistics, list(f1), None
 
 
-def _score_text(_eval_config: dict, references: list[str], predictions: list[str], _choices):
+def _score_text(eval_config: dict, references: list[str], predictions: list[str], _choices):
     from rouge_score.rouge_scorer import RougeScorer
 
-    _warn_of_other_scripts(references)
+    statistics = {"chrf": _chrf(references, predictions)}
+    if _in_other_scripts(references):
+        # rouge-score drops every letter but a to z: what is left would be compared, and look like a figure.
+        if (eval_config.get("metric") or METRICS["text"][0]) == "rouge_l":
+            raise UserError(
+                "config: 'eval.metric': ROUGE-L sees the letters a to z only, and most of the references' are others: "
+                "set eval.metric=chrf"
+            )
+        log.info("no ROUGE-L: it sees the letters a to z only, and most of the references' are others")
+        chrf = statistics["chrf"]
+        return statistics, [chrf([row]) for row in range(len(references))], None
     scorer = RougeScorer(["rougeL"], use_stemmer=True)
     pairs = zip(references, predictions, strict=True)
     rows = [scorer.score(wanted, given)["rougeL"].fmeasure for wanted, given in pairs]
-    return {"rouge_l": _mean_of(rows), "chrf": _chrf(references, predictions)}, rows, None
+    return {"rouge_l": _mean_of(rows), **statistics}, rows, None
 
 
-def _warn_of_other_scripts(references: list[str]) -> None:
+def _in_other_scripts(references: list[str]) -> bool:
     letters = [char for text in references for char in text if char.isalpha()]
-    foreign = sum(not char.isascii() for char in letters)
-    if foreign > len(letters) / 2:
-        log.warning("rouge-score sees the letters a to z only, and most here are others: set eval.metric=chrf")
+    return sum(not char.isascii() for char in letters) > len(letters) / 2
 
 
 def _chrf(references: list[str], predictions: list[str]) -> Statistic:
@@ -292,7 +271,7 @@ def per_class(labels: list[str], references: list[str], readings: list[str]) -> 
     """label -> precision, recall, f1 and how many rows of the test split have it."""
     from sklearn.metrics import precision_recall_fscore_support
 
-    wanted = [read_label(text, labels) for text in references]
+    wanted = gold_labels(references, labels)
     columns = precision_recall_fscore_support(wanted, readings, labels=labels, zero_division=0)
     names = ("precision", "recall", "f1", "rows")
     table = zip(*(column.tolist() for column in columns), strict=True)
@@ -304,7 +283,7 @@ def confusion(labels: list[str], references: list[str], readings: list[str]) -> 
     from sklearn.metrics import confusion_matrix
 
     columns = [*labels, UNPARSED] if UNPARSED in readings else list(labels)
-    wanted = [read_label(text, labels) for text in references]
+    wanted = gold_labels(references, labels)
     counts = confusion_matrix(wanted, readings, labels=columns)[: len(labels)]
     return {"labels": list(labels), "columns": columns, "counts": counts.tolist()}
 
@@ -313,7 +292,7 @@ def majority_baseline(eval_config: dict, train_references: list[str], references
     """What always giving the training split's most frequent label, or tag, would score on the test split."""
     task = eval_config["task"]
     if task == "labels":
-        seen = [read_label(text, eval_config["labels"]) for text in train_references or references]
+        seen = gold_labels(train_references or references, eval_config["labels"])
     else:
         texts = train_references or references
         seen = [tag for text in texts for tag in sorted(read_tags(text, eval_config["separator"]))]

@@ -2,8 +2,9 @@
 
 import functools
 import json
-import os
 from pathlib import Path
+
+from steps.lib.files import write_whole
 
 TEMPLATES = Path(__file__).resolve().parents[1] / "templates"
 
@@ -28,8 +29,8 @@ METRIC_NAMES = {
 }
 
 METRIC_NOTES = {
-    "accuracy": "share of rows where, of all labels, the model finds the right one likeliest",
-    "f1": "labels: mean of the classes' F1 (macro); tags: mean F1 of each row's sets",
+    "accuracy": "share of rows whose label the model finds the likeliest of all (log-probability of label and end)",
+    "f1": "labels: mean of the F1 of all labels that occur (macro); tags: mean F1 of each row's sets",
     "exact_match": "share of answers equal to the reference",
     "precision": "tags: mean share of given tags that are wanted",
     "recall": "tags: mean share of wanted tags that are given",
@@ -51,13 +52,6 @@ METRIC_NOTES = {
 def render(template: str, output: Path, **context) -> None:
     """Write `output` from a template, whole or not at all."""
     write_whole(output, _environment().get_template(template).render(**context))
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a file by way of a temporary one, so that nobody ever reads half of it."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
 
 
 def json_lines(rows: list[dict]) -> str:

@@ -15,7 +15,7 @@ from steps.lib import raw as raw_data
 from steps.lib.adapters import load_for_training
 from steps.lib.config import chosen_experiment, expand, parse_overrides, sft_config, split_overrides, stage_config
 from steps.lib.errors import UserError
-from steps.lib.files import read_json
+from steps.lib.files import read_json, write_whole
 from steps.lib.folders import check_name, fault, is_complete
 from steps.lib.keys import HashCache, canonical_json, digest, stage_key
 from steps.lib.metrics import check_metric
@@ -164,9 +164,7 @@ class Plan:
         path = PLANS / f"{digest(content)}.json"
         try:
             PLANS.mkdir(parents=True, exist_ok=True)
-            temporary = path.with_suffix(f".{os.getpid()}")
-            temporary.write_text(json.dumps(content, indent=1, ensure_ascii=False), encoding="utf-8")
-            temporary.replace(path)  # written anew each time, so that a damaged one heals
+            write_whole(path, json.dumps(content, indent=1, ensure_ascii=False))  # each time: a damaged one heals
         except OSError as error:
             raise UserError(f"{path}: cannot be written ({error.strerror}); make results/ a writable folder") from None
         return path
@@ -231,9 +229,19 @@ def build(experiment: str | None = None, sweep: str | None = None, overrides: st
     )
     _add_comparison(plan, first)
     _add_tracking_targets(plan)
-    for path in plan.jobs:
-        check_name(Path(path), "config: a folder is named after data.name, model.name and sweep.name")
+    _check_places(plan)
     return plan
+
+
+def _check_places(plan: Plan) -> None:
+    """Refuse what would stop a job after hours as surely as now: too long a name, a file in a folder's place."""
+    folders = {Path(job.path) for job in plan.jobs.values() if job.stage != "fetch_data"}
+    for path in map(Path, plan.jobs):
+        check_name(path, "config: a folder is named after data.name, model.name and sweep.name")
+        folders.update(path.parents)
+    for folder in sorted(folders):
+        if os.path.lexists(folder) and not folder.is_dir():
+            raise UserError(f"{folder}: is no folder, and there should be one: move it away")
 
 
 def _add_tracking_targets(plan: Plan) -> None:
@@ -412,6 +420,8 @@ class _Planner:
         slug = _slug(config) + suffix
         job = self._job("train_adapter", slug, config, inputs, unkeyed={"previous"}, upstream=part)
         job.settings["labels"] = config["eval"]["labels"]
+        asked = config["eval"]["max_new_tokens"]  # runs that share a training may be evaluated in several ways
+        job.settings["max_new_tokens"] = max(asked, job.settings.get("max_new_tokens", 0))
         return job
 
     def _key(self, stage: str, config: dict, inputs: dict, extra=None, unkeyed=frozenset(), upstream=None):

@@ -80,12 +80,14 @@ class Progress:
 
 
 def quiet_libraries() -> None:
-    """Switch off the libraries' own bars and remarks for this process: our lines say the same, once."""
+    """Switch off the libraries' own bars, remarks and questions for this process: our lines say the same, once."""
     import datasets
+    from transformers import dynamic_module_utils
     from transformers.utils import logging as transformers_logging
 
     datasets.disable_progress_bars()
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
+    dynamic_module_utils.TIME_OUT_REMOTE_CODE = 0  # never ask whether a model's own code may run: it may not
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")

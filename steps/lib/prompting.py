@@ -7,8 +7,7 @@ from steps.lib.adapters import is_prompt_learning
 from steps.lib.conversation import Encoder
 from steps.lib.errors import UserError
 from steps.lib.layouts import without_system
-
-NO_LIMIT = 10**9  # a tokenizer that knows no longest input says 10**30
+from steps.lib.limits import limits_of
 
 
 class Prompter:
@@ -18,19 +17,17 @@ class Prompter:
         folder: a model in Hugging Face layout; its weights are not read.
         prompt: config section `prompt` of the run.
         system: a system message in place of the run's own; "" leaves it out.
+        virtual_tokens: of the adapter that is put on the model.
     """
 
-    def __init__(self, folder: Path, prompt: dict, system: str | None = None):
-        from transformers import AutoConfig
-
+    def __init__(self, folder: Path, prompt: dict, system: str | None = None, virtual_tokens: int = 0):
         from steps.lib.models import is_encoder_decoder, load_tokenizer, stop_token_ids
 
         self.tokenizer = load_tokenizer(folder)
         self.stop_ids = stop_token_ids(folder, self.tokenizer)
         self.encoder = Encoder(self.tokenizer, self.stop_ids, prompt, is_encoder_decoder(folder))
         self.system = prompt["system"] if system is None else system or None
-        longest = getattr(AutoConfig.from_pretrained(folder), "max_position_embeddings", None) or NO_LIMIT
-        self.context = min(longest, self.tokenizer.model_max_length, NO_LIMIT)
+        self.limits = limits_of(folder, virtual_tokens)
 
     @property
     def keeps_history(self) -> bool:
@@ -46,11 +43,7 @@ class Prompter:
         if self.system is not None:
             messages = [{"role": "system", "content": self.system}, *without_system(messages)]
         ids = self.encoder.prompt_ids(messages)
-        if len(ids) + max_new_tokens > self.context:
-            raise UserError(
-                f"the prompt has {len(ids)} tokens and the answer may have {max_new_tokens} (max_new_tokens), "
-                f"but the model's context is {self.context}: shorten the one or the other"
-            )
+        self.limits.check_answer(len(ids), max_new_tokens)
         return ids
 
     def ids_of_chat(self, history: list[dict], max_new_tokens: int) -> tuple[list[int], int]:

@@ -7,9 +7,11 @@ import argparse
 import dataclasses
 from pathlib import Path
 
-from steps.lib.adapters import DIVERGED, is_adapter, load_for_training
+from steps.lib.adapters import DIVERGED, is_adapter, load_for_training, put_on
 from steps.lib.errors import UserError, suggest
-from steps.lib.files import made_again, read_json, read_yaml
+from steps.lib.files import read_json, read_yaml
+from steps.lib.folders import made_again, refuse_damaged
+from steps.lib.limits import virtual_tokens_of
 from steps.lib.models import BUNDLED, load_model
 from steps.lib.plan import FOLDERS, RESULTS
 
@@ -37,7 +39,8 @@ class Run:
         folder = self.parts.get(stage)
         if folder is None or not folder.is_dir():
             where = folder or f"the folder of {stage}"
-            raise UserError(f"{self.asked}: {where} is not there, {purpose}; run snakemake again, which makes it")
+            raise UserError(f"{self.asked}: {where} is not there, {purpose}; {_make(folder)}")
+        refuse_damaged(folder)
         return folder
 
     def has(self, stage: str) -> bool:
@@ -233,13 +236,26 @@ def untouched_folder(run: Run) -> Path:
         if folder in passed:
             raise UserError(f"{folder}: damaged (its provenance.json names itself); {made_again(folder)}")
     if not folder.is_dir():
-        raise UserError(f"{run.asked}: {folder} is not there, and it holds the base model; run snakemake again")
+        raise UserError(f"{run.asked}: {folder} is not there, and it holds the base model; {_make(folder)}")
     return folder
+
+
+def _make(folder: Path | None) -> str:
+    """How to get back a folder that was deleted: Snakemake makes one only where something asks for it."""
+    if folder is None:
+        return "name another run"
+    return f"make it again with snakemake --cores all {folder} --config ... (as for its sweep)"
 
 
 def model_folder(run: Run) -> Path:
     """The folder with the tokenizer and the config of the run's model."""
-    return run.parts["merge_adapter"] if run.uses_merged else base_folder(run)
+    return run.part("merge_adapter", "and it answers") if run.uses_merged else base_folder(run)
+
+
+def virtual_tokens(run: Run) -> int:
+    """How many virtual tokens stand in front of each text, beside those in the model's folder."""
+    adapter = run.parts.get("train_adapter")
+    return virtual_tokens_of(adapter) if adapter and is_adapter(adapter) and not run.uses_merged else 0
 
 
 def refuse_bundled(folder: Path, instead: str) -> None:
@@ -252,13 +268,11 @@ def refuse_bundled(folder: Path, instead: str) -> None:
 
 def load_network(run: Run):
     """The run's model, ready to answer: merged, or the base model with the adapter on it."""
-    from peft import PeftModel
-
     if run.uses_merged:
-        return load_model(run.parts["merge_adapter"], run.load).eval()
-    adapter = run.parts.get("train_adapter")
-    if adapter is None:  # the report of an untouched model
+        return load_model(model_folder(run), run.load).eval()
+    if "train_adapter" not in run.parts:  # the report of an untouched model
         return load_model(base_folder(run), run.load).eval()
+    adapter = run.part("train_adapter", "and it answers")
     if not is_adapter(adapter):
         return load_model(adapter, load_for_training(read_config(adapter)["adapter"], run.load)).eval()
-    return PeftModel.from_pretrained(load_model(base_folder(run), run.load), adapter).eval()
+    return put_on(load_model(base_folder(run), run.load), adapter).eval()

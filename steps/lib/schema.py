@@ -341,7 +341,7 @@ class Config(Section):
     sweep: Sweep
     seed: Annotated[int, Field(ge=0, lt=2**32)]
     # Of each training and evaluation on a CPU. Sums are cut by their number, so that the bits depend on it.
-    num_threads: Annotated[int, Field(gt=0, le=1024)]
+    num_threads: Annotated[int, Field(gt=0, le=1024)] = 1
 
 
 # Fields of `train` that are transformers.EarlyStoppingCallback's; all others are TrainingArguments'.

@@ -3,11 +3,12 @@
 import contextlib
 import os
 import signal
+import sys
 import threading
 import time
 
 ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-AT_ONCE = 0.5  # seconds: Ctrl-C and the main process tell a job both, and that is one wish
+AT_ONCE = 0.5  # seconds: what comes within them is one wish
 
 
 class Interrupted(KeyboardInterrupt):
@@ -19,21 +20,22 @@ class Interrupted(KeyboardInterrupt):
 
 
 def on_ending(first, again) -> dict:
-    """Call `first` with the number of the first signal that asks to end, and `again` with that of each later one.
+    """Call `first` with the number of the first signal that asks to end, and `again` when one comes a second time.
 
+    Two different ones are a single wish: Ctrl-C reaches a job from the terminal, and then the workflow passes it on.
     A signal that is ignored (nohup, a job in the background) stays so.
 
     Returns:
         signal -> its handler before
     """
-    asked = None
+    asked: dict[int, float] = {}  # signal -> when it came first
 
     def handle(number, _frame):
-        nonlocal asked
-        if asked is None:
-            asked = time.monotonic()
+        now = time.monotonic()
+        if not asked:
+            asked[number] = now
             first(number)
-        elif time.monotonic() - asked > AT_ONCE:
+        elif now - asked.setdefault(number, now) > AT_ONCE:
             again(number)
 
     if threading.current_thread() is not threading.main_thread():
@@ -44,14 +46,27 @@ def on_ending(first, again) -> dict:
 
 @contextlib.contextmanager
 def as_interrupts():
-    """Within the block the first signal that asks to end raises `Interrupted`; a later one ends the process at once."""
+    """Within the block the first signal that asks to end raises `Interrupted`; a later one ends the process at once.
+
+    Python drops what is raised while it tidies up (in a weak reference's callback, say): then it is raised anew.
+    """
 
     def interrupt(number):
         raise Interrupted(number)
 
-    before = on_ending(interrupt, lambda number: os._exit(128 + number))
+    def raise_anew(dropped):
+        if isinstance(dropped.exc_value, Interrupted):
+            signal.signal(signal.SIGALRM, lambda *_: interrupt(dropped.exc_value.code - 128))
+            signal.setitimer(signal.ITIMER_REAL, 0.01)
+        else:
+            hook(dropped)
+
+    before, hook = on_ending(interrupt, lambda number: os._exit(128 + number)), sys.unraisablehook
+    if before:
+        sys.unraisablehook = raise_anew
     try:
         yield
     finally:
+        sys.unraisablehook = hook
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -20,6 +20,7 @@ from pydantic import Field
 from steps.lib.errors import UserError
 from steps.lib.files import read_json
 from steps.lib.folders import locked
+from steps.lib.models import refuse_loose_adapter
 from steps.lib.progress import Progress, quiet_libraries
 
 log = logging.getLogger("temper")
@@ -201,7 +202,7 @@ def model_files(names: list[str], where: str) -> list[str]:
     """Of a repository's files, those needed to use the model: weights in one format, config, tokenizer, licence.
 
     Raises:
-        UserError: when there are no weights among them; it starts with `where`.
+        UserError: there are no weights among them, or an adapter lies beside them; it starts with `where`.
     """
     weights = _matching(r"model(-\d+-of-\d+)?\.safetensors", names) or _matching(
         r"pytorch_model(-\d+-of-\d+)?\.bin", names
@@ -209,6 +210,7 @@ def model_files(names: list[str], where: str) -> list[str]:
     if not weights:
         found = ", ".join(sorted(names)[:8]) or "nothing"
         raise UserError(f"{where}: no model.safetensors or pytorch_model.bin in it; found: {found}")
+    refuse_loose_adapter(names, where)
     other = "pytorch_model.bin" if weights[0].endswith(".safetensors") else "model.safetensors"
     rest = _matching(r"[^/]*\.(json|txt|model|jinja|tiktoken)|(LICEN[CS]E|NOTICE)[^/]*", names)
     return sorted({*weights, *rest} - {f"{other}.index.json"})

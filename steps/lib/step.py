@@ -25,14 +25,14 @@ import time
 from pathlib import Path
 
 from steps.lib.errors import UserError, one_line_errors
-from steps.lib.files import made_again, read_json
+from steps.lib.files import read_json
 from steps.lib.folders import (
     PROVENANCE,
     check_name,
-    fault,
     is_complete,
     locked,
     made_by_a_step,
+    refuse_damaged,
     sizes,
     temporary_folder,
 )
@@ -66,6 +66,7 @@ def run_command(step, inputs: dict[str, str], argv=None, work=None) -> None:
     """
     arguments = _parser(step, inputs).parse_intermixed_args(argv)
     spare_the_collector()
+    bound_shape_caches()
     with one_line_errors(arguments.output, step.STAGE, arguments.log), logging_to(arguments.log):
         (work or execute)(step, arguments, [name.rstrip("?") for name in inputs])
 
@@ -77,6 +78,19 @@ def spare_the_collector() -> None:
     """
     gc.set_threshold(100_000)
     atexit.register(gc.freeze)
+
+
+SHAPES = 128  # products of one training step differ in some 30 shapes
+
+
+def bound_shape_caches() -> None:
+    """Keep oneDNN, in a process of our own, from hoarding the code it made for each shape of a product: a gigabyte.
+
+    It and its wrapper keep 1,024 shapes each, at half a megabyte and more, and most are never met again: no two batches
+    have as many tokens. Both look at the environment when the first product is computed.
+    """
+    for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
+        os.environ.setdefault(name, str(SHAPES))
 
 
 @contextlib.contextmanager
@@ -119,8 +133,11 @@ def logging_to(path: str | None):
     logging.getLogger().addHandler(logging.NullHandler())  # or a library's basicConfig shows every line twice
     handlers = [logging.StreamHandler(sys.stderr)]
     if path:
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        handlers.append(logging.FileHandler(path, mode="w", encoding="utf-8"))
+        try:
+            Path(path).parent.mkdir(parents=True, exist_ok=True)
+            handlers.append(logging.FileHandler(path, mode="w", encoding="utf-8"))
+        except OSError as error:
+            raise UserError(f"--log {path}: cannot be written ({error.strerror}); name another file") from None
     for handler in handlers:
         handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", datefmt="%H:%M:%S"))
         log.addHandler(handler)
@@ -194,8 +211,7 @@ def _input_path(name: str, value: str | None) -> Path | None:
     files, stage = MARKERS.get(name, ((), ""))
     if files and not any((path / file).is_file() for file in files):
         raise UserError(f"{flag} {value}: not a folder of {stage}: it has no {' or '.join(files)}")
-    if (path / PROVENANCE).is_file() and (wrong := fault(path)):
-        raise UserError(f"{flag} {value}: not whole: {wrong}; {made_again(path)}")
+    refuse_damaged(path, f"{flag} ")
     return path
 
 
@@ -295,5 +311,9 @@ def git_commit() -> str | None:
 
 def peak_memory() -> int:
     """Highest resident memory of this process so far, in bytes."""
+    status = Path("/proc/self/status")
+    if status.is_file():  # Linux: what getrusage says there may be that of the process which started this one
+        [kilobytes] = [line.split()[1] for line in status.read_text().splitlines() if line.startswith("VmHWM:")]
+        return int(kilobytes) * 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024

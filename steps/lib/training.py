@@ -11,15 +11,18 @@ import time
 from pathlib import Path
 
 import torch
+from peft import PeftModel
 from torch.utils.data import DataLoader
 from transformers import EarlyStoppingCallback, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.integrations import activate_neftune
 
 from steps.lib import checkpoints
+from steps.lib.adapters import refuse_adapter_misfits
 from steps.lib.batches import EpochSampler, collate
-from steps.lib.loss import SupervisedLoss, tokens_of, with_decoder_inputs
+from steps.lib.loss import SupervisedLoss, tokens_computed, tokens_of, with_decoder_inputs
 from steps.lib.preferences import FIGURES, PreferenceLoss, collate_pairs
 from steps.lib.progress import Progress
+from steps.lib.reading import reading, refuse_tensors
 from steps.lib.schema import EARLY_STOPPING
 
 log = logging.getLogger("temper")
@@ -28,7 +31,7 @@ log = logging.getLogger("temper")
 def training_arguments(train: dict, seed: int, state: Path) -> TrainingArguments:
     """`train` as TrainingArguments, with what Temper decides itself."""
     fields = {name: value for name, value in train.items() if name not in EARLY_STOPPING}
-    return TrainingArguments(
+    args = TrainingArguments(
         **{
             "dataloader_pin_memory": torch.accelerator.is_available(),
             **fields,
@@ -45,6 +48,9 @@ def training_arguments(train: dict, seed: int, state: Path) -> TrainingArguments
             "logging_nan_inf_filter": False,  # a diverged run must show its nan, not an average that hides it
         }
     )
+    # Trainer takes all GPUs that it sees and multiplies the batch by their number, which is in no key.
+    args._n_gpu = min(args.n_gpu, 1)
+    return args
 
 
 def steps_per_epoch(rows: int, args: TrainingArguments) -> int:
@@ -85,6 +91,11 @@ class TemperTrainer(Trainer):
         self.tokens += sum(tokens_of(self.model, batch) for batch in batches)
         return batches, items
 
+    def tokens_computed(self, rows: list[int]) -> int:
+        """How many tokens of a batch of these rows go through the layers, once the way of the loss is chosen."""
+        batch = self.data_collator([self.train_dataset[row] for row in rows])
+        return tokens_computed(self.supervised_loss.way, self.model, batch, answers=2 if self.ITEMS == "pairs" else 1)
+
     def _get_train_sampler(self, train_dataset=None):  # noqa: ARG002 - Trainer's signature
         return self.sampler
 
@@ -98,6 +109,28 @@ class TemperTrainer(Trainer):
         control = self.state.stateful_callbacks.get("TrainerControl", {}).get("args", {})
         stopped = self.args.load_best_model_at_end and control.get("should_training_stop", False)
         return stopped or self.state.global_step >= self.state.max_steps
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        """Go on from all weights of a checkpoint, and from no others."""
+        with _reading_checkpoint(resume_from_checkpoint):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            if isinstance(self.model, PeftModel):  # Trainer does not look at what PEFT says of it
+                result = self.model.load_adapter(resume_from_checkpoint, self.model.active_adapter, is_trainable=True)
+                refuse_adapter_misfits(self.model, resume_from_checkpoint, result)
+
+    def _issue_warnings_after_load(self, load_result):
+        """Of all parameters: Trainer warns, in a log that nobody sees, and goes on."""
+        missing = set(load_result.missing_keys) - set(self.model.all_tied_weights_keys)
+        wrong = {"missing": sorted(missing), "unknown to the model": sorted(load_result.unexpected_keys)}
+        refuse_tensors("checkpoint", wrong, "delete it, and the one before it is used")
+
+    def _load_optimizer_and_scheduler(self, checkpoint):
+        with _reading_checkpoint(checkpoint):
+            super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _load_rng_state(self, checkpoint):
+        with _reading_checkpoint(checkpoint):
+            super()._load_rng_state(checkpoint)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Mean over the learned tokens of the whole optimizer step, however it is cut into batches."""
@@ -144,6 +177,11 @@ class TemperTrainer(Trainer):
         return {"loss": loss}, count
 
 
+def _reading_checkpoint(checkpoint: str | None):
+    """Nothing of a checkpoint is ever executed: what torch refuses as a program is one line as well."""
+    return reading(checkpoint, remedy=f"delete {checkpoint} and run the same command again: the one before it is used")
+
+
 class PreferenceTrainer(TemperTrainer):
     """The same for preference pairs: one row is a pair, and the loss is the mean over pairs.
 
@@ -165,7 +203,7 @@ class PreferenceTrainer(TemperTrainer):
 
     def pair_losses(self, model, batch):
         """(loss of each pair, figures of each pair); both answers go through the model together."""
-        return self.preference_loss(self.supervised_loss.sequence_logps(model, batch, pairs=True), batch)
+        return self.preference_loss(self.supervised_loss.sequence_logps(model, batch, answers=2), batch)
 
     def _get_num_items_in_batch(self, batch_samples, device):
         pairs = sum(len(batch["input_ids"]) for batch in batch_samples) // 2

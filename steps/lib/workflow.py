@@ -89,9 +89,19 @@ def flags_of(plan: planning.Plan, stage: str, *names: str):
     return flags
 
 
-def reports(plan: planning.Plan) -> list[str]:
-    """The reports that the comparison waits for."""
-    return [run.artefacts["evaluate_model"] for run in plan.runs]
+def reports(plan: planning.Plan, workflow):
+    """Input function: the reports that the comparison waits for.
+
+    Its folder may be there from another plan, for which Snakemake would take it for made.
+    """
+
+    def inputs(_wildcards) -> list[str]:
+        file = Path(plan.complete)
+        if file.is_file() and not _is_of(plan, file):
+            workflow.dag.forcefiles.add(plan.complete)
+        return [run.artefacts["evaluate_model"] for run in plan.runs]
+
+    return inputs
 
 
 def complete(plan: planning.Plan, workflow):
@@ -103,8 +113,7 @@ def complete(plan: planning.Plan, workflow):
 
     def path(_wildcards) -> str:
         file = Path(plan.complete)
-        executes = workflow.executor_plugin is not None and not workflow.dryrun  # and does not only show something
-        if executes and file.is_file() and not _is_of(plan, file):
+        if not workflow.dryrun and file.is_file() and not _is_of(plan, file):
             file.unlink()
         return plan.complete
 
@@ -114,11 +123,12 @@ def complete(plan: planning.Plan, workflow):
 def _is_of(plan: planning.Plan, file: Path) -> bool:
     """Whether a sweep's provenance is that of this plan's comparison, with all of it in the tracking store."""
     try:
-        recorded = read_json(file, {"key": str})
+        recorded = read_json(file)
     except UserError:
         return False
     mirrored = not plan.tracking["enabled"] or recorded.get("mirrored", True) is True
-    return mirrored and recorded["key"] == plan.comparison.key
+    of_others = "inputs" in recorded and recorded["inputs"] != plan.comparison.inputs
+    return mirrored and not of_others and ("key" not in recorded or recorded["key"] == plan.comparison.key)
 
 
 def threads_of(plan: planning.Plan, stage: str):
@@ -157,6 +167,7 @@ def gpus_per_job() -> int:
 # --- the workflow's handlers ---------------------------------------------------------------------
 
 ASKED_TO_END: list[int] = []  # the signal that did, if any
+PATIENCE = 30.0  # seconds that jobs get to leave everything in order
 
 
 def on_start(plan: planning.Plan, workflow) -> None:
@@ -187,8 +198,10 @@ def _end_jobs(number: int, scheduler) -> None:
 
     def tell() -> None:
         scheduler.exit_gracefully()
-        told = set()
+        told, again = set(), time.monotonic() + PATIENCE
         while True:  # one may be starting just now
+            if time.monotonic() > again:  # then a step ends at once
+                told, again = set(), time.monotonic() + PATIENCE
             told |= _signal(signal.SIGTERM, told)
             time.sleep(0.1)
 
@@ -244,7 +257,7 @@ def on_error(plan: planning.Plan) -> None:
 def _end_as_asked(plan: planning.Plan) -> None:
     """Leave the tracking store and the disk as they should be, and end with the signal's exit code."""
     number = ASKED_TO_END[0]
-    _mirror(plan, None)
+    _mirror(plan, None, unfinished="KILLED")
     _remove_leftovers()
     name = signal.Signals(number).name
     print(f"interrupted ({name}): run the same command again, and it goes on from what is whole", file=sys.stderr)

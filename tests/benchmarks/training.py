@@ -156,6 +156,7 @@ def _temper(name: str, job: dict, cores: int | None = None) -> dict:
     experiment = "dpo" if name == "temper_dpo" else "demo"
     options = [
         *(f"experiment={experiment}", "sweep=none", "train.num_train_epochs=1", f"train.learning_rate={RATE}"),
+        f"num_threads={cores or os.cpu_count()}",
         *(f"train.per_device_train_batch_size={BATCH}", f"train.warmup_steps={WARMUP}", "train.logging_steps=5"),
         *("train.eval_strategy=no", *(f"adapter.{key}={value}" for key, value in LORA.items())),
         *(["model.load.dtype=float32"] if name == "temper_float32" else []),

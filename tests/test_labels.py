@@ -1,0 +1,230 @@
+"""Which label a text is, and which one a model finds likeliest."""
+
+import unicodedata
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from steps import evaluate_model, train_adapter
+from steps.lib import scoring
+from steps.lib.errors import UserError
+from steps.lib.files import load_rows, read_json, read_json_lines
+from steps.lib.labels import check_labels, gold_label, read_label
+from steps.lib.models import load_model, load_tokenizer
+from tests import tiny
+
+NUMBERS, INCOME, CODE = ["-1", "0", "1"], ["<=50K", ">50K"], ["C", "C++", "C#"]
+GRADES, HINDI, THAI = ["A", "A-", "A+"], ["हाँ", "नहीं"], ["ไม่", "ใช่"]
+THUMBS, CASES, TOKENS = ["👍", "👎"], ["May", "may"], ["<|yes|>", "<|no|>"]
+
+
+@pytest.mark.parametrize(
+    ("labels", "answer", "label"),
+    [
+        (NUMBERS, "-1", "-1"),
+        (NUMBERS, "1.", "1"),
+        (NUMBERS, "It is -1, I think", "-1"),
+        (NUMBERS, "It is 1", "1"),
+        (NUMBERS, "10", None),
+        (INCOME, ">50k", ">50K"),
+        (INCOME, "The income is <=50K.", "<=50K"),
+        (INCOME, "50K", None),
+        (CODE, "C++.", "C++"),
+        (CODE, "c#", "C#"),
+        (CODE, "It is written in C++", "C++"),
+        (CODE, "It is written in C", "C"),
+        (GRADES, "A-", "A-"),
+        (GRADES, "A+.", "A+"),
+        (GRADES, "**A**", "A"),
+        (GRADES, "Grade: A- overall", "A-"),
+        (GRADES, "a nice piece of work", None),
+        (HINDI, "हाँ।", "हाँ"),
+        (HINDI, "हो", None),
+        (["दिन", "दान"], "दान", "दान"),
+        (THAI, "ไม่", "ไม่"),
+        (THAI, "ไม้", None),
+        (THUMBS, "👍.", "👍"),
+        (THUMBS, "👍 great", "👍"),
+        (["❤", "💔"], "❤\ufe0f", "❤"),
+        (CASES, "may", "may"),
+        (CASES, "May.", "May"),
+        (CASES, "MAY", None),
+        (TOKENS, "<|yes|>", "<|yes|>"),
+        (["+", "-"], " -\n", "-"),
+        (["café", "thé"], unicodedata.normalize("NFD", "Café"), "café"),
+        (["not_toxic", "toxic"], "not toxic", "not_toxic"),
+        (["negative", "positive"], "", None),
+    ],
+)
+def test_what_an_answer_reads_as(labels, answer, label):
+    assert read_label(answer, labels) == label
+
+
+@pytest.mark.parametrize("labels", [NUMBERS, INCOME, CODE, GRADES, HINDI, THAI, THUMBS, CASES, TOKENS, ["दिन", "दान"]])
+def test_each_label_is_itself(labels):
+    check_labels(labels)
+    for label in labels:
+        for text in (label, f" {label}\n", unicodedata.normalize("NFD", label)):
+            assert read_label(text, labels) == gold_label(text, labels, "here") == label
+
+
+def test_labels_that_nothing_tells_apart_are_refused():
+    with pytest.raises(UserError, match="are one: leave one out"):
+        check_labels(["café", unicodedata.normalize("NFD", "café")])
+    with pytest.raises(UserError, match="an empty label"):
+        check_labels(["a", " "])
+
+
+def test_a_gold_answer_is_read_as_strictly_as_the_labels_need():
+    assert gold_label("Positive", ["positive", "negative"], "here") == "positive"
+    with pytest.raises(UserError, match=r"^test row 7: the answer 'MAY' could be May or may"):
+        gold_label("MAY", CASES, "test row 7")
+    with pytest.raises(UserError, match=r"'it is positive' is no label of eval.labels \(positive, negative\)"):
+        gold_label("it is positive", ["positive", "negative"], "here")
+
+
+@given(st.lists(st.text(st.characters(codec="utf-8"), min_size=1, max_size=4), min_size=2, max_size=5), st.text())
+def test_any_labels_that_are_accepted_are_read_back(labels, answer):
+    try:
+        check_labels(labels)
+    except UserError:
+        return
+    for label in labels:
+        assert read_label(label, labels) == gold_label(label, labels, "here") == label
+    assert read_label(answer, labels) in (*labels, None)
+
+
+# --- which label the model finds likeliest ----------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def model(tiny_model):
+    return load_model(tiny_model, {"dtype": "float32", "attn_implementation": "auto"}).eval()
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny_model):
+    return load_tokenizer(tiny_model)
+
+
+@pytest.fixture(scope="module")
+def rows(tokenizer):
+    return [tiny.tiny_row(tokenizer, number, *row) for number, row in enumerate(tiny.tiny_rows(9))]
+
+
+def one_by_one(model, row, answers):
+    """Log-probability of each answer, each in a forward pass of its own."""
+    prompt, logps = row["input_ids"][: row["prompt_length"]], []
+    for answer in answers:
+        with torch.no_grad():
+            logits = model(torch.tensor([[*prompt, *answer]])).logits[0, len(prompt) - 1 : -1].double()
+        picked = logits.log_softmax(dim=1)[range(len(answer)), answer]
+        logps.append(picked.sum().item())
+    return logps
+
+
+SETS = {
+    "one token each": ["positive", "negative"],
+    "a common first token": ["very good", "very bad", "very"],
+    "28": [f"class {number}" for number in range(28)],
+}
+
+
+@pytest.mark.parametrize("name", SETS)
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_labels_are_judged_whole_with_their_end(model, tokenizer, rows, name, batch_size):
+    answers = [tokenizer(label + tokenizer.eos_token, add_special_tokens=False)["input_ids"] for label in SETS[name]]
+    found = scoring.label_logps(model, rows, answers, batch_size, tokenizer.pad_token_id)
+    for row, logps in zip(rows, found, strict=True):
+        assert logps == pytest.approx(one_by_one(model, row, answers), rel=1e-5)
+
+
+def report(model, splits, output, *overrides):
+    arguments = ["--model", str(model), "--splits", str(splits), "--output", output, "experiment=smoke", "sweep=none"]
+    evaluate_model.main([*arguments, "model.load.dtype=float32", "eval.max_new_tokens=4", *overrides])
+    return read_json(Path(output, "metrics.json")), read_json_lines(Path(output, "predictions.jsonl"))
+
+
+def test_the_spelling_of_a_row_changes_no_other(workspace, tiny_model):
+    """One capital letter in the test split is one reference that is spelt otherwise, and nothing else."""
+    texts = tiny.tiny_rows(40)
+    as_is = tiny.make_tiny_splits(workspace / "as-is", tiny_model, rows={"train": texts[:20], "test": texts[20:]})
+    prompt, answer = texts[20]
+    other = [(prompt, answer.capitalize()), *texts[21:]]
+    spelt = tiny.make_tiny_splits(workspace / "spelt", tiny_model, rows={"train": texts[:20], "test": other})
+    before, rows_before = report(tiny_model, as_is, "before")
+    after, rows_after = report(tiny_model, spelt, "after")
+    assert after["test"]["accuracy"] == before["test"]["accuracy"]
+    assert [row["choice"] for row in rows_after] == [row["choice"] for row in rows_before]
+    assert [row["label_logps"] for row in rows_after] == [pytest.approx(row["label_logps"]) for row in rows_before]
+    assert "log-probability of the label and the token that ends it" in after["accuracy_of"]
+
+
+def test_labels_that_begin_alike_are_judged_as_all_others(workspace, tiny_model):
+    labels = {"positive": "very good", "negative": "very bad"}
+    texts = [(prompt, labels[answer]) for prompt, answer in tiny.tiny_rows(30)]
+    splits = tiny.make_tiny_splits(workspace / "splits", tiny_model, rows={"train": texts[:20], "test": texts[20:]})
+    facts, rows = report(tiny_model, splits, "report", "eval.labels=[very good,very bad,neither]")
+    assert {row["choice"] for row in rows} <= {"very good", "very bad", "neither"}
+    model = load_model(tiny_model, {"dtype": "float32", "attn_implementation": "auto"}).eval()
+    tokenizer = load_tokenizer(tiny_model)
+    answers = [
+        tokenizer(label + tokenizer.eos_token, add_special_tokens=False)["input_ids"]
+        for label in ("very good", "very bad", "neither")
+    ]
+    for row, (prompt, reference) in zip(rows, texts[20:], strict=True):
+        made = tiny.tiny_row(tokenizer, 0, prompt, reference)
+        assert row["label_logps"] == pytest.approx(one_by_one(model, made, answers), abs=1e-3)
+    right = [row["choice"] == row["reference"] for row in rows]
+    assert facts["test"]["accuracy"] == sum(right) / len(right)
+
+
+def test_an_answer_that_opens_before_the_label(tokenizer):
+    """Some templates put something in front of each answer: so it stands in front of each label."""
+    from datasets import Dataset
+
+    head = tokenizer("<think>\n\n", add_special_tokens=False)["input_ids"]
+    end = [tokenizer.eos_token_id]
+    ids = {label: tokenizer(label, add_special_tokens=False)["input_ids"] for label in ("positive", "negative")}
+    answer = [*head, *ids["positive"], *end]
+    row = {"input_ids": [5, 6, *answer], "labels": [-100, -100, *answer], "prompt_length": 2, "reference": "positive"}
+    rows = {"train": Dataset.from_list([row])}
+    found = evaluate_model.label_answers(["negative", "positive"], rows, tokenizer)
+    assert found == [[*head, *ids["negative"], *end], answer]
+
+
+def test_labels_of_the_same_tokens_are_refused(tokenizer):
+    from datasets import Dataset
+
+    class Uncased:
+        def __call__(self, text=None, **options):
+            return tokenizer(options.pop("text_target", text).lower(), **options)
+
+    row = {"input_ids": [5, 7], "labels": [-100, 7], "prompt_length": 1, "reference": "x"}
+    with pytest.raises(UserError, match="'May' and 'may' have the same tokens"):
+        evaluate_model.label_answers(CASES, {"test": Dataset.from_list([row])}, Uncased())
+
+
+def test_a_loss_that_is_no_number_gives_no_figures(workspace, tiny_model, tiny_splits, capsys):
+    from safetensors.torch import load_file, save_file
+
+    broken = workspace / "broken"
+    broken.mkdir()
+    for file in tiny_model.iterdir():
+        (broken / file.name).write_bytes(file.read_bytes())
+    weights = load_file(broken / "model.safetensors")
+    weights["model.norm.weight"][:] = 3e38  # a number, whose products are none
+    save_file(weights, broken / "model.safetensors", {"format": "pt"})
+    with pytest.raises(SystemExit):
+        report(broken, tiny_splits, "report")
+    assert "not finite" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_an_answer_that_is_no_label_is_named_before_training(workspace, tiny_model):
+    texts = [*tiny.tiny_rows(12), ("Who knows?", "neither")]
+    rows = load_rows(tiny.make_tiny_splits(workspace / "splits", tiny_model, rows={"train": texts}))
+    with pytest.raises(UserError, match=r"train split, row 13 of the raw data: the answer 'neither' is no label"):
+        train_adapter._check_references(rows, SETS["one token each"])
