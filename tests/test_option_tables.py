@@ -20,6 +20,7 @@ from steps.lib.library_checks import check_library_sections
 from steps.lib.loss import SupervisedLoss
 from tests.test_flat_batch import rows_of
 from tests.test_ways import network
+from tests.tiny import gradients
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "options.md"
 LORA = {"peft_type": "LORA", "r": 2, "target_modules": "attention"}
@@ -75,6 +76,49 @@ def test_a_field_that_cannot_be_set_is_refused(field):
 def test_a_method_that_cannot_be_used_is_refused(kind):
     with pytest.raises(UserError, match=f"{kind} cannot be used here: "):
         options.refuse({}, {"peft_type": kind})
+
+
+USED = {
+    **{name: 2 for name in options.TRAIN_USED if name.endswith(("_steps", "_batch_size", "_epochs", "_workers"))},
+    **dict.fromkeys(("learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon"), 0.5),
+    **dict.fromkeys(("max_grad_norm", "label_smoothing_factor", "neftune_noise_alpha", "eval_delay"), 1.0),
+    **dict.fromkeys(("logging_strategy", "eval_strategy", "save_strategy"), "steps"),
+    **dict.fromkeys(("use_cpu", "eval_on_start", "logging_first_step", "average_tokens_across_devices"), True),
+    **dict.fromkeys(("dataloader_drop_last", "dataloader_pin_memory", "greater_is_better"), True),
+    **dict.fromkeys(("bf16", "fp16", "tf32", "full_determinism", "load_best_model_at_end"), False),
+    **dict.fromkeys(("activation_checkpointing", "gradient_checkpointing", "dataloader_persistent_workers"), False),
+    "lr_scheduler_type": "cosine_with_restarts",
+    "lr_scheduler_kwargs": {"num_cycles": 2},
+    "optim": "sgd",
+    "optim_args": "momentum=0.9",
+    "optim_target_modules": None,
+    "activation_checkpointing_kwargs": {"use_reentrant": False},
+    "gradient_checkpointing_kwargs": {"use_reentrant": False},
+    "log_level": "error",
+    "save_total_limit": 3,
+    "metric_for_best_model": "eval_loss",
+    "dataloader_prefetch_factor": 4,
+    "dataloader_multiprocessing_context": "spawn",
+}
+WITH = {  # what a field needs beside it
+    "lr_scheduler_kwargs": {"lr_scheduler_type": "cosine_with_restarts"},
+    "optim_args": {"optim": "sgd"},
+    "activation_checkpointing_kwargs": {"activation_checkpointing": True},
+    "gradient_checkpointing_kwargs": {"gradient_checkpointing": True},
+    "dataloader_prefetch_factor": {"dataloader_num_workers": 1},
+    "dataloader_multiprocessing_context": {"dataloader_num_workers": 1},
+    "dataloader_pin_memory": {"use_cpu": False},
+}
+
+
+@pytest.mark.parametrize("field", options.TRAIN_USED)
+def test_a_field_that_is_used_reaches_the_trainer(field, tmp_path, monkeypatch):
+    from steps.lib.training import training_arguments
+
+    monkeypatch.chdir(tmp_path)
+    train = {field: USED[field], **WITH.get(field, {})}
+    check_library_sections(train, {"peft_type": None}, "sft")
+    assert getattr(training_arguments(train, 0, tmp_path), field) == USED[field]
 
 
 # --- methods of PEFT -----------------------------------------------------------------------------
@@ -170,3 +214,39 @@ def test_layers_with_turned_weights_need_no_word_of_it():
     model = network("GPT2", n_embd=16, n_layer=2, n_head=4)
     adapted = add_adapter(model, LORA, seed=0)
     assert adapted.base_model.model.transformer.h[0].attn.c_attn.fan_in_fan_out
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_layers_that_run_again_give_the_adapter_its_gradients(batch, use_reentrant):
+    """Reentrant checkpointing sees no gradient where its input needs none, as behind a frozen embedding."""
+    adapted = add_adapter(network(), LORA, seed=0)
+    expected = gradients_of(adapted, batch)
+    adapted.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+    found = gradients_of(adapted, batch)
+    assert found.keys() == expected.keys()
+    for name, gradient in found.items():
+        torch.testing.assert_close(gradient, expected[name], rtol=1e-4, atol=1e-5, msg=name)
+
+
+def gradients_of(model, batch) -> dict:
+    return gradients(model.train(), SupervisedLoss()(model, batch)[0])
+
+
+def test_schedules_that_take_no_notice_of_the_warmup(tmp_path):
+    from transformers.trainer_utils import SchedulerType
+
+    from steps.lib.library_checks import ignores_warmup
+    from steps.lib.training import training_arguments
+
+    needs = {"warmup_stable_decay": {"num_decay_steps": 9}, "cosine_warmup_with_min_lr": {"min_lr": 1e-6}}
+    needs["cosine_with_min_lr"] = {"min_lr": 1e-6}
+    ignoring = set()
+    for kind in SchedulerType:
+        train = {
+            "lr_scheduler_type": kind.value,
+            "lr_scheduler_kwargs": needs.get(kind.value),
+            "eval_strategy": "epoch",
+        }
+        if ignores_warmup(training_arguments(train, 0, tmp_path)):
+            ignoring.add(kind.value)
+    assert ignoring == {"constant", "reduce_lr_on_plateau", "greedy"}
