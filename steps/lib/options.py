@@ -177,7 +177,7 @@ TRAIN_RENAMED = {
 
 # peft_type -> what it is. Each is tested to train as PEFT's own loop does, to load again and to be merged.
 PEFT_USED = {
-    "LORA": "see the table below",
+    "LORA": "see below for how it starts",
     "ADAMSS": "",
     "BOFT": "",
     "C3A": "",
@@ -310,63 +310,41 @@ def _refuse_adapter(adapter: dict) -> None:
 # --- the page ---------------------------------------------------------------------------------------------------
 
 
+HEAD = """\
+# Options of the libraries
+
+`train.*` are the fields of `transformers.TrainingArguments`, `adapter.*` those of the PEFT method. What
+is not understood, missing on this machine, or without effect here is refused before anything is trained,
+in one line that says why. This page is made from the code that decides: `python -m steps.lib.options`.
+"""
+EARLY = "`early_stopping_patience` and `early_stopping_threshold` are those of `EarlyStoppingCallback`.\n\n"
+METHODS = """\
+`adapter.peft_type`; null (`adapter=full`) trains all parameters. A test trains each method as PEFT's own
+loop does, loads it and merges it.
+
+"""
+
+
 def page() -> str:
     """docs/options.md."""
-    return "\n".join(
-        [
-            "# Options of the libraries",
-            "",
-            "`train.*` are the fields of `transformers.TrainingArguments`, `adapter.*` those of the PEFT method. What",
-            "is not understood, missing on this machine, or without effect here is refused before anything is trained,",
-            "in one line that says why. This page is made from the code that decides: `python -m steps.lib.options`.",
-            "",
-            "## train",
-            "",
-            "### Used",
-            "",
-            *_table("field", "remark", TRAIN_USED),
-            "",
-            "`early_stopping_patience` and `early_stopping_threshold` are those of `EarlyStoppingCallback`.",
-            "",
-            "### Refused",
-            "",
-            *_table("field", "why", TRAIN_REFUSED),
-            "",
-            "### `train.optim`",
-            "",
-            "Any of transformers whose library is there, but for these:",
-            "",
-            *_table("optim", "why", OPTIM_REFUSED),
-            "",
-            "## adapter",
-            "",
-            "`adapter.peft_type`; null (`adapter=full`) trains all parameters. A test trains each method as PEFT's own",
-            "loop does, loads it and merges it.",
-            "",
-            "### Used",
-            "",
-            *_table("peft_type", "remark", PEFT_USED),
-            "",
-            "### Refused",
-            "",
-            *_table("peft_type", "why", PEFT_REFUSED),
-            "",
-            "### `adapter.init_lora_weights`",
-            "",
-            *_table("value", "remark", {"true, false": "", **LORA_INIT_USED}),
-            "",
-            *_table("refused", "why", LORA_INIT_REFUSED),
-            "",
-            "### Fields that are refused with any method",
-            "",
-            *_table("field", "why", ADAPTER_REFUSED),
-            "",
-        ]
-    )
+    starts = {"true, false": "", **LORA_INIT_USED}
+    sections = [
+        HEAD,
+        "## train: used\n\n" + EARLY + _table("field", "remark", TRAIN_USED),
+        "## train: refused\n\n" + _table("field", "why", TRAIN_REFUSED),
+        "## train.optim\n\nAny whose library is there, but for these:\n\n" + _table("optim", "why", OPTIM_REFUSED),
+        "## adapter: methods that are used\n\n" + METHODS + _table("peft_type", "remark", PEFT_USED),
+        "## adapter: methods that are refused\n\n" + _table("peft_type", "why", PEFT_REFUSED),
+        "## adapter.init_lora_weights\n\n" + _table("value", "remark", starts),
+        _table("refused value", "why", LORA_INIT_REFUSED),
+        "## adapter: fields that are refused with any method\n\n" + _table("field", "why", ADAPTER_REFUSED),
+    ]
+    return "\n".join(sections)
 
 
-def _table(name: str, remark: str, rows: dict[str, str]) -> list[str]:
-    return [f"| {name} | {remark} |", "|---|---|", *(f"| `{key}` | {value} |" for key, value in rows.items())]
+def _table(name: str, remark: str, rows: dict[str, str]) -> str:
+    lines = [f"| {name} | {remark} |", "|---|---|", *(f"| `{key}` | {value} |" for key, value in rows.items())]
+    return "\n".join(lines) + "\n"
 
 
 if __name__ == "__main__":
