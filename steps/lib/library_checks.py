@@ -109,7 +109,7 @@ TRAIN_RANGES = {
     "per_device_train_batch_size": (0, 100_000, False),
     "per_device_eval_batch_size": (0, 100_000, False),
     "gradient_accumulation_steps": (0, 100_000, False),
-    "learning_rate": (0, 1e38, False),
+    "learning_rate": (0, math.inf, False),
     "weight_decay": (0, 1, True),
     "label_smoothing_factor": (0, 1, True),
     "max_grad_norm": (0, 1e9, True),
@@ -318,8 +318,8 @@ def refuse_without_validation(train: dict) -> None:
 
 ADAPTER_RANGES = {
     "r": (0, 1_000_000, False),
-    "lora_alpha": (0, 1e9, False),
-    "alpha": (0, 1e9, False),
+    "lora_alpha": (0, math.inf, False),
+    "alpha": (0, math.inf, False),
     "num_virtual_tokens": (0, 100_000, False),
 }
 
