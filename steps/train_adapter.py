@@ -23,11 +23,12 @@ from pathlib import Path
 
 from steps.lib import limits
 from steps.lib.adapters import refuse_diverged
-from steps.lib.errors import UserError
+from steps.lib.errors import UserError, told_by_library
 from steps.lib.files import load_rows
 from steps.lib.folders import locked
 from steps.lib.keys import HashCache, code_key, digest
 from steps.lib.labels import gold_label
+from steps.lib.library_checks import ignores_warmup, refuse_without_validation
 from steps.lib.progress import quiet_libraries
 from steps.lib.step import computing_threads, peak_memory, run_command
 
@@ -93,12 +94,13 @@ def _rows(config: dict, splits: Path, model: Path, references: Path | None):
 
 def _train(config: dict, rows, model: Path, output: Path, state: Path) -> dict:
     from steps.lib import checkpoints, estimates, tracking, training
-    from steps.lib.adapters import parameter_counts
+    from steps.lib.adapters import parameter_counts, save_adapter
 
     if config.get("labels"):  # what the evaluation would refuse is better refused before training
         _check_references(rows, config["labels"])
     before = peak_memory()
-    args = training.training_arguments(_without_validation(config["train"], rows), config["seed"], state)
+    with told_by_library("train"):
+        args = training.training_arguments(_without_validation(config["train"], rows), config["seed"], state)
     epoch_steps = _epoch_steps(rows, args)
     total = args.max_steps if args.max_steps > 0 else math.ceil(epoch_steps * args.num_train_epochs)
     end = _plateau_end(args, total) if _is_plateau(config) else total
@@ -111,6 +113,8 @@ def _train(config: dict, rows, model: Path, output: Path, state: Path) -> dict:
     log.info("%s", needs.text())
     if end <= args.warmup_steps:
         log.info("note: %d steps end within train.warmup_steps=%g: lower it", end, args.warmup_steps)
+    if args.warmup_steps and ignores_warmup(args):
+        log.info("note: lr_scheduler_type=%s takes no notice of train.warmup_steps", args.lr_scheduler_type.value)
     with tracking.follow(config.get("follow")) as listener:
         recorded = training.Recorded(trainer, state, checkpoint, config["train"], listener, _is_plateau(config))
         if end > 0:
@@ -121,30 +125,15 @@ def _train(config: dict, rows, model: Path, output: Path, state: Path) -> dict:
     if _is_plateau(config):
         _keep_checkpoint(checkpoints.last_whole([state], end), output)
     else:
-        trainer.model.save_pretrained(output)
-        (output / "README.md").unlink(missing_ok=True)  # PEFT's empty card; steps.publish writes a real one
+        save_adapter(trainer.model, output)
     return _write_facts(config, recorded, facts, output)
-
-
-# What asks for validation. Without a validation split there is nothing that it could go by.
-NEEDS_VALIDATION = {
-    "load_best_model_at_end": lambda value: value,
-    "early_stopping_patience": lambda value: value is not None,
-    "save_strategy": lambda value: value == "best",
-    "lr_scheduler_type": lambda value: value in ("reduce_lr_on_plateau", "greedy"),
-}
 
 
 def _without_validation(train: dict, rows) -> dict:
     """`train`, with nothing to evaluate where there is no validation split (data.splits.validation=0 leaves it out)."""
     if "validation" in rows:
         return train
-    for name, needs_it in NEEDS_VALIDATION.items():
-        if needs_it(train.get(name)):
-            raise UserError(
-                f"config: train.{name}={train[name]} goes by the validation loss, and the splits have no validation "
-                "rows: raise data.splits.validation, or leave it out"
-            )
+    refuse_without_validation(train)
     return {**train, "eval_strategy": "no", "eval_on_start": False}
 
 
@@ -175,15 +164,19 @@ def _trainer(config: dict, rows, model: Path, args, total: int):
     base = load_model(model, load, config["quantization"])
     network = add_adapter(base, config["adapter"], config["seed"])
     use_fast_layers(network)
-    return trainer_for(
-        config["method"],
-        model=network,
-        args=args,
-        train_dataset=rows["train"],
-        eval_dataset=rows.get("validation"),  # data.splits.validation=0 leaves it out
-        pad_token_id=load_tokenizer(model).pad_token_id,
-        schedule_steps=total,
-    )
+    pad_token_id = load_tokenizer(model).pad_token_id
+    with told_by_library("train"):
+        trainer = trainer_for(
+            config["method"],
+            model=network,
+            args=args,
+            train_dataset=rows["train"],
+            eval_dataset=rows.get("validation"),  # data.splits.validation=0 leaves it out
+            pad_token_id=pad_token_id,
+            schedule_steps=total,
+        )
+        trainer.create_optimizer()  # train() takes it; what it does not like of the model is better heard before
+    return trainer
 
 
 def _write_facts(config: dict, recorded, facts: dict, output: Path) -> dict:

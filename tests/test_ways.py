@@ -173,6 +173,25 @@ def test_rows_that_would_see_each_other(batch):
     assert_the_models_own(model, batch)
 
 
+class OfAllTokens(torch.nn.Module):
+    """As an adapter that starts without effect, and mixes all tokens that it gets."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer, self.share = layer, torch.nn.Parameter(torch.zeros(()))
+
+    def forward(self, states):
+        return self.layer(states) + self.share * states.mean(dim=1, keepdim=True)
+
+
+def test_what_starts_without_effect_is_seen_too(batch):
+    model = network()
+    layer = model.model.layers[0]
+    layer.mlp = OfAllTokens(layer.mlp)
+    assert_the_models_own(model, batch)
+    assert layer.mlp.share == 0
+
+
 def test_a_window_that_only_the_mask_knows():
     fields = {"use_sliding_window": True, "sliding_window": 64, "max_window_layers": 1}
     model, batch = network("Qwen2", **fields), collate(rows_of([5, 9], prefix=12), 0)
@@ -220,7 +239,7 @@ def test_training_with_neftune_equals_trainers_own(tmp_path):
     ours = training.trainer_for(
         {"name": "sft"}, model=network(), args=args, train_dataset=data, pad_token_id=0, schedule_steps=3
     )
-    estimates.estimate(ours, ours.sampler.lengths)
+    estimates.estimate(ours, ours.sampler.lengths, 0)
     assert ours.supervised_loss.way is short_way
     theirs = transformers.Trainer(
         model=network(), args=args, train_dataset=data, data_collator=lambda rows: collate(rows, 0)

@@ -2,9 +2,11 @@
 
 import collections
 import copy
+import re
+import warnings
 from pathlib import Path
 
-from steps.lib.errors import UserError
+from steps.lib.errors import UserError, told_by_library
 from steps.lib.reading import reading, refuse_no_numbers, refuse_tensors
 
 DIVERGED = "diverged.json"  # in a merged folder, in place of a model: the training ended in nan or infinity
@@ -40,16 +42,75 @@ def add_adapter(model, adapter: dict, seed: int):
     if fields.get("target_modules") == ATTENTION:
         fields["target_modules"] = attention_projections(model)
     task = "SEQ_2_SEQ_LM" if model.config.is_encoder_decoder else "CAUSAL_LM"
-    config = PEFT_TYPE_TO_CONFIG_MAPPING[PeftType(adapter["peft_type"])](task_type=task, **fields)
+    with told_by_library("adapter"):
+        config = PEFT_TYPE_TO_CONFIG_MAPPING[PeftType(adapter["peft_type"])](task_type=task, **fields)
     torch.manual_seed(seed)
+    names, linear = [name for name, _ in model.named_modules()], _linear_layers(model)  # before PEFT adds its own
     try:
-        adapted = get_peft_model(model, config)
-    except ValueError as error:
-        raise _misfit(model, " ".join(str(error).split())[:200]) from None
+        with told_by_library("adapter"), warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always", UserWarning)
+            network = get_peft_model(model, config)
+    except UserError as error:
+        raise _misfit(linear, str(error).removeprefix("config: adapter: ")) from None
+    without_effect = _without_effect(network, adapter, names, [str(warning.message) for warning in said])
+    if without_effect:
+        raise _misfit(linear, without_effect[0])
     if not config.is_prompt_learning:
-        _refuse_tied(adapted)
-        _refuse_unmergeable(adapted)
-    return adapted
+        _refuse_tied(network)
+        _refuse_unmergeable(network)
+    return network
+
+
+def _without_effect(network, adapter: dict, names: list[str], said: list[str]) -> list[str]:
+    """What of `adapter` the model makes nothing of. `names`: of its modules; `said`: PEFT's warnings."""
+    signs = r"ignored|no parameter was matched|has no effect"
+    signs += r"|fan_in_fan_out is set to True" if adapter.get("fan_in_fan_out") else ""
+    found = [text for text in said if re.search(signs, text)]
+    found += _unmatched(adapter, names, getattr(network.base_model, "targeted_module_names", None))
+    if adapter.get("lora_bias") and any(_lacks_bias(part) for part in network.modules()):
+        found.append("adapter.lora_bias: layers without a bias have no place for it when they are merged")
+    if not any(weight.requires_grad for weight in network.parameters()):
+        found.append("nothing of it would be trained")
+    return found
+
+
+def _unmatched(adapter: dict, names: list[str], targeted: list[str] | None) -> list[str]:
+    """What `adapter` names that the model does not have. PEFT is content when one of several names is there.
+
+    Args:
+        names: of all the model's modules. targeted: of those that got an adapter; None: the method targets none.
+    """
+    if targeted is None:
+        return []
+    layers = {int(part) for name in targeted for part in name.split(".") if part.isdigit()}
+    wanted = {
+        "target_modules": lambda name: any(f".{one}".endswith(f".{name}") for one in targeted),
+        "exclude_modules": lambda name: any(f".{one}".endswith(f".{name}") for one in names),
+        "modules_to_save": lambda name: any(one.endswith(name) for one in names),
+        "layers_to_transform": lambda number: number in layers,
+    }
+    found = [
+        f"adapter.{key}: nothing is called {one}"
+        for key, is_there in wanted.items()
+        for one in _listed(adapter.get(key))
+        if not is_there(one)
+    ]
+    return found + [
+        f"adapter.{key}: {pattern} matches nothing that gets an adapter"
+        for key in adapter
+        if key.endswith("_pattern") and isinstance(adapter[key], dict)
+        for pattern in adapter[key]
+        if not any(re.match(rf"(.*\.)?({pattern})$", one) for one in targeted)
+    ]
+
+
+def _lacks_bias(layer) -> bool:
+    return hasattr(layer, "lora_bias") and getattr(layer.get_base_layer(), "bias", None) is None
+
+
+def _listed(value) -> list:
+    """Names that are spelt out; not a regular expression, nor a word that stands for several."""
+    return value if isinstance(value, list) else [value] if isinstance(value, int) else []
 
 
 def _refuse_unmergeable(model) -> None:
@@ -87,6 +148,12 @@ def _refuse_tied(model) -> None:
             )
 
 
+def save_adapter(model, folder: Path) -> None:
+    """What was trained, as PEFT saves it (or, of all parameters, transformers)."""
+    model.save_pretrained(folder)
+    (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty card; steps.publish writes a real one
+
+
 def attention_projections(model) -> list[str]:
     """The linear layers directly in this model's attention, as PEFT's `target_modules`.
 
@@ -102,7 +169,9 @@ def attention_projections(model) -> list[str]:
         if _is_linear(layer)
     }
     if not found:
-        raise _misfit(model, "target_modules: attention finds no attention layer; name the layers, or all-linear")
+        raise _misfit(
+            _linear_layers(model), "target_modules: attention finds no attention layer; name the layers, or all-linear"
+        )
     return sorted(found)
 
 
@@ -113,10 +182,13 @@ def _is_linear(layer) -> bool:
     return isinstance(layer, torch.nn.Linear | Conv1D)
 
 
-def _misfit(model, what: str) -> UserError:
-    linear = sorted({name.rpartition(".")[2] for name, part in model.named_modules() if _is_linear(part)})
+def _linear_layers(model) -> list[str]:
+    return sorted({name.rpartition(".")[2] for name, part in model.named_modules() if _is_linear(part)})
+
+
+def _misfit(linear: list[str], what: str) -> UserError:
     return UserError(
-        f"config: adapter does not fit this model: {what}; its linear layers are called {', '.join(linear)}"
+        f"config: adapter does not fit this model: {what.rstrip('.')}; its linear layers are called {', '.join(linear)}"
     )
 
 

@@ -1,23 +1,21 @@
 """Compose, override, expand and validate the config. The only place that touches Hydra."""
 
-import contextlib
 import dataclasses
-import enum
 import functools
-import importlib.metadata
 import itertools
 import json
-import logging
 import math
 import typing
 from pathlib import Path
 
 from steps.lib import yaml_files
 from steps.lib.errors import UserError, suggest
+from steps.lib.errors import found as _found
+from steps.lib.errors import short as _short
 from steps.lib.files import read_yaml
-from steps.lib.keys import PACKAGE_ROOT, canonical_json, digest, flat
+from steps.lib.keys import PACKAGE_ROOT, canonical_json, flat
+from steps.lib.library_checks import check_library_sections, refuse_without_validation
 from steps.lib.schema import (
-    EARLY_STOPPING,
     METHODS,
     PREFERENCE,
     SOURCE_KINDS,
@@ -31,40 +29,8 @@ from steps.lib.secrets import has_login, secret_variables
 
 CONF = PACKAGE_ROOT / "conf"
 UNIONS = {"source": SOURCE_KINDS, "method": METHODS}  # sections that are one of several models, by their tag
-CHECKED = Path("results/.state/checked-configs")  # library sections that were found valid, by hash
 MOST_POINTS = 10_000  # of one sweep: planning them takes a minute
 MOST_DEPTH = 40  # brackets within brackets in an override
-
-# Fields of TrainingArguments that Temper decides itself, and where the user's choice goes instead.
-RESERVED_TRAIN = {
-    "output_dir": "the workflow names all folders",
-    "seed": "use the top-level 'seed'",
-    "data_seed": "use the top-level 'seed'",
-    "resume_from_checkpoint": "training resumes by itself from results/.state",
-    "report_to": "use 'tracking'",
-    "run_name": "runs are named by the plan",
-    "push_to_hub": "publishing is a step of its own, never part of training",
-    "hub_token": "a token never belongs into a config, which is stored and shown",
-    "remove_unused_columns": "the collator takes what it needs",
-    "train_sampling_strategy": "rows of similar length always train together",
-    "do_train": "training is what the stage does",
-    # A training goes on from its last checkpoint, in another process, as if it had never stopped.
-    "save_only_model": "training goes on from checkpoints, which need the optimizer and the schedule",
-    "ignore_data_skip": "training goes on with the row after the last one, as if it had never stopped",
-    "restore_callback_states_from_checkpoint": "training goes on as if it had never stopped",
-    "enable_jit_checkpoint": "a training that is stopped from outside is not finished; checkpoints are written anyway",
-    # What a run computes follows from its config, not from the machine's memory or from which process is faster.
-    "auto_find_batch_size": "the batch is part of a run: lower per_device_train_batch_size yourself",
-    "dataloader_in_order": "the order of rows follows from the seed alone",
-}
-
-# Renamed or removed in transformers 5: what to write instead.
-RENAMED_TRAIN = {
-    "evaluation_strategy": "it is called eval_strategy now",
-    "group_by_length": "rows of similar length always train together",
-    "no_cuda": "write train.use_cpu=true",
-    "num_threads": "it stands beside 'seed', for all stages: write num_threads=<number>",
-}
 
 
 # --- composing -----------------------------------------------------------------------------------
@@ -103,11 +69,6 @@ def split_overrides(text: str) -> list[str]:
         what = f"quote {quote}" if quote else "bracket"
         raise UserError(f"overrides: unbalanced {what} in: {_short(text)}")
     return [part for part in [*parts, part] if part]
-
-
-def _short(text: str) -> str:
-    """A text for a message."""
-    return text if len(text) <= 200 else f"{text[:150]} ... {text[-30:]}"
 
 
 @dataclasses.dataclass
@@ -412,7 +373,7 @@ def validated(config: dict) -> dict:
     """Check a whole config and fill in defaults. Raises UserError for the first fault found."""
     config = _normalised(config)
     filled = _model_dump(Config, config, "")
-    check_library_sections(filled["train"], filled["adapter"])
+    check_library_sections(filled["train"], filled["adapter"], filled["method"]["name"])
     _check_together(filled)
     _check_method(filled)
     _check_secrets(filled)
@@ -456,7 +417,8 @@ def _check_method(config: dict) -> None:
     if method["sft"]:
         first = sft_config(config)
         try:
-            check_library_sections(first["train"], first["adapter"])
+            check_library_sections(first["train"], first["adapter"], "sft")
+            _check_validation(first)
         except UserError as error:
             raise UserError(f"config: 'method.sft': {str(error).removeprefix('config: ')}") from None
 
@@ -468,8 +430,14 @@ def sft_config(config: dict) -> dict:
     return {**config, "method": {"name": "sft"}, "train": {**config["train"], **first["train"]}, "adapter": adapter}
 
 
+def _check_validation(config: dict) -> None:
+    if config["data"]["splits"]["validation"] == 0:
+        refuse_without_validation(config["train"])
+
+
 def _check_together(config: dict) -> None:
     """Sections that do not go together."""
+    _check_validation(config)
     quantized = config["quantization"]["load_in_4bit"] or config["quantization"]["load_in_8bit"]
     if quantized and config["adapter"]["peft_type"] is None:
         raise UserError("config: a quantized base cannot be trained itself: set adapter=qlora, or quantization=none")
@@ -538,16 +506,6 @@ def explain(error, model, prefix: str = "") -> str:
     return f"config: '{key}': {message} (found {_found(found, text_wanted=fault['type'] == 'string_type')})"
 
 
-def _found(value, text_wanted: bool = False) -> str:
-    """A value for a message, as JSON. YAML makes something else of some unquoted texts."""
-    shown = _short(json.dumps(value, default=str, ensure_ascii=False))
-    if isinstance(value, bool):
-        return f"{shown}; YAML reads yes, no, on and off as true and false: put them in quotes where they are texts"
-    if text_wanted and isinstance(value, int | float):
-        return f"{shown}; put it in quotes to make it a text"
-    return shown
-
-
 def _without_tags(location) -> list:
     """A pydantic location without the tags of unions (``source.hub``, ``method.dpo``), which are no keys of ours."""
     before = [None, *location]
@@ -566,165 +524,6 @@ def _fields_at(model, location) -> list[str]:
             elif part in ("published", "sft", "own_answers"):
                 model = annotation.__args__[0]  # list[Published], SftFirst | None, ...
     return list(model.model_fields)
-
-
-def check_library_sections(train: dict, adapter: dict) -> None:
-    """Check `train` against TrainingArguments and `adapter` against its PEFT class.
-
-    Importing transformers takes seconds, so a pair that was found valid is remembered by hash.
-    """
-    for key, reason in RESERVED_TRAIN.items():
-        if key in train:
-            raise UserError(f"config: 'train.{key}' cannot be set: {reason}")
-    _refuse_nan({"train": train, "adapter": adapter})
-    stamp = CHECKED / digest([train, adapter, _library_versions()])
-    if stamp.exists():
-        return
-    for library in ("transformers", "bitsandbytes"):  # their remarks at import are not about this config
-        logging.getLogger(library).setLevel(logging.ERROR)
-    _check_train(train)
-    _check_adapter(adapter)
-    with contextlib.suppress(OSError):  # a read-only results/ only costs the next check its time
-        stamp.parent.mkdir(parents=True, exist_ok=True)
-        stamp.touch()
-
-
-@functools.cache
-def _library_versions() -> list[str]:
-    return [importlib.metadata.version(name) for name in ("transformers", "peft")]
-
-
-def _refuse_nan(value, key: str = "") -> None:
-    if isinstance(value, dict):
-        for name, item in value.items():
-            _refuse_nan(item, f"{key}.{name}" if key else name)
-    elif isinstance(value, float) and not math.isfinite(value):
-        raise UserError(f"config: '{key}' is {value}: a finite number is needed")
-
-
-def _check_train(train: dict) -> None:
-    from transformers import TrainingArguments
-
-    fields = _field_types(TrainingArguments)
-    fields |= _field_types_of_early_stopping()
-    for key, value in train.items():
-        if key in RENAMED_TRAIN:
-            raise UserError(f"config: unknown key 'train.{key}': {RENAMED_TRAIN[key]}")
-        if key not in fields:
-            raise UserError(f"config: unknown key 'train.{key}'; {suggest(key, fields)}")
-        _check_type(f"train.{key}", value, fields[key])
-    _check_ranges(train)
-    try:
-        own = {name: value for name, value in train.items() if name not in EARLY_STOPPING}
-        args = TrainingArguments(output_dir="unused", **{**own, "report_to": "none"})
-    except (ValueError, TypeError, ImportError) as error:
-        raise UserError("config: train: " + " ".join(str(error).split())[:300]) from None
-    _check_schedule(args)
-    if any(name in train for name in EARLY_STOPPING) and not (
-        args.load_best_model_at_end and "early_stopping_patience" in train
-    ):
-        raise UserError(
-            "config: early stopping needs train.early_stopping_patience=<evaluations> and "
-            "train.load_best_model_at_end=true (with eval_strategy and save_strategy alike)"
-        )
-
-
-def _field_types_of_early_stopping() -> dict[str, object]:
-    return dict(zip(EARLY_STOPPING, (int, float), strict=True))
-
-
-def _check_schedule(args) -> None:
-    """Make the learning-rate schedule once, for a single weight: it is what knows its own arguments."""
-    import torch
-    from transformers import get_scheduler
-
-    optimizer = torch.optim.SGD([torch.zeros(1)], lr=1.0)
-    try:
-        get_scheduler(args.lr_scheduler_type, optimizer, 1, 100, scheduler_specific_kwargs=args.lr_scheduler_kwargs)
-    except (ValueError, TypeError) as error:
-        name = args.lr_scheduler_type.value
-        raise UserError(f"config: 'train.lr_scheduler_kwargs' does not fit lr_scheduler_type={name}: {error}") from None
-
-
-def _check_ranges(train: dict) -> None:
-    """What TrainingArguments lets through and the training loop then trips over."""
-    positive = ("num_train_epochs", "per_device_train_batch_size", "per_device_eval_batch_size")
-    for key in (*positive, "gradient_accumulation_steps", "learning_rate"):
-        value = train.get(key)
-        if value is not None and not value > 0:
-            raise UserError(f"config: 'train.{key}' must be above 0 (found {value})")
-    if train.get("max_steps", -1) == 0 or train.get("max_steps", -1) < -1:
-        raise UserError(
-            f"config: 'train.max_steps' must be above 0, or -1 for num_train_epochs (found {train['max_steps']})"
-        )
-    for key, (low, high) in {
-        "num_train_epochs": (0, 10_000),
-        "weight_decay": (0, 1),
-        "label_smoothing_factor": (0, 1),
-    }.items():
-        if train.get(key) is not None and not low <= train[key] <= high:
-            raise UserError(f"config: 'train.{key}' must be from {low} to {high} (found {train[key]})")
-
-
-def _field_types(cls) -> dict[str, object]:
-    """Field name -> type of a library's config dataclass."""
-    hints = typing.get_type_hints(cls)
-    return {field.name: hints[field.name] for field in dataclasses.fields(cls) if field.init}
-
-
-def _check_type(key: str, value, annotation) -> None:
-    from pydantic import ConfigDict, TypeAdapter, ValidationError
-    from pydantic.errors import PydanticUserError
-
-    try:
-        adapter = TypeAdapter(annotation, config=ConfigDict(strict=False, arbitrary_types_allowed=True))
-    except PydanticUserError:
-        return  # an annotation that pydantic cannot check: the class's own check has to do
-    try:
-        adapter.validate_python(value, strict=True)
-    except ValidationError as error:
-        message = error.errors(include_url=False)[0]["msg"]
-        choices = [kind for kind in (annotation, *typing.get_args(annotation)) if isinstance(kind, enum.EnumMeta)]
-        if choices:
-            message = f"must be one of {', '.join(str(choice.value) for choice in choices[0])}"
-        raise UserError(f"config: '{key}': {message[0].lower()}{message[1:]} (found {_found(value)})") from None
-
-
-def _check_adapter(adapter: dict) -> None:
-    if "peft_type" not in adapter:
-        raise UserError("config: 'adapter.peft_type' is missing; choose adapter=lora or adapter=full")
-    if adapter["peft_type"] is not None:
-        _check_peft(adapter, _peft_class(adapter["peft_type"]))
-    elif len(adapter) > 1:
-        extra = min(set(adapter) - {"peft_type"})
-        raise UserError(f"config: unknown key 'adapter.{extra}': full-parameter training takes no adapter fields")
-
-
-def _peft_class(peft_type):
-    """PEFT's config class of an adapter type."""
-    from peft import PEFT_TYPE_TO_CONFIG_MAPPING
-
-    known = {kind.value: cls for kind, cls in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
-    if not isinstance(peft_type, str) or peft_type not in known:
-        raise UserError(f"config: 'adapter.peft_type': {peft_type!r}; {suggest(str(peft_type), known)}")
-    return known[peft_type]
-
-
-def _check_peft(adapter: dict, cls) -> None:
-    fields = _field_types(cls)
-    for key, value in adapter.items():
-        if key not in fields:
-            raise UserError(f"config: unknown key 'adapter.{key}'; {suggest(key, fields)}")
-        if key != "peft_type":
-            _check_type(f"adapter.{key}", value, fields[key])
-    if not adapter.get("r", 1) > 0:
-        raise UserError(f"config: 'adapter.r' must be above 0 (found {adapter['r']})")
-    if not 0 <= adapter.get("lora_dropout", 0) < 1:
-        raise UserError(f"config: 'adapter.lora_dropout' must be from 0 to below 1 (found {adapter['lora_dropout']})")
-    try:
-        cls(**{key: value for key, value in adapter.items() if key != "peft_type"})
-    except (ValueError, TypeError, ImportError) as error:
-        raise UserError("config: adapter: " + " ".join(str(error).split())[:300]) from None
 
 
 # --- what a stage sees ---------------------------------------------------------------------------
@@ -771,7 +570,7 @@ def validated_stage(stage: str, view: dict) -> dict:
     """Check the config of one stage and fill in defaults."""
     filled = _model_dump(_stage_model(stage), view, "")
     if "train" in filled:
-        check_library_sections(filled["train"], filled["adapter"])
+        check_library_sections(filled["train"], filled["adapter"], filled["method"]["name"])
     return filled
 
 

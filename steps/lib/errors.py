@@ -3,6 +3,7 @@
 import contextlib
 import difflib
 import errno
+import json
 import os
 import select
 import signal
@@ -190,3 +191,39 @@ def suggest(word: str, choices) -> str:
         return f"did you mean '{close[0]}'?"
     shown = ", ".join(choices[:MOST_SHOWN])
     return f"allowed: {shown}" + (f" and {len(choices) - MOST_SHOWN} more" if len(choices) > MOST_SHOWN else "")
+
+
+@contextlib.contextmanager
+def told_by_library(section: str):
+    """What a library says while it makes something of a config section, in one line, in its own words.
+
+    For making alone, before anything runs: there whatever is raised is about the config. Not what the machine lacks.
+
+    Raises:
+        UserError: instead of any other exception.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        if lack(error, section) is not None:
+            raise
+        said = " ".join(str(error).split())[:300] or "no reason given"
+        kind = "" if isinstance(error, ValueError | ImportError | NotImplementedError) else f"{type(error).__name__}: "
+        raise UserError(f"config: {section}: {kind}{said}") from error
+
+
+def short(text: str) -> str:
+    """A text for a message."""
+    return text if len(text) <= 200 else f"{text[:150]} ... {text[-30:]}"
+
+
+def found(value, text_wanted: bool = False) -> str:
+    """A value for a message, as JSON. YAML makes something else of some unquoted texts."""
+    shown = short(json.dumps(value, default=str, ensure_ascii=False))
+    if isinstance(value, bool):
+        return f"{shown}; YAML reads yes, no, on and off as true and false: put them in quotes where they are texts"
+    if text_wanted and isinstance(value, int | float):
+        return f"{shown}; put it in quotes to make it a text"
+    return shown

@@ -17,20 +17,13 @@ from steps.lib.files import write_whole
 KEY_LENGTH = 10  # 40 bits: a collision among 10,000 artefacts has a chance of about 1 in 20,000
 PACKAGE_ROOT = Path(__file__).resolve().parents[2]
 
-# Modules that only watch or show what the steps do. An edit to them changes no artefact.
+# Modules that only watch, show or refuse what the steps do. An edit to them changes no artefact.
+ONLY_CHECKS = ("options", "library_checks")
 NOT_IN_KEYS = frozenset(
     f"steps.lib.{name}"
     for name in (
-        "tracking",
-        "progress",
-        "errors",
-        "signals",
-        "secrets",
-        "plan",
-        "figures",
-        "pages",
-        "workflow",
-        "forecast",
+        *("tracking", "progress", "errors", "signals", "secrets", "plan", "figures", "pages", "workflow", "forecast"),
+        *ONLY_CHECKS,
     )
 )
 

@@ -123,7 +123,7 @@ def fastest_way(model, batch: dict, answers: int = 1, share: bool = True) -> tup
         UserError: for a model in training whose own loss has more in it than the cross entropy.
     """
     few, answers = _some_rows(batch, answers)
-    with torch.no_grad(), _random_state_kept():
+    with torch.no_grad(), _random_state_kept(), _with_effect(model):
         if model.training:
             _refuse_other_loss(model, few)
         obstacle = _head_obstacle(model, few)
@@ -154,6 +154,19 @@ def _evaluating(model):
     finally:
         for part in training:
             part.training = True
+
+
+@contextlib.contextmanager
+def _with_effect(model):
+    """Weights that start at zero (LoRA's B) hide what they will do; they are small random ones while the block runs."""
+    zeros = [weight for weight in model.parameters() if weight.requires_grad and not weight.any()]
+    for weight in zeros:
+        weight.normal_(std=0.1)
+    try:
+        yield
+    finally:
+        for weight in zeros:
+            weight.zero_()
 
 
 @contextlib.contextmanager

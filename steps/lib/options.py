@@ -22,7 +22,7 @@ TRAIN_USED = {
     "learning_rate": "",
     "lr_scheduler_type": "reduce_lr_on_plateau and greedy need a validation split",
     "lr_scheduler_kwargs": "refused where the schedule ignores it",
-    "warmup_steps": "below 1 a share of all steps (warmup_ratio is taken as well); refused where the schedule ignores it",
+    "warmup_steps": "below 1 a share of all steps (warmup_ratio is taken as well)",
     "optim": "refused where its library is missing",
     "optim_args": "refused where the optimizer ignores it",
     "optim_target_modules": "for GaLore and APOLLO, whose libraries must be installed",
@@ -147,11 +147,20 @@ TRAIN_REFUSED = {
     "skip_memory_metrics": "training.json has the memory that was used",
 }
 
+# train.optim -> why not, for all that begin with it or end with it
+OPTIM_REFUSED = {
+    "schedule_free": "it keeps two sets of weights, between which validation and saving would have to switch",
+    "lomo": "it moves the weights within the backward pass, which is also taken to estimate the memory",
+    "adalomo": "it moves the weights within the backward pass, which is also taken to estimate the memory",
+    "layerwise": "it moves the weights within the backward pass, which is also taken to estimate the memory",
+}
+
 # Renamed or removed in transformers 5: what to write instead.
 TRAIN_RENAMED = {
     "evaluation_strategy": "it is called eval_strategy now",
     "group_by_length": "rows of similar length always train together",
     "no_cuda": "write train.use_cpu=true",
+    "num_threads": "it stands beside 'seed', for all stages: write num_threads=<number>",
     "logging_dir": "use 'tracking'",
     "predict_with_generate": "evaluation generates answers by itself, see 'eval'",
     "past_index": "training never uses the cache",
@@ -169,7 +178,7 @@ TRAIN_RENAMED = {
 
 # peft_type -> what it is. Each is tested to train as PEFT's own loop does, to load again and to be merged.
 PEFT_USED = {
-    "LORA": "see the table below",
+    "LORA": "see below for how it starts",
     "ADAMSS": "",
     "BOFT": "",
     "C3A": "",
@@ -211,7 +220,7 @@ _TASKS = "it needs the number of each row's task, which the data do not have"
 
 # peft_type -> why not
 PEFT_REFUSED = {
-    "ADALORA": "its ranks are reallocated, and its loss extended, by a loop of its own; adapter.rank_pattern sets ranks",
+    "ADALORA": "its ranks are reallocated by a loop of its own; use LORA, whose rank_pattern sets ranks",
     "ADAPTION_PROMPT": _NO_MERGE,
     "BEFT": "it trains the biases of layers, of which most models have none",
     "CARTRIDGE": "it starts from the cache of a text, which PEFT wants to be made before; use PREFIX_TUNING",
@@ -279,6 +288,14 @@ def refuse(train: dict, adapter: dict) -> None:
             raise UserError(f"config: 'train.{key}' cannot be set: {TRAIN_REFUSED[key]}")
         if key in TRAIN_RENAMED:
             raise UserError(f"config: unknown key 'train.{key}': {TRAIN_RENAMED[key]}")
+    optim = str(train.get("optim"))
+    for name, reason in OPTIM_REFUSED.items():
+        if optim.startswith(name) or optim.endswith(name):
+            raise UserError(f"config: 'train.optim': {optim} cannot be used here: {reason}; choose adamw_torch")
+    _refuse_adapter(adapter)
+
+
+def _refuse_adapter(adapter: dict) -> None:
     if adapter.get("peft_type") in PEFT_REFUSED:
         kind = adapter["peft_type"]
         raise UserError(f"config: 'adapter.peft_type': {kind} cannot be used here: {PEFT_REFUSED[kind]}")
@@ -294,57 +311,41 @@ def refuse(train: dict, adapter: dict) -> None:
 # --- the page ---------------------------------------------------------------------------------------------------
 
 
+HEAD = """\
+# Options of the libraries
+
+`train.*` are the fields of `transformers.TrainingArguments`, `adapter.*` those of the PEFT method. What
+is not understood, missing on this machine, or without effect here is refused before anything is trained,
+in one line that says why. This page is made from the code that decides: `python -m steps.lib.options`.
+"""
+EARLY = "`early_stopping_patience` and `early_stopping_threshold` are those of `EarlyStoppingCallback`.\n\n"
+METHODS = """\
+`adapter.peft_type`; null (`adapter=full`) trains all parameters. A test trains each method as PEFT's own
+loop does, loads it and merges it.
+
+"""
+
+
 def page() -> str:
     """docs/options.md."""
-    return "\n".join(
-        [
-            "# Options of the libraries",
-            "",
-            "`train.*` are the fields of `transformers.TrainingArguments`, `adapter.*` those of the PEFT method. What is",
-            "not understood, not available on this machine, or without effect here is refused before anything is trained,",
-            "in one line that says why. This page is made from the code that decides it: `python -m steps.lib.options`.",
-            "",
-            "## train",
-            "",
-            "### Used",
-            "",
-            *_table("field", "remark", TRAIN_USED),
-            "",
-            "`early_stopping_patience` and `early_stopping_threshold` are those of `transformers.EarlyStoppingCallback`.",
-            "",
-            "### Refused",
-            "",
-            *_table("field", "why", TRAIN_REFUSED),
-            "",
-            "## adapter",
-            "",
-            "`adapter.peft_type`; null (`adapter=full`) trains all parameters. Each method trains as PEFT's own loop does,",
-            "is loaded and merged again in a test.",
-            "",
-            "### Used",
-            "",
-            *_table("peft_type", "remark", PEFT_USED),
-            "",
-            "### Refused",
-            "",
-            *_table("peft_type", "why", PEFT_REFUSED),
-            "",
-            "### `adapter.init_lora_weights`",
-            "",
-            *_table("value", "remark", {"true, false": "", **LORA_INIT_USED}),
-            "",
-            *_table("refused", "why", LORA_INIT_REFUSED),
-            "",
-            "### Fields that are refused with any method",
-            "",
-            *_table("field", "why", ADAPTER_REFUSED),
-            "",
-        ]
-    )
+    starts = {"true, false": "", **LORA_INIT_USED}
+    sections = [
+        HEAD,
+        "## train: used\n\n" + EARLY + _table("field", "remark", TRAIN_USED),
+        "## train: refused\n\n" + _table("field", "why", TRAIN_REFUSED),
+        "## train.optim\n\nAny whose library is there, but for these:\n\n" + _table("optim", "why", OPTIM_REFUSED),
+        "## adapter: methods that are used\n\n" + METHODS + _table("peft_type", "remark", PEFT_USED),
+        "## adapter: methods that are refused\n\n" + _table("peft_type", "why", PEFT_REFUSED),
+        "## adapter.init_lora_weights\n\n" + _table("value", "remark", starts),
+        _table("refused value", "why", LORA_INIT_REFUSED),
+        "## adapter: fields that are refused with any method\n\n" + _table("field", "why", ADAPTER_REFUSED),
+    ]
+    return "\n".join(sections)
 
 
-def _table(name: str, remark: str, rows: dict[str, str]) -> list[str]:
-    return [f"| {name} | {remark} |", "|---|---|", *(f"| `{key}` | {value} |" for key, value in rows.items())]
+def _table(name: str, remark: str, rows: dict[str, str]) -> str:
+    lines = [f"| {name} | {remark} |", "|---|---|", *(f"| `{key}` | {value} |" for key, value in rows.items())]
+    return "\n".join(lines) + "\n"
 
 
 if __name__ == "__main__":

@@ -72,7 +72,9 @@ class TemperTrainer(Trainer):
         super().__init__(data_collator=functools.partial(self.collate, pad_token_id=pad_token_id), **arguments)
         self.remove_callback(PrinterCallback)
         if self.args.gradient_checkpointing:  # train() does it again; the estimate before it must see it too
-            self.model.gradient_checkpointing_enable(self.args.gradient_checkpointing_kwargs)
+            fields = dict(self.args.gradient_checkpointing_kwargs or {})
+            which = {name: fields.pop(name) for name in ("every_n_layers", "offload") if name in fields}
+            self.model.gradient_checkpointing_enable(fields or None, **which)
         if self.neftune_noise_alpha is not None:  # likewise; train() would add the noise a second time
             activate_neftune(self.model, self.neftune_noise_alpha, self.accelerator)
             self.neftune_noise_alpha = None
