@@ -16,6 +16,7 @@ Writes  metrics.json (all figures, see `figures_of`); predictions.jsonl (one ans
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import math
@@ -176,26 +177,52 @@ def _ask(folder: Path, config: dict, rows: DatasetDict, test: list[dict]) -> dic
 
     settings = config["eval"]
     tokenizer = models.load_tokenizer(folder)
-    labels = settings["labels"] if settings["task"] == "labels" else None
-    label_tokens = label_answers(labels, rows, tokenizer) if labels else None
     model = models.load_model(folder, config["model"]["load"]).eval()
     size = settings["batch_size"], tokenizer.pad_token_id
     started = time.perf_counter()
     losses = scoring.row_losses(model, test, *size)
     loss_seconds = time.perf_counter() - started
-    asked = [{"loss_sum": total, "tokens": count} for total, count in zip(losses.sums, losses.tokens, strict=True)]
     _check_finite(folder, test, losses.sums)
-    logps = scoring.label_logps(model, test, label_tokens, *size) if labels else []
-    for row, of_labels in zip(asked, logps, strict=bool(labels)):
-        row["label_logps"] = [round(logp, 5) for logp in of_labels]
-    choices = [labels[max(range(len(labels)), key=of_row.__getitem__)] for of_row in logps] if labels else None
+    asked = [{"loss_sum": total, "tokens": count} for total, count in zip(losses.sums, losses.tokens, strict=True)]
+    choices = chosen_by = None
+    if settings["task"] == "labels":
+        choices, chosen_by, logps = _likeliest(model, rows, test, settings["labels"], tokenizer, size)
+        for row, of_labels in zip(asked, logps, strict=True):
+            row["label_logps"] = [round(logp, 5) for logp in of_labels]
     stop_ids = models.stop_token_ids(folder, tokenizer)
     known = generation.greedy_references(test, losses.matched, settings, stop_ids)
     answers = generation.generate_answers(model, tokenizer, test, settings, stop_ids, known)
     if "rejected_input_ids" in test[0]:
         for row, both in zip(asked, scoring.pair_logps(model, test, *size), strict=True):
             row["chosen_logp"], row["rejected_logp"] = both
-    return {"rows": asked, "loss_seconds": loss_seconds, "choices": choices, "answers": answers}
+    return {"rows": asked, "loss_seconds": loss_seconds, "choices": choices, "answers": answers, "chosen_by": chosen_by}
+
+
+# How the likeliest label is found; the second way where a label is the beginning of another one.
+ALONE = "the log-probability of its tokens"
+WITH_END = "the log-probability of its tokens and of the one that ends an answer"
+
+
+def _likeliest(model, rows: DatasetDict, test: list[dict], labels: list[str], tokenizer, size: tuple[int, int]):
+    """(the label that the model finds the likeliest, row by row; by what; the log-probabilities of all).
+
+    As lm-eval compares the choices of a question: by their own tokens. Where a label is the beginning of another one
+    (``C``, ``C++``), the shorter would always be the likelier: there the end of each counts as well. Elsewhere it does
+    not, for how readily a model ends its answer says nothing about the label.
+    """
+    from steps.lib import scoring
+
+    ended = label_answers(labels, rows, tokenizer)
+    alone = [answer[:-1] for answer in ended]
+    with_end = _one_begins_another(alone)
+    logps = scoring.label_logps(model, test, ended if with_end else alone, *size)
+    choices = [labels[max(range(len(labels)), key=of_row.__getitem__)] for of_row in logps]
+    return choices, WITH_END if with_end else ALONE, logps
+
+
+def _one_begins_another(labels: list[list[int]]) -> bool:
+    ordered = sorted(labels)  # a label stands right before those that begin with it
+    return any(after[: len(label)] == label for label, after in itertools.pairwise(ordered))
 
 
 def _check_finite(folder: Path, test: list[dict], sums: list[float]) -> None:
@@ -315,7 +342,7 @@ def figures_of(settings, metric, train_references, test, asked, judged, base) ->
         facts["baselines"] = [metrics.majority_baseline(settings, train_references, references)]
     if settings["task"] == "labels":
         labels = settings["labels"]
-        facts["accuracy_of"] = "the likeliest label, by the log-probability of the label and the token that ends it"
+        facts["accuracy_of"] = asked["chosen_by"]
         facts["classes"] = metrics.per_class(labels, references, scores.readings)
         facts["confusion"] = metrics.confusion(labels, references, scores.readings)
         facts["base_confusion"] = base["facts"].get("confusion") if base else None

@@ -160,7 +160,7 @@ def test_the_spelling_of_a_row_changes_no_other(workspace, tiny_model):
     assert after["test"]["accuracy"] == before["test"]["accuracy"]
     assert [row["choice"] for row in rows_after] == [row["choice"] for row in rows_before]
     assert [row["label_logps"] for row in rows_after] == [pytest.approx(row["label_logps"]) for row in rows_before]
-    assert "log-probability of the label and the token that ends it" in after["accuracy_of"]
+    assert after["accuracy_of"] == evaluate_model.ALONE
 
 
 def test_labels_that_begin_alike_are_judged_as_all_others(workspace, tiny_model):
@@ -172,14 +172,29 @@ def test_labels_that_begin_alike_are_judged_as_all_others(workspace, tiny_model)
     model = load_model(tiny_model, {"dtype": "float32", "attn_implementation": "auto"}).eval()
     tokenizer = load_tokenizer(tiny_model)
     answers = [
-        tokenizer(label + tokenizer.eos_token, add_special_tokens=False)["input_ids"]
-        for label in ("very good", "very bad", "neither")
+        tokenizer(label, add_special_tokens=False)["input_ids"] for label in ("very good", "very bad", "neither")
     ]
     for row, (prompt, reference) in zip(rows, texts[20:], strict=True):
         made = tiny.tiny_row(tokenizer, 0, prompt, reference)
         assert row["label_logps"] == pytest.approx(one_by_one(model, made, answers), abs=1e-3)
     right = [row["choice"] == row["reference"] for row in rows]
     assert facts["test"]["accuracy"] == sum(right) / len(right)
+
+
+def test_where_a_label_begins_another_the_end_counts(workspace, tiny_model):
+    """Else the shorter one would always be the likelier, and nobody could answer the longer one."""
+    labels = {"positive": "good", "negative": "good enough"}
+    texts = [(prompt, labels[answer]) for prompt, answer in tiny.tiny_rows(30)]
+    splits = tiny.make_tiny_splits(workspace / "splits", tiny_model, rows={"train": texts[:20], "test": texts[20:]})
+    facts, rows = report(tiny_model, splits, "report", "eval.labels=[good,good enough]")
+    assert facts["accuracy_of"] == evaluate_model.WITH_END
+    model = load_model(tiny_model, {"dtype": "float32", "attn_implementation": "auto"}).eval()
+    tokenizer = load_tokenizer(tiny_model)
+    ends = [
+        tokenizer(f"{label}{tokenizer.eos_token}", add_special_tokens=False)["input_ids"] for label in labels.values()
+    ]
+    made = tiny.tiny_row(tokenizer, 0, *texts[20])
+    assert rows[0]["label_logps"] == pytest.approx(one_by_one(model, made, ends), abs=1e-3)
 
 
 def test_an_answer_that_opens_before_the_label(tokenizer):

@@ -29,7 +29,7 @@ METRIC_NAMES = {
 }
 
 METRIC_NOTES = {
-    "accuracy": "share of rows whose label the model finds the likeliest of all (log-probability of label and end)",
+    "accuracy": "share of rows whose label the model finds the likeliest of all",
     "f1": "labels: mean of the F1 of all labels that occur (macro); tags: mean F1 of each row's sets",
     "exact_match": "share of answers equal to the reference",
     "precision": "tags: mean share of given tags that are wanted",

@@ -57,10 +57,7 @@ def pair_logps(model, rows: list[dict], batch_size: int, pad_token_id: int) -> l
 
 
 def label_logps(model, rows: list[dict], answers: list[list[int]], batch_size: int, pad_token_id: int) -> list[tuple]:
-    """Log-probability of each of `answers` (tokens with the one that ends them) after each row's prompt.
-
-    As lm-eval judges multiple choice: the whole answer counts, and its end, without which a label that another one
-    begins with would always be likelier. A prompt is computed once.
+    """Log-probability of each of `answers` (tokens) after each row's prompt, which is computed once.
 
     Returns:
         per row the log-probabilities in nats, in the order of `answers`
