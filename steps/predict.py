@@ -14,10 +14,12 @@ Rounding is another matter: in 16 bits an answer may depend on the rows beside i
 Reads the prompts, and results/; every row is checked before the model is loaded.
 """
 
+import contextlib
 import dataclasses
 import json
 import os
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from steps.lib import prompting, runs
@@ -54,9 +56,12 @@ def predict(arguments) -> None:
     _check_columns(rows)
     prompter = prompting.Prompter(runs.model_folder(run), run.prompt, arguments.system, runs.virtual_tokens(run))
     prompts = [_ids(row, prompter, settings.max_new_tokens) for row in rows]
-    answers = prompting.answer_all(runs.load_network(run), prompter, prompts, settings, batch_size, seed=arguments.seed)
-    lines = [_line(*made) for made in zip(rows, answers.texts, answers.finished, strict=True)]
-    _write(output, lines)
+    with _writer(output) as write:
+        answers = prompting.answer_all(
+            runs.load_network(run), prompter, prompts, settings, batch_size, seed=arguments.seed
+        )
+        lines = [_line(*made) for made in zip(rows, answers.texts, answers.finished, strict=True)]
+        write(lines)
     _summarise(answers, settings, output)
 
 
@@ -199,16 +204,30 @@ def _new_file(name: str) -> Path | None:
     return path
 
 
-def _write(output: Path | None, lines: list[str]) -> None:
+@contextlib.contextmanager
+def _writer(output: Path | None) -> Iterator[Callable[[list[str]], None]]:
+    """A function that writes the lines. Whether there may be a file is known before the first answer is made."""
     if output is None:
-        sys.stdout.writelines(lines)
+        yield sys.stdout.writelines
         return
     part = output.with_name(f".{output.name}.{os.getpid()}")
     try:
-        part.write_text("".join(lines), encoding="utf-8")
-        part.rename(output)
+        part.touch()
     except OSError as error:
         raise UserError(f"--output {output}: cannot be written ({error.strerror})") from None
+
+    def write(lines: list[str]) -> None:
+        try:
+            part.write_text("".join(lines), encoding="utf-8")
+            part.rename(output)
+        except OSError as error:
+            sys.stdout.writelines(lines)  # hours of computing may be in them
+            raise UserError(
+                f"--output {output}: cannot be written ({error.strerror}); the answers went to standard output instead"
+            ) from None
+
+    try:
+        yield write
     finally:
         part.unlink(missing_ok=True)
 

@@ -281,6 +281,28 @@ def test_outputs_and_options_that_make_no_sense(finished_run, workspace, capsys)
     assert Path("there.jsonl").read_text() == "mine"
 
 
+def test_answers_that_cannot_be_written_are_printed(finished_run, workspace, capsys, monkeypatch):
+    Path("in.txt").write_text("a\n")
+    Path("out").mkdir()
+    common = ["--run", finished_run / REPORT, "--input", "in.txt", "--output", "out/a.jsonl", "--max-new-tokens", "2"]
+    load = runs.load_network
+
+    def load_and_lose_the_folder(run):
+        shutil.rmtree("out")
+        return load(run)
+
+    monkeypatch.setattr(runs, "load_network", load_and_lose_the_folder)
+    with pytest.raises(SystemExit) as ended:
+        predict.main([str(argument) for argument in common])
+    out, err = capsys.readouterr()
+    assert ended.value.code == 2
+    assert [json.loads(line)["prompt"] for line in out.splitlines()] == ["a"]
+    assert err.splitlines()[-1] == (
+        "error: --output out/a.jsonl: cannot be written (No such file or directory); "
+        "the answers went to standard output instead"
+    )
+
+
 # --- chat ----------------------------------------------------------------------------------------
 
 

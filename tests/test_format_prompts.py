@@ -176,7 +176,7 @@ def complaint(capsys, **arguments) -> str:
 
 def test_step_writes_splits_and_counts(project):
     write_rows([*project, project[0], {"question": "Why?", "answer": ""}])
-    run(system="Add.", where="answer", limit={"train": 5})
+    run(system="Add.", where="answer != ''", limit={"train": 5})
     rows = {name: read(OUTPUT / f"{name}.jsonl") for name in format_prompts.SPLITS}
     stats = json.loads((OUTPUT / "stats.json").read_text())
     assert [len(rows["train"]), stats["splits"]["train"]["rows"]] == [5, 5]

@@ -1,5 +1,7 @@
 """Layouts: from a row to a conversation."""
 
+import datetime
+import math
 import re
 
 import pytest
@@ -44,7 +46,7 @@ def test_there_is_a_layout_for_each_the_config_knows():
         ),
         ("prompt_completion", {"prompt": "Hello", "completion": "Hi"}, HELLO),
         ("prompt_completion", {"prompt": HELLO[:1], "completion": HELLO[1:]}, HELLO),
-        ("messages", {"messages": [{**message, "name": "x"} for message in HELLO]}, HELLO),
+        ("messages", {"messages": [{**message, "name": None, "weight": 1} for message in HELLO]}, HELLO),
         ("sharegpt", {"conversations": [{"from": "human", "value": "Hello"}, {"from": "gpt", "value": "Hi"}]}, HELLO),
         ("sharegpt", {"conversations": HELLO}, HELLO),
     ],
@@ -101,13 +103,17 @@ ASK, ANSWER, SYSTEM = HELLO[0], HELLO[1], {"role": "system", "content": "Be brie
             {"question": " \n", "answer": "b"},
             'column "question" is blank; to leave such rows out, set',
         ),
-        ("question_answer", {"question": "a", "answer": 5}, "column 'answer' holds 5, not text; data.layout=template"),
+        (
+            "question_answer",
+            {"question": "a", "answer": 5},
+            "column 'answer' holds 5, a number, not text; data.layout=template makes",
+        ),
         (
             "question_answer",
             {"question": "a", "answer": "\ud83d"},
             r"the assistant's text holds half a character (\ud83d)",
         ),
-        ("instruction", {"instruction": "a", "input": 3, "output": "b"}, "column 'input' holds 3, not text"),
+        ("instruction", {"instruction": "a", "input": 3, "output": "b"}, "column 'input' holds 3, a number, not text"),
         (
             "prompt_completion",
             {"prompt": [ASK], "completion": "b"},
@@ -120,7 +126,7 @@ ASK, ANSWER, SYSTEM = HELLO[0], HELLO[1], {"role": "system", "content": "Be brie
             {"messages": [{"role": "usr", "content": "a"}]},
             "messages[0]: role 'usr' is not known; did you mean",
         ),
-        ("messages", {"messages": [ASK, {**ANSWER, "content": None}]}, "messages[1]: the content is None, not text"),
+        ("messages", {"messages": [ASK, {**ANSWER, "content": None}]}, "messages[1]: the content is null, not text"),
         ("messages", {"messages": [ASK, {**ANSWER, "content": ""}]}, "messages[1]: the assistant's message is empty"),
         (
             "messages",
@@ -171,7 +177,7 @@ def test_the_condition_that_an_error_proposes_leaves_the_row_out(layout, row):
         ),
         (
             {"prompt": "{{ text"},
-            "config: 'data.prompt': unexpected end of template, expected 'end of print statement'. in",
+            "config: 'data.prompt': unexpected end of template, expected 'end of print statement'. (line 1)",
         ),
         ({"where": "label =="}, "config: 'data.where': "),
         ({"completion": "{{ label | uper }}"}, "config: 'data.completion': No filter named 'uper'"),
@@ -181,6 +187,90 @@ def test_faults_in_templates(data, message):
     template = {"prompt": "{{ text }}", "completion": "{{ label }}", **data}
     with pytest.raises(UserError, match="^" + re.escape(message)):
         convert({"text": "fine", "label": "good"}, "template", **template)
+
+
+@pytest.mark.parametrize(
+    ("source", "expected"),
+    [
+        ("{{ word | trim | upper }}", "YES"),
+        ("{{ word ~ 3 ~ '!' }}", "yes3!"),
+        ("{{ [word, 2] | join('-') }}", "yes-2"),
+        ("{{ none_ | default('', true) }}x", "x"),
+        ("{{ turns | tojson }}", '[{"who": "a", "said": "b"}]'),
+        ("{{ number | float + 1 }}", "2.5"),
+        ("{% for turn in turns if turn.who %}{{ turn.who }}: {{ turn.said }}{% endfor %}", "a: b"),
+        ("{{ turns | map(attribute='said') | join }}{{ turns | join(attribute='who') }}", "ba"),
+        ("{{ raw.decode() }}", "é"),
+        ("{{ 'yes' if flag else 'no' }}{% if not flag %}!{% endif %}", "yes"),
+        ("{{ day }} {{ day ~ '' }} {{ day | trim }}", "2024-02-03 2024-02-03 2024-02-03"),
+        ("{{ '%s of %d' | format(word, 3) }}", "yes of 3"),
+    ],
+)
+def test_templates_make_of_a_row_what_they_say(source, expected):
+    row = {"word": " yes " if "trim" in source else "yes", "none_": None, "turns": [{"who": "a", "said": "b"}]}
+    row |= {"number": "1.5", "raw": "é".encode(), "flag": True, "day": datetime.date(2024, 2, 3)}
+    made = convert(row, "template", prompt=source, completion="x")
+    assert made[0]["content"] == expected
+
+
+@pytest.mark.parametrize("value", [None, True, math.nan, math.inf, b"a", ["a"], {"a": 1}, [None]])
+@pytest.mark.parametrize(
+    "source",
+    ["{{ x }}", "{{ x | string }}", "{{ x | trim }}", "{{ x ~ 'a' }}", "{{ [x] | join }}", "{{ '%s' | format(x) }}"],
+)
+def test_what_is_no_text_becomes_none(source, value):
+    with pytest.raises(UserError, match="^data.prompt: .* is .*, not text: "):
+        convert({"x": value}, "template", prompt=source, completion="a")
+
+
+@pytest.mark.parametrize("text", ["False", "no", "0", "None", "nan"])
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{{ 'a' if x else 'b' }}",
+        "{% if x %}a{% endif %}",
+        "{{ (x and 'a') }}",
+        "{{ (x or 'a') }}",
+        "{{ not x or 'a' }}",
+    ],
+)
+def test_a_text_that_means_no_decides_nothing(source, text):
+    """In csv a false is a text, which counts as true."""
+    with pytest.raises(UserError, match="^data.prompt: asks whether the text"):
+        convert({"x": text}, "template", prompt=source, completion="a")
+    with pytest.raises(UserError, match="^data.where: asks whether the text"):
+        convert({"x": text}, "template", prompt="a", completion="a", where="not x")
+    assert convert({"x": text}, "template", prompt="a", completion="a", where=f"x == '{text}'")
+    assert convert({"x": text}, "template", prompt="a", completion="a", where="x != ''")
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "used"),
+    [
+        *(("weight", value, False) for value in (0, 0.0, False, 0.5)),
+        ("train", False, False),
+        ("tool_calls", [{"id": 1}], False),
+        ("reasoning_content", "Hm.", False),
+        ("name", "Ann", False),
+        *(("weight", value, True) for value in (1, 1.0, None)),
+        *(("x", value, True) for value in (True, None, "", [], {})),
+    ],
+)
+@pytest.mark.parametrize("layout", ["messages", "sharegpt", "prompt_completion", "preference"])
+def test_what_stands_in_messages_and_is_not_read_is_refused(layout, field, value, used):
+    answer = [{**ANSWER, field: value}]
+    row = {
+        "messages": {"messages": [ASK, *answer]},
+        "sharegpt": {"conversations": [ASK, *answer]},
+        "prompt_completion": {"prompt": [ASK], "completion": answer},
+        "preference": {"prompt": "Hello", "chosen": answer, "rejected": "Go."},
+    }[layout]
+    if not used:
+        with pytest.raises(UserError, match=rf"^'{field}' .*data.ignore_fields=\[{field}\]"):
+            convert(row, layout)
+        assert convert(row, layout, ignore_fields=[field]) == HELLO
+    else:
+        assert convert(row, layout) == HELLO
 
 
 def test_faults_in_columns():
@@ -251,7 +341,7 @@ def test_another_label_is_picked_by_the_row_alone():
         ({"prompt": "a", "chosen": "b"}, {}, "no column 'rejected'"),
         ({"chosen": "b", "rejected": "c"}, {}, "no column 'prompt'"),
         ({"prompt": "a", "chosen": "", "rejected": "c"}, {}, 'column "chosen" is empty'),
-        ({"prompt": "a", "chosen": "b", "rejected": 7}, {}, "column 'rejected' holds 7, not text"),
+        ({"prompt": "a", "chosen": "b", "rejected": 7}, {}, "column 'rejected' holds 7, a number, not text"),
         ({"prompt": "a", "chosen": "b", "rejected": "\ud83d"}, {}, "the rejected answer's text holds half a character"),
         (
             {"chosen": [*HOW, WELL], "rejected": [{"role": "user", "content": "Who?"}, BADLY]},

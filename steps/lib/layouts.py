@@ -35,19 +35,19 @@ def converter(data: dict, system: str | None) -> Callable[[dict], Example | None
         UserError: now, for a template that does not compile; when called, for a row that makes no conversation.
     """
     renamed, ignored = _renamed_columns(data), frozenset(data.get("ignore_fields") or ())
-    columns = LAYOUTS[data["layout"]][1] if data["layout"] != "template" else ()
-    where = _compiled("where", data["where"]) if data.get("where") else None
-    to_messages = _template_layout(data) if data["layout"] == "template" else LAYOUTS[data["layout"]][0]
-    to_rejected = _rejected(data)
+    free = data["layout"] == "template"
+    to_messages, columns = (None, ()) if free else LAYOUTS[data["layout"]]
+    evaluate = _templates(data)
 
     def convert(row: dict) -> Example | None:
         if renamed:
             row = {**row, **{name: _renamed(row, name, theirs) for name, theirs in renamed.items()}}
-        if where and not where(row):
+        made = evaluate(row)
+        if not made.get("where", True):
             return None
         refuse_unused(row, columns, ignored)
-        messages = to_messages(row)
-        rejected = to_rejected(row, messages)
+        messages = _exchange(made["prompt"], made["completion"]) if free else to_messages(row)
+        rejected = _rejected(data, row, messages, made)
         if system is not None:
             messages = [{"role": "system", "content": system}, *without_system(messages)]
         _refuse_broken_text([*messages, *([_said("rejected answer", rejected)] if rejected else [])])
@@ -57,7 +57,11 @@ def converter(data: dict, system: str | None) -> Callable[[dict], Example | None
 
 
 MESSAGE = frozenset({"role", "content", "from", "value"})  # what is read of a message
-HARMLESS = (None, "", [], {}, 1, True)  # a weight of 1, `train: true`, and what says nothing
+
+
+def _harmless(value) -> bool:
+    """Whether it says nothing: null, something empty, a weight of 1, ``train: true``. (0 and false say much.)"""
+    return value is None or value is True or value in ("", [], {}) or (value == 1 and value is not False)
 
 
 def refuse_unused(row: dict, columns: Iterable[str], ignored: frozenset[str] = frozenset()) -> None:
@@ -73,7 +77,7 @@ def refuse_unused(row: dict, columns: Iterable[str], ignored: frozenset[str] = f
         for turn in turns if isinstance(turns, list) else [turns]:
             found += turn.items() if isinstance(turn, dict) else ()
     for name, value in found:
-        if name not in MESSAGE and name not in ignored and value not in HARMLESS:
+        if name not in MESSAGE and name not in ignored and not _harmless(value):
             raise UserError(
                 f"'{name}' ({texts.shown(value)}) in or beside messages is not used: to drop it from all rows, set "
                 f"data.ignore_fields=[{name}]; to leave such rows out, use data.where"
@@ -159,15 +163,14 @@ def _text(row: dict, name: str) -> str:
     value = _column(row, name)
     if isinstance(value, str) and value.strip():
         return value
-    if value is None or value == "":
-        raise UserError(f'column "{name}" is empty; to leave such rows out, set data.where to "{name}"')
-    if isinstance(value, str):
-        raise UserError(f'column "{name}" is blank; to leave such rows out, set data.where to "{name} | trim"')
+    if value is None or isinstance(value, str):
+        what = "blank" if value and value.strip() == "" else "empty"
+        raise UserError(f'column "{name}" is {what}; to leave such rows out, set data.where to "{_filled(name)}"')
     try:
         texts.checked(value)
         way_on = f"data.layout=template makes text of it: {{{{ {name} }}}}"
     except texts.NotTextError:
-        way_on = f"data.layout=template can make text of it: {texts.way_on(value).replace('COLUMN', name)}"
+        way_on = f"data.layout=template can make text of it: {texts.way_on(value, name)}"
     raise UserError(f"column '{name}' holds {texts.shown(value)}, {texts.kind(value)}, not text; {way_on}")
 
 
@@ -247,16 +250,15 @@ def _with_answer(row: dict, column: str) -> Messages:
     return _checked([*before, *after], column)
 
 
-def _rejected(data: dict) -> Callable[[dict, Messages], str | None]:
-    """The function that says what a row rejects; its result is None where there are no pairs."""
+def _rejected(data: dict, row: dict, messages: Messages, made: dict) -> str | None:
+    """What a row rejects, in which the templates `made` this; None where there are no pairs."""
     if data["layout"] == "preference":
-        return _rejected_column
-    if data.get("rejected") is not None:
-        template = _compiled("rejected", data["rejected"])
-        return lambda row, messages: _other_than_chosen(_rendered(template(row), "rejected", row), messages)
+        return _rejected_column(row, messages)
+    if "rejected" in made:
+        return _other_than_chosen(made["rejected"], messages)
     if data.get("rejected_from") is not None:
-        return lambda _row, messages: another_label(data["rejected_from"], messages)
-    return lambda _row, _messages: None
+        return another_label(data["rejected_from"], messages)
+    return None
 
 
 def _rejected_column(row: dict, messages: Messages) -> str:
@@ -299,55 +301,78 @@ LAYOUTS: dict[str, tuple[Callable[[dict], Messages], tuple[str, ...]]] = {
 }
 
 
-# --- the free layout: Jinja templates over the columns -------------------------------------------
+# --- Jinja over the columns: where, and the free layout's texts ----------------------------------------
 
 
-def _template_layout(data: dict) -> Callable[[dict], Messages]:
-    prompt, completion = _compiled("prompt", data["prompt"]), _compiled("completion", data["completion"])
+def _templates(data: dict) -> Callable[[dict], dict]:
+    """The function that evaluates a row's templates: {"where": a truth, "prompt": text, ...}; no text where it fails.
 
-    def template(row: dict) -> Messages:
-        return _exchange(_rendered(prompt(row), "prompt", row), _rendered(completion(row), "completion", row))
+    All templates of a row stand in one `bounded` block, which costs more than they do.
+    """
+    keys = [key for key in ("where", "prompt", "completion", "rejected") if data.get(key) is not None]
+    if not data.get("where"):
+        keys = [key for key in keys if key != "where"]
+    evaluate = {key: _compiled(key, data[key]) for key in keys}
+    what = " or ".join(f"data.{key}" for key in keys)
 
-    return template
+    def evaluated(row: dict) -> dict:
+        made = {}
+        with templates.bounded(f"{what} (columns: {_names(row)})"):
+            for key, function in evaluate.items():
+                made[key] = function(row)
+                if made[key] is False:
+                    break
+        return made
 
-
-def _rendered(text: str, key: str, row: dict) -> str:
-    if not text.strip():
-        blank = [name for name, value in row.items() if not value]
-        hint = f'set data.where to "{blank[0]}"' if blank else "use data.where"
-        raise UserError(f"data.{key} gives an empty text; to leave such rows out, {hint} (columns: {_names(row)})")
-    return text
+    return evaluated if keys else lambda _row: {}
 
 
 def _compiled(key: str, source: str) -> Callable[[dict], object]:
     """`data.<key>` as a function of the row: a template's text, or the truth of the expression `where`."""
+    from jinja2 import meta
+
     environment = texts.environment()
     with templates.bounded(f"config: 'data.{key}'"):
         if key == "where":
             expression = environment.compile_expression(source, undefined_to_none=False)
         else:
             template = environment.from_string(source)
+        used = meta.find_undeclared_variables(environment.parse(f"{{{{ {source} }}}}" if key == "where" else source))
 
     def evaluated(row: dict):
         try:
-            with templates.bounded(f"data.{key}"):
-                # A misspelt column raises in bool(); by default it would count as false.
-                return texts.true(expression(row)) if key == "where" else template.render(row)
-        except UserError as error:
-            raise UserError(f"{_with_column(str(error), row)} (columns: {_names(row)})") from None
+            # A misspelt column raises in bool(); by default it would count as false.
+            return bool(texts.condition(expression(row))) if key == "where" else template.render(row)
+        except texts.NotTextError as error:
+            column = next((name for name, value in row.items() if name in used and value is error.value), None)
+            reason = f"{_holder(column)}{error}: {texts.way_on(error.value, column)}"
+        except Exception as error:  # a template is its author's program
+            reason = templates.reason(error)
+        raise UserError(f"data.{key}: {reason} (columns: {_names(row)})")
 
     def text(row: dict) -> str:
-        return templates.checked(evaluated(row), row, f"data.{key}")
+        made = templates.checked(evaluated(row), row, f"data.{key}")
+        if not made.strip():
+            raise UserError(f"data.{key} gives an empty text; to leave such rows out, {_emptiness(row, used)}")
+        return made
 
     return evaluated if key == "where" else text
 
 
-def _with_column(message: str, row: dict) -> str:
-    """A message whose way on says COLUMN, with the name of a column that holds such a value."""
-    if "COLUMN" not in message:
-        return message
-    named = [name for name, value in row.items() if texts.way_on(value) in message]
-    return message.replace("COLUMN", str(named[0])) if named else message
+def _holder(column: str | None) -> str:
+    return f"column '{column}': " if column else ""
+
+
+def _emptiness(row: dict, used: set[str]) -> str:
+    """The proposal that leaves out rows like this one, in which some column of the template is empty."""
+    empty = next((name for name in row if name in used and not str(row[name] or "").strip()), None)
+    hint = f'set data.where to "{_filled(empty)}"' if empty else "use data.where"
+    return f"{hint} (columns: {_names(row)})"
+
+
+def _filled(column: str) -> str:
+    """The condition that a column holds a text: not null, not empty, not blank."""
+    return f"{column} | default('', true) | trim != ''"
 
 
 def _names(row: dict) -> str:

@@ -7,21 +7,23 @@ a way on: ``None``, ``True``, ``b'...'`` and ``['a']`` are how Python shows such
 import datetime
 import decimal
 import functools
+import json
 import math
 from collections.abc import Callable
 
 from steps.lib import templates
 
 # Jinja's filters that make text of their value first.
-OF_TEXT = ("capitalize", "center", "indent", "lower", "replace", "striptags", "title", "trim", "truncate", "upper")
-OF_TEXT += ("urlencode", "wordcount", "wordwrap", "escape", "e", "forceescape")
+OF_TEXT = ("capitalize", "center", "indent", "lower", "replace", "string", "striptags", "title", "trim", "truncate")
+OF_TEXT += ("upper", "urlencode", "wordcount", "wordwrap", "escape", "e", "forceescape")
+NO = ("false", "no", "n", "f", "off", "0", "null", "none", "nan")  # texts that mean no
 
 
 class NotTextError(ValueError):
     """A value that is no text stands where a template wants one."""
 
     def __init__(self, value):
-        super().__init__(f"{shown(value)} is {kind(value)}, not text: {way_on(value)}")
+        super().__init__(f"{shown(value)} is {kind(value)}, not text")
         self.value = value
 
 
@@ -33,7 +35,9 @@ def environment():
     made.code_generator_class = _generator()
     filters = {name: _of_text(FILTERS[name]) for name in OF_TEXT}
     filters |= {name: _strict_number(FILTERS[name]) for name in ("float", "int")}
-    made.filters = {**made.filters, **filters, "join": _joined(FILTERS["join"])}
+    filters |= {"join": _joined(FILTERS["join"]), "format": _formatted(FILTERS["format"])}
+    filters["tojson"] = _json  # Jinja's own is for web pages: it writes \\u0027 for an apostrophe, and sorts
+    made.filters = {**made.filters, **filters, _CHECKED: checked, _CONDITION: condition}
     return made
 
 
@@ -54,42 +58,58 @@ def checked(value):
     return value
 
 
-def true(value) -> bool:
-    """Whether a condition holds.
+def condition(value):
+    """`value`, which decides something, as it is.
 
     Raises:
-        ValueError: of a text that means no, but counts as true as every text does, or of nan.
+        ValueError: it is a text that means no, but counts as true as every text does; or nan.
     """
-    if isinstance(value, str) and value.strip().lower() in ("false", "no", "n", "f", "off", "0", "null", "none", "nan"):
+    if isinstance(value, str) and value.strip().lower() in NO:
         raise ValueError(
-            f"gives the text {shown(value)}, which counts as true, as any text does: compare it (== 'True', say), or "
-            "write != '' to leave out empty texts only"
+            f"asks whether the text {shown(value)} is true, as any text is: compare it (== 'True', say), or write "
+            "!= '' to ask for a text that is not empty"
         )
-    if isinstance(value, float) and math.isnan(value):
-        raise ValueError("gives nan, which counts as true: compare it with a number")
-    return bool(value)
+    if _is_nan(value):
+        raise ValueError("asks whether nan is true, which it is: compare it with a number")
+    return value
+
+
+def _is_nan(value) -> bool:
+    return isinstance(value, float | decimal.Decimal) and math.isnan(value)
 
 
 def kind(value) -> str:
     """What a value is, in a file's words."""
-    if value is None or (isinstance(value, float) and math.isnan(value)):
+    if value is None or _is_nan(value):
         return "a missing value"
     names = {bool: "true or false", bytes: "bytes", list: "a list", tuple: "a list", dict: "an object"}
+    names |= {int: "a number", float: "a number"}
     return names.get(type(value), f"a {type(value).__name__}")
 
 
-def way_on(value) -> str:
-    """What to write instead; COLUMN stands for the column."""
-    if value is None or (isinstance(value, float) and math.isnan(value)):
-        return "leave such rows out (data.where: \"COLUMN is not none\"), or write {{ COLUMN | default('', true) }}"
+def way_on(value, column: str | None) -> str:
+    """What to do about a value that is no text.
+
+    Args:
+        column: the one that holds it, if any does; else it stands inside of one, or a template made it.
+    """
+    name = column or "it"
+    if value is None or isinstance(value, float | decimal.Decimal):
+        if column is None:
+            return "| select leaves missing items of a list out, | default('', true) makes an empty text of one"
+        if value is None:
+            empty = f"{{{{ {name} | default('', true) }}}}"
+            return f'leave such rows out (data.where="{name} is not none"), or write {empty}'
+        test = f"{name} == {name}" if _is_nan(value) else f"{name} | abs < 1e308"
+        return f'leave such rows out: data.where="{test}"'
     if isinstance(value, bool):
-        return "say it in words: {{ 'yes' if COLUMN else 'no' }}"
+        return f"say it in words: {{{{ 'yes' if {name} else 'no' }}}}"
     if isinstance(value, list | tuple):
-        return "write {{ COLUMN | join(', ') }}"
+        return f"write {{{{ {name} | join(', ') }}}}"
     if isinstance(value, dict):
-        return "name what of it you want ({{ COLUMN.name }}), or write {{ COLUMN | tojson }}"
+        return f"write {{{{ {name} | tojson }}}}, or name what of it you want"
     if isinstance(value, bytes):
-        return "write {{ COLUMN.decode() }}"
+        return f"write {{{{ {name}.decode() }}}}"
     return "make text of it in the file"
 
 
@@ -102,19 +122,31 @@ def shown(value) -> str:
 # --- Jinja ---------------------------------------------------------------------------------------
 
 
+# Filters of our own, which nobody can write into a template by these names.
+_CHECKED, _CONDITION = "text in ~", "condition"
+
+
 def _generator() -> type:
+    from jinja2 import nodes
     from jinja2.compiler import CodeGenerator
 
-    class Generator(CodeGenerator):
-        """Compiles ``a ~ b`` so that both are checked like what is put into the text."""
+    def filtered(node, name):
+        return nodes.Filter(node, name, [], [], None, None, lineno=node.lineno, environment=node.environment)
 
-        def visit_Concat(self, node, frame):  # noqa: N802 - Jinja's name
-            self.write("str_join((")
-            for part in node.nodes:
-                self.write("environment.finalize(")
-                self.visit(part, frame)
-                self.write("), ")
-            self.write("))")
+    class Generator(CodeGenerator):
+        """Compiles templates in which the parts of ``a ~ b``, and all that decides something, are checked."""
+
+        def visit_Template(self, node, frame=None):  # noqa: N802 - Jinja's name
+            for found in [*node.find_all((nodes.If, nodes.CondExpr, nodes.For))]:
+                if found.test is not None:
+                    found.test = filtered(found.test, _CONDITION)
+            for found in [*node.find_all((nodes.And, nodes.Or))]:
+                found.left = filtered(found.left, _CONDITION)
+            for found in [*node.find_all(nodes.Not)]:
+                found.node = filtered(found.node, _CONDITION)
+            for found in [*node.find_all(nodes.Concat)]:
+                found.nodes = [filtered(part, _CHECKED) for part in found.nodes]
+            super().visit_Template(node, frame)
 
     return Generator
 
@@ -125,19 +157,32 @@ def _of_text(apply: Callable) -> Callable:
 
     @functools.wraps(apply)
     def filtered(*arguments, **named):
-        checked(arguments[place])
-        return apply(*arguments, **named)
+        return apply(*arguments[:place], checked(arguments[place]), *arguments[place + 1 :], **named)
 
     return filtered
 
 
+def _formatted(apply: Callable) -> Callable:
+    @functools.wraps(apply)
+    def formatted(value, *arguments, **named):
+        return apply(value, *map(checked, arguments), **{name: checked(item) for name, item in named.items()})
+
+    return formatted
+
+
 def _joined(join: Callable) -> Callable:
+    from jinja2.filters import make_attrgetter
+
     @functools.wraps(join)
     def joined(eval_ctx, value, d="", attribute=None):
-        items = list(value) if attribute is None else value
-        return join(eval_ctx, [checked(item) for item in items] if attribute is None else items, d, attribute)
+        items = value if attribute is None else map(make_attrgetter(eval_ctx.environment, attribute), value)
+        return join(eval_ctx, [checked(item) for item in items], d)
 
     return joined
+
+
+def _json(value, indent: int | None = None) -> str:
+    return json.dumps(value, indent=indent, ensure_ascii=False, allow_nan=False)
 
 
 def _strict_number(convert: Callable) -> Callable:
