@@ -506,5 +506,5 @@ def test_a_gguf_file_that_is_cut_short(workspace, project_gguf, share):
 @pytest.fixture(scope="module")
 def project_gguf(tmp_path_factory, finished_run) -> Path:
     file = tmp_path_factory.mktemp("gguf") / "whole.gguf"
-    export_gguf.export(finished_run / f"results/merged/{finished.MERGED}", file, "bf16")
+    export_gguf.export(finished_run / f"results/merged/{finished.MERGED}", file, "bf16", {"apply_chat_template": True})
     return file

@@ -110,6 +110,7 @@ class TemperTrainer(Trainer):
         best = Path(self.state.best_model_checkpoint)
         if wrong := checkpoints.fault(best):
             raise UserError(f"{best}: the best model, {wrong}; delete {best.parent}, and train again")
+        self.loaded_from = best
         super()._load_best_model()
 
     def _has_ended(self) -> bool:
@@ -120,7 +121,7 @@ class TemperTrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         """Go on from all weights of a checkpoint, and from no others."""
-        self.resumed_from = resume_from_checkpoint
+        self.loaded_from = resume_from_checkpoint
         with _reading_checkpoint(resume_from_checkpoint):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
             if isinstance(self.model, PeftModel):  # Trainer does not look at what PEFT says of it
@@ -131,7 +132,7 @@ class TemperTrainer(Trainer):
         """Of all parameters: Trainer warns, in a log that nobody sees, and goes on."""
         missing = set(load_result.missing_keys) - set(self.model.all_tied_weights_keys)
         wrong = {"missing": sorted(missing), "unknown to the model": sorted(load_result.unexpected_keys)}
-        refuse_tensors(self.resumed_from, wrong, "delete it, and the one before it is used")
+        refuse_tensors(self.loaded_from, wrong, "delete it, and the one before it is used")
 
     def _load_optimizer_and_scheduler(self, checkpoint):
         with _reading_checkpoint(checkpoint):

@@ -74,7 +74,7 @@ CASES = [
         r"'train\.enable_jit_checkpoint' cannot be set",
         "train.enable_jit_checkpoint=true",
     ),
-    _plan("a batch by memory", r"'train\.auto_find_batch_size'.*part of a run", "train.auto_find_batch_size=true"),
+    _plan("a batch by memory", r"'train\.auto_find_batch_size' cannot be set", "train.auto_find_batch_size=true"),
     _plan("whichever row is first", r"'train\.dataloader_in_order' cannot be set", "train.dataloader_in_order=false"),
     _plan("no steps", r"'train\.max_steps' must be above 0, or -1", "train.max_steps=0"),
     _plan("less than no steps", r"'train\.max_steps' must be above 0, or -1", "train.max_steps=-5"),
