@@ -314,9 +314,8 @@ def peak_memory() -> int:
     """Highest resident memory of this process so far, in bytes."""
     status = Path("/proc/self/status")
     if status.is_file():  # Linux: what getrusage says there may be that of the process which started this one
-        [kilobytes] = [
-            line.split()[1] for line in status.read_text(encoding="ascii").splitlines() if line.startswith("VmHWM:")
-        ]
+        lines = status.read_text(encoding="utf-8", errors="replace").splitlines()
+        [kilobytes] = [line.split()[1] for line in lines if line.startswith("VmHWM:")]
         return int(kilobytes) * 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024

@@ -392,13 +392,13 @@ CASES = [
         name="train_adapter: LoRA on tied embeddings",
     ),
     _asked(
-        r"could never be merged \(Impossible to merge LoRA with `lora_bias=True`",
+        r"adapter\.lora_bias: layers without a bias have no place for it when they are merged",
         "train_adapter",
         "adapter.lora_bias=true",
         name="train_adapter: a bias that the layers lack",
     ),
     _asked(
-        r"could never be merged \(aLoRA",
+        r"'adapter\.alora_invocation_tokens' cannot be set: PEFT cannot make it part",
         "train_adapter",
         "adapter.alora_invocation_tokens=[1,2]",
         name="train_adapter: aLoRA",
