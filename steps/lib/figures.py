@@ -7,6 +7,9 @@ light and a dark page. The same data gives the same bytes.
 import hashlib
 import io
 import math
+import re
+
+from steps.lib.errors import visible
 
 # Placeholder colour -> CSS variable. Matplotlib writes colours in lower case.
 THEME = {
@@ -18,8 +21,12 @@ THEME = {
     **{f"series-{number}": f"#06060{number}" for number in range(1, 9)},
 }
 SERIES = 8
+MOST_CURVES = 50  # runs in one plot: more are a thicket, and a page of many megabytes
+MOST_POINTS = 300  # of one curve: about as many as it is pixels wide
+MOST_TICKS = 12  # labels of an axis
 RC = {
     "svg.fonttype": "none",
+    "text.parse_math": False,  # a text with $ in it is a text
     "font.family": "sans-serif",
     "font.size": 10.5,
     "text.color": THEME["ink"],
@@ -63,20 +70,36 @@ def _draw(paint, width: float, height: float, columns: int = 1) -> str:
 
 
 def _svg(figure) -> str:
+    import warnings
+
     import matplotlib
 
     def text(salt: str) -> str:
         buffer = io.StringIO()
-        with matplotlib.rc_context({"svg.hashsalt": salt}):
+        with matplotlib.rc_context({"svg.hashsalt": salt}), warnings.catch_warnings():
+            # The reader's browser has its own fonts; Matplotlib's only measure the text.
+            warnings.filterwarnings("ignore", message=r"(Glyph .* missing|Matplotlib currently does not support)")
             figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None, "Type": None, "Format": None})
         return buffer.getvalue()
 
     # Several figures share a page, so ids inside them must differ: the salt is the figure's own content.
     svg = text(hashlib.sha256(text("figure").encode()).hexdigest())
     svg = svg[svg.index("<svg") :]
-    for name, colour in THEME.items():
-        svg = svg.replace(colour, f"var(--{name})")
-    return svg
+    names = {colour: f"var(--{name})" for name, colour in THEME.items()}
+    colours = re.compile("|".join(names))
+    # In tags only: a label may be called #010101.
+    return re.sub(r"<[^>]*>", lambda tag: colours.sub(lambda colour: names[colour[0]], tag[0]), svg)
+
+
+def label(text: str, most: int = 60) -> str:
+    """A user's text as a plot can show it: on one line, and cut in the middle: what is swept often differs at its end.
+
+    Matplotlib leaves a text that begins with ``_`` out of legends, so that one gets a blank, which SVG does not show.
+    """
+    text = visible(text) or '""'
+    if len(text) > most:
+        text = f"{text[: (most - 1) // 2]}…{text[len(text) - most // 2 :]}"
+    return f" {text}" if text.startswith("_") else text
 
 
 # --- loss ----------------------------------------------------------------------------------------
@@ -84,8 +107,19 @@ def _svg(figure) -> str:
 
 def curve(lines: list[dict], name: str) -> tuple[list[float], list[float]]:
     """(epochs, values) of one figure in the lines of a metrics.jsonl; values that are no number are left out."""
-    points = [(line.get("epoch", line["step"]), line[name]) for line in lines if line.get(name) is not None]
+    points = [(line.get("epoch", line["step"]), line[name]) for line in lines if _is_number(line.get(name))]
     return [x for x, _ in points], [y for _, y in points]
+
+
+def _is_number(value) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
+
+
+def _thinned(lines: list[dict], name: str) -> tuple[list[float], list[float]]:
+    """As `curve`, with so many points as can be seen, the last one among them."""
+    every = math.ceil(len(curve(lines, name)[0]) / MOST_POINTS) or 1
+    xs, ys = (values[::-1][::every][::-1] for values in curve(lines, name))
+    return xs, ys
 
 
 def loss_curves(lines: list[dict]) -> str | None:
@@ -109,8 +143,8 @@ def reward_curves(lines: list[dict]) -> str | None:
         return None
 
     def paint(axes):
-        for name, label, colour in (("chosen", "chosen", THEME["accent"]), ("rejected", "rejected", THEME["series-1"])):
-            axes[0].plot(*curve(lines, f"rewards/{name}"), color=colour, label=label, linewidth=1.4)
+        for name, colour in (("chosen", THEME["accent"]), ("rejected", THEME["series-1"])):
+            axes[0].plot(*curve(lines, f"rewards/{name}"), color=colour, label=name, linewidth=1.4)
             axes[0].plot(*curve(lines, f"eval_rewards/{name}"), color=colour, linestyle="", marker="o", markersize=5)
         axes[1].plot(*curve(lines, "rewards/accuracies"), color=THEME["base"], label="training", linewidth=1.4)
         validation = curve(lines, "eval_rewards/accuracies")
@@ -124,16 +158,19 @@ def reward_curves(lines: list[dict]) -> str | None:
 
 
 def sweep_curves(runs: list[tuple[str, list[dict]]]) -> str | None:
-    """Loss of all runs, training on the left, validation on the right. `runs`: (name, lines), best first."""
+    """Loss of the best runs, training on the left, validation on the right. `runs`: (name, lines), best first."""
     runs = [(name, lines) for name, lines in runs if curve(lines, "loss")[0] or curve(lines, "eval_loss")[0]]
+    runs = runs[:MOST_CURVES]
     if not runs:
         return None
 
     def paint(axes):
         for axis, name, title in zip(axes, ("loss", "eval_loss"), ("training loss", "validation loss"), strict=True):
-            for rank, (label, lines) in reversed(list(enumerate(runs))):
+            for rank, (run, lines) in reversed(list(enumerate(runs))):
                 style = _run_style(rank, len(runs))
-                axis.plot(*curve(lines, name), label=label, marker="o" if name == "eval_loss" else None, **style)
+                axis.plot(
+                    *_thinned(lines, name), label=label(run), marker="o" if name == "eval_loss" else None, **style
+                )
             _loss_axis(axis, [value for _, lines in runs for value in curve(lines, name)[1]])
             axis.set(title=title, ylabel="")
         if len(runs) <= SERIES:
@@ -194,18 +231,19 @@ def _dots(axis, panel: dict) -> None:
     colours = {"tuned": THEME["accent"], "base": THEME["ink"], "other": THEME["base"]}
     for height, entry in enumerate(entries):
         colour = colours[entry["kind"]]
-        if entry["interval"]:
-            axis.plot(entry["interval"], [height, height], color=colour, linewidth=5, alpha=0.3)
+        interval = [end for end in entry["interval"] or [] if _is_number(end)]
+        if len(interval) == 2:
+            axis.plot(interval, [height, height], color=colour, linewidth=5, alpha=0.3)
         axis.plot(entry["value"], height, "o", color=colour, markersize=8, clip_on=False)
-        right = max(entry["value"], *(entry["interval"] or [0]))
+        right = max([0, *filter(_is_number, [entry["value"], *interval])])
         axis.annotate(f"{entry['value']:.3f}", (right, height), (9, 0), textcoords="offset points", va="center")
-    axis.set_yticks(range(len(entries)), [entry["name"] for entry in entries], color=THEME["ink"])
-    values = [entry["value"] for entry in entries]
+    axis.set_yticks(range(len(entries)), [label(entry["name"]) for entry in entries], color=THEME["ink"])
+    values = [entry["value"] for entry in entries if _is_number(entry["value"])] or [0]
     axis.set_xlim(0, 1 if max(values) <= 1 else max(values) * 1.15)
     axis.set_ylim(-0.6, len(entries) - 0.4)
     axis.grid(axis="x")
     axis.grid(axis="y", visible=False)
-    axis.set_title(panel["title"], color=THEME["muted"])
+    axis.set_title(label(panel["title"]), color=THEME["muted"])
     axis.margins(x=0.1)
 
 
@@ -222,8 +260,10 @@ def axis_effect(points: list[dict], key: str, metric_name: str) -> str:
     place = (lambda value: value) if numeric else values.index
 
     def paint(axis):
-        for others in sorted({point["others"] for point in points}):
-            _family(axis, [point for point in points if point["others"] == others], place)
+        families: dict[str, list[dict]] = {}
+        for point in sorted(points, key=lambda point: point["others"]):
+            families.setdefault(point["others"], []).append(point)
+        _families(axis, list(families.values()), place)
         means = [_mean([point["y"] for point in points if point["x"] == value]) for value in values]
         if len(values) < len(points):
             axis.plot([place(value) for value in values], means, color=THEME["ink"], linewidth=2.4, label="mean")
@@ -234,21 +274,30 @@ def axis_effect(points: list[dict], key: str, metric_name: str) -> str:
         if numeric and min(values) > 0 and max(values) / min(values) >= 10:
             axis.set_xscale("log")
         axis.minorticks_off()
-        axis.set_xticks([place(value) for value in values], [_value_text(value) for value in values])
+        ticks = values[:: math.ceil(len(values) / MOST_TICKS)]
+        most = max(8, 48 // len(ticks))  # characters, so that neighbours do not touch
+        axis.set_xticks([place(value) for value in ticks], [label(_value_text(value), most) for value in ticks])
         axis.margins(x=0.12, y=0.15)
-        axis.set(xlabel=key, title=metric_name)
+        axis.set(xlabel=label(key), title=label(metric_name))
         axis.title.set_color(THEME["muted"])
 
     return _draw(paint, 4.6, 3.2)
 
 
-def _family(axis, family: list[dict], place) -> None:
-    family = sorted(family, key=lambda point: place(point["x"]))
-    xs, ys = [place(point["x"]) for point in family], [point["y"] for point in family]
+def _families(axis, families: list[list[dict]], place) -> None:
+    """The thin lines and the bars, each kind in one go: a sweep may have a thousand."""
+    xs, ys, bars = [], [], []
+    for family in families:
+        for point in sorted(family, key=lambda point: place(point["x"])):
+            xs.append(place(point["x"]))
+            ys.append(point["y"])
+            if point["interval"] and all(map(_is_number, point["interval"])):
+                bars.append((xs[-1], *point["interval"]))
+        xs.append(math.nan)  # ends a line
+        ys.append(math.nan)
     axis.plot(xs, ys, color=THEME["base"], linewidth=1, alpha=0.8, marker="o", markersize=4.5)
-    for point in family:
-        if point["interval"]:
-            axis.plot([place(point["x"])] * 2, point["interval"], color=THEME["base"], linewidth=3, alpha=0.22)
+    if bars:
+        axis.vlines(*zip(*bars, strict=True), color=THEME["base"], linewidth=3, alpha=0.22)
 
 
 def _ordered(values: set) -> list:
