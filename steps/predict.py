@@ -17,6 +17,7 @@ Reads the prompts, and results/; every row is checked before the model is loaded
 import dataclasses
 import json
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -29,6 +30,7 @@ from steps.lib.step import logging_to, spare_the_collector
 
 ROLES = ("system", "user", "assistant")
 STDIO = "-"
+HIGH_CONTROLS = re.compile("[\x7f-\x9f]")  # JSON need not escape them, but some steer a terminal
 
 
 def main(argv=None) -> None:
@@ -201,7 +203,7 @@ def _new_file(name: str) -> Path | None:
 
 def _write(output: Path | None, lines: list[str]) -> None:
     if output is None:
-        sys.stdout.writelines(lines)
+        sys.stdout.writelines(HIGH_CONTROLS.sub(lambda char: f"\\u{ord(char[0]):04x}", line) for line in lines)
         return
     part = output.with_name(f".{output.name}.{os.getpid()}")
     try:

@@ -1,12 +1,17 @@
 """Figures for the pages, as SVG text that takes its colours from the page.
 
 Matplotlib draws with placeholder colours; these become CSS variables (``--ink``, ``--series-1``), so one figure fits a
-light and a dark page. The same data gives the same bytes.
+light and a dark page. The same data gives the same bytes. Names and swept values are anybody's text: they are shown as
+they are, whatever they would mean to Matplotlib (``$``, a leading ``_``) or to a page.
 """
 
 import hashlib
 import io
 import math
+import re
+import warnings
+
+from steps.lib.pages import distinct, short
 
 # Placeholder colour -> CSS variable. Matplotlib writes colours in lower case.
 THEME = {
@@ -18,7 +23,10 @@ THEME = {
     **{f"series-{number}": f"#06060{number}" for number in range(1, 9)},
 }
 SERIES = 8
+MOST_CURVES, MOST_TICKS = 50, 12  # in one figure; more cannot be told apart
+LONGEST_LABEL, LONGEST_TICK = 60, 24  # characters; a longer text leaves no room for the figure
 RC = {
+    "text.parse_math": False,
     "svg.fonttype": "none",
     "font.family": "sans-serif",
     "font.size": 10.5,
@@ -67,16 +75,27 @@ def _svg(figure) -> str:
 
     def text(salt: str) -> str:
         buffer = io.StringIO()
-        with matplotlib.rc_context({"svg.hashsalt": salt}):
+        with matplotlib.rc_context({"svg.hashsalt": salt}), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Glyph")  # the page's fonts draw the text, not Matplotlib's
             figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None, "Type": None, "Format": None})
         return buffer.getvalue()
 
     # Several figures share a page, so ids inside them must differ: the salt is the figure's own content.
     svg = text(hashlib.sha256(text("figure").encode()).hexdigest())
-    svg = svg[svg.index("<svg") :]
+    return re.sub("<[^>]*>", lambda tag: _themed(tag[0]), svg[svg.index("<svg") :])  # a text may name a colour, too
+
+
+def _themed(tag: str) -> str:
     for name, colour in THEME.items():
-        svg = svg.replace(colour, f"var(--{name})")
-    return svg
+        tag = tag.replace(colour, f"var(--{name})")
+    return tag
+
+
+def _legend(owner, handles: list, texts: list[str], **where) -> None:
+    """A legend. The texts are set last, for Matplotlib leaves out those that begin with an underscore."""
+    legend = owner.legend(handles, [str(number) for number in range(len(texts))], **where)
+    for shown, text in zip(legend.get_texts(), texts, strict=True):
+        shown.set_text(text)
 
 
 # --- loss ----------------------------------------------------------------------------------------
@@ -84,8 +103,12 @@ def _svg(figure) -> str:
 
 def curve(lines: list[dict], name: str) -> tuple[list[float], list[float]]:
     """(epochs, values) of one figure in the lines of a metrics.jsonl; values that are no number are left out."""
-    points = [(line.get("epoch", line["step"]), line[name]) for line in lines if line.get(name) is not None]
+    points = [(line.get("epoch", line["step"]), line[name]) for line in lines if _is_number(line.get(name))]
     return [x for x, _ in points], [y for _, y in points]
+
+
+def _is_number(value) -> bool:
+    return isinstance(value, int | float) and abs(value) < 1e300
 
 
 def loss_curves(lines: list[dict]) -> str | None:
@@ -124,21 +147,24 @@ def reward_curves(lines: list[dict]) -> str | None:
 
 
 def sweep_curves(runs: list[tuple[str, list[dict]]]) -> str | None:
-    """Loss of all runs, training on the left, validation on the right. `runs`: (name, lines), best first."""
+    """Loss of the best runs, training on the left, validation on the right. `runs`: (name, lines), best first."""
     runs = [(name, lines) for name, lines in runs if curve(lines, "loss")[0] or curve(lines, "eval_loss")[0]]
+    runs = runs[:MOST_CURVES]
     if not runs:
         return None
+    labels = distinct([name for name, _ in runs], LONGEST_LABEL)
 
     def paint(axes):
         for axis, name, title in zip(axes, ("loss", "eval_loss"), ("training loss", "validation loss"), strict=True):
-            for rank, (label, lines) in reversed(list(enumerate(runs))):
+            drawn = {}
+            for rank, (_, lines) in reversed(list(enumerate(runs))):
                 style = _run_style(rank, len(runs))
-                axis.plot(*curve(lines, name), label=label, marker="o" if name == "eval_loss" else None, **style)
+                [drawn[rank]] = axis.plot(*curve(lines, name), marker="o" if name == "eval_loss" else None, **style)
             _loss_axis(axis, [value for _, lines in runs for value in curve(lines, name)[1]])
             axis.set(title=title, ylabel="")
         if len(runs) <= SERIES:
-            handles, labels = axes[0].get_legend_handles_labels()
-            axes[0].figure.legend(handles[::-1], labels[::-1], loc="outside lower left", ncols=2, fontsize=9)
+            handles = [drawn[rank] for rank in range(len(runs))]
+            _legend(axes[0].figure, handles, labels, loc="outside lower left", ncols=2, fontsize=9)
 
     return _draw(paint, 9.6, 3.4 + 0.2 * math.ceil(min(len(runs), SERIES) / 2), columns=2)
 
@@ -180,6 +206,8 @@ def comparison(panels: list[dict]) -> str:
 
     `panels`: {"title", "entries": [{"name", "value", "interval" or None, "kind": tuned, base or other}]}
     """
+    shown = [[entry for entry in panel["entries"] if _is_number(entry["value"])] for panel in panels]
+    panels = [{**panel, "entries": entries} for panel, entries in zip(panels, shown, strict=True)]
     most = max(len(panel["entries"]) for panel in panels)
 
     def paint(axes):
@@ -199,9 +227,10 @@ def _dots(axis, panel: dict) -> None:
         axis.plot(entry["value"], height, "o", color=colour, markersize=8, clip_on=False)
         right = max(entry["value"], *(entry["interval"] or [0]))
         axis.annotate(f"{entry['value']:.3f}", (right, height), (9, 0), textcoords="offset points", va="center")
-    axis.set_yticks(range(len(entries)), [entry["name"] for entry in entries], color=THEME["ink"])
+    names = distinct([entry["name"] for entry in entries], LONGEST_LABEL)
+    axis.set_yticks(range(len(entries)), names, color=THEME["ink"])
     values = [entry["value"] for entry in entries]
-    axis.set_xlim(0, 1 if max(values) <= 1 else max(values) * 1.15)
+    axis.set_xlim(0, 1 if max(values, default=0) <= 1 else max(values) * 1.15)
     axis.set_ylim(-0.6, len(entries) - 0.4)
     axis.grid(axis="x")
     axis.grid(axis="y", visible=False)
@@ -218,12 +247,15 @@ def axis_effect(points: list[dict], key: str, metric_name: str) -> str:
     `points`: {"x", "y", "interval" or None, "others": what the run has for the other keys, best: bool}
     """
     values = _ordered({point["x"] for point in points})
-    numeric = all(isinstance(value, int | float) and not isinstance(value, bool) for value in values)
+    numeric = all(_is_number(value) and not isinstance(value, bool) for value in values)
     place = (lambda value: value) if numeric else values.index
 
     def paint(axis):
-        for others in sorted({point["others"] for point in points}):
-            _family(axis, [point for point in points if point["others"] == others], place)
+        families: dict[str, list[dict]] = {}
+        for point in points:
+            families.setdefault(point["others"], []).append(point)
+        for others in sorted(families):
+            _family(axis, families[others], place)
         means = [_mean([point["y"] for point in points if point["x"] == value]) for value in values]
         if len(values) < len(points):
             axis.plot([place(value) for value in values], means, color=THEME["ink"], linewidth=2.4, label="mean")
@@ -234,9 +266,11 @@ def axis_effect(points: list[dict], key: str, metric_name: str) -> str:
         if numeric and min(values) > 0 and max(values) / min(values) >= 10:
             axis.set_xscale("log")
         axis.minorticks_off()
-        axis.set_xticks([place(value) for value in values], [_value_text(value) for value in values])
+        labels = distinct([_value_text(value) for value in values], LONGEST_TICK)
+        shown = range(0, len(values), math.ceil(len(values) / MOST_TICKS))
+        axis.set_xticks([place(values[index]) for index in shown], [labels[index] for index in shown])
         axis.margins(x=0.12, y=0.15)
-        axis.set(xlabel=key, title=metric_name)
+        axis.set(xlabel=short(key, LONGEST_LABEL), title=metric_name)
         axis.title.set_color(THEME["muted"])
 
     return _draw(paint, 4.6, 3.2)
