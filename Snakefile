@@ -248,10 +248,10 @@ rule compare_runs:
     input:
         reports=temper.reports(PLAN, workflow),
     output:
-        f"{SWEEP}/leaderboard.csv",
-        f"{SWEEP}/leaderboard.json",
-        f"{SWEEP}/report.html",
-        PLAN.complete,
+        update(f"{SWEEP}/leaderboard.csv"),
+        update(f"{SWEEP}/leaderboard.json"),
+        update(f"{SWEEP}/report.html"),
+        update(PLAN.complete),
     params:
         folder=lambda _: SWEEP,
         key=PLAN.comparison.key,  # its path has none, and an edit to its code is a reason to rerun

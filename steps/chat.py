@@ -22,6 +22,7 @@ import sys
 
 from steps.lib import prompting, runs
 from steps.lib.errors import UserError, one_line_errors, suggest
+from steps.lib.pages import printable
 from steps.lib.progress import quiet_libraries
 from steps.lib.step import spare_the_collector
 
@@ -135,6 +136,9 @@ def _answer(message: str, speaker: Speaker, prompter, settings: prompting.Genera
     if name:
         print(f"{name}> ", end="", flush=True)
     streamer = TextStreamer(prompter.tokenizer, skip_prompt=True, skip_special_tokens=True)
+    if sys.stdout.isatty():  # an answer steers no terminal; a pipe gets it as it is
+        show = streamer.on_finalized_text
+        streamer.on_finalized_text = lambda text, stream_end=False: show(printable(text), stream_end)
     try:
         answer, finished = prompting.stream_answer(speaker.model, prompter, ids, settings, streamer)
     except KeyboardInterrupt:

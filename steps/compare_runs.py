@@ -25,12 +25,14 @@ from pathlib import Path
 from steps.lib import figures, metrics, pages, plan, tracking
 from steps.lib.errors import UserError, one_line_errors
 from steps.lib.files import read_json, read_json_lines, read_yaml
-from steps.lib.folders import locked, made_again
+from steps.lib.folders import locked, made_again, temporary_folder
 from steps.lib.keys import stage_key
 from steps.lib.step import config_and_settings, provenance, run_command
 
 STAGE = "compare_runs"
 OUTPUT_HELP = "folder of the sweep; its files are replaced"
+FORMULAS = ("=", "+", "-", "@", "\t", "\r", "\n", " ")
+NUMBER = re.compile(r"[+-]?\d+(\.\d*)?([eE][+-]?\d+)?")
 EXTRAS = ("tokens_per_second", "peak_memory_bytes", "trainable_parameters")
 
 log = logging.getLogger("temper")
@@ -60,7 +62,7 @@ def compare(config: dict, output: Path) -> dict:
     rows += [_diverged_row(run, rows[0]) for run in diverged]
     board = {"sweep": config["sweep"]["name"], "metric": metric, "rows": rows, "missing": missing}
     output.mkdir(parents=True, exist_ok=True)
-    _keep_other_experiment(output, config.get("experiment"))
+    _keep_other_experiment(output, config["sweep"]["name"], config.get("experiment"))
     pages.write_whole(output / "config.yaml", safe_dump(config, sort_keys=False, allow_unicode=True))
     pages.write_whole(output / "leaderboard.csv", _csv(rows))
     _write_page(output, config, metric, names, runs, rows, missing, diverged)
@@ -70,15 +72,26 @@ def compare(config: dict, output: Path) -> dict:
     return board
 
 
-def _keep_other_experiment(output: Path, experiment: str | None) -> None:
-    """Two experiments over the same sweep share its folder: the page of the other one is kept beside it."""
+def _keep_other_experiment(output: Path, sweep: str, experiment: str | None) -> None:
+    """Two experiments over the same sweep share its folder: the page of the other one is kept beside it.
+
+    It is called ``<sweep>@<experiment>``: no sweep's own name has an @, so nothing else is ever in its place.
+
+    Raises:
+        UserError: the folder is that of another sweep.
+    """
     config, board = output / "config.yaml", output / "leaderboard.csv"
-    if not (config.is_file() and board.is_file()):
+    if not config.is_file():
         return
-    other = read_yaml(config, remedy=f"delete {output} and run snakemake again, which compares anew").get("experiment")
-    if other and other != experiment:
-        kept = output.with_name(f"{output.name}-{other}")
-        shutil.copytree(output, kept, dirs_exist_ok=True)
+    before = read_yaml(config, remedy=f"delete {output} and run snakemake again, which compares anew")
+    if before.get("sweep", {}).get("name", sweep) != sweep:
+        raise UserError(f"{output}: has the sweep '{before['sweep']['name']}', not '{sweep}': name another folder")
+    other = before.get("experiment")
+    if board.is_file() and other and other != experiment:
+        kept = output.with_name(f"{output.name}@{other}")
+        with temporary_folder(kept) as copy:
+            shutil.copytree(output, copy, dirs_exist_ok=True)
+            shutil.rmtree(kept, ignore_errors=True)  # an older page of the same two
         log.info("%s was of experiment=%s: kept as %s", output, other, kept)
 
 
@@ -176,8 +189,12 @@ def _csv(rows: list[dict]) -> str:
 
 
 def _cell(value):
+    """A value for the CSV file. A text that a spreadsheet would compute gets the apostrophe that makes it text."""
     if isinstance(value, float):
         return f"{value:.6g}"
+    if isinstance(value, str):
+        apostrophe = "'" if value.startswith(FORMULAS) and not NUMBER.fullmatch(value) else ""
+        return apostrophe + value.replace("\r", "\\r")  # which Python's csv does not quote, and which ends a line
     return json.dumps(value, ensure_ascii=False) if isinstance(value, dict | list) else value
 
 
@@ -259,7 +276,9 @@ def short_names(keys: list[str]) -> dict[str, str]:
 
 
 def _cell_text(value) -> str:
-    return f"{value:g}" if isinstance(value, float) else str(_cell(value))
+    if isinstance(value, float):
+        return f"{value:g}"
+    return pages.short(value if isinstance(value, str) else str(_cell(value)), figures.LONGEST_LABEL)
 
 
 def _aligned(table: list[list[str]]) -> list[str]:
@@ -303,6 +322,7 @@ def _write_page(
         published=config["eval"]["published"],
         effects=_effects(runs, keys, metric),
         curves=figures.sweep_curves([(_label(run), run["curves"]) for run in runs]),
+        most_curves=figures.MOST_CURVES,
         command=_command_for(best, config),
     )
 

@@ -13,7 +13,7 @@ import json
 from pathlib import Path
 
 from steps.lib import plan as planning
-from steps.lib.errors import one_line_errors
+from steps.lib.errors import one_line_errors, visible
 
 
 def main(argv=None) -> None:
@@ -33,7 +33,7 @@ def describe(plan: planning.Plan) -> str:
     for run in plan.runs:
         point = " ".join(f"{key}={value}" for key, value in run.point.items())
         state = "to do" if run.artefacts["evaluate_model"] in paths else "done"
-        lines.append(f"  {state:5}  {run.name}  {point}".rstrip())
+        lines.append(visible(f"  {state:5}  {run.name}  {point}".rstrip()))
     lines += [f"not whole, and made again: {path} ({wrong})" for path, wrong in plan.damaged().items()]
     counts = collections.Counter(job.stage for job in missing)
     todo = ", ".join(f"{stage} {count}" for stage, count in counts.items())

@@ -18,6 +18,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -31,6 +32,7 @@ from steps.lib.step import logging_to, spare_the_collector
 
 ROLES = ("system", "user", "assistant")
 STDIO = "-"
+HIGH_CONTROLS = re.compile("[\x7f-\x9f]")  # JSON need not escape them, but some steer a terminal
 
 
 def main(argv=None) -> None:
@@ -204,11 +206,16 @@ def _new_file(name: str) -> Path | None:
     return path
 
 
+def _for_a_terminal(line: str) -> str:
+    """The same JSON, with the control characters spelt that JSON itself leaves as they are."""
+    return HIGH_CONTROLS.sub(lambda char: f"\\u{ord(char[0]):04x}", line)
+
+
 @contextlib.contextmanager
 def _writer(output: Path | None) -> Iterator[Callable[[list[str]], None]]:
     """A function that writes the lines. Whether there may be a file is known before the first answer is made."""
     if output is None:
-        yield sys.stdout.writelines
+        yield lambda lines: sys.stdout.writelines(map(_for_a_terminal, lines))
         return
     part = output.with_name(f".{output.name}.{os.getpid()}")
     try:

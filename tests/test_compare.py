@@ -2,10 +2,13 @@
 
 import csv
 import json
+import time
+from xml.etree import ElementTree
 
 import pytest
 
 from steps import compare_runs
+from steps.lib import figures, pages
 from steps.lib.errors import UserError
 from steps.lib.schema import Eval
 
@@ -236,4 +239,147 @@ def test_another_experiments_page_over_the_same_sweep_is_kept(sweep):
     fewer = {**config, "experiment": "other", "runs": config["runs"][:2]}
     compare_runs.compare(fewer, output)
     assert (output / "leaderboard.csv").read_text() != before
-    assert (output.with_name("rates-demo") / "leaderboard.csv").read_text() == before
+    assert (output.with_name("rates@demo") / "leaderboard.csv").read_text() == before
+
+
+def test_the_kept_page_takes_the_place_of_no_other_sweep(sweep):
+    config, output = sweep
+    named_alike = output.with_name("rates-demo")
+    compare_runs.compare({**config, "sweep": {"name": "rates-demo", "axes": {}}}, named_alike)
+    before = {path.name: path.read_bytes() for path in named_alike.iterdir()}
+    compare_runs.compare(config, output)
+    (output / "left.over").touch()
+    for experiment in ("other", "demo", "other"):
+        compare_runs.compare({**config, "experiment": experiment, "runs": config["runs"][:2]}, output)
+        (output / "left.over").unlink(missing_ok=True)
+    assert {path.name: path.read_bytes() for path in named_alike.iterdir()} == before
+    kept = {path.name for path in output.parent.iterdir() if not path.name.startswith(".")}
+    assert kept == {"rates", "rates-demo", "rates@demo", "rates@other"}
+    assert not (output.with_name("rates@demo") / "left.over").exists(), "of the first time"
+
+
+def test_another_sweeps_folder_is_not_overwritten(sweep):
+    config, output = sweep
+    compare_runs.compare(config, output)
+    before = {path.name: path.read_bytes() for path in output.iterdir()}
+    with pytest.raises(UserError, match="has the sweep 'rates', not 'mine': name another folder"):
+        compare_runs.compare({**config, "sweep": {"name": "mine", "axes": {}}}, output)
+    assert {path.name: path.read_bytes() for path in output.iterdir()} == before
+
+
+# --- anybody's text ------------------------------------------------------------------------------
+
+TEXTS = [
+    r"Put it in $\boxed{}$.",
+    "$x$ and $",
+    "_hidden",
+    "100% sure {x} %s",
+    "two\nlines\tand\r a tab",
+    "x" * 5000,
+    "x" * 5000 + "y",
+    "\u202eright to left\u202c \u05e9\u05dc\u05d5\u05dd \U0001f600",
+    "\x00 \x1b[31mred \ud83d half",
+    "</text></svg><script>alert(1)</script>",
+    "]]> --> &amp; #010101 <!--",
+    "",
+]
+
+
+def with_texts(config: dict, output, texts: list[str]) -> dict:
+    """The sweep's config with a run for each text."""
+    runs = []
+    for index, text in enumerate(texts):
+        report = write_report(output.parents[1] / "reports" / f"t{index}", 0.5 + index / 1000, 0.4)
+        runs.append(
+            {"name": f"_t{index}", "point": {"prompt.system": text, "adapter.r": 4 + index % 2}, "report": report}
+        )
+    return {**config, "runs": runs}
+
+
+def test_texts_that_mean_something_to_matplotlib_or_a_page_are_shown_as_they_are(sweep, recwarn):
+    from html.parser import HTMLParser
+
+    config, output = sweep
+    texts = [text.replace("\ud83d", "") for text in TEXTS]  # a config with half a character is refused
+    compare_runs.compare(with_texts(config, output, texts), output)
+    page = (output / "report.html").read_text(encoding="utf-8")
+    tags, shown = [], []
+
+    class Reader(HTMLParser):
+        def handle_starttag(self, tag, attrs):
+            tags.append(tag)
+
+        def handle_data(self, data):
+            shown.append(data)
+
+    Reader().feed(page)
+    assert tags.count("script") == 1, "the page's own"
+    text = "".join(shown)
+    assert r"Put it in $\boxed{}$." in text and "100% sure {x} %s" in text and "#010101" in text
+    assert not any(char in page for char in "\x00\x1b")
+    assert not [str(warning.message) for warning in recwarn if "Glyph" in str(warning.message)]
+
+
+@pytest.mark.parametrize("texts", [[text, "other"] for text in TEXTS], ids=range(len(TEXTS)))
+def test_each_text_is_in_the_legend_and_on_the_axis(sweep, texts):
+    lines = [{"step": step, "loss": 1.0 / step} for step in (1, 2, 3)]
+    svg = figures.sweep_curves([(text, lines) for text in texts])
+    legend = ElementTree.fromstring(svg)
+    words = ["".join(node.itertext()) for node in legend.iter() if node.tag.endswith("text")]
+    assert pages.short(texts[0], 60) in words and "other" in words
+    points = [{"x": text, "y": 0.5, "interval": None, "others": text, "best": False} for text in texts]
+    axis = ElementTree.fromstring(figures.axis_effect(points, "prompt.system", "accuracy"))
+    words = ["".join(node.itertext()) for node in axis.iter() if node.tag.endswith("text")]
+    assert pages.short(texts[0], figures.LONGEST_TICK) in words
+
+
+def test_long_texts_that_differ_at_their_end_do_not_look_the_same():
+    first, second = pages.distinct(["x" * 5000 + "y", "x" * 5000 + "z"], 60)
+    assert first != second
+    assert pages.distinct(["x" * 5000, "x" * 5001], 60) == ["x" * 40 + "…" + "x" * 19 + f" ({i})" for i in (1, 2)]
+
+
+def test_figures_of_numbers_that_are_none():
+    lines = [{"step": 1, "loss": float("nan")}, {"step": 2, "loss": float("inf")}, {"step": 3, "loss": 1e308}]
+    assert figures.loss_curves(lines) is None
+    assert "<svg" in figures.loss_curves([*lines, {"step": 4, "loss": 0.5}])
+    points = [{"x": x, "y": 0.5, "interval": None, "others": "", "best": False} for x in (10**400, 1, float("inf"))]
+    assert "<svg" in figures.axis_effect(points, "train.seed", "accuracy")
+
+
+def test_a_thousand_runs_make_a_page_that_opens(sweep):
+    config, output = sweep
+    report = config["runs"][0]["report"]
+    runs = [
+        {"name": f"run-{n}", "point": {"train.learning_rate": n * 1e-5, "adapter.r": n % 7}, "report": report}
+        for n in range(1, 1001)
+    ]
+    started = time.monotonic()
+    compare_runs.compare({**config, "runs": runs}, output)
+    assert time.monotonic() - started < 120
+    assert (output / "report.html").stat().st_size < 3_000_000
+    assert "The best 50 runs." in (output / "report.html").read_text()
+    assert len(board_of(output)) == 1000
+
+
+def test_a_text_is_no_formula_in_a_spreadsheet_and_a_number_stays_one(sweep):
+    config, output = sweep
+    texts = ["=cmd|' /C calc'!A0", "+1+1", "-2+3+cmd", "@SUM(A1)", "\t=1", "\r=1", " =1", "-0.5", "-1e-4", "plain"]
+    compare_runs.compare(with_texts(config, output, texts), output)
+    found = {row["run"]: row["prompt.system"] for row in board_of(output)}
+    for index, text in enumerate(texts):
+        assert found[f"_t{index}"] == (text if index > 6 else f"'{text}".replace("\r", "\\r")), text
+    exact = {row["run"]: row["prompt.system"] for row in json.loads((output / "leaderboard.json").read_text())["rows"]}
+    assert list(map(exact.get, found)) == [texts[int(name[2:])] for name in found]
+    config["runs"] = [{**run, "point": {"train.seed": -index}} for index, run in enumerate(config["runs"])]
+    compare_runs.compare(config, output)
+    assert {row["train.seed"] for row in board_of(output)} == {"0", "-1", "-2", "-3"}
+
+
+def test_a_text_does_not_steer_the_terminal_or_fill_it(sweep, capsys):
+    config, output = sweep
+    compare_runs.compare(with_texts(config, output, ["\x1b]0;title\x07\x1b[2J", "x" * 5000, "\x9b31m"]), output)
+    compare_runs.print_leaderboard(output)
+    said = capsys.readouterr().out
+    assert not any(char in said for char in "\x1b\x07\x9b") and "\\x1b[2J" in said
+    assert max(map(len, said.splitlines())) < 300

@@ -84,8 +84,13 @@ def _end(line: str, code: int, log: str | None) -> None:
 
 def visible(text: str) -> str:
     """A text on one line: what would break it, or steer a terminal, as Python writes it."""
-    hidden = ("Cc", "Cs", "Zl", "Zp")  # controls, halves of characters, ends of lines and paragraphs
-    return "".join(repr(char)[1:-1] if unicodedata.category(char) in hidden else char for char in text)
+    return "".join(repr(char)[1:-1] if _steers(char) else char for char in text)
+
+
+def _steers(char: str) -> bool:
+    """Controls, halves of characters, ends of lines and paragraphs, and what turns the direction of other text."""
+    turns = ("LRE", "RLE", "PDF", "LRO", "RLO", "LRI", "RLI", "FSI", "PDI")
+    return unicodedata.category(char) in ("Cc", "Cs", "Zl", "Zp") or unicodedata.bidirectional(char) in turns
 
 
 def explained(error: Exception, what: str, stage: str | None = None) -> UserError | None:

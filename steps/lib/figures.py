@@ -1,15 +1,17 @@
 """Figures for the pages, as SVG text that takes its colours from the page.
 
 Matplotlib draws with placeholder colours; these become CSS variables (``--ink``, ``--series-1``), so one figure fits a
-light and a dark page. The same data gives the same bytes.
+light and a dark page. The same data gives the same bytes. Names and swept values are anybody's text: they are shown as
+they are, whatever they would mean to Matplotlib (``$``, a leading ``_``) or to a page.
 """
 
 import hashlib
 import io
 import math
 import re
+import warnings
 
-from steps.lib.errors import visible
+from steps.lib.pages import distinct, short
 
 # Placeholder colour -> CSS variable. Matplotlib writes colours in lower case.
 THEME = {
@@ -21,12 +23,11 @@ THEME = {
     **{f"series-{number}": f"#06060{number}" for number in range(1, 9)},
 }
 SERIES = 8
-MOST_CURVES = 50  # runs in one plot: more are a thicket, and a page of many megabytes
-MOST_POINTS = 300  # of one curve: about as many as it is pixels wide
-MOST_TICKS = 12  # labels of an axis
+MOST_CURVES, MOST_TICKS = 50, 12  # in one figure; more cannot be told apart
+LONGEST_LABEL, LONGEST_TICK = 60, 24  # characters; a longer text leaves no room for the figure
 RC = {
+    "text.parse_math": False,
     "svg.fonttype": "none",
-    "text.parse_math": False,  # a text with $ in it is a text
     "font.family": "sans-serif",
     "font.size": 10.5,
     "text.color": THEME["ink"],
@@ -70,36 +71,31 @@ def _draw(paint, width: float, height: float, columns: int = 1) -> str:
 
 
 def _svg(figure) -> str:
-    import warnings
-
     import matplotlib
 
     def text(salt: str) -> str:
         buffer = io.StringIO()
         with matplotlib.rc_context({"svg.hashsalt": salt}), warnings.catch_warnings():
-            # The reader's browser has its own fonts; Matplotlib's only measure the text.
-            warnings.filterwarnings("ignore", message=r"(Glyph .* missing|Matplotlib currently does not support)")
+            warnings.filterwarnings("ignore", "Glyph")  # the page's fonts draw the text, not Matplotlib's
             figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None, "Type": None, "Format": None})
         return buffer.getvalue()
 
     # Several figures share a page, so ids inside them must differ: the salt is the figure's own content.
     svg = text(hashlib.sha256(text("figure").encode()).hexdigest())
-    svg = svg[svg.index("<svg") :]
-    names = {colour: f"var(--{name})" for name, colour in THEME.items()}
-    colours = re.compile("|".join(names))
-    # In tags only: a label may be called #010101.
-    return re.sub(r"<[^>]*>", lambda tag: colours.sub(lambda colour: names[colour[0]], tag[0]), svg)
+    return re.sub("<[^>]*>", lambda tag: _themed(tag[0]), svg[svg.index("<svg") :])  # a text may name a colour, too
 
 
-def label(text: str, most: int = 60) -> str:
-    """A user's text as a plot can show it: on one line, and cut in the middle: what is swept often differs at its end.
+def _themed(tag: str) -> str:
+    for name, colour in THEME.items():
+        tag = tag.replace(colour, f"var(--{name})")
+    return tag
 
-    Matplotlib leaves a text that begins with ``_`` out of legends, so that one gets a blank, which SVG does not show.
-    """
-    text = visible(text) or '""'
-    if len(text) > most:
-        text = f"{text[: (most - 1) // 2]}…{text[len(text) - most // 2 :]}"
-    return f" {text}" if text.startswith("_") else text
+
+def _legend(owner, handles: list, texts: list[str], **where) -> None:
+    """A legend. The texts are set last, for Matplotlib leaves out those that begin with an underscore."""
+    legend = owner.legend(handles, [str(number) for number in range(len(texts))], **where)
+    for shown, text in zip(legend.get_texts(), texts, strict=True):
+        shown.set_text(text)
 
 
 # --- loss ----------------------------------------------------------------------------------------
@@ -112,14 +108,7 @@ def curve(lines: list[dict], name: str) -> tuple[list[float], list[float]]:
 
 
 def _is_number(value) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value)
-
-
-def _thinned(lines: list[dict], name: str) -> tuple[list[float], list[float]]:
-    """As `curve`, with so many points as can be seen, the last one among them."""
-    every = math.ceil(len(curve(lines, name)[0]) / MOST_POINTS) or 1
-    xs, ys = (values[::-1][::every][::-1] for values in curve(lines, name))
-    return xs, ys
+    return isinstance(value, int | float) and abs(value) < 1e300
 
 
 def loss_curves(lines: list[dict]) -> str | None:
@@ -143,8 +132,8 @@ def reward_curves(lines: list[dict]) -> str | None:
         return None
 
     def paint(axes):
-        for name, colour in (("chosen", THEME["accent"]), ("rejected", THEME["series-1"])):
-            axes[0].plot(*curve(lines, f"rewards/{name}"), color=colour, label=name, linewidth=1.4)
+        for name, label, colour in (("chosen", "chosen", THEME["accent"]), ("rejected", "rejected", THEME["series-1"])):
+            axes[0].plot(*curve(lines, f"rewards/{name}"), color=colour, label=label, linewidth=1.4)
             axes[0].plot(*curve(lines, f"eval_rewards/{name}"), color=colour, linestyle="", marker="o", markersize=5)
         axes[1].plot(*curve(lines, "rewards/accuracies"), color=THEME["base"], label="training", linewidth=1.4)
         validation = curve(lines, "eval_rewards/accuracies")
@@ -163,19 +152,19 @@ def sweep_curves(runs: list[tuple[str, list[dict]]]) -> str | None:
     runs = runs[:MOST_CURVES]
     if not runs:
         return None
+    labels = distinct([name for name, _ in runs], LONGEST_LABEL)
 
     def paint(axes):
         for axis, name, title in zip(axes, ("loss", "eval_loss"), ("training loss", "validation loss"), strict=True):
-            for rank, (run, lines) in reversed(list(enumerate(runs))):
+            drawn = {}
+            for rank, (_, lines) in reversed(list(enumerate(runs))):
                 style = _run_style(rank, len(runs))
-                axis.plot(
-                    *_thinned(lines, name), label=label(run), marker="o" if name == "eval_loss" else None, **style
-                )
+                [drawn[rank]] = axis.plot(*curve(lines, name), marker="o" if name == "eval_loss" else None, **style)
             _loss_axis(axis, [value for _, lines in runs for value in curve(lines, name)[1]])
             axis.set(title=title, ylabel="")
         if len(runs) <= SERIES:
-            handles, labels = axes[0].get_legend_handles_labels()
-            axes[0].figure.legend(handles[::-1], labels[::-1], loc="outside lower left", ncols=2, fontsize=9)
+            handles = [drawn[rank] for rank in range(len(runs))]
+            _legend(axes[0].figure, handles, labels, loc="outside lower left", ncols=2, fontsize=9)
 
     return _draw(paint, 9.6, 3.4 + 0.2 * math.ceil(min(len(runs), SERIES) / 2), columns=2)
 
@@ -217,6 +206,8 @@ def comparison(panels: list[dict]) -> str:
 
     `panels`: {"title", "entries": [{"name", "value", "interval" or None, "kind": tuned, base or other}]}
     """
+    shown = [[entry for entry in panel["entries"] if _is_number(entry["value"])] for panel in panels]
+    panels = [{**panel, "entries": entries} for panel, entries in zip(panels, shown, strict=True)]
     most = max(len(panel["entries"]) for panel in panels)
 
     def paint(axes):
@@ -231,19 +222,19 @@ def _dots(axis, panel: dict) -> None:
     colours = {"tuned": THEME["accent"], "base": THEME["ink"], "other": THEME["base"]}
     for height, entry in enumerate(entries):
         colour = colours[entry["kind"]]
-        interval = [end for end in entry["interval"] or [] if _is_number(end)]
-        if len(interval) == 2:
-            axis.plot(interval, [height, height], color=colour, linewidth=5, alpha=0.3)
+        if entry["interval"]:
+            axis.plot(entry["interval"], [height, height], color=colour, linewidth=5, alpha=0.3)
         axis.plot(entry["value"], height, "o", color=colour, markersize=8, clip_on=False)
-        right = max([0, *filter(_is_number, [entry["value"], *interval])])
+        right = max(entry["value"], *(entry["interval"] or [0]))
         axis.annotate(f"{entry['value']:.3f}", (right, height), (9, 0), textcoords="offset points", va="center")
-    axis.set_yticks(range(len(entries)), [label(entry["name"]) for entry in entries], color=THEME["ink"])
-    values = [entry["value"] for entry in entries if _is_number(entry["value"])] or [0]
-    axis.set_xlim(0, 1 if max(values) <= 1 else max(values) * 1.15)
+    names = distinct([entry["name"] for entry in entries], LONGEST_LABEL)
+    axis.set_yticks(range(len(entries)), names, color=THEME["ink"])
+    values = [entry["value"] for entry in entries]
+    axis.set_xlim(0, 1 if max(values, default=0) <= 1 else max(values) * 1.15)
     axis.set_ylim(-0.6, len(entries) - 0.4)
     axis.grid(axis="x")
     axis.grid(axis="y", visible=False)
-    axis.set_title(label(panel["title"]), color=THEME["muted"])
+    axis.set_title(panel["title"], color=THEME["muted"])
     axis.margins(x=0.1)
 
 
@@ -256,14 +247,15 @@ def axis_effect(points: list[dict], key: str, metric_name: str) -> str:
     `points`: {"x", "y", "interval" or None, "others": what the run has for the other keys, best: bool}
     """
     values = _ordered({point["x"] for point in points})
-    numeric = all(isinstance(value, int | float) and not isinstance(value, bool) for value in values)
+    numeric = all(_is_number(value) and not isinstance(value, bool) for value in values)
     place = (lambda value: value) if numeric else values.index
 
     def paint(axis):
         families: dict[str, list[dict]] = {}
-        for point in sorted(points, key=lambda point: point["others"]):
+        for point in points:
             families.setdefault(point["others"], []).append(point)
-        _families(axis, list(families.values()), place)
+        for others in sorted(families):
+            _family(axis, families[others], place)
         means = [_mean([point["y"] for point in points if point["x"] == value]) for value in values]
         if len(values) < len(points):
             axis.plot([place(value) for value in values], means, color=THEME["ink"], linewidth=2.4, label="mean")
@@ -274,30 +266,23 @@ def axis_effect(points: list[dict], key: str, metric_name: str) -> str:
         if numeric and min(values) > 0 and max(values) / min(values) >= 10:
             axis.set_xscale("log")
         axis.minorticks_off()
-        ticks = values[:: math.ceil(len(values) / MOST_TICKS)]
-        most = max(8, 48 // len(ticks))  # characters, so that neighbours do not touch
-        axis.set_xticks([place(value) for value in ticks], [label(_value_text(value), most) for value in ticks])
+        labels = distinct([_value_text(value) for value in values], LONGEST_TICK)
+        shown = range(0, len(values), math.ceil(len(values) / MOST_TICKS))
+        axis.set_xticks([place(values[index]) for index in shown], [labels[index] for index in shown])
         axis.margins(x=0.12, y=0.15)
-        axis.set(xlabel=label(key), title=label(metric_name))
+        axis.set(xlabel=short(key, LONGEST_LABEL), title=metric_name)
         axis.title.set_color(THEME["muted"])
 
     return _draw(paint, 4.6, 3.2)
 
 
-def _families(axis, families: list[list[dict]], place) -> None:
-    """The thin lines and the bars, each kind in one go: a sweep may have a thousand."""
-    xs, ys, bars = [], [], []
-    for family in families:
-        for point in sorted(family, key=lambda point: place(point["x"])):
-            xs.append(place(point["x"]))
-            ys.append(point["y"])
-            if point["interval"] and all(map(_is_number, point["interval"])):
-                bars.append((xs[-1], *point["interval"]))
-        xs.append(math.nan)  # ends a line
-        ys.append(math.nan)
+def _family(axis, family: list[dict], place) -> None:
+    family = sorted(family, key=lambda point: place(point["x"]))
+    xs, ys = [place(point["x"]) for point in family], [point["y"] for point in family]
     axis.plot(xs, ys, color=THEME["base"], linewidth=1, alpha=0.8, marker="o", markersize=4.5)
-    if bars:
-        axis.vlines(*zip(*bars, strict=True), color=THEME["base"], linewidth=3, alpha=0.22)
+    for point in family:
+        if point["interval"]:
+            axis.plot([place(point["x"])] * 2, point["interval"], color=THEME["base"], linewidth=3, alpha=0.22)
 
 
 def _ordered(values: set) -> list:

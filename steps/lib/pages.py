@@ -2,8 +2,10 @@
 
 import functools
 import json
+import re
 from pathlib import Path
 
+from steps.lib.errors import visible
 from steps.lib.files import write_whole
 
 TEMPLATES = Path(__file__).resolve().parents[1] / "templates"
@@ -49,6 +51,17 @@ METRIC_NOTES = {
 }
 
 
+# What no page and no terminal shows: controls but the ends of lines and tabs, halves of characters.
+CONTROLS = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff]")
+
+
+def printable(value):
+    """A text with its control characters as Python writes them; any other value, and HTML of our own, as it is."""
+    if not isinstance(value, str) or hasattr(value, "__html__"):
+        return value
+    return CONTROLS.sub(lambda found: repr(found[0])[1:-1], value)
+
+
 def render(template: str, output: Path, **context) -> None:
     """Write `output` from a template, whole or not at all."""
     write_whole(output, _environment().get_template(template).render(**context))
@@ -66,6 +79,7 @@ def _environment():
         loader=FileSystemLoader(TEMPLATES),
         autoescape=True,
         undefined=StrictUndefined,
+        finalize=printable,
         trim_blocks=True,
         lstrip_blocks=True,
     )
@@ -86,6 +100,21 @@ def _environment():
 
 def metric_name(metric: str) -> str:
     return METRIC_NAMES.get(metric, metric)
+
+
+def short(text: str, longest: int) -> str:
+    """A text on one line, with its middle left out where it is too long."""
+    line = visible(" ".join(text.split()) if "\n" in text else text) or "''"
+    if len(line) <= longest:
+        return line
+    head = longest * 2 // 3
+    return f"{line[:head]}…{line[len(line) - (longest - head - 1) :]}"
+
+
+def distinct(texts: list[str], longest: int) -> list[str]:
+    """As `short`, with a number where two would look the same."""
+    lines = [short(text, longest) for text in texts]
+    return [f"{line} ({index})" if lines.count(line) > 1 else line for index, line in enumerate(lines, 1)]
 
 
 def figure(value) -> str:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from steps.lib import plan as planning
 from steps.lib import signals, tracking
-from steps.lib.errors import UserError, one_line_errors, suggest
+from steps.lib.errors import UserError, one_line_errors, suggest, visible
 from steps.lib.files import read_json
 from steps.lib.folders import is_complete, remove_leftovers
 from steps.lib.keys import PACKAGE_ROOT
@@ -251,7 +251,8 @@ def on_error(plan: planning.Plan) -> None:
         _compare_what_is_there(plan)
         for job in plan.jobs.values():
             if not plan.is_made(job) and job.log.is_file() and job.log.stat().st_mtime >= STARTED:
-                print(f"failed: {job.stage} {job.log.stem}: {_end_of(job.log)}  (log: {job.log})", file=sys.stderr)
+                end = visible(_end_of(job.log))
+                print(f"failed: {job.stage} {job.log.stem}: {end}  (log: {job.log})", file=sys.stderr)
 
 
 def _end_as_asked(plan: planning.Plan) -> None:
