@@ -71,7 +71,19 @@ def test_each_label_is_itself(labels):
             assert read_label(text, labels) == gold_label(text, labels, "here") == label
 
 
+@pytest.mark.parametrize(
+    ("text", "labels"),
+    [("-1", ["0", "1"]), ("C++", ["C", "Java"]), (">50K", ["50K", "10K"]), ("1%", ["1", "2"]), ("²", ["1", "2"])],
+)
+def test_a_sign_that_no_label_has_makes_another_answer(text, labels):
+    with pytest.raises(UserError, match="is no label"):
+        gold_label(text, labels, "here")
+    assert read_label(text, labels) is None
+
+
 def test_labels_that_nothing_tells_apart_are_refused():
+    with pytest.raises(UserError, match="rename it"):
+        check_labels(["parsed", "unparsed"])
     with pytest.raises(UserError, match="are one: leave one out"):
         check_labels(["café", unicodedata.normalize("NFD", "café")])
     with pytest.raises(UserError, match="an empty label"):

@@ -6,11 +6,14 @@ signs such as ``+``, ``-``, ``<`` all count while they tell labels apart: ``C`` 
 """
 
 import functools
+import re
 import unicodedata
 
 from steps.lib.errors import UserError
 
 AROUND = " \t\n\r.,;:!?…。，！？、।\"'`“”‘’«»„()[]{}*_"  # what people put around an answer without meaning it
+UNPARSED = "unparsed"  # the reading of an answer that names no label
+HYPHEN = re.compile(r"(?<=[^\W\d_])-(?=[^\W\d_])")
 VARIATION = str.maketrans("", "", "\ufe0e\ufe0f")  # whether an emoji is drawn in colour
 
 
@@ -22,6 +25,8 @@ def check_labels(labels: list[str]) -> None:
     """
     seen: dict[str, str] = {}
     for label in labels:
+        if _without_case(label) == UNPARSED:
+            raise UserError(f"config: 'eval.labels': '{label}' is what an answer without a label is called: rename it")
         if not _as_it_is(label):
             raise UserError("config: 'eval.labels': an empty label could not be told from no answer")
         if _as_it_is(label) in seen:
@@ -78,9 +83,8 @@ def _bare(text: str) -> str:
 
 
 def _words(text: str) -> str:
-    """Words alone, without case: letters, digits and marks, all else a blank."""
-    text = unicodedata.normalize("NFKC", text.translate(VARIATION)).casefold()
-    return " ".join("".join(char if _in_word(char) else " " for char in text).split())
+    """The same, with a blank for ``_`` and for ``-`` between letters. Other signs stay: ``-1`` is not ``1``."""
+    return " ".join(HYPHEN.sub(" ", _bare(text).replace("_", " ")).split())
 
 
 def _in_word(char: str) -> bool:
@@ -125,13 +129,23 @@ def _mentioned(text: str, labels: tuple[str, ...]) -> str | None:
     return None
 
 
+def _of_another_sign(label: str, before: str, after: str) -> bool:
+    """Whether a sign beside a number or a letter makes another one of it: ``-1``, ``4.5``, ``C++``."""
+    if label[0].isdigit() and before and before in "+-<>=~":
+        return True
+    if label[-1].isdigit() and (after[:1] == "%" or (after[:1] in (".", ",") and after[1:].isdigit())):
+        return True
+    return len(label) == 1 and label.isalpha() and after[:1] in ("+", "#", "-")
+
+
 def _place(label: str, text: str) -> int:
     """Where a label first stands in a text, not within a word; -1: nowhere."""
     at = text.find(label) if label else -1
     while at >= 0:
         end = at + len(label)
         inside = at > 0 and _in_word(label[0]) and _in_word(text[at - 1])
-        if not inside and not (end < len(text) and _in_word(label[-1]) and _in_word(text[end])):
+        inside = inside or (end < len(text) and _in_word(label[-1]) and _in_word(text[end]))
+        if not inside and not _of_another_sign(label, text[max(0, at - 1) : at], text[end : end + 2]):
             return at
         at = text.find(label, at + 1)
     return -1

@@ -9,10 +9,11 @@ import dataclasses
 import functools
 import logging
 import math
+import unicodedata
 from collections.abc import Callable, Sequence
 
 from steps.lib.errors import UserError, suggest
-from steps.lib.labels import check_labels, gold_label, read_label
+from steps.lib.labels import UNPARSED, check_labels, gold_label, read_label
 from steps.lib.schema import PREFERENCE
 
 log = logging.getLogger("temper")
@@ -27,7 +28,6 @@ LOSS_METRICS = ("loss", "perplexity")
 REWARDS = ("rewards/accuracies", "rewards/margins", "rewards/chosen", "rewards/rejected")  # against a reference
 LOWER_IS_BETTER = frozenset({*LOSS_METRICS, "unparsed", "unfinished"})
 
-UNPARSED = "unparsed"
 RESAMPLES = 1000
 SEED = 0  # of the bootstrap: the same answers give the same interval
 
@@ -63,7 +63,7 @@ def check_metric(eval_config: dict) -> str:
 
 def read_tags(text: str, separator: str = ",") -> frozenset[str]:
     """The set of tags in an answer; case and blanks around a tag do not count, an empty tag is none."""
-    tags = (" ".join(tag.split()).casefold() for tag in text.split(separator))
+    tags = (" ".join(unicodedata.normalize("NFC", tag).split()).casefold() for tag in text.split(separator))
     return frozenset(tag for tag in tags if tag)
 
 
@@ -296,7 +296,7 @@ def majority_baseline(eval_config: dict, train_references: list[str], references
     else:
         texts = train_references or references
         seen = [tag for text in texts for tag in sorted(read_tags(text, eval_config["separator"]))]
-    [(majority, _)] = collections.Counter(seen).most_common(1)
+    majority = max(collections.Counter(seen).items(), key=lambda counted: counted[1], default=("", 0))[0]
     scores = score(eval_config, references, [majority] * len(references))
     name = "majority class" if task == "labels" else "most frequent tag"
     return {"name": name, "answer": majority, **{metric: scores.values[metric] for metric in METRICS[task]}}

@@ -1,9 +1,11 @@
 """The test loss: how surprised a model is by the reference answers, row by row."""
 
 import dataclasses
+import math
 
 from steps.lib.batches import collate
 from steps.lib.conversation import IGNORED
+from steps.lib.errors import UserError
 from steps.lib.loss import SupervisedLoss
 from steps.lib.preferences import chosen_of, rejected_of
 from steps.lib.progress import Progress
@@ -96,6 +98,8 @@ def answer_logps(model, texts: list, at_once: int, pad_token_id: int, shown: tup
         count = len(members)
         for place, row in enumerate(members):
             result[row] = tuple(-sums[number * count + place] for number in range(answers))
+            if not all(map(math.isfinite, result[row])):
+                raise UserError(f"test row {row + 1}: an answer's log-probability is no finite number; try float32")
     return result
 
 
