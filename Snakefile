@@ -18,7 +18,8 @@ from steps.lib import workflow as temper
 
 min_version("9.0")
 
-PLAN = temper.load_plan(config)  # a bad config ends here, in one line, before any job
+# A bad config ends here, in one line, before any job.
+PLAN = temper.load_plan(config, workflow.config_settings.config_args)
 SWEEP = PLAN.comparison.path
 
 # A step that is asked to end says so: the shell waits for it, and what writes its log goes on to the last line.

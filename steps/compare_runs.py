@@ -16,14 +16,15 @@ import io
 import json
 import logging
 import os
-import re
+import shlex
 import shutil
 import sys
 import time
 from pathlib import Path
 
 from steps.lib import figures, metrics, pages, plan, tracking
-from steps.lib.errors import UserError, one_line_errors
+from steps.lib.config import groups, hydra_text
+from steps.lib.errors import UserError, one_line_errors, visible
 from steps.lib.files import read_json, read_json_lines, read_yaml
 from steps.lib.folders import locked, made_again, temporary_folder
 from steps.lib.keys import stage_key
@@ -371,22 +372,33 @@ def _plain(value):
 
 
 def _command_for(run: dict, config: dict) -> str:
-    """The command that makes this run alone: fixed values collapse the sweep's axes."""
-    experiment = f" experiment={config['experiment']}" if config.get("experiment") else ""
-    overrides = " ".join(f"{key}={_override(value)}" for key, value in run["point"].items())
+    """The command that makes this run alone, for a shell: fixed values collapse the sweep's axes."""
     # sweep=none: alone, the run gets a page of its own, and this one stays.
-    return f"snakemake --cores all --config{experiment} sweep=none" + (f' overrides="{overrides}"' if overrides else "")
+    given = {"experiment": config.get("experiment"), "sweep": "none", "overrides": _overrides(run["point"])}
+    given = [f"{name}={_shell_text(text)}" for name, text in given.items() if text]
+    return " ".join(["snakemake --cores all --config", *given])
 
 
-def _override(value) -> str:
-    """A value in Hydra's grammar, without the double quotes that the shell would take."""
-    if isinstance(value, list):
-        return "[" + ",".join(map(_override, value)) + "]"
-    if isinstance(value, dict):
-        return "{" + ",".join(f"{key}:{_override(item)}" for key, item in value.items()) + "}"
-    if isinstance(value, str):
-        return value if re.fullmatch(r"[\w./-]+", value) else f"'{value}'"
-    return json.dumps(value)
+def _overrides(point: dict) -> str:
+    """A run's swept values as overrides; of a config group the point has the choice's name."""
+    return " ".join(
+        f"{key}={value if key in groups() else hydra_text(value, literal=True)}" for key, value in point.items()
+    )
+
+
+def _shell_text(text: str) -> str:
+    """A text quoted for a shell; control characters, which a terminal would act upon, as escapes."""
+    if visible(text) == text:
+        plain = shlex.quote(text) != text and not set(text) & set('$`"\\!')
+        return f'"{text}"' if plain else shlex.quote(text)
+    written = (_shell_escape(char) if visible(char) != char or char in "\\'" else char for char in text)
+    return "$'" + "".join(written) + "'"
+
+
+def _shell_escape(char: str) -> str:
+    if visible(char) != char:
+        return f"\\x{ord(char):02x}" if ord(char) < 128 else f"\\u{ord(char):04x}"
+    return f"\\{char}"
 
 
 # --- the command ---------------------------------------------------------------------------------

@@ -209,15 +209,6 @@ def test_a_single_run_without_a_base_model(tmp_path):
     assert "only" in (output / "report.html").read_text()
 
 
-def test_overrides_are_written_in_hydras_grammar():
-    from steps.lib.config import parse_overrides
-
-    values = [1e-05, 16, True, None, "all-linear", "two words", ["q_proj", "v_proj"], {"a": 1}]
-    texts = [f"key={compare_runs._override(value)}" for value in values]
-    assert [override.value() for override in parse_overrides(texts).values] == values
-    assert not any('"' in text for text in texts)
-
-
 def test_a_diverged_run_stands_below_the_others_without_figures(sweep, capsys):
     config, output = sweep
     folder = output.parents[1] / "reports" / "a"

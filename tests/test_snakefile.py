@@ -123,3 +123,11 @@ def test_names_of_folders_do_not_end_in_what_snakemake_calls_periodic():
     assert not detector.is_periodic("a" * 25 + "/pin-0123456789")
     assert not detector.is_periodic("1" * 25 + "-1111111111")
     assert shutil.which("bash"), "the rules' prefix is for it"
+
+
+def test_an_override_reaches_the_plan_as_it_was_written(sources):
+    """Snakemake reads --config values as YAML, in which this one is half a mapping and half a comment."""
+    folder, overrides = sources
+    dry_run(folder, overrides + """ sweep=none prompt.system='To whom: # "you"'""")
+    frozen = [path.read_text() for path in (folder / "results" / ".plans").glob("*")]
+    assert any(json.dumps('To whom: # "you"') in text for text in frozen)

@@ -5,6 +5,7 @@ import functools
 import itertools
 import json
 import math
+import re
 import typing
 from pathlib import Path
 
@@ -325,9 +326,9 @@ def _axes(config, overrides: Overrides) -> dict[str, list[str]]:
     axes = {}
     for key, value in in_file.items():
         if isinstance(value, list):
-            value = ",".join(_hydra_text(item) for item in value)
+            value = ",".join(hydra_text(item) for item in value)
         elif not isinstance(value, str):
-            value = _hydra_text(value)
+            value = hydra_text(value)
         parsed = parse_overrides([f"{key}={value}"])
         one_value = [_value_text(item) for item in parsed.values] + [item.partition("=")[2] for item in parsed.groups]
         if key not in fixed:
@@ -336,17 +337,26 @@ def _axes(config, overrides: Overrides) -> dict[str, list[str]]:
     return axes
 
 
-def _hydra_text(value) -> str:
-    """A YAML value in Hydra's grammar: what it was in the file, it is as an override."""
+def hydra_text(value, literal: bool = False) -> str:
+    """A value in Hydra's grammar: what it was in a YAML file, it is as an override.
+
+    Args:
+        value: None, a bool, a number or a text, or a list or a dict of these. Hydra takes no quote in a dict's key.
+        literal: ``${...}`` in a text refers to nothing: it is part of the text.
+    """
+    from hydra.core.override_parser.types import Quote, QuotedString
+    from hydra.core.override_parser.types import escape_special_characters as escaped
+
     if value is None or isinstance(value, bool):
         return json.dumps(value)
     if isinstance(value, str):
-        escaped = value.replace("'", "\\'")
-        return f"'{escaped}'"
+        text = re.sub(r"(\\*)\$\{", r"\1\1\\${", value) if literal else value
+        return QuotedString(text, Quote.single).with_quotes()
     if isinstance(value, list):
-        return "[" + ",".join(map(_hydra_text, value)) + "]"
+        return "[" + ",".join(hydra_text(item, literal) for item in value) + "]"
     if isinstance(value, dict):
-        return "{" + ",".join(f"{key}:{_hydra_text(item)}" for key, item in value.items()) + "}"
+        items = (f"{escaped(str(key))}:{hydra_text(item, literal)}" for key, item in value.items())
+        return "{" + ",".join(items) + "}"
     return str(value)
 
 

@@ -26,8 +26,13 @@ STARTED = time.time()  # logs older than this command are not its failures
 CONFIG_KEYS = ("experiment", "sweep", "overrides")
 
 
-def load_plan(config: dict) -> planning.Plan:
-    """The plan of this command: frozen once by the main process, then read by every job."""
+def load_plan(config: dict, arguments: list[str]) -> planning.Plan:
+    """The plan of this command: frozen once by the main process, then read by every job.
+
+    Args:
+        config: what Snakemake made of ``--config`` and of config files.
+        arguments: the ``--config`` arguments as they were written.
+    """
     # Jobs run with our Python, and with the very code that the keys were made of, whatever is installed.
     os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(PACKAGE_ROOT), os.environ.get("PYTHONPATH")]))
@@ -38,20 +43,31 @@ def load_plan(config: dict) -> planning.Plan:
                     f'--config {key}=...: {suggest(key, CONFIG_KEYS)} (config values go into overrides="{key}=...")'
                 )
         if not os.environ.get(FROZEN):
-            texts = {key: _with_quotes(str(config[key])) for key in CONFIG_KEYS if config.get(key) is not None}
-            plan = planning.build(**texts)
+            plan = planning.build(**_as_written(config, arguments))
             os.environ[FROZEN] = str(plan.freeze())
             for path, wrong in plan.damaged().items():
                 print(f"{path} is not whole ({wrong}): it is made again", file=sys.stderr)
         return planning.load(os.environ[FROZEN])
 
 
-def _with_quotes(text: str) -> str:
-    """Put back the closing quote of ``key='a b'``: Snakemake strips quotes from the ends of --config values."""
-    for quote in "'\"":
-        if text.replace(f"\\{quote}", "").count(quote) % 2:
-            text += quote
-    return text
+def _as_written(config: dict, arguments: list[str]) -> dict[str, str]:
+    """The values of `CONFIG_KEYS`.
+
+    Snakemake strips all quotes from the ends of ``--config`` values and reads the rest as YAML, which drops what looks
+    like a comment (``key='a # b'``) and makes a mapping of ``key='a: b'``. So they are taken from the arguments.
+    """
+    texts = {key: str(config[key]) for key in CONFIG_KEYS if config.get(key) is not None}
+    for argument in arguments:
+        key, _, text = argument.partition("=")
+        if key in texts:
+            texts[key] = _without_quotes(text)
+    return texts
+
+
+def _without_quotes(text: str) -> str:
+    """A value without the quotes around all of it, which a profile may have: ``overrides="a=1 b=2"``."""
+    quoted = len(text) > 1 and text[0] == text[-1] and text[0] in "'\""
+    return text[1:-1] if quoted else text
 
 
 def inputs_of(plan: planning.Plan, stage: str, workflow):
