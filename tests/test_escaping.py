@@ -1,6 +1,7 @@
 """Texts of users in a shell: the page's command for the best run, and overrides on their way to the plan."""
 
 import subprocess
+import unicodedata
 
 import pytest
 from hypothesis import example, given, settings
