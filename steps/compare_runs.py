@@ -45,7 +45,7 @@ def compare(config: dict, output: Path) -> dict:
 
     Args:
         config: {"eval", "sweep": {"name", "axes"}, "runs": [{"name", "point", "report"}]}, and optionally
-            "experiment", for the command that makes the best run again.
+            "experiment" and "overrides" (those that are no axis), for the command that makes the best run again.
 
     Returns:
         {"metric", "rows": the leaderboard's rows, best first, "missing": names of runs without a report}
@@ -375,16 +375,16 @@ def _plain(value):
 def _command_for(run: dict, config: dict) -> str:
     """The command that makes this run alone, for a shell: fixed values collapse the sweep's axes."""
     # sweep=none: alone, the run gets a page of its own, and this one stays.
-    given = {"experiment": config.get("experiment"), "sweep": "none", "overrides": _overrides(run["point"])}
+    given = {"experiment": config.get("experiment"), "sweep": "none", "overrides": _overrides(run["point"], config)}
     given = [f"{name}={_shell_text(text)}" for name, text in given.items() if text]
     return " ".join(["snakemake --cores all --config", *given])
 
 
-def _overrides(point: dict) -> str:
-    """A run's swept values as overrides; of a config group the point has the choice's name."""
-    return " ".join(
-        f"{key}={value if key in groups() else hydra_text(value, literal=True)}" for key, value in point.items()
-    )
+def _overrides(point: dict, config: dict) -> str:
+    """What was given beside the sweep, then the swept values; of a config group the point has the choice's name."""
+    given = [text for text in config.get("overrides", []) if not re.match(r"[+~]*sweep\b", text)]
+    swept = [f"{key}={value if key in groups() else hydra_text(value, literal=True)}" for key, value in point.items()]
+    return " ".join([*given, *swept])
 
 
 def _shell_text(text: str) -> str:

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shlex
 import time
 from xml.etree import ElementTree
 
@@ -374,3 +375,17 @@ def test_a_text_does_not_steer_the_terminal_or_fill_it(sweep, capsys):
     said = capsys.readouterr().out
     assert not any(char in said for char in "\x1b\x07\x9b") and "\\x1b[2J" in said
     assert max(map(len, said.splitlines())) < 300
+
+
+def test_the_command_has_what_was_given_beside_the_sweep(workspace):
+    from steps.lib import plan as planning
+
+    texts = "adapter.r=8 adapter=dora,lora train.learning_rate=1e-4,1e-3 eval.samples=3 sweep.name=mine tracking=none"
+    made = planning.build("smoke", None, texts)
+    config = made.comparison.config
+    assert config["overrides"] == ["adapter.r=8", "eval.samples=3", "sweep.name=mine", "tracking=none"]
+    for run in made.runs:
+        words = shlex.split(compare_runs._command_for({"point": run.point}, config))[4:]
+        assert "sweep.name" not in " ".join(words), "this sweep's page stays"
+        [again] = planning.build(**dict(word.split("=", 1) for word in words)).runs
+        assert (again.name, again.config["eval"]["samples"]) == (run.name, 3)

@@ -229,7 +229,7 @@ def build(experiment: str | None = None, sweep: str | None = None, overrides: st
     plan = Plan(
         first["sweep"]["name"], chosen_experiment(parsed), axes, first["tracking"], list(runs.values()), planner.jobs
     )
-    _add_comparison(plan, first)
+    _add_comparison(plan, first, [text for text in texts if text.partition("=")[0].strip() not in parsed.axes])
     _add_tracking_targets(plan)
     _check_places(plan)
     return plan
@@ -254,13 +254,14 @@ def _add_tracking_targets(plan: Plan) -> None:
             plan.jobs[path].settings.setdefault("follow", target)
 
 
-def _add_comparison(plan: Plan, config: dict) -> None:
-    """The last job: compare all reports of the sweep."""
+def _add_comparison(plan: Plan, config: dict, overrides: list[str]) -> None:
+    """The last job: compare all reports of the sweep. `overrides`: those that are no axis."""
     for run in plan.runs:
         if run.config["eval"] != config["eval"] and run.config["eval"]["task"] != config["eval"]["task"]:
             raise UserError("sweep: runs with different eval.task cannot be ranked together: sweep them apart")
     view = {
         "experiment": plan.experiment,
+        "overrides": overrides,
         "eval": config["eval"],
         "sweep": {"name": plan.sweep, "axes": plan.axes},
         "runs": [
