@@ -27,7 +27,7 @@ from steps.lib import prompting, runs
 from steps.lib.errors import UserError, one_line_errors, suggest
 from steps.lib.layouts import refuse_unused
 from steps.lib.progress import quiet_libraries
-from steps.lib.rows import FORMATS, RawFile
+from steps.lib.rows import FORMATS, RawFile, refuse_utf16
 from steps.lib.step import logging_to, spare_the_collector
 
 ROLES = ("system", "user", "assistant")
@@ -132,6 +132,8 @@ def _lines(name: str):
     content = sys.stdin.buffer.read() if name == STDIO else Path(name).read_bytes()
     for number, line in enumerate(content.split(b"\n"), start=1):
         try:
+            if number == 1:
+                refuse_utf16(line, f"{name}:1")
             text = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
         except UnicodeDecodeError as error:
             raise UserError(f"{name}:{number}: no UTF-8 ({error.reason}): convert the file") from None
@@ -163,7 +165,7 @@ def conversation(columns: dict) -> list[dict]:
     value = columns[name]
     if name == "prompt" and isinstance(value, str):
         value = [{"role": "user", "content": value}]
-    refuse_unused(columns, [name])
+    refuse_unused(columns, [name], way_on="remove it from the file; of a message only role and content are asked")
     if not isinstance(value, list) or not value:
         raise UserError(f"column '{name}' holds {value!r:.60}, not {'text or ' * (name == 'prompt')}a list of messages")
     messages = [_message(message, f"{name}[{index}]") for index, message in enumerate(value)]

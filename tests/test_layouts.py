@@ -364,3 +364,71 @@ def test_pairs_that_are_none_are_named(row, data, message):
 def test_the_proposed_where_leaves_out_pairs_of_two_prompts():
     row = {"chosen": [*HOW, WELL], "rejected": [{"role": "user", "content": "Who?"}, BADLY]}
     assert pair(row, where="chosen[:-1] == rejected[:-1]") is None
+
+
+@pytest.mark.parametrize("value", [None, True, math.nan, b"a", ["a"], {"a": 1}])
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{{ 'it is %s' % x }}",
+        "{{ '%s %s' % ('a', x) }}",
+        "{{ '%(k)s' % {'k': x} }}",
+        "{{ 'it is {}'.format(x) }}",
+        "{{ '{0[k]}'.format({'k': x}) }}",
+        "{{ '{k}'.format_map({'k': x}) }}",
+        "{{ 'a b' | replace('b', x) }}",
+        "{{ ['a', 'b'] | join(x) }}",
+        "{{ x | safe }}",
+        "{{ x | urlize }}",
+        "{{ x | pprint }}",
+    ],
+)
+def test_no_way_of_jinja_makes_text_of_what_is_none(source, value):
+    with pytest.raises(UserError, match="^data.prompt: .*(not text|use tojson)"):
+        convert({"x": value}, "template", prompt=source, completion="a")
+
+
+def test_the_same_ways_take_text_and_numbers():
+    sources = ["{{ '%s %d' % (x, 3) }}", "{{ '{} {n}'.format(x, n=3) }}", "{{ 'x 3' | replace('x', x) }}"]
+    sources += ["{{ '%(k)s 3' % {'k': x} }}", "{{ '{k} 3'.format_map({'k': x}) }}", "{{ [x, 3] | join(' ') }}"]
+    made = [convert({"x": "a"}, "template", prompt=source, completion="b")[0]["content"] for source in sources]
+    assert made == ["a 3"] * len(sources)
+    assert convert({"n": 7}, "template", prompt="{{ n % 4 }}", completion="b")[0]["content"] == "3"
+
+
+@pytest.mark.parametrize("text", ["0.0", "-0", "N/A", "<NA>"])
+@pytest.mark.parametrize("source", ["x", "[x] | select | list", "[{'k': x}] | rejectattr('k') | list"])
+def test_zeros_and_missing_values_in_csv_decide_nothing(source, text):
+    with pytest.raises(UserError, match="^data.where: asks whether the text"):
+        convert({"x": text}, "template", prompt="a", completion="a", where=source)
+
+
+@pytest.mark.parametrize("name", ["tools", "system", "history", "chat_template_kwargs"])
+@pytest.mark.parametrize(
+    ("layout", "row"),
+    [
+        ("messages", {"messages": HELLO}),
+        ("sharegpt", {"conversations": HELLO}),
+        ("prompt_completion", {"prompt": [ASK], "completion": [ANSWER]}),
+        ("instruction", {"instruction": "a", "input": "", "output": "b"}),
+    ],
+)
+def test_columns_that_belong_to_a_conversation_are_not_dropped(layout, row, name):
+    plain = convert(row, layout)
+    with pytest.raises(UserError, match=rf"^'{name}' .*data.ignore_fields=\[{name}\]"):
+        convert({**row, name: "Be kind."}, layout)
+    assert convert({**row, name: "Be kind."}, layout, ignore_fields=[name]) == plain
+    assert convert({**row, name: None}, layout) == plain
+
+
+def test_an_input_of_zero_is_not_left_out():
+    with pytest.raises(UserError, match="column 'input' holds 0, a number"):
+        convert({"instruction": "Double it.", "input": 0, "output": "0"}, "instruction")
+
+
+def test_a_message_says_a_thing_once():
+    with pytest.raises(UserError, match=r"messages\[0\] has 'content' and 'value', which differ"):
+        convert({"messages": [{**ASK, "value": "other"}, ANSWER]}, "messages")
+    with pytest.raises(UserError, match=r"messages\[0\]: role \['user'\] is not known"):
+        convert({"messages": [{**ASK, "role": ["user"]}, ANSWER]}, "messages")
+    assert convert({"messages": [{**ASK, "from": "human"}, ANSWER]}, "messages") == HELLO

@@ -109,7 +109,8 @@ def _parsed(text: str):
         return OverridesParser.create(config_loader=loader).parse_overrides([text])[0]
     except (HydraException, ValueError) as error:
         reason = " ".join(str(error).split()).partition(" expecting {")[0][:200]
-        hint = "write key=value; put a value with blanks or other special characters in quotes: key='a b'"
+        hint = "write key=value; put a value with blanks or other special characters in quotes, and all "
+        hint += "in others for the shell: \"key='a b'\""
         raise UserError(f"override '{_short(text)}': {reason} ({hint})") from None
 
 

@@ -34,7 +34,8 @@ def converter(data: dict, system: str | None) -> Callable[[dict], Example | None
     Raises:
         UserError: now, for a template that does not compile; when called, for a row that makes no conversation.
     """
-    renamed, ignored = _renamed_columns(data), frozenset(data.get("ignore_fields") or ())
+    renamed = _renamed_columns(data)
+    ignored = frozenset(data.get("ignore_fields") or ()) | frozenset(renamed.values())
     free = data["layout"] == "template"
     to_messages, columns = (None, ()) if free else LAYOUTS[data["layout"]]
     evaluate = _templates(data)
@@ -57,6 +58,9 @@ def converter(data: dict, system: str | None) -> Callable[[dict], Example | None
 
 
 MESSAGE = frozenset({"role", "content", "from", "value"})  # what is read of a message
+# Columns that say more of a conversation in formats that other programs read.
+BESIDE = ("tools", "functions", "system", "system_prompt", "history", "chat_template_kwargs")
+TO_DROP = "to drop it from all rows, set data.ignore_fields=[{name}]; to leave such rows out, use data.where"
 
 
 def _harmless(value) -> bool:
@@ -64,23 +68,25 @@ def _harmless(value) -> bool:
     return value is None or value is True or value in ("", [], {}) or (value == 1 and value is not False)
 
 
-def refuse_unused(row: dict, columns: Iterable[str], ignored: frozenset[str] = frozenset()) -> None:
+def refuse_unused(
+    row: dict, columns: Iterable[str], ignored: frozenset[str] = frozenset(), way_on: str = TO_DROP
+) -> None:
     """Refuse what stands in messages, or beside them, and is not read: it would be dropped without a word.
 
     Args:
         columns: those that may hold messages.
         ignored: what is dropped on purpose (data.ignore_fields).
+        way_on: what to do about a field `{name}`.
     """
-    found = [("tools", row["tools"])] if "messages" in columns and row.get("tools") else []
-    for column in columns:
-        turns = row.get(column)
-        for turn in turns if isinstance(turns, list) else [turns]:
-            found += turn.items() if isinstance(turn, dict) else ()
+    turns = [row.get(column) for column in columns]
+    turns = [turn for given in turns for turn in (given if isinstance(given, list) else [given])]
+    found = [item for turn in turns if isinstance(turn, dict) for item in turn.items()]
+    if found or "instruction" in columns:
+        found += [(name, row.get(name)) for name in BESIDE if name not in columns]
     for name, value in found:
         if name not in MESSAGE and name not in ignored and not _harmless(value):
             raise UserError(
-                f"'{name}' ({texts.shown(value)}) in or beside messages is not used: to drop it from all rows, set "
-                f"data.ignore_fields=[{name}]; to leave such rows out, use data.where"
+                f"'{name}' ({texts.shown(value)}) in or beside messages is not used: {way_on.format(name=name)}"
             )
 
 
@@ -128,7 +134,7 @@ def question_answer(row: dict) -> Messages:
 def instruction(row: dict) -> Messages:
     """Alpaca's columns: instruction, output, and input, which goes after a blank line when there is any."""
     prompt = _text(row, "instruction")
-    if row.get("input"):
+    if row.get("input") not in (None, ""):
         prompt = f"{prompt}\n\n{_text(row, 'input')}"
     return _exchange(prompt, _text(row, "output"))
 
@@ -197,15 +203,27 @@ def _read(turns, column: str) -> Messages:
 def _message(turn, name: str) -> dict[str, str]:
     if not isinstance(turn, dict):
         raise UserError(f"{name} is {texts.shown(turn)}, not a message with role and content")
-    given, content = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
-    role = SHAREGPT_ROLES.get(given)
-    if role is None:
-        raise UserError(f"{name}: role {given!r} is not known; {suggest(str(given), SHAREGPT_ROLES)}")
+    role, content = _one_of(turn, name, "role", "from", _role), _one_of(turn, name, "content", "value")
+    if role not in ROLES:
+        raise UserError(f"{name}: role {texts.shown(role)} is not known; {suggest(str(role), SHAREGPT_ROLES)}")
     if not isinstance(content, str):
         raise UserError(f"{name}: the content is {texts.shown(content)}, not text")
     if not content.strip():
         raise UserError(f"{name}: the {role}'s message is empty; leave such rows out with data.where")
     return {"role": role, "content": content}
+
+
+def _role(given):
+    """Our name of a role, where there is one."""
+    return SHAREGPT_ROLES.get(given, given) if isinstance(given, str) else given
+
+
+def _one_of(turn: dict, name: str, ours: str, theirs: str, read: Callable = lambda value: value):
+    """What stands in a field that goes by two names, as `read` has it; None where there is neither."""
+    given = [read(turn[key]) for key in (ours, theirs) if turn.get(key) is not None]
+    if len(given) == 2 and given[0] != given[1]:
+        raise UserError(f"{name} has '{ours}' and '{theirs}', which differ: remove one")
+    return given[0] if given else None
 
 
 def _checked(messages: Messages, column: str) -> Messages:

@@ -19,6 +19,7 @@ from steps.lib.errors import UserError, lack
 
 FORMATS = {".json": "json", ".jsonl": "jsonl", ".ndjson": "jsonl", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
 BOM = b"\xef\xbb\xbf"
+BOMS_16 = (b"\xff\xfe", b"\xfe\xff")
 CSV_DEFAULTS = {"delimiter": ",", "quotechar": '"', "escapechar": None, "fieldnames": None}
 LONGEST_LINE = 2**28  # bytes
 # Bytes that a gzipped file may unpack to: so many times its own size, or so many in any case.
@@ -49,6 +50,8 @@ class RawFile:
     def __post_init__(self):
         self.format = self.format or _format_by_ending(self.path)
         self.csv = {**CSV_DEFAULTS, **self.csv}
+        if self.field is not None and self.format != "json":
+            raise UserError(f"{self.path}: data.field={self.field} is for json files, and this is {self.format}")
         if self.path.name.removesuffix(".gz").endswith(".tsv") and self.csv["delimiter"] == ",":
             self.csv["delimiter"] = "\t"
 
@@ -70,8 +73,12 @@ class RawFile:
             raise UserError(f"{self.path}: cannot be read{after} ({reason or type(error).__name__})") from None
 
     def place(self, number: int) -> str:
-        """``file:line``, or ``file, row n`` where there are no lines."""
-        return f"{self.path}, row {number}" if self.format == "parquet" else f"{self.path}:{number}"
+        """``file:line``, or ``file, row n`` where a row's line is not known."""
+        counted = self.format == "parquet" or self.field is not None
+        return f"{self.path}, row {number}" if counted else self._line(number)
+
+    def _line(self, number: int) -> str:
+        return f"{self.path}:{number}"
 
     # --- one reader per format: (line number, or row number from 1; row) -------------------------
 
@@ -105,11 +112,13 @@ class RawFile:
             return parse()
         except json.JSONDecodeError as error:
             line = error.lineno if self.format == "json" else number
-            raise UserError(f"{self.place(line)}: no valid JSON: {_json_reason(error)}") from None
+            raise UserError(f"{self._line(line)}: no valid JSON: {_json_reason(error)}") from None
+        except _NoRowsError as error:
+            raise UserError(f"{self.path}: {error}") from None
         except RecursionError:
-            raise UserError(f"{self.place(number)}: nested too deeply") from None
+            raise UserError(f"{self._line(number)}: nested too deeply") from None
         except ValueError as error:  # a key twice, a number of thousands of digits
-            raise UserError(f"{self.place(number)}: {error}") from None
+            raise UserError(f"{self._line(number)}: {error}") from None
 
     def _csv(self):
         csv.field_size_limit(sys.maxsize)  # the default, 128 KiB, is less than a long document
@@ -129,8 +138,9 @@ class RawFile:
                 if names is None:
                     names = self._header(fields, number, delimiter)
                     continue
-                if fields == names:
-                    raise UserError(f"{self.place(number)}: is a header, so leave data.csv.fieldnames out")
+                if fields == names and len(names) > 1:
+                    way_on = "remove it" if self.csv["fieldnames"] is None else "leave data.csv.fieldnames out"
+                    raise UserError(f"{self.place(number)}: is a header, and no row: {way_on}")
                 if len(fields) != len(names):
                     raise UserError(self._field_count(fields, names, number, delimiter))
                 yield number, dict(zip(names, fields, strict=True))
@@ -141,7 +151,7 @@ class RawFile:
         if self.csv["quotechar"] is None or self.csv["escapechar"] is not None:
             return ""
         if f"\\{self.csv['quotechar']}" in line:
-            return r"; a backslash stands before quotes in the text: data.csv.escapechar='\\'"
+            return r"; a backslash stands before quotes in the text: data.csv.escapechar=\\"
         return "; if quotes are plain text in this file: data.csv.quotechar=null"
 
     def _header(self, fields: list[str], number: int, delimiter: str) -> list[str]:
@@ -151,7 +161,7 @@ class RawFile:
             shown = "\\t" if other == "\t" else other
             raise UserError(
                 f"{self.place(number)}: the header is one column, '{fields[0][:60]}', for it has no {delimiter!r}: "
-                f"data.csv.delimiter='{shown}'"
+                f"set \"data.csv.delimiter='{shown}'\""
             )
         names = [name or f"Unnamed: {index}" for index, name in enumerate(fields)]
         twice = [name for name, count in collections.Counter(names).items() if count > 1]
@@ -191,22 +201,25 @@ class RawFile:
         """Line number from 1, and the line as text with its end. Only a line feed ends a line, as in JSON lines."""
         number = read = 0
         most = max(SMALL, MOST_GROWTH * self.path.stat().st_size)
+        longest = most + 1 if self.format == "json" else LONGEST_LINE  # json may well be one line, and is held whole
         try:
             with self._open() as file:
-                for number, line in enumerate(iter(lambda: file.readline(LONGEST_LINE), b""), start=1):
+                for number, line in enumerate(iter(lambda: file.readline(longest), b""), start=1):
                     read += len(line)
-                    if len(line) == LONGEST_LINE:
-                        raise UserError(f"{self.place(number)}: is longer than {LONGEST_LINE >> 20} MiB: is it text?")
                     if read > most and self.path.suffix == ".gz":
                         raise UserError(
                             f"{self.path}: unpacks to over {most >> 30} GiB, {MOST_GROWTH} times its size: "
                             "if you trust it, unpack it yourself"
                         )
+                    if len(line) == longest:
+                        raise UserError(f"{self._line(number)}: is longer than {longest >> 20} MiB: is it text?")
+                    if number == 1:
+                        refuse_utf16(line, self._line(number))
                     yield number, (line.removeprefix(BOM) if number == 1 else line).decode()
         except UnicodeDecodeError as error:
             raise UserError(self._not_utf8(number, error)) from None
         except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-            raise UserError(f"{self.place(number + 1)}: no valid gzip file: {error}") from None
+            raise UserError(f"{self._line(number + 1)}: no valid gzip file: {error}") from None
         except PermissionError as error:
             raise UserError(f"{self.path}: cannot be read ({error.strerror}); make it readable") from None
 
@@ -216,10 +229,10 @@ class RawFile:
     def _not_utf8(self, number: int, error: UnicodeDecodeError) -> str:
         byte, start = error.object[error.start], error.object[:2]
         # cp1252 is what Windows calls Latin-1: it has letters and quotes where Latin-1 has control characters.
-        encoding = "utf-16" if number == 1 and start in (b"\xff\xfe", b"\xfe\xff") else "cp1252"
+        encoding = "utf-16" if number == 1 and start in BOMS_16 else "cp1252"
         what = "UTF-16" if encoding == "utf-16" else "Latin-1 or of Windows"
         return (
-            f"{self.place(number)}: byte 0x{byte:02x} at column {error.start + 1} is no UTF-8: convert the file "
+            f"{self._line(number)}: byte 0x{byte:02x} at column {error.start + 1} is no UTF-8: convert the file "
             f"(iconv -f {encoding} -t utf-8, if it is {what})"
         )
 
@@ -249,6 +262,17 @@ def _excels_delimiter(lines: _Remembered) -> str | None:
     return None
 
 
+def refuse_utf16(line: bytes, place: str) -> None:
+    """Refuse a file whose first line is UTF-16 without a mark at its start: as UTF-8 it is text with many bytes 0."""
+    if line.count(0) * 3 > len(line) and not line.startswith(BOMS_16):
+        encoding = "utf-16be" if line.startswith(b"\0") else "utf-16le"
+        raise UserError(f"{place}: every other byte is 0: convert the file (iconv -f {encoding} -t utf-8)")
+
+
+class _NoRowsError(ValueError):
+    """JSON without fault, but no array of objects."""
+
+
 def _unique(pairs: list[tuple]) -> dict:
     """An object of JSON. Of a key that stands in it twice, JSON's own reader would keep the last value."""
     made = dict(pairs)
@@ -272,7 +296,7 @@ def _array_elements(text: str) -> Iterator[tuple[int, object]]:
     """(line number, element) of a JSON array, decoded one at a time."""
     position = _BLANK.match(text).end()
     if not text.startswith("[", position):
-        raise json.JSONDecodeError(f"Expecting an array of objects, [{{...}}, ...] ({_instead(text)})", text, position)
+        raise _no_array(text, position)
     line, counted, after = 1, 0, "["
     while True:
         position = _BLANK.match(text, position + 1).end()
@@ -292,16 +316,38 @@ def _array_elements(text: str) -> Iterator[tuple[int, object]]:
         raise json.JSONDecodeError("Extra data after the array", text, end)
 
 
-def _instead(text: str) -> str:
-    """What a text is that is no array."""
+def _no_array(text: str, position: int) -> ValueError:
+    """What is wrong with a json file that does not begin with a bracket, and what to do."""
+    expected = "Expecting an array of objects, [{...}, ...]"
     try:
-        whole = DECODER.decode(text)
+        return _NoRowsError(f"{expected.lower()}, found {_other_json(DECODER.decode(text))}")
+    except (ValueError, RecursionError):  # it is no JSON as a whole
+        hint = "objects one after another: put a comma between them, and brackets around all"
+        if not text.startswith("{", position):
+            hint = "is it json at all?"
+        elif _is_json(text[position:].split("\n", 1)[0]):
+            hint = "one object a line is data.format=jsonl"
+        return json.JSONDecodeError(f"{expected} ({hint})", text, position)
+
+
+def _is_json(text: str) -> bool:
+    try:
+        return bool(DECODER.decode(text))
     except (ValueError, RecursionError):
-        return "one object a line is data.format=jsonl" if text.lstrip().startswith("{") else "is it json at all?"
-    lists = [name for name, value in whole.items() if isinstance(value, list)] if isinstance(whole, dict) else []
-    if lists:
-        return f"the file is one object; if its rows are in '{lists[0]}': data.field={lists[0]}"
-    return "the file is one object, which is one row with data.format=jsonl if it stands in one line"
+        return False
+
+
+def _other_json(whole) -> str:
+    """What a json file holds instead of an array, and what to do."""
+    if not isinstance(whole, dict):
+        return _kind(whole)
+    lists = [name for name, value in whole.items() if isinstance(value, list)]
+    of_rows = [name for name in lists if all(isinstance(row, dict) for row in whole[name])]
+    if of_rows:
+        return f"one object; if its rows are in '{of_rows[0]}': data.field='{of_rows[0]}'"
+    if lists or (whole and all(isinstance(value, dict) for value in whole.values())):
+        return "one object of columns: write rows (pandas: to_json(path, orient='records'))"
+    return "one object: put brackets around it, [{...}], if it is a row"
 
 
 def _json_reason(error: json.JSONDecodeError) -> str:

@@ -15,8 +15,10 @@ from steps.lib import templates
 
 # Jinja's filters that make text of their value first.
 OF_TEXT = ("capitalize", "center", "indent", "lower", "replace", "string", "striptags", "title", "trim", "truncate")
-OF_TEXT += ("upper", "urlencode", "wordcount", "wordwrap", "escape", "e", "forceescape")
-NO = ("false", "no", "n", "f", "off", "0", "null", "none", "nan")  # texts that mean no
+OF_TEXT += ("upper", "urlencode", "urlize", "wordcount", "wordwrap", "escape", "e", "forceescape", "safe")
+CHOOSING = ("select", "reject", "selectattr", "rejectattr")  # by truth, unless a test is named
+# Texts that mean no, or that nothing is known; so do all that write the number 0.
+NO = ("false", "no", "n", "f", "off", "null", "none", "nan", "na", "n/a", "<na>", "nat")
 
 
 class NotTextError(ValueError):
@@ -35,9 +37,14 @@ def environment():
     made.code_generator_class = _generator()
     filters = {name: _of_text(FILTERS[name]) for name in OF_TEXT}
     filters |= {name: _strict_number(FILTERS[name]) for name in ("float", "int")}
-    filters |= {"join": _joined(FILTERS["join"]), "format": _formatted(FILTERS["format"])}
+    filters |= {name: _chosen(FILTERS[name]) for name in CHOOSING}
+    filters |= {"join": _joined(FILTERS["join"]), "pprint": _no_pprint}
+    filters |= {name: _formatted(FILTERS[name]) for name in ("format", "replace")}
     filters["tojson"] = _json  # Jinja's own is for web pages: it writes \\u0027 for an apostrophe, and sorts
     made.filters = {**made.filters, **filters, _CHECKED: checked, _CONDITION: condition}
+    made.intercepted_binops = frozenset("%")
+    made.binop_table = {**made.binop_table, "%": _percent}
+    made.wrap_str_format = functools.partial(_checking_format, made.wrap_str_format)
     return made
 
 
@@ -64,7 +71,7 @@ def condition(value):
     Raises:
         ValueError: it is a text that means no, but counts as true as every text does; or nan.
     """
-    if isinstance(value, str) and value.strip().lower() in NO:
+    if isinstance(value, str) and (value.strip().lower() in NO or _is_zero(value)):
         raise ValueError(
             f"asks whether the text {shown(value)} is true, as any text is: compare it (== 'True', say), or write "
             "!= '' to ask for a text that is not empty"
@@ -72,6 +79,14 @@ def condition(value):
     if _is_nan(value):
         raise ValueError("asks whether nan is true, which it is: compare it with a number")
     return value
+
+
+def _is_zero(text: str) -> bool:
+    """Whether a text is a number that counts as false (``0``, ``0.0``: in csv numbers are texts)."""
+    try:
+        return float(text) == 0
+    except ValueError:
+        return False
 
 
 def _is_nan(value) -> bool:
@@ -99,9 +114,9 @@ def way_on(value, column: str | None) -> str:
             return "| select leaves missing items of a list out, | default('', true) makes an empty text of one"
         if value is None:
             empty = f"{{{{ {name} | default('', true) }}}}"
-            return f'leave such rows out (data.where="{name} is not none"), or write {empty}'
+            return f'leave such rows out (set data.where to "{name} is not none"), or write {empty}'
         test = f"{name} == {name}" if _is_nan(value) else f"{name} | abs < 1e308"
-        return f'leave such rows out: data.where="{test}"'
+        return f'leave such rows out: set data.where to "{test}"'
     if isinstance(value, bool):
         return f"say it in words: {{{{ 'yes' if {name} else 'no' }}}}"
     if isinstance(value, list | tuple):
@@ -170,13 +185,78 @@ def _formatted(apply: Callable) -> Callable:
     return formatted
 
 
+class _Texts(dict):
+    """What ``%`` and ``format`` may put into a text by name: its values where they are text, never all of it."""
+
+    def __init__(self, value: dict):
+        super().__init__(value)
+        self.value = value
+
+    def __getitem__(self, name):
+        return _for_format(super().__getitem__(name))
+
+    def __str__(self):
+        raise NotTextError(self.value)
+
+    __repr__ = __str__
+
+    def __format__(self, _spec):
+        raise NotTextError(self.value)
+
+
+def _for_format(value):
+    return _Texts(value) if isinstance(value, dict) else checked(value)
+
+
+def _percent(left, right):
+    """``left % right``, of numbers or of a text and what goes into it."""
+    if isinstance(left, str):
+        right = tuple(map(_for_format, right)) if isinstance(right, tuple) else _for_format(right)
+    return left % right
+
+
+def _checking_format(wrap: Callable, method) -> Callable | None:
+    """The sandbox's ``str.format``, for values that are text."""
+    found = wrap(method)
+    if found is None:
+        return None
+
+    @functools.wraps(found)
+    def formatted(*arguments, **named):
+        return found(*map(_for_format, arguments), **{name: _for_format(item) for name, item in named.items()})
+
+    return formatted
+
+
+def _no_pprint(_value):
+    raise ValueError("'pprint' writes a value as Python does: use tojson")
+
+
+def _chosen(choose: Callable) -> Callable:
+    """A filter that chooses items by their truth, or by that of an attribute."""
+    from jinja2.filters import make_attrgetter
+
+    before_test = 1 if choose.__name__.endswith("attr") else 0
+
+    @functools.wraps(choose)
+    def chosen(context, value, *arguments, **named):
+        items = list(value)
+        if len(arguments) == before_test:
+            attribute = make_attrgetter(context.environment, arguments[0]) if before_test else lambda item: item
+            for item in items:
+                condition(attribute(item))
+        return choose(context, items, *arguments, **named)
+
+    return chosen
+
+
 def _joined(join: Callable) -> Callable:
     from jinja2.filters import make_attrgetter
 
     @functools.wraps(join)
     def joined(eval_ctx, value, d="", attribute=None):
         items = value if attribute is None else map(make_attrgetter(eval_ctx.environment, attribute), value)
-        return join(eval_ctx, [checked(item) for item in items], d)
+        return join(eval_ctx, [checked(item) for item in items], checked(d))
 
     return joined
 
