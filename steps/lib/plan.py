@@ -261,7 +261,6 @@ def _add_comparison(plan: Plan, config: dict, overrides: list[str]) -> None:
             raise UserError("sweep: runs with different eval.task cannot be ranked together: sweep them apart")
     view = {
         "experiment": plan.experiment,
-        "overrides": overrides,
         "eval": config["eval"],
         "sweep": {"name": plan.sweep, "axes": plan.axes},
         "runs": [
@@ -270,7 +269,9 @@ def _add_comparison(plan: Plan, config: dict, overrides: list[str]) -> None:
     }
     path = str(RESULTS / "sweeps" / plan.sweep)
     reports = {run.name: run.artefacts["evaluate_model"] for run in plan.runs}
-    plan.jobs[path] = Job("compare_runs", path, stage_key("compare_runs", view, {}), view, reports)
+    # The overrides are words of the page's command: what they change is in the runs, and that is what reruns it.
+    key = stage_key("compare_runs", view, {})
+    plan.jobs[path] = Job("compare_runs", path, key, {**view, "overrides": overrides}, reports)
 
 
 class _Planner:

@@ -51,7 +51,7 @@ CASES = [
     _plan("splits that leave nothing", r"leave no rows for training", "data.splits={validation:0.5,test:0.5}"),
     # the grammar of overrides
     _plan("unbalanced bracket", r"override 'adapter\.target_modules=\[a'", "adapter.target_modules=[a"),
-    _plan("blanks without quotes", r"in quotes: key='a b'", "a b=3"),
+    _plan("blanks without quotes", r"in quotes, and all in others for the shell: \"key='a b'\"", "a b=3"),
     _plan("a value that ends with a comma", r"override 'adapter\.r=1,'", "adapter.r=1,"),
     _plan("an interpolation of nothing", r"'prompt\.system'.*write \\\$\{", "prompt.system=${nope}"),
     _plan("a brace that is no interpolation", r"write \\\$\{", "prompt.system='Is ${{ price }} much?'"),
