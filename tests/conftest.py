@@ -1,6 +1,7 @@
 """Shared fixtures: every test runs in a folder of its own, on tiny models that are made once."""
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,11 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test that reaches for the hub 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # test processes run side by side
 
 from tests import tiny  # noqa: E402
+
+# A suite run in the background (nohup, `&` in a script) inherits signals as ignored, and its children would rightly leave them so.
+for number, default in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+    if signal.getsignal(number) is signal.SIG_IGN:
+        signal.signal(number, default)
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared" / "data"
