@@ -60,6 +60,10 @@ def test_a_folder_that_lost_a_file_is_made_again_and_what_was_left_is_kept(own, 
     (aside,) = Path("results/merged/.damaged").iterdir()
     assert (aside / "notes.txt").read_text() == "mine"
     assert not (aside / lost).exists()
+    Path(OUTPUT, lost).unlink()
+    merge()
+    assert list(Path("results/merged/.damaged").iterdir()) == [aside], "the last one is kept"
+    assert not (aside / "notes.txt").exists()
 
 
 def test_an_emptied_folder_is_made_again(own):
