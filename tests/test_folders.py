@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from steps import merge_adapter
+from steps import fetch_model, merge_adapter
 from steps.lib import folders
 from steps.lib.errors import UserError
 from tests.conftest import ROOT
@@ -40,6 +40,14 @@ def test_a_finished_folder_is_whole_and_its_provenance_names_its_files(project):
     assert {"config.yaml", "model.safetensors", "tokenizer.json"} <= set(files)
     made = {path.parent for path in Path("results").glob("*/*/provenance.json")}
     assert [folders.fault(path) for path in made] == [None] * 7
+
+
+def test_a_merged_model_as_the_next_base_is_whole_as_well(project, tmp_path):
+    """Its provenance is not that of the copy, which once made every later step refuse it."""
+    source = {"model": {"source": {"kind": "files", "path": OUTPUT}}}
+    fetch_model.main(["--output", str(tmp_path / "model"), "--config", json.dumps(source)])
+    assert folders.fault(tmp_path / "model") is None
+    assert json.loads((tmp_path / "model" / "provenance.json").read_text())["stage"] == "fetch_model"
 
 
 @pytest.mark.parametrize("lost", ["model.safetensors", "provenance.json", "tokenizer.json"])

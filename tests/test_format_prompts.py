@@ -225,7 +225,7 @@ def test_control_characters_of_a_wrong_conversion_are_said_once(project, caplog)
     rows[8]["completion"] = "It\x85is. “So”"
     write_rows(rows)
     with caplog.at_level("WARNING", logger="temper"):
-        run()
+        run(layout="prompt_completion")
     [said] = [record.getMessage() for record in caplog.records if "control" in record.getMessage()]
     assert said.startswith("2 rows hold control characters (the first: rows.jsonl:5)")
     assert "iconv -f cp1252 -t utf-8" in said

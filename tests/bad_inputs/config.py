@@ -72,6 +72,9 @@ CASES = [
         "a temperature of the likeliest", r"'eval': 'temperature' has no effect without do_sample", "eval.temperature=2"
     ),
     _plan("a nucleus of the likeliest", r"'method\.own_answers': 'top_p' has no effect", "method=dpo", _OWN),
+    _plan(
+        "prompts of preferences", r"'prompt\.loss_on': all is for method=sft", "experiment=dpo", "prompt.loss_on=all"
+    ),
     _plan("labels of a text", r"'labels' is for task 'labels'.*~eval\.labels", "eval.task=text"),
     _plan("a separator of labels", r"'separator' is for task 'tags'.*~eval\.separator", "eval.separator=';'"),
     # the grammar of overrides
