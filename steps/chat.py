@@ -127,20 +127,15 @@ def _react(line: str, speakers: list[Speaker], prompter: prompting.Prompter, set
 
 def _answer(message: str, speaker: Speaker, prompter, settings: prompting.Generation, name: str | None) -> None:
     """Stream one answer, and keep the exchange; one that was stopped is forgotten."""
-    from transformers import TextStreamer
-
     turns = [*speaker.history, {"role": "user", "content": message}]
     ids, left_out = prompter.ids_of_chat(turns, settings.max_new_tokens)
     if left_out and prompter.keeps_history:
         print(f"(the context is full: the oldest {left_out} messages are left out)", file=sys.stderr)
     if name:
         print(f"{name}> ", end="", flush=True)
-    streamer = TextStreamer(prompter.tokenizer, skip_prompt=True, skip_special_tokens=True)
-    if sys.stdout.isatty():  # an answer steers no terminal; a pipe gets it as it is
-        show = streamer.on_finalized_text
-        streamer.on_finalized_text = lambda text, stream_end=False: show(printable(text), stream_end)
     try:
-        answer, finished = prompting.stream_answer(speaker.model, prompter, ids, settings, streamer)
+        answer, finished = prompting.stream_answer(speaker.model, prompter, ids, settings, _say)
+        print(flush=True)
     except KeyboardInterrupt:
         if not sys.stdin.isatty():
             raise
@@ -149,6 +144,11 @@ def _answer(message: str, speaker: Speaker, prompter, settings: prompting.Genera
     if not finished:
         print(f"(cut off at max_new_tokens={settings.max_new_tokens})", file=sys.stderr)
     speaker.history = [*turns, {"role": "assistant", "content": answer}][left_out:]
+
+
+def _say(text: str) -> None:
+    """Show a part of an answer. It steers no terminal; a pipe gets it as it is."""
+    print(printable(text) if sys.stdout.isatty() else text, end="", flush=True)
 
 
 if __name__ == "__main__":

@@ -16,6 +16,8 @@ Reads the prompts, and results/; every row is checked before the model is loaded
 
 import contextlib
 import dataclasses
+import datetime
+import decimal
 import json
 import os
 import re
@@ -23,7 +25,7 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from steps.lib import prompting, runs
+from steps.lib import prompting, runs, texts
 from steps.lib.errors import UserError, one_line_errors, suggest
 from steps.lib.layouts import refuse_unused
 from steps.lib.progress import quiet_libraries
@@ -114,17 +116,43 @@ def _check_columns(rows: list[Row]) -> None:
         taken = [name for name in ADDED if name in row.columns]
         if taken:
             raise UserError(f"{row.place}: there is a column '{taken[0]}' already, which the answers need: rename it")
-        try:
-            _line(row, "", True).encode()
-        except UnicodeEncodeError as error:
-            half = error.object[error.start].encode("unicode_escape").decode()
-            raise UserError(f"{row.place}: a text holds half a character ({half}): correct the file") from None
+        for name, value in row.columns.items():
+            _check_column(row.place, name, value)
+
+
+def _check_column(place: str, name: str, value) -> None:
+    try:
+        _json({name: value}).encode()
+    except UnicodeEncodeError as error:
+        half = error.object[error.start].encode("unicode_escape").decode()
+        raise UserError(f"{place}: a text holds half a character ({half}): correct the file") from None
+    except (
+        TypeError,
+        ValueError,
+        RecursionError,
+    ):  # bytes; NaN and infinities; what refers to more than Python follows
+        raise UserError(
+            f"{place}: column '{name}' holds {texts.shown(value)}, which JSON, and so the output, cannot say: "
+            "make text or null of it in the file, or leave the column out"
+        ) from None
+
+
+def _json(columns: dict) -> str:
+    return json.dumps(columns, ensure_ascii=False, allow_nan=False, default=_as_text)
+
+
+def _as_text(value) -> str:
+    """What parquet has beyond JSON, where there is one way to write it."""
+    if isinstance(value, datetime.date | datetime.time):
+        return value.isoformat()
+    if isinstance(value, decimal.Decimal):
+        return str(value)
+    raise TypeError(type(value).__name__)
 
 
 def _line(row: Row, text: str, finished: bool) -> str:
     """A row with its answer, as a line of the output."""
-    columns = {**row.columns, "prediction": text, "finished": finished}
-    return json.dumps(columns, ensure_ascii=False, default=str) + "\n"
+    return _json({**row.columns, "prediction": text, "finished": finished}) + "\n"
 
 
 def _lines(name: str):

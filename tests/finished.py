@@ -23,7 +23,7 @@ CONFIG = [
     "data.layout=question_answer",
     "data.prompt=null",
     "data.completion=null",
-    "data.csv.fieldnames=null",
+    "~data.csv",
     "data.format=null",
     "adapter.r=4",
     "model.load.dtype=float32",

@@ -1,5 +1,6 @@
 """Asking a finished model: finding the run, the prompts of training, chat, predict."""
 
+import datetime
 import io
 import json
 import os
@@ -8,6 +9,7 @@ import select
 import shutil
 import subprocess
 import sys
+from decimal import Decimal
 from pathlib import Path
 
 import pytest
@@ -221,6 +223,18 @@ def test_predict_through_a_pipe_and_with_sampling(project, monkeypatch, capsys):
     assert answers() != answers("--system", "Say something else.")
 
 
+def test_days_and_exact_numbers_beside_a_prompt_are_written_as_text(project, tmp_path):
+    import pyarrow
+    from pyarrow import parquet
+
+    beside = {"day": datetime.date(2024, 2, 29), "at": datetime.datetime(2024, 2, 29, 7), "price": Decimal("1.10")}
+    table = pyarrow.table({"prompt": ["A joy."], **{name: [value] for name, value in beside.items()}})
+    parquet.write_table(table, tmp_path / "in.parquet")
+    predict.main(["--run", RUN, "--input", f"{tmp_path}/in.parquet", "--output", f"{tmp_path}/out.jsonl"])
+    [row] = lines_of(tmp_path / "out.jsonl")
+    assert (row["day"], row["at"], row["price"]) == ("2024-02-29", "2024-02-29T07:00:00", "1.10")
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
@@ -344,6 +358,21 @@ def test_chat_streams_the_answer_that_predict_gives(project, tmp_path, capsys, m
         ]
     )
     assert out.strip() == lines_of(tmp_path / "a.jsonl")[0]["prediction"]
+
+
+def test_what_is_streamed_is_the_answer_with_its_special_tokens(project):
+    import torch
+
+    run = runs.find(RUN, None)
+    prompter, model = prompting.Prompter(runs.model_folder(run), run.prompt), runs.load_network(run)
+    settings, answers = prompting.Generation(max_new_tokens=40, do_sample=True, temperature=5.0), []
+    for seed in range(8):
+        torch.manual_seed(seed)
+        ids, said = prompter.ids([{"role": "user", "content": "A joy."}], 40), []
+        answer, _ = prompting.stream_answer(model, prompter, ids, settings, said.append)
+        assert "".join(said) == answer and len(said) > 1
+        answers.append(answer)
+    assert any("<|im_start|>" in answer for answer in answers)
 
 
 def test_chat_compares_with_the_base_model_and_changes_the_system_message(project, capsys, monkeypatch):

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from steps import merge_adapter
+from steps import fetch_model, merge_adapter
 from steps.lib import folders
 from steps.lib.errors import UserError
 from tests.conftest import ROOT
@@ -42,6 +42,14 @@ def test_a_finished_folder_is_whole_and_its_provenance_names_its_files(project):
     assert [folders.fault(path) for path in made] == [None] * 7
 
 
+def test_a_merged_model_as_the_next_base_is_whole_as_well(project, tmp_path):
+    """Its provenance is not that of the copy, which once made every later step refuse it."""
+    source = {"model": {"source": {"kind": "files", "path": OUTPUT}}}
+    fetch_model.main(["--output", str(tmp_path / "model"), "--config", json.dumps(source)])
+    assert folders.fault(tmp_path / "model") is None
+    assert json.loads((tmp_path / "model" / "provenance.json").read_text())["stage"] == "fetch_model"
+
+
 @pytest.mark.parametrize("lost", ["model.safetensors", "provenance.json", "tokenizer.json"])
 def test_a_folder_that_lost_a_file_is_made_again_and_what_was_left_is_kept(own, lost):
     before = content(OUTPUT)
@@ -60,6 +68,10 @@ def test_a_folder_that_lost_a_file_is_made_again_and_what_was_left_is_kept(own, 
     (aside,) = Path("results/merged/.damaged").iterdir()
     assert (aside / "notes.txt").read_text() == "mine"
     assert not (aside / lost).exists()
+    Path(OUTPUT, lost).unlink()
+    merge()
+    assert list(Path("results/merged/.damaged").iterdir()) == [aside], "the last one is kept"
+    assert not (aside / "notes.txt").exists()
 
 
 def test_an_emptied_folder_is_made_again(own):

@@ -217,6 +217,20 @@ def test_a_bad_row_is_named_by_file_and_line(project, capsys):
     assert complaint(capsys) == "rows.jsonl:2: no valid JSON: expecting ':' delimiter (column 12)"
 
 
+def test_control_characters_of_a_wrong_conversion_are_said_once(project, caplog):
+    """What iconv -f latin-1 makes of Windows' quotes; U+0085 is a line's end in old texts."""
+    rows = [{"prompt": f"Is it {n}?", "completion": "It is."} for n in range(20)]
+    rows[4]["prompt"] = "Is it \x93good\x94?"
+    rows[6]["completion"] = "It\x92s."
+    rows[8]["completion"] = "It\x85is. “So”"
+    write_rows(rows)
+    with caplog.at_level("WARNING", logger="temper"):
+        run(layout="prompt_completion")
+    [said] = [record.getMessage() for record in caplog.records if "control" in record.getMessage()]
+    assert said.startswith("2 rows hold control characters (the first: rows.jsonl:5)")
+    assert "iconv -f cp1252 -t utf-8" in said
+
+
 def test_empty_splits_are_refused(project, capsys):
     write_rows([])
     assert complaint(capsys) == "rows.jsonl: no rows in the raw files"

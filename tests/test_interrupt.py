@@ -140,7 +140,7 @@ def test_a_locale_that_is_not_utf8_makes_no_difference(workspace):
         encoding="utf-8",
     )
     options = ["experiment=smoke", "sweep=none", "tracking=none", "data.layout=question_answer", "data.prompt=null"]
-    options += ["data.completion=null", "data.csv={}", "data.format=null", "prompt.system='Grüße 你好'"]
+    options += ["data.completion=null", "~data.csv", "data.format=null", "prompt.system='Grüße 你好'"]
     Path("config.json").write_text(json.dumps(load_stage_config("format_prompts", None, options)))  # in ASCII
     for encoding, environment in (("utf-8", ENVIRONMENT), ("other", latin_1())):
         command = [sys.executable, "-m", "steps.format_prompts", "--raw", "rows.jsonl", "--output", encoding]

@@ -396,6 +396,21 @@ def test_the_same_ways_take_text_and_numbers():
     assert convert({"n": 7}, "template", prompt="{{ n % 4 }}", completion="b")[0]["content"] == "3"
 
 
+def test_what_is_proposed_in_place_of_a_truth_works_for_all_kinds_of_values():
+    free = {"layout": "template", "prompt": "a", "completion": "b"}
+    with pytest.raises(UserError, match=r"as in x == 'True', or .* by x \| default\('', true\) != ''") as refused:
+        converter({**free, "where": "y and x"}, None)({"x": "no", "y": "yes"})
+    same, present = re.search(r"as in (.*), or .* by (.*) \(columns", str(refused.value)).groups()
+    values = ["no", "0", "True", "", None, True, False, 7, 0, ["a"], []]
+    kept = {where: converter({**free, "where": where}, None) for where in (same, present, "x")}
+    assert [value for value in values if kept[present]({"x": value})] == ["no", "0", "True", True, 7, ["a"]]
+    assert [value for value in values if kept[same]({"x": value})] == ["True"]
+    assert [value for value in values[2:] if kept["x"]({"x": value})] == ["True", True, 7, ["a"]]
+    with pytest.raises(UserError, match="compare it with a number, as in x > 0"):
+        kept["x"]({"x": math.nan})
+    assert converter({**free, "where": "x > 0"}, None)({"x": math.nan}) is None
+
+
 @pytest.mark.parametrize("text", ["0.0", "-0", "N/A", "<NA>"])
 @pytest.mark.parametrize("source", ["x", "[x] | select | list", "[{'k': x}] | rejectattr('k') | list"])
 def test_zeros_and_missing_values_in_csv_decide_nothing(source, text):

@@ -198,7 +198,7 @@ def test_editing_a_file_of_ones_own_changes_its_key(workspace):
     mine = workspace / "mine.jsonl"
     mine.write_text(json.dumps({"prompt": "a", "completion": "b"}) + "\n")
     source = ["data.source.kind=files", f"data.source.path={mine}", "data.layout=prompt_completion"]
-    overrides = ["sweep=none", *source, "~data.prompt", "~data.completion", "data.csv.fieldnames=null"]
+    overrides = ["sweep=none", *source, "~data.prompt", "~data.completion", "~data.csv", "~data.format"]
     before = build(*overrides)
     mine.write_text(json.dumps({"prompt": "a", "completion": "c"}) + "\n")
     assert "format_prompts" in changed(before, build(*overrides))

@@ -385,6 +385,26 @@ def _program_in(name: str):
     return damage
 
 
+def _another_optimizer(checkpoint: Path) -> None:
+    saved = torch.load(checkpoint / "optimizer.pt")
+    saved["state"][0]["exp_avg"] = saved["state"][0]["exp_avg"][:1]
+    torch.save(saved, checkpoint / "optimizer.pt")
+
+
+def _lacking(name: str):
+    return lambda checkpoint: (checkpoint / name).unlink()
+
+
+def _state(change):
+    """`change` makes other entries of Trainer's state."""
+
+    def damage(checkpoint: Path) -> None:
+        path = checkpoint / "trainer_state.json"
+        path.write_text(json.dumps(change(json.loads(path.read_text()))))
+
+    return damage
+
+
 def _half_of_the_adapter(checkpoint: Path) -> None:
     bad._tensors(bad._half, bad.ADAPTER)(checkpoint)
 
@@ -397,6 +417,11 @@ REMEDY = "delete .*checkpoint-3 and run the same command again"
     [
         (_seal_is_a_list, "checkpoint-6 has no list of files", True),
         (_no_state, "checkpoint-6 is not of the step", True),
+        (_lacking("optimizer.pt"), "checkpoint-6 has no optimizer.pt", True),
+        (_lacking("rng_state.pth"), "checkpoint-6 has no rng_state.pth", True),
+        (_state(lambda state: state | {"log_history": 7}), "checkpoint-6 has another 'log_history' in", True),
+        (_state(lambda state: state.pop("epoch") and state), "checkpoint-6 has another 'epoch' in", True),
+        (_another_optimizer, f"optimizer.pt has 'exp_avg' of another shape.*{REMEDY}", False),
         (_program_in("optimizer.pt"), f"never run.*{REMEDY}", False),
         (_program_in("scheduler.pt"), f"never run.*{REMEDY}", False),
         (_program_in("rng_state.pth"), f"never run.*{REMEDY}", False),

@@ -179,7 +179,7 @@ def test_a_file_of_preference_pairs(smoke):
         pytest.skip(f"{path} is not here: ../shared/data is only beside the developers' checkouts")
     folder, _ = smoke
     overrides = (
-        f"~data.prompt ~data.completion data.rejected_from=null data.csv.fieldnames=null data.format=json "
+        f"~data.prompt ~data.completion data.rejected_from=null ~data.csv data.format=json "
         f"data.source.kind=files data.source.path={path} data.name=pairs data.layout=preference "
         "data.columns={prompt:conversations} data.limit={train:32,validation:8,test:16} "
         "eval=text eval.max_new_tokens=8 eval.metric=preference_accuracy sweep.name=pairs "

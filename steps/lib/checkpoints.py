@@ -4,6 +4,7 @@ Trainer writes a checkpoint file by file, so a kill leaves half of one. Ours is 
 written last, names every file with the sha256 that the file still has.
 """
 
+import dataclasses
 import json
 import logging
 import os
@@ -16,6 +17,8 @@ log = logging.getLogger("temper")
 
 SEAL = "complete.json"
 STATE = "trainer_state.json"
+# Without one of these Trainer begins anew with what stood in it, and says nothing.
+NEEDED = ("optimizer.pt", "scheduler.pt", "rng_state.pth", STATE)
 NAME = re.compile(r"checkpoint-\d+")
 
 
@@ -54,6 +57,10 @@ def fault(checkpoint: Path) -> str | None:
         return f"has no list of files in {SEAL}"
     if state.get("global_step") != step_of(checkpoint):
         return f"is not of the step that its {STATE} tells"
+    if lacking := [name for name in NEEDED if name not in sums]:
+        return f"has no {lacking[0]}"
+    if odd := _odd_entry(state):
+        return f"has another '{odd}' in its {STATE} than Trainer writes"
     for name, expected in sums.items():
         path = checkpoint / name
         if not path.is_file():
@@ -61,6 +68,16 @@ def fault(checkpoint: Path) -> str | None:
         if file_sha256(path) != expected:
             return f"{name} is damaged"
     return None
+
+
+def _odd_entry(state: dict) -> str | None:
+    """An entry of Trainer's state that it did not write so, or that it needs and is gone."""
+    from transformers import TrainerState
+
+    kinds = {"epoch": int | float, "log_history": list, "stateful_callbacks": dict}
+    odd = state.keys() ^ {field.name for field in dataclasses.fields(TrainerState)}
+    odd |= {name for name, kind in kinds.items() if not isinstance(state.get(name), kind)}
+    return min(odd, default=None)
 
 
 def _entries(path: Path) -> dict:

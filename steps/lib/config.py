@@ -423,6 +423,8 @@ def _check_method(config: dict) -> None:
             "config: method=dpo needs preference pairs: choose data.layout=preference, or say what the rejected answer "
             "is with data.rejected (layout template), data.rejected_from (a list of labels) or method.own_answers"
         )
+    if config["prompt"]["loss_on"] == "all" and not method["sft"]:
+        raise UserError("config: 'prompt.loss_on': all is for method=sft; method=dpo compares answers: leave it out")
     if config["train"].get("label_smoothing_factor"):
         raise UserError("config: 'train.label_smoothing_factor' is for method=sft; see method.label_smoothing")
     if method["sft"]:

@@ -87,15 +87,18 @@ def made_by_a_step(folder: Path) -> bool:
 
 
 def set_aside(folder: Path) -> None:
-    """Make way for a folder that is made again. What is in it may be somebody's, so it is moved and not deleted."""
+    """Make way for a folder that is made again. What is in it may be somebody's, so it is moved and not deleted.
+
+    The last one of each name is kept, in place of the one before.
+    """
     if all(path.name == SNAKEMAKE for path in folder.iterdir()):
         (folder / SNAKEMAKE).unlink(missing_ok=True)
         folder.rmdir()
         return
-    place, number = folder.parent / DAMAGED, 1
-    place.mkdir(exist_ok=True)
-    while (target := place / f"{folder.name}-{number}").exists():
-        number += 1
+    target = folder.parent / DAMAGED / folder.name
+    target.parent.mkdir(exist_ok=True)
+    if target.exists():
+        shutil.rmtree(target)
     folder.rename(target)
     log.info("%s was not whole: moved to %s", folder, target)
 

@@ -114,13 +114,25 @@ def without_system(messages: Messages) -> Messages:
 def _renamed_columns(data: dict) -> dict[str, str]:
     """`data.columns`, once it is sure that the layout has the columns it renames."""
     renamed = data.get("columns") or {}
-    if data["layout"] != "template":
-        known = LAYOUTS[data["layout"]][1]
-        for name in renamed:
-            if name not in known:
-                layout = f"layout '{data['layout']}'"
-                raise UserError(f"config: 'data.columns.{name}': {layout} has no such column; {suggest(name, known)}")
+    free = data["layout"] == "template"
+    known = sorted(_used(data)) if free and renamed else () if free else LAYOUTS[data["layout"]][1]
+    for name in renamed:
+        if name not in known:
+            without = "no template uses it" if free else f"layout '{data['layout']}' has no such column"
+            raise UserError(f"config: 'data.columns.{name}': {without}; {suggest(name, known)}")
     return renamed
+
+
+def _used(data: dict) -> set[str]:
+    """The columns that the free layout's templates name."""
+    from jinja2 import meta
+
+    used = set()
+    for key in [key for key in ("where", "prompt", "completion", "rejected") if data.get(key)]:
+        with templates.bounded(f"config: 'data.{key}'"):
+            source = f"{{{{ {data[key]} }}}}" if key == "where" else data[key]
+            used |= meta.find_undeclared_variables(texts.environment().parse(source))
+    return used
 
 
 # --- layouts of two texts ------------------------------------------------------------------------
@@ -362,8 +374,10 @@ def _compiled(key: str, source: str) -> Callable[[dict], object]:
             # A misspelt column raises in bool(); by default it would count as false.
             return bool(texts.condition(expression(row))) if key == "where" else template.render(row)
         except texts.NotTextError as error:
-            column = next((name for name, value in row.items() if name in used and value is error.value), None)
+            column = _column_of(error.value, row, used)
             reason = f"{_holder(column)}{error}: {texts.way_on(error.value, column)}"
+        except texts.NoTruthError as error:
+            reason = error.said(_column_of(error.value, row, used))
         except Exception as error:  # a template is its author's program
             reason = templates.reason(error)
         raise UserError(f"data.{key}: {reason} (columns: {_names(row)})")
@@ -375,6 +389,11 @@ def _compiled(key: str, source: str) -> Callable[[dict], object]:
         return made
 
     return evaluated if key == "where" else text
+
+
+def _column_of(value, row: dict, used: set[str]) -> str | None:
+    """The column of a template that holds a value, if any does."""
+    return next((name for name, found in row.items() if name in used and found is value), None)
 
 
 def _holder(column: str | None) -> str:

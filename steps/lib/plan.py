@@ -222,6 +222,7 @@ def build(experiment: str | None = None, sweep: str | None = None, overrides: st
     runs = {}
     for point, config in points:
         check_metric(config["eval"])
+        raw_data.check_options(config["data"])
         run = planner.add_run(config, point)
         runs.setdefault(run.name, run)  # 1e-4 and 0.0001 are one run
     hashes.save()

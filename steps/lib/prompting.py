@@ -1,6 +1,8 @@
 """Ask a finished model: the same tokens as in training, answers as a stream or in batches."""
 
 import dataclasses
+import re
+from collections.abc import Callable
 from pathlib import Path
 
 from steps.lib import templates
@@ -117,8 +119,37 @@ def add_generation_flags(parser, max_new_tokens: str) -> None:
     parser.add_argument("--seed", type=int, default=0, help="of --do-sample; default: 0")
 
 
-def stream_answer(model, prompter: Prompter, ids: list[int], settings: Generation, streamer) -> tuple[str, bool]:
-    """Answer one prompt, handing tokens to `streamer` as they come: (the answer's text, did it end by itself?)."""
+class _Streamer:
+    """Says an answer while its tokens come: in all exactly the text that `Encoder.text` makes of them."""
+
+    # What stands last may change with the next token: part of a character, a word, the blanks before it.
+    UNSURE = re.compile("\\s*[!-~]*\ufffd*$")
+
+    def __init__(self, encoder: Encoder, say: Callable[[str], None]):
+        self.encoder, self.say, self.ids, self.said = encoder, say, None, ""
+
+    def put(self, tokens) -> None:
+        """Called by transformers: with the prompt, then with each token."""
+        if self.ids is None:
+            self.ids = []
+            return
+        self.ids += tokens.tolist()
+        self._say(self.UNSURE.sub("", self.encoder.text(self.ids)))
+
+    def end(self) -> None:
+        """Called by transformers."""
+        self._say(self.encoder.text(self.ids or []))
+
+    def _say(self, text: str) -> None:
+        if len(text) > len(self.said):
+            self.say(text[len(self.said) :])
+            self.said = text
+
+
+def stream_answer(
+    model, prompter: Prompter, ids: list[int], settings: Generation, say: Callable[[str], None]
+) -> tuple[str, bool]:
+    """Answer one prompt, handing its text to `say` as it comes: (the whole text, did it end by itself?)."""
     import torch
     from transformers import GenerationConfig
 
@@ -136,7 +167,10 @@ def stream_answer(model, prompter: Prompter, ids: list[int], settings: Generatio
     prompt = torch.tensor([ids], device=model.device)
     with torch.inference_mode():
         output = model.generate(
-            input_ids=prompt, attention_mask=torch.ones_like(prompt), generation_config=config, streamer=streamer
+            input_ids=prompt,
+            attention_mask=torch.ones_like(prompt),
+            generation_config=config,
+            streamer=_Streamer(prompter.encoder, say),
         )
     answer = output[0, 1 if prompter.encoder.apart else len(ids) :].tolist()
     return prompter.encoder.text(answer), answer[-1] in prompter.stop_ids

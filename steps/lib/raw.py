@@ -11,6 +11,7 @@ from pathlib import Path
 
 from steps.lib.errors import UserError
 from steps.lib.keys import HashCache, digest, file_sha256
+from steps.lib.rows import format_of, refuse_unread
 
 RAW = Path("data/raw")
 
@@ -29,6 +30,28 @@ def pin_key(source: dict) -> str:
     if source["kind"] == "files":
         source = {"kind": "files", "path": [str(path) for path in source_files(source).values()]}
     return digest({"stage": "fetch_data", "source": source})
+
+
+def check_options(data: dict) -> None:
+    """Refuse options that say how to read another format than that of the data's files, as far as it is known."""
+    source = data["source"]
+    if source["kind"] == "hub" and data["format"] not in (None, "jsonl"):
+        raise UserError(
+            f"config: 'data.format': {data['format']} is for files, and rows of the hub are kept as jsonl: "
+            "leave it out (~data.format)"
+        )
+    for name in _names(source):
+        if found := data["format"] or format_of(name):
+            refuse_unread(f"config: {name}", found, data["csv"], data["field"])
+
+
+def _names(source: dict) -> list[str]:
+    """What the data's files are called."""
+    if source["kind"] == "hub":
+        return [f"{source['repository']}.jsonl"]
+    if source["kind"] == "files":
+        return [source["path"]] if isinstance(source["path"], str) else source["path"]
+    return [source["member"] if isinstance(source["member"], str) else source["member"][-1]]
 
 
 def source_files(source: dict) -> dict[str, Path]:

@@ -40,7 +40,8 @@ class FreeTemplate:
     opening = ""
 
     def __init__(self, source: str, chat_template: bool):
-        self.template, self.chat_template = _compiled(source), chat_template
+        self.template, self.variables = _compiled(source)
+        self.chat_template = chat_template
 
     def turns(self, conversations: list[list[dict]]) -> list[list[Turn]]:
         """Of each conversation, which ends with the assistant's answer, its turns."""
@@ -69,11 +70,16 @@ class FreeTemplate:
                 f"prompt.template is for one prompt and one answer, but a row has {len(turns) + 1} turns; "
                 f"{instead}{LEAVE_OUT}"
             )
+        if system is not None and "system" not in self.variables:
+            raise UserError(
+                "prompt.template does not say the system message: write {{ system }} into it, or set "
+                f"prompt.system=null (of rows with one of their own: {LEAVE_OUT})"
+            )
         return {"system": system, "prompt": turns[0]["content"]}
 
 
-def _compiled(source: str):
-    """The free template, checked: a misspelt variable would train on rows without their prompt."""
+def _compiled(source: str) -> tuple:
+    """(the free template, its variables), checked: a misspelt one would train on rows without their prompt."""
     from jinja2 import meta
 
     environment = templates.environment()
@@ -83,7 +89,7 @@ def _compiled(source: str):
     if "prompt" not in used or used - {"prompt", "system"}:
         found = ", ".join(sorted(used)) or "no variable"
         raise UserError(f"config: 'prompt.template' must use 'prompt', and may use 'system' (found {found})")
-    return template
+    return template, used
 
 
 class ChatTemplate:

@@ -50,8 +50,7 @@ class RawFile:
     def __post_init__(self):
         self.format = self.format or _format_by_ending(self.path)
         self.csv = {**CSV_DEFAULTS, **self.csv}
-        if self.field is not None and self.format != "json":
-            raise UserError(f"{self.path}: data.field={self.field} is for json files, and this is {self.format}")
+        refuse_unread(str(self.path), self.format, self.csv, self.field)
         if self.path.name.removesuffix(".gz").endswith(".tsv") and self.csv["delimiter"] == ",":
             self.csv["delimiter"] = "\t"
 
@@ -237,6 +236,26 @@ class RawFile:
         )
 
 
+def refuse_unread(what: str, format: str, csv: dict, field: str | None) -> None:
+    """Refuse options that reading `what`, which is of this format, would ignore."""
+    given = [name for name, value in csv.items() if value != CSV_DEFAULTS[name]]
+    if field is not None and format != "json":
+        raise UserError(
+            f"{what}: data.field={field} is for json files, and this is {format}: leave data.field out (~data.field)"
+        )
+    if given and format != "csv":
+        raise UserError(
+            f"{what}: data.csv.{given[0]}={csv[given[0]]!r} is for csv files, and this is {format}: leave data.csv out "
+            "(~data.csv)"
+        )
+
+
+def format_of(name: str) -> str | None:
+    """The format that a file's ending tells, if it does."""
+    ending = Path(name.removesuffix(".gz")).suffix.lower()
+    return None if ending == ".parquet" and name.endswith(".gz") else FORMATS.get(ending)
+
+
 class _Remembered:
     """Lines, with the last one that was taken and how many were."""
 
@@ -286,10 +305,10 @@ DECODER = json.JSONDecoder(object_pairs_hook=_unique)
 
 
 def _format_by_ending(path: Path) -> str:
-    ending = Path(path.name.removesuffix(".gz")).suffix.lower()
-    if ending not in FORMATS or (ending == ".parquet" and path.suffix == ".gz"):
+    found = format_of(path.name)
+    if found is None:
         raise UserError(f"{path}: cannot tell the format by the ending: set data.format to json, jsonl, csv or parquet")
-    return FORMATS[ending]
+    return found
 
 
 def _array_elements(text: str) -> Iterator[tuple[int, object]]:

@@ -143,6 +143,15 @@ class Data(Section):
         return self
 
     @model_validator(mode="after")
+    def _fields_belong_to_messages(self):
+        if self.ignore_fields and self.layout in ("template", "question_answer"):
+            raise ValueError(
+                f"'ignore_fields' names fields of messages, and layout '{self.layout}' reads none: leave it out "
+                "(~data.ignore_fields)"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _one_source_of_rejected_answers(self):
         if self.rejected_from is not None and (self.rejected is not None or self.layout == "preference"):
             what = "layout 'preference'" if self.layout == "preference" else "'rejected'"
@@ -224,6 +233,13 @@ class Quantization(Section):
             raise ValueError("load_in_4bit and load_in_8bit exclude each other: set one of them to false")
         return self
 
+    @model_validator(mode="after")
+    def _bits(self):
+        for name in ("bnb_4bit_quant_type", "bnb_4bit_use_double_quant"):
+            if not self.load_in_4bit and getattr(self, name) != Quantization.model_fields[name].default:
+                raise ValueError(f"'{name}' is for load_in_4bit=true: leave it out (~quantization.{name})")
+        return self
+
 
 class Model(Section):
     """A base model."""
@@ -231,6 +247,13 @@ class Model(Section):
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$")]
     source: Source
     load: ModelLoad = ModelLoad()
+
+    @model_validator(mode="after")
+    def _no_split(self):
+        for name in ("config", "split"):
+            if getattr(self.source, name, None) not in (None, HubSource.model_fields[name].default):
+                raise ValueError(f"'source.{name}' is for data; a model has none: leave it out (~model.source.{name})")
+        return self
 
 
 class Sft(Section):
@@ -246,6 +269,14 @@ class SftFirst(Section):
     adapter: dict[str, Any] = {}
 
 
+def _drawing_is_for_samples(section):
+    """What decides how answers are drawn does nothing where the likeliest is taken."""
+    for name in ("temperature", "top_p"):
+        if not section.do_sample and getattr(section, name) != 1:
+            raise ValueError(f"'{name}' has no effect without do_sample=true: add it, or leave {name} out")
+    return section
+
+
 class OwnAnswers(Section):
     """How the model answers, to learn to reject what is wrong. Names as in `eval`."""
 
@@ -254,6 +285,8 @@ class OwnAnswers(Section):
     do_sample: bool = True
     temperature: Annotated[float, Field(gt=0)] = 1.0
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+
+    _drawing = model_validator(mode="after")(_drawing_is_for_samples)
 
 
 class Dpo(Section):
@@ -321,6 +354,16 @@ class Eval(Section):
         if self.task == "labels" and (not self.labels or len(self.labels) < 2):
             raise ValueError("task 'labels' needs the list 'labels' with at least two of them")
         return self
+
+    @model_validator(mode="after")
+    def _options_of_other_tasks(self):
+        if self.task != "labels" and self.labels is not None:
+            raise ValueError(f"'labels' is for task 'labels'; '{self.task}' reads none: leave it out (~eval.labels)")
+        if self.task != "tags" and self.separator != ",":
+            raise ValueError(f"'separator' is for task 'tags'; '{self.task}' has none: leave it out (~eval.separator)")
+        return self
+
+    _drawing = model_validator(mode="after")(_drawing_is_for_samples)
 
 
 MLFLOW_NAME = 256  # characters that MLflow's tables have for a name

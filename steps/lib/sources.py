@@ -19,7 +19,7 @@ from pydantic import Field
 
 from steps.lib.errors import UserError
 from steps.lib.files import read_json
-from steps.lib.folders import locked
+from steps.lib.folders import PROVENANCE, locked
 from steps.lib.models import refuse_loose_adapter
 from steps.lib.progress import Progress, quiet_libraries
 
@@ -213,7 +213,7 @@ def model_files(names: list[str], where: str) -> list[str]:
     refuse_loose_adapter(names, where)
     other = "pytorch_model.bin" if weights[0].endswith(".safetensors") else "model.safetensors"
     rest = _matching(r"[^/]*\.(json|txt|model|jinja|tiktoken)|(LICEN[CS]E|NOTICE)[^/]*", names)
-    return sorted({*weights, *rest} - {f"{other}.index.json"})
+    return sorted({*weights, *rest} - {f"{other}.index.json", PROVENANCE})  # of a step's folder: the copy gets its own
 
 
 def _matching(pattern: str, names: list[str]) -> list[str]:

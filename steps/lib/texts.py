@@ -29,6 +29,27 @@ class NotTextError(ValueError):
         self.value = value
 
 
+class NoTruthError(ValueError):
+    """A value decides something, by a truth that would surprise."""
+
+    def __init__(self, value):
+        super().__init__(value)
+        self.value = value
+
+    def said(self, column: str | None) -> str:
+        """What is wrong and what to write; `column` holds the value, if any does."""
+        name = column or "it"
+        if _is_nan(self.value):
+            return f"asks whether nan is true, which it is: compare it with a number, as in {name} > 0"
+        return (
+            f"asks whether the text {shown(self.value)} is true, as any text is: compare it, as in {name} == 'True', "
+            f"or ask whether there is any by {name} | default('', true) != ''"
+        )
+
+    def __str__(self):
+        return self.said(None)
+
+
 def environment():
     """The sandbox for templates over a row's columns."""
     from jinja2.filters import FILTERS
@@ -69,15 +90,11 @@ def condition(value):
     """`value`, which decides something, as it is.
 
     Raises:
-        ValueError: it is a text that means no, but counts as true as every text does; or nan.
+        NoTruthError: it is a text that means no, but counts as true as every text does; or nan.
     """
-    if isinstance(value, str) and (value.strip().lower() in NO or _is_zero(value)):
-        raise ValueError(
-            f"asks whether the text {shown(value)} is true, as any text is: compare it (== 'True', say), or write "
-            "!= '' to ask for a text that is not empty"
-        )
-    if _is_nan(value):
-        raise ValueError("asks whether nan is true, which it is: compare it with a number")
+    means_no = isinstance(value, str) and (value.strip().lower() in NO or _is_zero(value))
+    if means_no or _is_nan(value):
+        raise NoTruthError(value)
     return value
 
 

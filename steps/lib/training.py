@@ -137,6 +137,7 @@ class TemperTrainer(Trainer):
     def _load_optimizer_and_scheduler(self, checkpoint):
         with _reading_checkpoint(checkpoint):
             super()._load_optimizer_and_scheduler(checkpoint)
+            _refuse_other_shapes(self.optimizer)
 
     def _load_rng_state(self, checkpoint):
         with _reading_checkpoint(checkpoint):
@@ -185,6 +186,16 @@ class TemperTrainer(Trainer):
         """(figures, summed over a batch's items, and how many those are): here the loss of learned tokens."""
         loss, count = self.supervised_loss(self.model, batch)
         return {"loss": loss}, count
+
+
+def _refuse_other_shapes(optimizer) -> None:
+    """Refuse a state of other parameters, which torch takes as it is, and trips over in the first step."""
+    for parameter, state in optimizer.state.items():
+        for name in ("exp_avg", "exp_avg_sq", "momentum_buffer", "square_avg", "sum", "state1", "state2"):
+            found = state.get(name)
+            if found is not None and found.shape != parameter.shape:
+                shapes = f"{tuple(found.shape)} for {tuple(parameter.shape)}"
+                raise ValueError(f"optimizer.pt has '{name}' of another shape: {shapes}")
 
 
 def _reading_checkpoint(checkpoint: str | None):

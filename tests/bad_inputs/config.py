@@ -33,6 +33,12 @@ NINE_TIMES_NINE = "a: &a [1,1,1,1,1,1,1,1,1]\n" + "".join(
 )
 OF_A_PACKAGE = {"kind": "package", "requirement": "x==1", "sha256": "0" * 64}
 
+_FILE = ("data.source.kind=files", "data.source.path=x.jsonl", "~data.format")
+_OF_CSV = ("data.source.kind=files", "data.source.path=x.csv")
+_HUB = ("data.source.kind=hub", "data.source.repository=acme/it")
+_HUB_MODEL = ("model.source.kind=hub", "model.source.repository=acme/it")
+_OWN = "method.own_answers={do_sample: false, top_p: 0.5}"
+
 CASES = [
     # keys and values
     _plan("unknown key", r"train\.lerning_rate.*did you mean 'learning_rate'", "train.lerning_rate=1e-3"),
@@ -49,6 +55,28 @@ CASES = [
     _plan("a seed beyond 32 bits", r"'seed'", "seed=4294967296"),
     _plan("a delimiter of two characters", r"'data\.csv\.delimiter'", "data.csv.delimiter=';;'"),
     _plan("splits that leave nothing", r"leave no rows for training", "data.splits={validation:0.5,test:0.5}"),
+    # options that the chosen kind never reads
+    _plan(
+        "csv options of json lines",
+        r"config: x\.jsonl: data\.csv\.delimiter=.* and this is jsonl: .*~data\.csv",
+        *_FILE,
+    ),
+    _plan("data.field of csv", r"config: x\.csv: data\.field=rows is for json files", *_OF_CSV, "data.field=rows"),
+    _plan("csv rows of the hub", r"'data\.format': csv .*kept as jsonl", *_HUB),
+    _plan("csv options of the hub", r"acme/it\.jsonl: data\.csv\.delimiter=.* this is jsonl", *_HUB, "~data.format"),
+    _plan("fields of messages in a template", r"layout 'template' reads none", "data.ignore_fields=[weight]"),
+    _plan("a model's split", r"'model': 'source\.split' is for data", *_HUB_MODEL, "model.source.split=test"),
+    _plan("a model's configuration", r"'source\.config' is for data", *_HUB_MODEL, "model.source.config=en"),
+    _plan("4 bits without them", r"'bnb_4bit_quant_type' is for load_in_4bit", "quantization.bnb_4bit_quant_type=fp4"),
+    _plan(
+        "a temperature of the likeliest", r"'eval': 'temperature' has no effect without do_sample", "eval.temperature=2"
+    ),
+    _plan("a nucleus of the likeliest", r"'method\.own_answers': 'top_p' has no effect", "method=dpo", _OWN),
+    _plan(
+        "prompts of preferences", r"'prompt\.loss_on': all is for method=sft", "experiment=dpo", "prompt.loss_on=all"
+    ),
+    _plan("labels of a text", r"'labels' is for task 'labels'.*~eval\.labels", "eval.task=text"),
+    _plan("a separator of labels", r"'separator' is for task 'tags'.*~eval\.separator", "eval.separator=';'"),
     # the grammar of overrides
     _plan("unbalanced bracket", r"override 'adapter\.target_modules=\[a'", "adapter.target_modules=[a"),
     _plan("blanks without quotes", r"in quotes, and all in others for the shell: \"key='a b'\"", "a b=3"),

@@ -8,8 +8,7 @@ import os
 from tests.bad_inputs import Bad, World
 
 QA = ["experiment=smoke", "sweep=none", "tracking=none", "data.layout=question_answer", "data.prompt=null"]
-QA += ["data.completion=null", "data.csv.delimiter=','", "data.csv.quotechar='\"'", "data.csv.fieldnames=null"]
-QA += ["data.format=null"]
+QA += ["data.completion=null", "~data.csv", "data.format=null"]
 LINE = '{"question": "a", "answer": "b"}\n'
 DEEP = "[" * 100_000
 
@@ -174,6 +173,21 @@ CASES = [
     _template("null", r"rows\.jsonl:1: .*column 'answer': null is a missing value", "{{ answer }}", None),
     _template("null by %", r"null is a missing value, not text", "{{ '%s' % answer }}", None),
     _template("null by format", r"null is a missing value, not text", "{{ '{}'.format(answer) }}", None),
+    _rows(
+        "csv options of json lines",
+        r"rows\.jsonl: data\.csv\.delimiter=';' .*this is jsonl",
+        LINE,
+        "data.csv.delimiter=';'",
+    ),
+    _rows(
+        "a column that no template uses",
+        r"'data\.columns\.q': no template uses it; .*answer",
+        LINE,
+        "data.layout=template",
+        "data.prompt=a",
+        "data.completion='{{ answer }}'",
+        "data.columns={q: question}",
+    ),
     _template("chance", r"'random' gives another text each time", "{{ [1, 2] | random }}"),
     _template("lorem ipsum", r"'lipsum' gives another text each time", "{{ lipsum() }}"),
     _template("a column that is not there", r"'other' is undefined \(columns: answer\)", "{{ other }}"),

@@ -1,16 +1,20 @@
 """Files of prompts that cannot be answered, or whose answers could not be written: known before the model is loaded."""
 
+import datetime
+import io
 import json
 
 from tests.bad_inputs import Bad, World
 from tests.bad_inputs.results import RUN
 
 
-def _prompts(name: str, says: str, content: str | bytes, file: str = "in.jsonl", output: str = "out.jsonl") -> Bad:
+def _prompts(name: str, says: str, content, file: str = "in.jsonl", output: str = "out.jsonl") -> Bad:
+    """`content`: text or bytes, or a function that makes them."""
+
     def arguments(world: World) -> list[str]:
         (world.folder / "results").symlink_to(world.project / "results")
         if file != "in":
-            world.write(file, content)
+            world.write(file, content() if callable(content) else content)
         return ["--run", RUN, "--input", file, "--output", output]
 
     return Bad(name, says, "predict", arguments)
@@ -20,12 +24,34 @@ def _row(name: str, says: str, **row) -> Bad:
     return _prompts(name, rf"in\.jsonl:2: .*{says}", '{"prompt": "a"}\n' + json.dumps(row) + "\n")
 
 
+def _parquet(name: str, says: str, **columns: list) -> Bad:
+    def content() -> bytes:
+        import pyarrow
+        from pyarrow import parquet
+
+        buffer = io.BytesIO()
+        parquet.write_table(pyarrow.table({"prompt": ["a"], **columns}), buffer)
+        return buffer.getvalue()
+
+    return _prompts(name, says, content, "in.parquet")
+
+
 ASK, ANSWER = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
 
 CASES = [
     _row("half a character in another column", r"half a character \(\\ud83d\)", prompt="a", note="\ud83d"),
     _row("half a character in the prompt", r"half a character \(\\ud83d\)", prompt="\ud83d"),
     _row("half a character in a column's name", r"half a character", **{"prompt": "a", "\ud83d": 1}),
+    _row("NaN in another column", r"column 'score' holds nan", prompt="a", score=float("nan")),
+    _row(
+        "an infinity in another column",
+        r"column 'score' holds \{'all': \[-inf\]\}",
+        prompt="a",
+        score={"all": [-1e999]},
+    ),
+    _prompts("a number beyond all", r"in\.jsonl:1: column 'score' holds inf", '{"prompt": "a", "score": 1e999}\n'),
+    _parquet("bytes in another column", r"in\.parquet, row 1: column 'image' holds b'\\xff'", image=[b"\xff"]),
+    _parquet("a span of time", r"in\.parquet, row 1: column 'took' holds ", took=[datetime.timedelta(1)]),
     _row("a column prediction", r"a column 'prediction' already", prompt="a", prediction="mine"),
     _row("a column finished", r"a column 'finished' already", prompt="a", finished=True),
     _row("no column", r"no column 'prompt' or 'messages'; there are text", text="a"),
