@@ -398,7 +398,7 @@ def _shell_text(text: str) -> str:
 
 def _shell_escape(char: str) -> str:
     if visible(char) != char:
-        return f"\\x{ord(char):02x}" if ord(char) < 128 else f"\\u{ord(char):04x}"
+        return f"\\x{ord(char):02x}" if ord(char) < 128 else f"\\U{ord(char):08x}"
     return f"\\{char}"
 
 
