@@ -15,6 +15,7 @@ import csv
 import io
 import json
 import logging
+import math
 import os
 import re
 import shlex
@@ -22,6 +23,7 @@ import shutil
 import sys
 import time
 from pathlib import Path
+from urllib.parse import quote
 
 from steps.lib import figures, metrics, pages, plan, tracking
 from steps.lib.config import groups, hydra_text
@@ -33,7 +35,7 @@ from steps.lib.step import config_and_settings, provenance, run_command
 
 STAGE = "compare_runs"
 OUTPUT_HELP = "folder of the sweep; its files are replaced"
-FORMULAS = ("=", "+", "-", "@", "\t", "\r", "\n", " ")
+FORMULAS = (*"=+-@", *"＝＋－＠", *"\t\r\n ")  # beginnings of what a spreadsheet does not take for a text
 NUMBER = re.compile(r"[+-]?\d+(\.\d*)?([eE][+-]?\d+)?")
 EXTRAS = ("tokens_per_second", "peak_memory_bytes", "trainable_parameters")
 
@@ -57,7 +59,7 @@ def compare(config: dict, output: Path) -> dict:
 
     metric = metrics.check_metric(config["eval"])
     reports, missing = _reports(config["runs"], metric)
-    runs, diverged = _without_diverged(reports)
+    runs, diverged = _without_diverged(reports, metric)
     runs.sort(key=lambda run: _rank(run, metric))
     names = _shown_metrics(runs, config["eval"]["task"], metric)
     rows = [_row(run, names, metric) for run in runs]
@@ -101,14 +103,12 @@ def _keep_other_experiment(output: Path, sweep: str, experiment: str | None) -> 
 
 
 def _reports(planned: list[dict], metric: str) -> tuple[list[dict], list[str]]:
-    """(runs with the content of their report, names of runs that have none)."""
+    """(runs with the figures of their report, names of runs that have none)."""
     runs, missing = [], []
     for run in planned:
         folder = Path(run["report"])
         if (folder / "metrics.json").is_file():
-            curves = folder / "curves.jsonl"
-            curves = read_json_lines(curves) if curves.is_file() else []
-            runs.append({**run, "facts": read_report(folder, metric), "curves": curves})
+            runs.append({**run, "facts": read_report(folder, metric)})
         else:
             missing.append(run["name"])
             log.info("left out: %s has no report (%s)", run["name"], folder)
@@ -122,7 +122,7 @@ def _reports(planned: list[dict], metric: str) -> tuple[list[dict], list[str]]:
 
 
 def read_report(folder: Path, metric: str) -> dict:
-    """A run's metrics.json, with what the comparison reads of it.
+    """A run's metrics.json, with what the comparison reads of it; a figure that is not finite is None.
 
     Raises:
         UserError: it is damaged, or lacks a figure.
@@ -135,22 +135,39 @@ def read_report(folder: Path, metric: str) -> dict:
         if lacking or len(facts["interval"]) != 2:
             what = f"figure '{lacking[0]}'" if lacking else "interval of two ends"
             raise UserError(f"{folder / 'metrics.json'}: damaged (it has no {what}); {made_again(folder)}")
-    return facts
+    return _finite(facts)
 
 
-def _without_diverged(runs: list[dict]) -> tuple[list[dict], list[dict]]:
-    """(runs with figures, runs whose training diverged)."""
-    diverged = [run for run in runs if run["facts"].get("diverged_at_step") is not None]
-    if len(diverged) == len(runs):
-        steps = ", ".join(str(run["facts"]["diverged_at_step"]) for run in diverged)
+def _finite(value):
+    """The same with None for nan and inf: JSON and MLflow have no such numbers, and none is better than another."""
+    if isinstance(value, dict):
+        return {name: _finite(item) for name, item in value.items()}
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _without_diverged(runs: list[dict], metric: str) -> tuple[list[dict], list[dict]]:
+    """(runs with figures, runs whose training, or whose figures, diverged)."""
+    figured, diverged = [], []
+    for run in runs:
+        (figured if _has_figures(run["facts"], metric) else diverged).append(run)
+    if not figured:
+        steps = ", ".join(str(run["facts"].get("diverged_at_step") or "its end") for run in diverged)
         raise UserError(f"every run with a report diverged (at steps {steps}): lower train.learning_rate")
-    return [run for run in runs if run not in diverged], diverged
+    return figured, diverged
+
+
+def _has_figures(facts: dict, metric: str) -> bool:
+    if facts.get("diverged_at_step") is not None:
+        return False
+    return None not in (facts["test"][metric], facts["test"]["loss"], *facts["interval"])
 
 
 def _diverged_row(run: dict, like: dict) -> dict:
     """A line of the leaderboard without figures; it stands below all others."""
     known = {"run": run["name"], **run["point"], "train_seconds": (run["facts"]["train"] or {}).get("train_seconds")}
-    return {name: known.get(name) for name in like} | {"diverged_at_step": run["facts"]["diverged_at_step"]}
+    return {name: known.get(name) for name in like} | {"diverged_at_step": run["facts"].get("diverged_at_step")}
 
 
 def _rank(run: dict, metric: str) -> tuple:
@@ -240,11 +257,10 @@ def leaderboard_text(board: dict, folder: Path) -> str:
     head += [name.removeprefix("test_") for name in shown] + ["95% interval", "train", "key"]
     table = [head]
     for rank, row in enumerate(rows, 1):
-        if row.get("diverged_at_step") is not None:
-            point = [_cell_text(row[key]) for key in keys]
-            table.append(
-                ["", *point, *("" for _ in shown), f"diverged, step {row['diverged_at_step']}", "", key_of(row)]
-            )
+        if row[f"test_{metric}"] is None:
+            step = row.get("diverged_at_step")
+            what = "no finite figures" if step is None else f"diverged, step {step}"
+            table.append(["", *(_cell_text(row[key]) for key in keys), *("" for _ in shown), what, "", key_of(row)])
             continue
         ends = (row[f"test_{metric}_low"], row[f"test_{metric}_high"])
         line = [str(rank), *(_cell_text(row[key]) for key in keys), *(pages.figure(row[name]) for name in shown)]
@@ -256,7 +272,7 @@ def leaderboard_text(board: dict, folder: Path) -> str:
     if board["missing"]:
         lines.append(f"partial: {len(board['missing'])} run(s) without a report: {', '.join(board['missing'])}")
     lines += [f"page: {folder / 'report.html'}", f"table: {folder / 'leaderboard.csv'}"]
-    return "\n".join([*lines, "each run: results/reports/*-<key>/report.html"])
+    return "\n".join(map(visible, [*lines, "each run: results/reports/*-<key>/report.html"]))
 
 
 def key_of(row: dict) -> str:
@@ -323,7 +339,7 @@ def _write_page(
         rivals=_rivals(runs),
         published=config["eval"]["published"],
         effects=_effects(runs, keys, metric),
-        curves=figures.sweep_curves([(_label(run), run["curves"]) for run in runs]),
+        curves=figures.sweep_curves([(_label(run), _curves(run)) for run in runs[: figures.MOST_CURVES]]),
         most_curves=figures.MOST_CURVES,
         command=_command_for(best, config),
     )
@@ -332,7 +348,12 @@ def _write_page(
 def _shown(run: dict, output: Path) -> dict:
     """What the table shows of a run; `page` is relative, so that results/ can be moved or sent as a whole."""
     page = os.path.relpath(Path(run["report"]) / "report.html", output)
-    return {**run, "page": Path(page).as_posix(), "train": run["facts"]["train"] or {}, "label": _label(run)}
+    return {**run, "page": quote(Path(page).as_posix()), "train": run["facts"]["train"] or {}, "label": _label(run)}
+
+
+def _curves(run: dict) -> list[dict]:
+    path = Path(run["report"]) / "curves.jsonl"
+    return read_json_lines(path) if path.is_file() else []
 
 
 def _label(run: dict) -> str:
@@ -398,7 +419,7 @@ def _shell_text(text: str) -> str:
 
 def _shell_escape(char: str) -> str:
     if visible(char) != char:
-        return f"\\x{ord(char):02x}" if ord(char) < 128 else f"\\u{ord(char):04x}"
+        return f"\\x{ord(char):02x}" if ord(char) < 128 else f"\\U{ord(char):08x}"
     return f"\\{char}"
 
 

@@ -48,7 +48,11 @@ def main(argv=None) -> None:
 
 def publish(arguments) -> None:
     """Push, or write, what the arguments ask for."""
-    _check_name(arguments.repository)
+    _check_name("--repository", arguments.repository)
+    if arguments.repository.count("/") != 1:
+        raise UserError(f"--repository {arguments.repository}: write user/name")
+    if arguments.base_model is not None:
+        _check_name("--base-model", arguments.base_model)
     run = runs.find(arguments.run, arguments.sweep)
     if not arguments.dry_run:
         _check_token()
@@ -59,16 +63,14 @@ def publish(arguments) -> None:
         _push(files, run, arguments)
 
 
-def _check_name(repository: str) -> None:
+def _check_name(flag: str, name: str) -> None:
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id
 
     try:
-        validate_repo_id(repository)
+        validate_repo_id(name)
     except HFValidationError as error:
-        raise UserError(f"--repository {repository}: {str(error).rstrip('.')}") from None
-    if repository.count("/") != 1:
-        raise UserError(f"--repository {repository}: write user/name")
+        raise UserError(f"{flag} {name}: {str(error).rstrip('.')}") from None
 
 
 def _check_token() -> None:
@@ -94,7 +96,7 @@ def collect(run: runs.Run, arguments) -> Files:
     base = (cards.untouched_origin if merged else cards.base_origin)(run, arguments.base_model)
     files = _merged_files(run) if merged else _adapter_files(run, adapter, base)
     card = cards.model_card(run, cards.Card(arguments.repository, base, merged, arguments.license))
-    return {**files, "README.md": str(card).encode()}
+    return {**files, "README.md": card.encode()}
 
 
 def _merged_files(run: runs.Run) -> Files:

@@ -49,3 +49,10 @@ def test_an_error_is_one_line_whatever_it_quotes(capsys):
         raise UserError("column 'a\nb\x1b[31m\ud83d': 5 € für 你好 👍")
     assert capsys.readouterr().err == "error: column 'a\\nb\\x1b[31m\\ud83d': 5 € für 你好 👍\n"
     assert visible("a\u2028b\x85") == "a\\u2028b\\x85"
+
+
+def test_what_is_not_seen_but_turns_or_hides_other_text_is_shown():
+    marks = "\u202e\u2066\u200f\u061c\u200b\u2060\ufeff\u00ad\U000e0041"
+    assert visible(f"a{marks}b") == f"a{marks.encode('unicode_escape').decode()}b"
+    readable = "क्\u200dष  می\u200cخواهم  👩\u200d💻  ❤\ufe0f  \u0600١٢  שלום"
+    assert visible(readable) == readable

@@ -51,6 +51,7 @@ def values_of(command: str) -> dict:
 @example({"a": "x # no comment", "b": "y: z"})
 @example({"a": "`id` $(id) $HOME !! ${a} \\${b}"})
 @example({"a": "two\nlines\r\x1b[2J\x85\x07"})
+@example({"a": "\u202e\u2066a\U000e0041b"})
 @example({"a": "1e-4", "b": ["true", "null", True, None, 1e-4, "8"]})
 @example({"a": '"quoted"', "b": "'quoted'"})
 def test_the_command_pasted_into_bash_gives_the_same_values(point):

@@ -174,6 +174,8 @@ def test_what_the_hub_refuses(project, server, monkeypatch, capsys):
     monkeypatch.setenv("HF_TOKEN", "hf_bad")
     message = complaint(capsys, publish.main, *arguments, "acme/tuned")
     assert message.startswith("--repository acme/tuned: the hub does not accept the token: make one at")
+    named = complaint(capsys, publish.main, *arguments, "acme/tuned", "--base-model", "x](javascript:alert(1))")
+    assert named.startswith("--base-model x](javascript:alert(1)): Repo id must")
     assert complaint(capsys, publish.main, *arguments, "tuned") == "--repository tuned: write user/name"
     assert complaint(capsys, publish.main, *arguments, "a/b/c").startswith("--repository a/b/c: Repo id must be in the")
 

@@ -18,9 +18,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from steps import merge_adapter, train_adapter
 from steps.lib import plan as planning
 from steps.lib import tracking, workflow
 from steps.lib.errors import UserError
+from steps.lib.models import load_model
 from tests import stores
 
 SETTINGS = {
@@ -541,6 +543,47 @@ def test_a_fully_trained_champion_is_sent_to_a_server(plan, server, tiny_model, 
         artifact_uri=champion.source, dst_path=str(tmp_path / "got"), tracking_uri=server.uri
     )
     AutoModelForCausalLM.from_pretrained(got)
+
+
+def test_registered_virtual_tokens_load_through_mlflow_and_answer(plan, tiny_model, tiny_splits, tmp_path, monkeypatch):
+    import mlflow
+    import torch
+    from peft import AutoPeftModelForCausalLM
+    from transformers import AutoTokenizer
+
+    plan, board = plan
+    best = next(run for run in plan.runs if run.name == board["rows"][0]["run"]).artefacts
+    shutil.rmtree(best["train_adapter"])
+    given = ["--model", str(tiny_model), "experiment=smoke", "adapter=prompt_tuning", "model.load.dtype=float32"]
+    train_adapter.main(["--splits", str(tiny_splits), "--output", best["train_adapter"], *given])
+    merge_adapter.main(["--adapter", best["train_adapter"], "--output", best["merge_adapter"], *given])
+    assert tracking.mirror(plan, board)[0]
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", tracking.store_uri(plan.tracking))
+    folder = mlflow.artifacts.download_artifacts("models:/movie_reviews@champion", dst_path=str(tmp_path / "got"))
+    registered = AutoPeftModelForCausalLM.from_pretrained(folder).eval()
+    bundled = load_model(Path(best["merge_adapter"]), {"dtype": "float32", "attn_implementation": "auto"}).eval()
+    inputs = AutoTokenizer.from_pretrained(tiny_model)("The plot falls flat.", return_tensors="pt")
+    answers = [model.generate(**inputs, max_new_tokens=8, do_sample=False) for model in (registered, bundled)]
+    assert torch.equal(*answers) and answers[0].shape[1] > inputs["input_ids"].shape[1]
+    base = registered.get_base_model()(**inputs).logits
+    assert not torch.equal(base, registered(**inputs).logits[:, -base.shape[1] :]), "the tokens are in front"
+
+
+def test_a_diverged_run_is_mirrored_and_never_the_champion(plan):
+    plan, board = plan
+    diverged, sound = plan.runs[1], plan.runs[0]
+    report = Path(diverged.artefacts["evaluate_model"], "metrics.json")
+    report.write_text(json.dumps({"diverged_at_step": 2, "train": {"train_seconds": 1.0}}))
+    Path(diverged.artefacts["train_adapter"], "metrics.jsonl").write_text('{"step": 1, "seconds": 1, "loss": NaN}\n')
+    rows = [{"run": diverged.name, "test_accuracy": None, "diverged_at_step": 2}]
+    done, said = tracking.mirror(plan, {**board, "rows": rows})
+    assert done and said.endswith("no run has figures, so there is no new champion")
+    assert "is version 1" in tracking.mirror(plan, {**board, "rows": [board["rows"][1], *rows]})[1]
+    api, runs = runs_of(plan)
+    champion = api.get_model_version_by_alias("movie_reviews", "champion")
+    assert api.get_run(champion.run_id).data.tags[tracking.RUN_TAG] == sound.name
+    [told] = [run for run in runs if run.data.tags[tracking.RUN_TAG] == diverged.name]
+    assert (told.info.status, told.data.tags["temper.diverged_at_step"]) == ("FINISHED", "2")
 
 
 # --- what is said --------------------------------------------------------------------------------

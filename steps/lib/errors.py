@@ -14,6 +14,7 @@ from pathlib import Path
 from steps.lib import signals
 from steps.lib.secrets import redacted
 
+JOINERS = "\u200c\u200d"
 MOST_SHOWN = 15  # longer lists of choices drown the message
 
 
@@ -88,9 +89,13 @@ def visible(text: str) -> str:
 
 
 def _steers(char: str) -> bool:
-    """Controls, halves of characters, ends of lines and paragraphs, and what turns the direction of other text."""
-    turns = ("LRE", "RLE", "PDF", "LRO", "RLO", "LRI", "RLI", "FSI", "PDI")
-    return unicodedata.category(char) in ("Cc", "Cs", "Zl", "Zp") or unicodedata.bidirectional(char) in turns
+    """Controls, halves of characters, ends of lines and paragraphs, and what is not seen but turns or hides other text.
+
+    Joiners stay, for words of Indic scripts and of Persian, and many emoji, are others without them; they move nothing.
+    """
+    kind = unicodedata.category(char)
+    seen = char in JOINERS or unicodedata.bidirectional(char) == "AN"  # the latter: Arabic's signs for numbers
+    return kind in ("Cc", "Cs", "Zl", "Zp") or (kind == "Cf" and not seen)
 
 
 def explained(error: Exception, what: str, stage: str | None = None) -> UserError | None:

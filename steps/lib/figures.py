@@ -81,7 +81,9 @@ def _svg(figure) -> str:
         return buffer.getvalue()
 
     # Several figures share a page, so ids inside them must differ: the salt is the figure's own content.
-    svg = text(hashlib.sha256(text("figure").encode()).hexdigest())
+    salt = hashlib.sha256(text("figure").encode()).hexdigest()
+    figure.set_layout_engine("none")  # everything has its place by now
+    svg = text(salt)
     return re.sub("<[^>]*>", lambda tag: _themed(tag[0]), svg[svg.index("<svg") :])  # a text may name a colour, too
 
 
@@ -251,11 +253,7 @@ def axis_effect(points: list[dict], key: str, metric_name: str) -> str:
     place = (lambda value: value) if numeric else values.index
 
     def paint(axis):
-        families: dict[str, list[dict]] = {}
-        for point in points:
-            families.setdefault(point["others"], []).append(point)
-        for others in sorted(families):
-            _family(axis, families[others], place)
+        _families(axis, points, place)
         means = [_mean([point["y"] for point in points if point["x"] == value]) for value in values]
         if len(values) < len(points):
             axis.plot([place(value) for value in values], means, color=THEME["ink"], linewidth=2.4, label="mean")
@@ -276,13 +274,17 @@ def axis_effect(points: list[dict], key: str, metric_name: str) -> str:
     return _draw(paint, 4.6, 3.2)
 
 
-def _family(axis, family: list[dict], place) -> None:
-    family = sorted(family, key=lambda point: place(point["x"]))
-    xs, ys = [place(point["x"]) for point in family], [point["y"] for point in family]
+def _families(axis, points: list[dict], place) -> None:
+    """All points with their intervals as two artists: one for each would take a minute for a thousand runs."""
+    families: dict[str, list[tuple]] = {}
+    for point in sorted(points, key=lambda point: place(point["x"])):
+        families.setdefault(point["others"], []).append((place(point["x"]), point["y"]))
+    gap = (math.nan, math.nan)  # where the line is lifted
+    xs, ys = zip(*(point for others in sorted(families) for point in (*families[others], gap)), strict=True)
     axis.plot(xs, ys, color=THEME["base"], linewidth=1, alpha=0.8, marker="o", markersize=4.5)
-    for point in family:
-        if point["interval"]:
-            axis.plot([place(point["x"])] * 2, point["interval"], color=THEME["base"], linewidth=3, alpha=0.22)
+    sure = [(place(point["x"]), *point["interval"]) for point in points if point["interval"]]
+    if sure:
+        axis.vlines(*zip(*sure, strict=True), color=THEME["base"], linewidth=3, alpha=0.22, capstyle="round")
 
 
 def _ordered(values: set) -> list:

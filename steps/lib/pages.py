@@ -90,6 +90,7 @@ def _environment():
         "seconds": seconds,
         "size": size,
         "count": count,
+        "cell": cell,
     }
     environment.globals["METRIC_NOTES"] = METRIC_NOTES
     return environment
@@ -115,6 +116,11 @@ def distinct(texts: list[str], longest: int) -> list[str]:
     """As `short`, with a number where two would look the same."""
     lines = [short(text, longest) for text in texts]
     return [f"{line} ({index})" if lines.count(line) > 1 else line for index, line in enumerate(lines, 1)]
+
+
+def cell(value) -> str:
+    """A value of anybody's in a table, which may have a thousand rows."""
+    return short(str(value), 300)
 
 
 def figure(value) -> str:

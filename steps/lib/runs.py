@@ -114,13 +114,14 @@ def find(word: str, sweep: str | None = None) -> Run:
 
 def _best(sweep: str | None) -> Path:
     boards = {path.parent.name: path for path in sorted((RESULTS / "sweeps").glob("*/leaderboard.json"))}
-    if not boards:
+    sweeps = [name for name in boards if "@" not in name]  # <sweep>@<experiment>: kept, and the best only when named
+    if not sweeps:
         raise UserError(f"--run best: there is no leaderboard in {RESULTS}/sweeps; run snakemake first")
-    if sweep is None and len(boards) > 1:
-        raise UserError(f"--run best: of which sweep? add --sweep with one of {', '.join(boards)}")
-    name = sweep or next(iter(boards))
+    if sweep is None and len(sweeps) > 1:
+        raise UserError(f"--run best: of which sweep? add --sweep with one of {', '.join(sweeps)}")
+    name = sweep or sweeps[0]
     if name not in boards:
-        raise UserError(f"--sweep {name}: no such sweep in {RESULTS}/sweeps; {suggest(name, boards)}")
+        raise UserError(f"--sweep {name}: no such sweep in {RESULTS}/sweeps; {suggest(name, sweeps)}")
     remedy = f"delete {boards[name].parent} and run snakemake again, which compares anew"
     rows = read_json(boards[name], {"rows": list[dict]}, remedy)["rows"]
     if not rows or not isinstance(rows[0].get("report"), str):

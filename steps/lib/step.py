@@ -24,7 +24,7 @@ import sys
 import time
 from pathlib import Path
 
-from steps.lib.errors import UserError, one_line_errors
+from steps.lib.errors import UserError, one_line_errors, visible
 from steps.lib.files import read_json
 from steps.lib.folders import (
     PROVENANCE,
@@ -128,6 +128,14 @@ def _parser(step, inputs: dict[str, str]) -> argparse.ArgumentParser:
     return parser
 
 
+class _OneLine(logging.Formatter):
+    """A record as one line that steers no terminal, whatever the names and texts in it."""
+
+    def formatMessage(self, record) -> str:
+        record.message = visible(record.message)
+        return super().formatMessage(record)
+
+
 @contextlib.contextmanager
 def logging_to(path: str | None):
     """Log to the terminal and, when `path` is given, to that file."""
@@ -140,7 +148,7 @@ def logging_to(path: str | None):
         except OSError as error:
             raise UserError(f"--log {path}: cannot be written ({error.strerror}); name another file") from None
     for handler in handlers:
-        handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", datefmt="%H:%M:%S"))
+        handler.setFormatter(_OneLine("%(asctime)s %(message)s", datefmt="%H:%M:%S"))
         log.addHandler(handler)
     log.setLevel(logging.INFO)
     try:

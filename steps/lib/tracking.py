@@ -555,6 +555,8 @@ def _register_champion(api, plan, board: dict, ids: dict[str, str]) -> str:
     from mlflow.exceptions import MlflowException
 
     best, score = board["rows"][0], f"test_{board['metric']}"
+    if best[score] is None:  # nothing that diverged is anybody's champion
+        return "no run has figures, so there is no new champion"
     run = next(run for run in plan.runs if run.name == best["run"])
     name = plan.tracking["registered_model_name"] or run.config["data"]["name"]
     measured = f"{score} on {run.artefacts['tokenize_splits']}"
