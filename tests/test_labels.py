@@ -8,10 +8,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from steps import evaluate_model, train_adapter
+from steps import evaluate_model
 from steps.lib import scoring
 from steps.lib.errors import UserError
-from steps.lib.files import load_rows, read_json, read_json_lines
+from steps.lib.files import read_json, read_json_lines
+from steps.lib.label_tokens import label_answers
 from steps.lib.labels import check_labels, gold_label, read_label
 from steps.lib.models import load_model, load_tokenizer
 from tests import tiny
@@ -219,7 +220,7 @@ def test_an_answer_that_opens_before_the_label(tokenizer):
     answer = [*head, *ids["positive"], *end]
     row = {"input_ids": [5, 6, *answer], "labels": [-100, -100, *answer], "prompt_length": 2, "reference": "positive"}
     rows = {"train": Dataset.from_list([row])}
-    found = evaluate_model.label_answers(["negative", "positive"], rows, tokenizer)
+    found = label_answers(["negative", "positive"], rows, tokenizer)
     assert found == [[*head, *ids["negative"], *end], answer]
 
 
@@ -232,7 +233,7 @@ def test_labels_of_the_same_tokens_are_refused(tokenizer):
 
     row = {"input_ids": [5, 7], "labels": [-100, 7], "prompt_length": 1, "reference": "x"}
     with pytest.raises(UserError, match="'May' and 'may' have the same tokens"):
-        evaluate_model.label_answers(CASES, {"test": Dataset.from_list([row])}, Uncased())
+        label_answers(CASES, {"test": Dataset.from_list([row])}, Uncased())
 
 
 def test_a_loss_that_is_no_number_gives_no_figures(workspace, tiny_model, tiny_splits, capsys):
@@ -248,10 +249,3 @@ def test_a_loss_that_is_no_number_gives_no_figures(workspace, tiny_model, tiny_s
     with pytest.raises(SystemExit):
         report(broken, tiny_splits, "report")
     assert "not finite" in capsys.readouterr().err.splitlines()[-1]
-
-
-def test_an_answer_that_is_no_label_is_named_before_training(workspace, tiny_model):
-    texts = [*tiny.tiny_rows(12), ("Who knows?", "neither")]
-    rows = load_rows(tiny.make_tiny_splits(workspace / "splits", tiny_model, rows={"train": texts}))
-    with pytest.raises(UserError, match=r"train split, row 13 of the raw data: the answer 'neither' is no label"):
-        train_adapter._check_references(rows, SETS["one token each"])
