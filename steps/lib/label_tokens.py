@@ -5,7 +5,7 @@ in a way that makes the tokens of all labels that rows have: tokens that no trai
 unlikely without a word.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from steps.lib.errors import UserError
 from steps.lib.splits import answer_start
@@ -55,44 +55,64 @@ def _answer_of(row: dict) -> list[int]:
 def _made(label: str, like: dict, known: dict[str, list[int]], tokenizer) -> list[int]:
     """The answer that is a label which no row has."""
     wanted = {like["reference"]: _answer_of(like), **known}
-    for way in (_as_text(like, tokenizer), _as_tokens(like, tokenizer)):
-        if all(way(text) == answer for text, answer in wanted.items()):
-            return way(label)
+    for ways in _ways(like, tokenizer):
+        right = [way for way in ways if all(way(text) == answer for text, answer in wanted.items())]
+        if right and all(way(label) == right[0](label) for way in right):
+            return right[0](label)
+        if right:
+            break
     raise UserError(
         f"config: 'eval.labels': no row has '{label}', and which tokens this model's tokenizer would make of it in an "
         "answer cannot be told from the other rows: add a row that has it, or leave it out of eval.labels"
     )
 
 
-def _as_text(like: dict, tokenizer) -> Way:
-    """The row's text with another label in it, tokenized as rows are (see steps/lib/conversation.py)."""
+def _ways(like: dict, tokenizer) -> Iterator[list[Way]]:
+    """Ways to put another label into a row; the first ones know the most of what stands before an answer.
+
+    Tokens do not always tell whether the answer's text begins with a blank. Both is tried, and must come to the same.
+    """
     answer = _answer_of(like)
-    said = tokenizer.decode(answer, clean_up_tokenization_spaces=False)
-    before = tokenizer.decode(_before(like, tokenizer), clean_up_tokenization_spaces=False)
+    for before in _before(like, tokenizer):
+        prompt, text = _text(before, tokenizer), _text([*before, *answer], tokenizer)
+        if _ids(prompt, tokenizer) == before and text.startswith(prompt):
+            said = text.removeprefix(prompt)
+            yield [_as_text(prompt, text, like["reference"], tokenizer) for text in {said, said.lstrip()}]
+    yield [_as_tokens(answer, like["reference"], tokenizer)]
+
+
+def _before(like: dict, tokenizer) -> Iterator[list[int]]:
+    """Of the prompt's tokens all, those behind its last added token, which parts a text, and none."""
+    if answer_start(like["input_ids"], like["prompt_length"]):
+        prompt, added = like["input_ids"][: like["prompt_length"]], tokenizer.added_tokens_decoder
+        yield prompt
+        yield prompt[next((at + 1 for at in reversed(range(len(prompt))) if prompt[at] in added), 0) :]
+    yield []
+
+
+def _as_text(prompt: str, said: str, reference: str, tokenizer) -> Way:
+    """An answer's text with another label in it, tokenized as rows are (see steps/lib/conversation.py)."""
+    before = _ids(prompt, tokenizer)
 
     def way(label: str) -> list[int]:
-        text = said.replace(like["reference"], label, 1)
-        prompt, whole = _ids(before, tokenizer), _ids(before + text, tokenizer)
-        return whole[len(prompt) :] if whole[: len(prompt)] == prompt else _ids(text, tokenizer)
+        text = said.replace(reference, label, 1)
+        whole = _ids(prompt + text, tokenizer)
+        return whole[len(before) :] if whole[: len(before)] == before else _ids(text, tokenizer)
 
     return way
 
 
-def _before(like: dict, tokenizer) -> list[int]:
-    """What an answer's tokens may depend on: the prompt's, from its last added token on, which parts a text."""
-    if answer_start(like["input_ids"], like["prompt_length"]) == 0:
-        return []
-    prompt, added = like["input_ids"][: like["prompt_length"]], tokenizer.added_tokens_decoder
-    return prompt[next((at + 1 for at in reversed(range(len(prompt))) if prompt[at] in added), 0) :]
-
-
-def _as_tokens(like: dict, tokenizer) -> Way:
-    """Its tokens in place of the reference's: for tokenizers that make no text again of their tokens."""
-    answer, theirs = _answer_of(like), _ids(like["reference"], tokenizer)
+def _as_tokens(answer: list[int], reference: str, tokenizer) -> Way:
+    """A label's tokens in place of the reference's: for tokenizers that make no text again of their tokens."""
+    theirs = _ids(reference, tokenizer)
     places = range(len(answer) - len(theirs) + 1)
     at = next((at for at in places if answer[at : at + len(theirs)] == theirs), None)
     return lambda label: None if at is None else [*answer[:at], *_ids(label, tokenizer), *answer[at + len(theirs) :]]
 
 
 def _ids(text: str, tokenizer) -> list[int]:
-    return tokenizer(text_target=text, add_special_tokens=False)["input_ids"]
+    return tokenizer(text_target=text, add_special_tokens=False)["input_ids"] if text else []
+
+
+def _text(ids: list[int], tokenizer) -> str:
+    return tokenizer.decode(ids, clean_up_tokenization_spaces=False)
