@@ -25,13 +25,14 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from steps.lib import figures, limits, metrics, pages
+from steps.lib import evaluation_checks, figures, limits, metrics, pages
 from steps.lib.adapters import DIVERGED
 from steps.lib.errors import UserError
 from steps.lib.files import load_rows, read_json, read_json_lines, read_yaml
 from steps.lib.keys import flat
+from steps.lib.label_tokens import label_answers
+from steps.lib.models import load_tokenizer
 from steps.lib.progress import quiet_libraries
-from steps.lib.splits import answer_start
 from steps.lib.step import computing_threads, peak_memory, run_command
 
 if TYPE_CHECKING:
@@ -55,18 +56,19 @@ def run(
     """Evaluate `model` and write its report.
 
     Raises:
-        UserError: no test rows, nothing supervised in them, an unknown metric, or a base report or references of
-            other rows.
+        UserError: rows that cannot be judged so (see steps/lib/evaluation_checks.py), an unknown metric, or a base
+            report or references of other rows.
     """
     quiet_libraries()
     settings = config["eval"]
     metric = metrics.check_metric(settings)
     if (model / DIVERGED).is_file():
         return _report_divergence(read_json(model / DIVERGED, {"step": int})["step"], settings, metric, adapter, output)
-    rows, test = _rows(model, splits, settings)
+    tokenizer = load_tokenizer(model)
+    rows, test = _rows(model, splits, settings, tokenizer)
     base = _base(base_report, settings, test) if base_report else None
     with computing_threads(config["num_threads"]):
-        asked = _ask(model, config, rows, test)
+        asked = _ask(model, config, rows, test, tokenizer)
     judged = _judge(settings, metric, test, asked, base)
     train = read_json(adapter / "training.json") if adapter else None
     if references:
@@ -106,18 +108,12 @@ def _report_divergence(step: int, settings: dict, metric: str, adapter: Path, ou
 # --- what goes in --------------------------------------------------------------------------------
 
 
-def _rows(model: Path, splits: Path, settings: dict) -> tuple[DatasetDict, list[dict]]:
+def _rows(model: Path, splits: Path, settings: dict, tokenizer) -> tuple[DatasetDict, list[dict]]:
     """(all splits, the test rows)."""
     loaded = load_rows(splits)
-    test = list(loaded["test"]) if "test" in loaded else []
-    if not test:
-        raise UserError(
-            f"{splits}: no rows in the test split; raise data.splits.test, or see which rows audit.json left out"
-        )
-    if all(label == -100 for row in test for label in row["labels"]):
-        raise UserError(f"{splits}: no supervised token in the test split; see audit.json there, and prompt.loss_on")
+    evaluation_checks.check(settings, splits, loaded, tokenizer)
     limits.check(model, {"test": loaded["test"]}, ["test"], settings["max_new_tokens"])
-    return loaded, test
+    return loaded, list(loaded["test"])
 
 
 def _train_references(rows: DatasetDict, settings: dict) -> list[str]:
@@ -167,16 +163,15 @@ def _start(folder: Path | None, metric: str) -> dict | None:
 # --- what the model says -------------------------------------------------------------------------
 
 
-def _ask(folder: Path, config: dict, rows: DatasetDict, test: list[dict]) -> dict:
+def _ask(folder: Path, config: dict, rows: DatasetDict, test: list[dict], tokenizer) -> dict:
     """Loss of each row, an answer to each prompt and, for labels, how likely the model finds each of them.
 
     Raises:
-        UserError: a loss that is no finite number, or labels that the tokenizer does not tell apart.
+        UserError: a loss that is no finite number.
     """
     from steps.lib import generation, models, scoring
 
     settings = config["eval"]
-    tokenizer = models.load_tokenizer(folder)
     model = models.load_model(folder, config["model"]["load"]).eval()
     size = settings["batch_size"], tokenizer.pad_token_id
     started = time.perf_counter()
@@ -234,45 +229,6 @@ def _check_finite(folder: Path, test: list[dict], sums: list[float]) -> None:
             )
 
 
-def label_answers(labels: list[str], rows: DatasetDict, tokenizer) -> list[list[int]]:
-    """Of each label the tokens of an answer that is just it, with the token that ends it: as it is learned.
-
-    They are read from the first row that has the label as `eval.labels` spells it. Of a label that no row has, its own
-    tokens stand where those of another row's answer stand.
-
-    Raises:
-        UserError: two labels have the same tokens.
-    """
-    found: dict[str, list[int]] = {}
-    like = None  # a reference and the tokens of its answer
-    for part in rows.values():
-        first = {reference: at for at, reference in reversed(list(enumerate(part["reference"])))}
-        for label in [label for label in labels if label in first and label not in found]:
-            found[label] = _answer_of(part[first[label]])
-        if like is None and len(part):
-            like = part[0]["reference"], _answer_of(part[0])
-    for label in labels:
-        found[label] = found.get(label) or _in_place_of(*like, label, tokenizer)
-    seen: dict[tuple, str] = {}
-    for label in labels:
-        other = seen.setdefault(tuple(found[label]), label)
-        if other != label:
-            raise UserError(f"config: 'eval.labels': '{other}' and '{label}' have the same tokens in this model")
-    return [found[label] for label in labels]
-
-
-def _answer_of(row: dict) -> list[int]:
-    return list(row["labels"][answer_start(row["input_ids"], row["prompt_length"]) :])
-
-
-def _in_place_of(reference: str, answer: list[int], label: str, tokenizer) -> list[int]:
-    """The tokens of an answer, with a label in place of the reference."""
-    theirs, ours = (tokenizer(text_target=text, add_special_tokens=False)["input_ids"] for text in (reference, label))
-    places = range(len(answer) - len(theirs) + 1)
-    at = next((at for at in places if answer[at : at + len(theirs)] == theirs), None)
-    return [*ours, answer[-1]] if at is None else [*answer[:at], *ours, *answer[at + len(theirs) :]]
-
-
 # --- how good that is ----------------------------------------------------------------------------
 
 
@@ -295,8 +251,6 @@ def _scores(settings: dict, rows: list[dict], answers: list[str], losses, choice
 def _judge(settings: dict, metric: str, test: list[dict], asked: dict, base: dict | None) -> dict:
     """Scores, the intervals of the figures that the page's head shows, and the interval of the gain by tuning."""
     scores = _scores(settings, test, asked["answers"].texts, asked["rows"], asked["choices"])
-    if metric not in scores.statistics:
-        raise UserError(f"eval.metric={metric} needs preference pairs, and the splits have none: see data.layout")
     finished = asked["answers"].finished
     scores.values["unfinished"] = finished.count(False) / len(finished)
     shown = dict.fromkeys([metric, *(entry["metric"] for entry in settings["published"])])

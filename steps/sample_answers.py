@@ -22,11 +22,10 @@ from pathlib import Path
 
 from steps.lib import limits
 from steps.lib.adapters import refuse_diverged
-from steps.lib.conversation import IGNORED
 from steps.lib.errors import UserError
 from steps.lib.files import load_rows, read_json
 from steps.lib.progress import quiet_libraries
-from steps.lib.splits import features
+from steps.lib.splits import IGNORED, features
 from steps.lib.step import computing_threads, run_command
 
 STAGE = "sample_answers"

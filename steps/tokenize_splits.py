@@ -30,10 +30,10 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from steps.lib import limits
-from steps.lib.conversation import DATE, IGNORED, Encoded, Encoder
+from steps.lib.conversation import DATE, Encoded, Encoder
 from steps.lib.errors import UserError
 from steps.lib.progress import Progress, quiet_libraries
-from steps.lib.splits import features
+from steps.lib.splits import IGNORED, features
 from steps.lib.step import run_command
 
 STAGE = "tokenize_splits"

@@ -21,14 +21,14 @@ import shutil
 import sys
 from pathlib import Path
 
-from steps.lib import limits
+from steps.lib import evaluation_checks, limits
 from steps.lib.adapters import refuse_diverged
 from steps.lib.errors import UserError, told_by_library
 from steps.lib.files import load_rows
 from steps.lib.folders import locked
 from steps.lib.keys import HashCache, code_key, digest
-from steps.lib.labels import gold_label
 from steps.lib.library_checks import ignores_warmup, refuse_without_validation
+from steps.lib.models import load_tokenizer
 from steps.lib.progress import quiet_libraries
 from steps.lib.step import computing_threads, peak_memory, run_command
 
@@ -43,7 +43,7 @@ def run(config: dict, splits: Path, model: Path, output: Path, references: Path 
 
     Raises:
         UserError: nothing to train on, an adapter config that does not fit the model, rows or answers that are longer
-            than the model's context, or references of other rows.
+            than the model's context, or that the evaluation would refuse, or references of other rows.
     """
     quiet_libraries()
     refuse_diverged(model)
@@ -73,13 +73,15 @@ def _counts(path: Path) -> bool:
 
 
 def _rows(config: dict, splits: Path, model: Path, references: Path | None):
-    """The splits, all within the model's limits; for preference optimization with the reference's figures."""
+    """The splits, all within the model's limits and fit to be judged; for DPO with the reference's figures."""
     from datasets import DatasetDict, concatenate_datasets
 
     rows = load_rows(splits)
     answered = ["test"] if config.get("max_new_tokens") else []  # what the evaluation will ask for
     virtual_tokens = config["adapter"].get("num_virtual_tokens") or 0
     limits.check(model, rows, answered, config.get("max_new_tokens"), virtual_tokens=virtual_tokens)
+    for evaluation in config.get("evaluations", []):
+        evaluation_checks.check(evaluation, splits, rows, load_tokenizer(model))
     if config["method"]["name"] != "dpo":
         return rows
     if references is None:
@@ -96,8 +98,6 @@ def _train(config: dict, rows, model: Path, output: Path, state: Path) -> dict:
     from steps.lib import checkpoints, estimates, tracking, training
     from steps.lib.adapters import parameter_counts, save_adapter
 
-    if config.get("labels"):  # what the evaluation would refuse is better refused before training
-        _check_references(rows, config["labels"])
     before = peak_memory()
     with told_by_library("train"):
         args = training.training_arguments(_without_validation(config["train"], rows), config["seed"], state)
@@ -157,7 +157,7 @@ def _trainer(config: dict, rows, model: Path, args, total: int):
     """The trainer of this config's method, for a schedule over `total` steps."""
     from steps.lib.adapters import add_adapter, load_for_training
     from steps.lib.fast_layers import use_fast_layers
-    from steps.lib.models import load_model, load_tokenizer
+    from steps.lib.models import load_model
     from steps.lib.training import trainer_for
 
     load = load_for_training(config["adapter"], config["model"]["load"])
@@ -218,16 +218,6 @@ def _keep_checkpoint(checkpoint: Path | None, output: Path) -> None:
     """A plateau's adapter is its checkpoint, which the decay branch and the next epoch's plateau start from."""
     if checkpoint is not None:  # else it diverged, or the decay is longer than the first epoch
         shutil.copytree(checkpoint, output / checkpoint.name)
-
-
-def _check_references(rows, labels: list[str]) -> None:
-    """Every answer of a labelling task must be one of its labels."""
-    for split, part in rows.items():
-        known = set()
-        for number, reference in zip(part["id"], part["reference"], strict=True):
-            if reference not in known:
-                gold_label(reference, labels, f"{split} split, row {number} of the raw data")
-                known.add(reference)
 
 
 def _headline(rows, sizes: dict, args, target: int, checkpoint: Path | None, threads: int) -> str:

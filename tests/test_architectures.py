@@ -17,10 +17,11 @@ from steps import evaluate_model, merge_adapter, reference_logprobs, tokenize_sp
 from steps.lib import generation, models
 from steps.lib.adapters import add_adapter, attention_projections
 from steps.lib.batches import collate
-from steps.lib.conversation import IGNORED, Encoder
+from steps.lib.conversation import Encoder
 from steps.lib.errors import UserError
 from steps.lib.loss import SupervisedLoss, flat_way, plain_way, short_way
 from steps.lib.preferences import chosen_of, rejected_of
+from steps.lib.splits import IGNORED
 from tests.tiny import gradients, tiny_rows, tiny_tokenizer
 
 SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}

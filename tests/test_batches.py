@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from steps.lib.batches import collate, epoch_order
-from steps.lib.conversation import IGNORED
+from steps.lib.splits import IGNORED
 
 lengths = st.lists(st.integers(1, 300), min_size=1, max_size=300)
 

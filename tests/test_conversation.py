@@ -9,8 +9,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from steps.lib import templates
-from steps.lib.conversation import IGNORED, Encoded, Encoder
+from steps.lib.conversation import Encoded, Encoder
 from steps.lib.errors import UserError
+from steps.lib.splits import IGNORED
 from tests.tiny import tiny_rows, tiny_tokenizer
 
 CHAT = {"apply_chat_template": True, "system": None, "template": None, "loss_on": "assistant"}

@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from steps.lib.batches import collate
-from steps.lib.conversation import IGNORED
 from steps.lib.flat_batch import LONGEST_PRODUCTS, SHORTEST_PREFIX, flatten
 from steps.lib.loss import SupervisedLoss, flat_way, plain_way, short_way, unshared_way
+from steps.lib.splits import IGNORED
 
 SIZES = {
     "vocab_size": 40,

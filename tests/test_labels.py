@@ -1,20 +1,25 @@
 """Which label a text is, and which one a model finds likeliest."""
 
+import itertools
 import unicodedata
 from pathlib import Path
 
 import pytest
 import torch
+from datasets import Dataset
 from hypothesis import given
 from hypothesis import strategies as st
 
-from steps import evaluate_model, train_adapter
-from steps.lib import scoring
+from steps import evaluate_model
+from steps.lib import evaluation_checks, scoring
+from steps.lib.conversation import Encoder
 from steps.lib.errors import UserError
-from steps.lib.files import load_rows, read_json, read_json_lines
+from steps.lib.files import read_json, read_json_lines
+from steps.lib.label_tokens import label_answers
 from steps.lib.labels import check_labels, gold_label, read_label
 from steps.lib.models import load_model, load_tokenizer
-from tests import tiny
+from steps.lib.schema import Eval
+from tests import test_conversation, tiny
 
 NUMBERS, INCOME, CODE = ["-1", "0", "1"], ["<=50K", ">50K"], ["C", "C++", "C#"]
 GRADES, HINDI, THAI = ["A", "A-", "A+"], ["हाँ", "नहीं"], ["ไม่", "ใช่"]
@@ -156,7 +161,9 @@ def test_labels_are_judged_whole_with_their_end(model, tokenizer, rows, name, ba
 
 def report(model, splits, output, *overrides):
     arguments = ["--model", str(model), "--splits", str(splits), "--output", output, "experiment=smoke", "sweep=none"]
-    evaluate_model.main([*arguments, "model.load.dtype=float32", "eval.max_new_tokens=4", *overrides])
+    evaluate_model.main(
+        [*arguments, "eval.published=[]", "model.load.dtype=float32", "eval.max_new_tokens=4", *overrides]
+    )
     return read_json(Path(output, "metrics.json")), read_json_lines(Path(output, "predictions.jsonl"))
 
 
@@ -178,7 +185,8 @@ def test_the_spelling_of_a_row_changes_no_other(workspace, tiny_model):
 def test_labels_that_begin_alike_are_judged_as_all_others(workspace, tiny_model):
     labels = {"positive": "very good", "negative": "very bad"}
     texts = [(prompt, labels[answer]) for prompt, answer in tiny.tiny_rows(30)]
-    splits = tiny.make_tiny_splits(workspace / "splits", tiny_model, rows={"train": texts[:20], "test": texts[20:]})
+    rows = {"train": texts[:20], "validation": 0, "test": texts[20:]}
+    splits = tiny.make_tiny_splits(workspace / "splits", tiny_model, rows=rows)
     facts, rows = report(tiny_model, splits, "report", "eval.labels=[very good,very bad,neither]")
     assert {row["choice"] for row in rows} <= {"very good", "very bad", "neither"}
     model = load_model(tiny_model, {"dtype": "float32", "attn_implementation": "auto"}).eval()
@@ -197,7 +205,8 @@ def test_where_a_label_begins_another_the_end_counts(workspace, tiny_model):
     """Else the shorter one would always be the likelier, and nobody could answer the longer one."""
     labels = {"positive": "good", "negative": "good enough"}
     texts = [(prompt, labels[answer]) for prompt, answer in tiny.tiny_rows(30)]
-    splits = tiny.make_tiny_splits(workspace / "splits", tiny_model, rows={"train": texts[:20], "test": texts[20:]})
+    rows = {"train": texts[:20], "validation": 0, "test": texts[20:]}
+    splits = tiny.make_tiny_splits(workspace / "splits", tiny_model, rows=rows)
     facts, rows = report(tiny_model, splits, "report", "eval.labels=[good,good enough]")
     assert facts["accuracy_of"] == evaluate_model.WITH_END
     model = load_model(tiny_model, {"dtype": "float32", "attn_implementation": "auto"}).eval()
@@ -211,28 +220,46 @@ def test_where_a_label_begins_another_the_end_counts(workspace, tiny_model):
 
 def test_an_answer_that_opens_before_the_label(tokenizer):
     """Some templates put something in front of each answer: so it stands in front of each label."""
-    from datasets import Dataset
-
     head = tokenizer("<think>\n\n", add_special_tokens=False)["input_ids"]
     end = [tokenizer.eos_token_id]
     ids = {label: tokenizer(label, add_special_tokens=False)["input_ids"] for label in ("positive", "negative")}
     answer = [*head, *ids["positive"], *end]
     row = {"input_ids": [5, 6, *answer], "labels": [-100, -100, *answer], "prompt_length": 2, "reference": "positive"}
     rows = {"train": Dataset.from_list([row])}
-    found = evaluate_model.label_answers(["negative", "positive"], rows, tokenizer)
+    found = label_answers(["negative", "positive"], rows, tokenizer)
     assert found == [[*head, *ids["negative"], *end], answer]
 
 
-def test_labels_of_the_same_tokens_are_refused(tokenizer):
-    from datasets import Dataset
+ENDS = ["\n", "\n\n", ": ", "<|end|>", ""]  # of prompts; tokens cross some of them
+THREE = [["positive", "negative", "neutral"], ["A", "A-", "B+"], ["1", "0", "-1"], ["yes\nno", "works", "it works"]]
 
-    class Uncased:
-        def __call__(self, text=None, **options):
-            return tokenizer(options.pop("text_target", text).lower(), **options)
 
-    row = {"input_ids": [5, 7], "labels": [-100, 7], "prompt_length": 1, "reference": "x"}
-    with pytest.raises(UserError, match="'May' and 'may' have the same tokens"):
-        evaluate_model.label_answers(CASES, {"test": Dataset.from_list([row])}, Uncased())
+@pytest.mark.parametrize("make", test_conversation.KINDS)
+def test_a_label_without_rows_has_the_tokens_that_training_would_learn(make):
+    """Where they cannot be told (does an answer behind a blank begin with another one?) it is refused."""
+    told = 0
+    for end, lead, labels in itertools.product(ENDS, ("", " "), THREE):
+        tokenizer = test_conversation.tokenizer_with(make, None)
+        free = {"apply_chat_template": False, "template": "{{ prompt }}" + end, "loss_on": "assistant"}
+        *rows, unseen = _encoded(Encoder(tokenizer, [tokenizer.eos_token_id], free), labels, lead)
+        if [row["reference"] for row in (*rows, unseen)] != labels:
+            continue  # the tokenizer does not know its letters
+        try:
+            found = label_answers(labels, {"train": Dataset.from_list(rows)}, tokenizer)
+        except UserError as error:
+            assert end == ": " and f"no row has '{labels[2]}', and which tokens" in str(error)
+        else:
+            assert found[2] == unseen["labels"][unseen["prompt_length"] :]
+            told += 1
+    assert told >= 10
+
+
+def _encoded(encoder, labels, lead):
+    for number, label in enumerate(labels):
+        prompt = {"role": "user", "content": f"The plot is {number}"}
+        row = encoder.encode([prompt, {"role": "assistant", "content": lead + label}])
+        one = {name: getattr(row, name) for name in ("input_ids", "labels", "prompt_length")}
+        yield one | {"reference": encoder.text(row.answer)}
 
 
 def test_a_loss_that_is_no_number_gives_no_figures(workspace, tiny_model, tiny_splits, capsys):
@@ -250,8 +277,15 @@ def test_a_loss_that_is_no_number_gives_no_figures(workspace, tiny_model, tiny_s
     assert "not finite" in capsys.readouterr().err.splitlines()[-1]
 
 
-def test_an_answer_that_is_no_label_is_named_before_training(workspace, tiny_model):
-    texts = [*tiny.tiny_rows(12), ("Who knows?", "neither")]
-    rows = load_rows(tiny.make_tiny_splits(workspace / "splits", tiny_model, rows={"train": texts}))
-    with pytest.raises(UserError, match=r"train split, row 13 of the raw data: the answer 'neither' is no label"):
-        train_adapter._check_references(rows, SETS["one token each"])
+def test_what_is_proposed_for_text_that_rouge_does_not_see_works(workspace, tiny_model):
+    texts = [(prompt, f"नमस्ते {number}") for number, (prompt, _) in enumerate(tiny.tiny_rows(12))]
+    splits = tiny.make_tiny_splits(workspace / "splits", tiny_model, rows={"train": texts[:8], "test": texts[8:]})
+    facts, _ = report(tiny_model, splits, "report", "eval=text", "eval.metric=chrf")
+    assert facts["metric"] == "chrf" and "rouge_l" not in facts["test"]
+
+
+def test_what_rouge_misses_of_accented_text_is_said(tokenizer, caplog):
+    part = Dataset.from_list([tiny.tiny_row(tokenizer, 1, "What is it?", "Un café très agréable, naturellement")])
+    with caplog.at_level("INFO", "temper"):
+        evaluation_checks.check(Eval(task="text").model_dump(), Path("splits"), {"test": part}, tokenizer)
+    assert "and 9.7% of the test split's references is other: eval.metric=chrf sees all" in caplog.text

@@ -70,6 +70,17 @@ def test_an_edit_changes_just_the_stages_that_see_it(workspace, override, stages
     assert changed(build(*fixed), build(*fixed, override)) - {"compare_runs"} == stages
 
 
+def test_a_training_knows_all_evaluations_of_what_it_makes(workspace):
+    """To refuse before it what they would refuse after it."""
+    plan = build("sweep=none", "train.num_train_epochs=1", "eval.max_new_tokens=4,8", experiment="sft_dpo")
+    trainings = [job for job in plan.jobs.values() if job.stage == "train_adapter"]
+    assert len(trainings) == 2
+    for job in trainings:
+        assert [one["max_new_tokens"] for one in job.settings["evaluations"]] == [4, 8]
+        assert job.settings["max_new_tokens"] == 8
+        assert job.settings["evaluations"][0]["labels"] == ["negative", "positive"]
+
+
 def test_preference_optimization_adds_one_stage_that_a_sweep_shares(workspace):
     plan = build("method.beta=0.1,0.3", "adapter.r=4,8", "train.learning_rate=1e-4,2e-4", experiment="dpo")
     counts = {stage: len(paths) for stage, paths in keys(plan).items()}

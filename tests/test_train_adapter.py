@@ -292,16 +292,3 @@ def test_a_complete_output_of_another_config_is_not_passed_off(workspace, tiny_s
         train(tiny_splits, tiny_model, "out", "train.learning_rate=7e-4")
     assert exit_code.value.code == 2
     assert "was made with another config (train.learning_rate: 0.001, now 0.0007)" in capsys.readouterr().err
-
-
-def test_an_answer_that_is_no_label_is_found_before_training(workspace, tiny_model, capsys):
-    from tests.tiny import make_tiny_splits
-
-    rows = {"validation": [("Fine.", "positive"), ("Hm.", "furious")]}
-    splits = make_tiny_splits(workspace / "splits", tiny_model, rows=rows)
-    config = load_stage_config("train_adapter", None, SMALL) | {"labels": ["positive", "negative"]}
-    arguments = ["--splits", str(splits), "--model", str(tiny_model), "--output", "out", "--config", json.dumps(config)]
-    with pytest.raises(SystemExit) as exit_code:
-        train_adapter.main(arguments)
-    assert exit_code.value.code == 2
-    assert "validation split, row 26 of the raw data: the answer 'furious' is no label" in capsys.readouterr().err

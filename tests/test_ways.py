@@ -14,10 +14,10 @@ from peft import LoraConfig, get_peft_model
 from transformers.integrations import activate_neftune
 
 from steps.lib.batches import collate
-from steps.lib.conversation import IGNORED
 from steps.lib.errors import UserError
 from steps.lib.fast_layers import use_fast_layers
 from steps.lib.loss import SupervisedLoss, flat_way, short_way, unshared_way
+from steps.lib.splits import IGNORED
 from tests.test_flat_batch import rows_of
 from tests.tiny import gradients
 

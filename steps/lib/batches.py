@@ -2,7 +2,7 @@
 
 import random
 
-from steps.lib.conversation import IGNORED
+from steps.lib.splits import IGNORED
 
 MEGABATCH = 50  # batches that are sorted together: short rows meet short rows, yet the order stays random
 PAD_TO = 8  # a multiple that matrix units like, and that bounds the number of different shapes

@@ -414,8 +414,7 @@ def _check_secrets(config: dict) -> None:
 def _check_method(config: dict) -> None:
     """What the method needs of the other sections."""
     method, has_pairs = config["method"], Data.model_validate(config["data"]).has_pairs
-    if config["eval"]["metric"] == PREFERENCE and not has_pairs:
-        raise UserError(f"config: 'eval.metric': {PREFERENCE} needs preference pairs, see data.layout=preference")
+    refuse_without_pairs(config["eval"], has_pairs)
     if method["name"] != "dpo":
         return
     if not has_pairs and not method["own_answers"]:
@@ -434,6 +433,15 @@ def _check_method(config: dict) -> None:
             _check_validation(first)
         except UserError as error:
             raise UserError(f"config: 'method.sft': {str(error).removeprefix('config: ')}") from None
+
+
+def refuse_without_pairs(evaluation: dict, has_pairs: bool) -> None:
+    """Raises: UserError: a figure of preference pairs is asked for, and there are none."""
+    asked = [("eval.metric", evaluation["metric"])]
+    asked += [("eval.published", figure["metric"]) for figure in evaluation["published"]]
+    for key, metric in asked:
+        if metric == PREFERENCE and not has_pairs:
+            raise UserError(f"config: '{key}': {PREFERENCE} needs preference pairs, see data.layout=preference")
 
 
 def sft_config(config: dict) -> dict:

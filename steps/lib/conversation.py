@@ -17,9 +17,8 @@ import re
 from steps.lib.errors import UserError
 from steps.lib.reading import reading
 from steps.lib.rendering import ChatTemplate, FreeTemplate, Turn, text_of
-from steps.lib.splits import answer_text
+from steps.lib.splits import IGNORED, answer_text
 
-IGNORED = -100  # the label that torch's cross_entropy leaves out
 DATE = "2024-07-26"  # what Llama 3's templates say where there is no clock
 
 Pieces = list[Turn]  # a conversation: the assistant's turns, each with the text before it

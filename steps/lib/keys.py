@@ -18,7 +18,7 @@ KEY_LENGTH = 10  # 40 bits: a collision among 10,000 artefacts has a chance of a
 PACKAGE_ROOT = Path(__file__).resolve().parents[2]
 
 # Modules that only watch, show or refuse what the steps do. An edit to them changes no artefact.
-ONLY_CHECKS = ("options", "library_checks")
+ONLY_CHECKS = ("options", "library_checks", "evaluation_checks")
 NOT_IN_KEYS = frozenset(
     f"steps.lib.{name}"
     for name in (

@@ -20,9 +20,9 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from steps.lib.adapters import is_prompt_learning
-from steps.lib.conversation import IGNORED
 from steps.lib.errors import UserError
 from steps.lib.flat_batch import flat_attention_in, flatten
+from steps.lib.splits import IGNORED
 
 log = logging.getLogger("temper")
 

@@ -424,8 +424,9 @@ class _Planner:
     def _training(self, config: dict, inputs: dict[str, str], suffix: str = "", part: dict | None = None) -> Job:
         slug = _slug(config) + suffix
         job = self._job("train_adapter", slug, config, inputs, unkeyed={"previous"}, upstream=part)
-        job.settings["labels"] = config["eval"]["labels"]
-        asked = config["eval"]["max_new_tokens"]  # runs that share a training may be evaluated in several ways
+        evaluations = job.settings.setdefault("evaluations", [])  # runs that share a training may be judged in several
+        evaluations += [config["eval"]] if config["eval"] not in evaluations else []
+        asked = config["eval"]["max_new_tokens"]
         job.settings["max_new_tokens"] = max(asked, job.settings.get("max_new_tokens", 0))
         return job
 

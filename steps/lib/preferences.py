@@ -7,8 +7,7 @@ formulas are those of trl.DPOTrainer with log-probabilities of the reference tha
 import dataclasses
 
 from steps.lib.batches import collate
-from steps.lib.conversation import IGNORED
-from steps.lib.splits import answer_start
+from steps.lib.splits import IGNORED, answer_start
 
 REFERENCES = ("ref_chosen_logps", "ref_rejected_logps")
 

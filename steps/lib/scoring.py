@@ -4,11 +4,11 @@ import dataclasses
 import math
 
 from steps.lib.batches import collate
-from steps.lib.conversation import IGNORED
 from steps.lib.errors import UserError
 from steps.lib.loss import SupervisedLoss
 from steps.lib.preferences import chosen_of, rejected_of
 from steps.lib.progress import Progress
+from steps.lib.splits import IGNORED
 
 CHUNK = 1024  # positions whose logits are held at once: 200 MB in float32 for a vocabulary of 49,152
 

@@ -1,5 +1,7 @@
 """A split's columns and answers: what tokenize_splits and sample_answers write, and everything below reads."""
 
+IGNORED = -100  # the label of a token that is not learned: torch's cross_entropy leaves it out
+
 
 def features(pairs: bool = False):
     """As `datasets.Features`. `pairs`: with the rejected answer beside each row's own, which is the chosen one."""

@@ -1,6 +1,5 @@
 """Trainings that could not be what they say: options that break continuing, nothing to learn from, nothing to go by."""
 
-import json
 import shutil
 
 from tests.bad_inputs import Bad, World
@@ -33,14 +32,6 @@ def _other_references(world: World) -> list[str]:
     world.write("references/references.json", "{}")
     inputs = ["--splits", str(world.pairs), "--model", str(world.model), "--references", "references"]
     return [*inputs, "--output", "out", "experiment=dpo", "tracking=none"]
-
-
-def _no_label(world: World) -> list[str]:
-    from steps.lib.config import load_stage_config
-
-    config = load_stage_config("train_adapter", None, OPTIONS) | {"labels": ["good", "bad"]}
-    inputs = ["--splits", str(world.splits), "--model", str(world.model)]
-    return [*inputs, "--output", "out", "--config", json.dumps(config)]
 
 
 def _diverged(command: str, *overrides: str):
@@ -114,7 +105,6 @@ CASES = [
     ),
     _train("preferences without references", r"--references is missing", "experiment=dpo", pairs=True),
     Bad("references of other rows", r"--references references: of other rows", "train_adapter", _other_references),
-    Bad("an answer that is no label", r"'(positive|negative)' is no label of eval\.labels", "train_adapter", _no_label),
     _diverged("train_adapter", *OPTIONS),
     _diverged("reference_logprobs", "experiment=dpo"),
     _diverged("sample_answers", "experiment=dpo", "method.own_answers={max_new_tokens: 4}"),
