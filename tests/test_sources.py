@@ -395,6 +395,7 @@ def test_a_branch_is_one_commit_for_good(workspace, monkeypatch, capsys):
     (workspace / "hub/thing").mkdir(parents=True)
     (workspace / "hub/thing/train.jsonl").write_text("{}")
     overrides = ["data.name=set", "data.source.kind=hub", "data.source.repository=acme/thing", "sweep=none"]
+    overrides += ["~data.csv", "~data.format"]
     with serve(workspace / "hub") as (url, handler):
         use(monkeypatch, url)
         before = plan.build("smoke", None, overrides)

@@ -23,7 +23,7 @@ def own_sources(folder: Path, model: Path, rows: list[tuple[str, str]]) -> str:
     lines = [{"text": text, "rating": 1 if label == "positive" else -1} for text, label in rows]
     (folder / "rows.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return (
-        f"data.name=tiny data.source.kind=files data.source.path={folder}/rows.jsonl data.format=jsonl "
+        f"data.name=tiny data.source.kind=files data.source.path={folder}/rows.jsonl data.format=jsonl ~data.csv "
         f"model.name=tiny model.source.kind=files model.source.path={model} model.load.dtype=float32"
     )
 
