@@ -167,30 +167,30 @@ def report(model, splits, output, *overrides):
     return read_json(Path(output, "metrics.json")), read_json_lines(Path(output, "predictions.jsonl"))
 
 
-def test_the_spelling_of_a_row_changes_no_other(workspace, tiny_model):
-    """One capital letter in the test split is one reference that is spelt otherwise, and nothing else."""
-    texts = tiny.tiny_rows(40)
-    as_is = tiny.make_tiny_splits(workspace / "as-is", tiny_model, rows={"train": texts[:20], "test": texts[20:]})
-    prompt, answer = texts[20]
-    other = [(prompt, answer.capitalize()), *texts[21:]]
-    spelt = tiny.make_tiny_splits(workspace / "spelt", tiny_model, rows={"train": texts[:20], "test": other})
-    before, rows_before = report(tiny_model, as_is, "before")
-    after, rows_after = report(tiny_model, spelt, "after")
-    assert after["test"]["accuracy"] == before["test"]["accuracy"]
-    assert [row["choice"] for row in rows_after] == [row["choice"] for row in rows_before]
-    assert [row["label_logps"] for row in rows_after] == [pytest.approx(row["label_logps"]) for row in rows_before]
-    assert after["accuracy_of"] == evaluate_model.ALONE
+def test_the_spelling_of_a_row_changes_no_other(workspace, tiny_model, model, tokenizer):
+    """A capital letter, even in the first row, is one reference that is spelt otherwise, and nothing else."""
+    first, *others = tiny.tiny_rows(12)
+    spelt = [(first[0], first[1].capitalize()), *others]
+    rows = {"train": spelt, "test": [*spelt, first, *others]}  # the test rows twice
+    facts, found = report(tiny_model, tiny.make_tiny_splits(workspace / "splits", tiny_model, rows=rows), "report")
+    after, before = found[: len(spelt)], found[len(spelt) :]
+    assert [after[0]["reference"], before[0]["reference"]] == ["Positive", "positive"]
+    assert [(row["choice"], row["score"]) for row in after] == [(row["choice"], row["score"]) for row in before]
+    assert facts["test"]["accuracy"] == sum(row["score"] for row in before) / len(before)
+    assert facts["accuracy_of"] == evaluate_model.ALONE
+    labels = [tokenizer(label, add_special_tokens=False)["input_ids"] for label in ("negative", "positive")]
+    expected = [one_by_one(model, tiny.tiny_row(tokenizer, 0, *row), labels) for row in [first, *others]]
+    for half in (after, before):
+        assert [row["label_logps"] for row in half] == [pytest.approx(logps, abs=1e-3) for logps in expected]
 
 
-def test_labels_that_begin_alike_are_judged_as_all_others(workspace, tiny_model):
+def test_labels_that_begin_alike_are_judged_as_all_others(workspace, tiny_model, model, tokenizer):
     labels = {"positive": "very good", "negative": "very bad"}
     texts = [(prompt, labels[answer]) for prompt, answer in tiny.tiny_rows(30)]
     rows = {"train": texts[:20], "validation": 0, "test": texts[20:]}
     splits = tiny.make_tiny_splits(workspace / "splits", tiny_model, rows=rows)
     facts, rows = report(tiny_model, splits, "report", "eval.labels=[very good,very bad,neither]")
     assert {row["choice"] for row in rows} <= {"very good", "very bad", "neither"}
-    model = load_model(tiny_model, {"dtype": "float32", "attn_implementation": "auto"}).eval()
-    tokenizer = load_tokenizer(tiny_model)
     answers = [
         tokenizer(label, add_special_tokens=False)["input_ids"] for label in ("very good", "very bad", "neither")
     ]
@@ -201,7 +201,7 @@ def test_labels_that_begin_alike_are_judged_as_all_others(workspace, tiny_model)
     assert facts["test"]["accuracy"] == sum(right) / len(right)
 
 
-def test_where_a_label_begins_another_the_end_counts(workspace, tiny_model):
+def test_where_a_label_begins_another_the_end_counts(workspace, tiny_model, model, tokenizer):
     """Else the shorter one would always be the likelier, and nobody could answer the longer one."""
     labels = {"positive": "good", "negative": "good enough"}
     texts = [(prompt, labels[answer]) for prompt, answer in tiny.tiny_rows(30)]
@@ -209,8 +209,6 @@ def test_where_a_label_begins_another_the_end_counts(workspace, tiny_model):
     splits = tiny.make_tiny_splits(workspace / "splits", tiny_model, rows=rows)
     facts, rows = report(tiny_model, splits, "report", "eval.labels=[good,good enough]")
     assert facts["accuracy_of"] == evaluate_model.WITH_END
-    model = load_model(tiny_model, {"dtype": "float32", "attn_implementation": "auto"}).eval()
-    tokenizer = load_tokenizer(tiny_model)
     ends = [
         tokenizer(f"{label}{tokenizer.eos_token}", add_special_tokens=False)["input_ids"] for label in labels.values()
     ]
@@ -280,7 +278,8 @@ def test_a_loss_that_is_no_number_gives_no_figures(workspace, tiny_model, tiny_s
 def test_what_is_proposed_for_text_that_rouge_does_not_see_works(workspace, tiny_model):
     texts = [(prompt, f"नमस्ते {number}") for number, (prompt, _) in enumerate(tiny.tiny_rows(12))]
     splits = tiny.make_tiny_splits(workspace / "splits", tiny_model, rows={"train": texts[:8], "test": texts[8:]})
-    facts, _ = report(tiny_model, splits, "report", "eval=text", "eval.metric=chrf")
+    as_text = ["eval.task=text", "eval.labels=null"]  # what is proposed where labels would be ignored
+    facts, _ = report(tiny_model, splits, "report", *as_text, "eval.metric=chrf")
     assert facts["metric"] == "chrf" and "rouge_l" not in facts["test"]
 
 
