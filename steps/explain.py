@@ -15,11 +15,10 @@ import os
 from pathlib import Path
 
 from steps.lib import plan as planning
-from steps.lib.errors import one_line_errors
+from steps.lib.errors import one_line_errors, visible
 from steps.lib.files import read_json, read_json_lines
 from steps.lib.forecast import Archive, Forecast, Made, same_part
 from steps.lib.keys import changed_keys, code_hashes, flat
-from steps.lib.pages import printable
 from steps.lib.workflow import idle_cores
 
 MOST_ROWS = 5  # changed rows that are named
@@ -32,7 +31,7 @@ def main(argv=None) -> None:
     arguments = parser.parse_intermixed_args(argv)
     with one_line_errors():
         plan = planning.build(arguments.experiment, arguments.sweep, arguments.overrides)
-        print(printable(explain(plan, arguments.cores)))
+        print("\n".join(map(visible, explain(plan, arguments.cores).split("\n"))))
 
 
 def explain(plan: planning.Plan, cores: int = 1) -> str:

@@ -407,6 +407,15 @@ def test_a_thousand_runs_make_a_page_that_opens(sweep):
     assert len(board_of(output)) == 1000
 
 
+def test_curves_are_read_of_the_runs_that_are_drawn(sweep, monkeypatch):
+    config, output = sweep
+    Path(config["runs"][0]["report"], "curves.jsonl").write_text("cut off")
+    with pytest.raises(UserError, match="curves.jsonl: damaged"):
+        compare_runs.compare(config, output)
+    monkeypatch.setattr(figures, "MOST_CURVES", 3)
+    assert len(compare_runs.compare(config, output)["rows"]) == 4
+
+
 def test_a_text_is_no_formula_in_a_spreadsheet_and_a_number_stays_one(sweep):
     config, output = sweep
     texts = [
