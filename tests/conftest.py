@@ -11,7 +11,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # test processes run side by side
 
 from tests import tiny  # noqa: E402
 
-# A suite run in the background (nohup, `&` in a script) inherits signals as ignored, and its children would rightly leave them so.
+# A suite in the background (nohup, `&` in a script) inherits signals as ignored, and its children would leave them so.
 for number, default in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
     if signal.getsignal(number) is signal.SIG_IGN:
         signal.signal(number, default)

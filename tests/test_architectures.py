@@ -3,6 +3,7 @@
 import functools
 import json
 import math
+import shutil
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import PeftModel
 
-from steps import evaluate_model, merge_adapter, reference_logprobs, tokenize_splits, train_adapter
+from steps import evaluate_model, merge_adapter, publish, reference_logprobs, tokenize_splits, train_adapter
 from steps.lib import generation, models
 from steps.lib.adapters import add_adapter, attention_projections
 from steps.lib.batches import collate
@@ -22,6 +23,7 @@ from steps.lib.errors import UserError
 from steps.lib.loss import SupervisedLoss, flat_way, plain_way, short_way
 from steps.lib.preferences import chosen_of, rejected_of
 from steps.lib.splits import IGNORED
+from tests.test_publish import code_of
 from tests.tiny import gradients, tiny_rows, tiny_tokenizer
 
 SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -204,6 +206,19 @@ def test_the_whole_chain(workspace, family):
     text = Path("splits/audit.txt").read_text()
     assert ">>>positive<|im_end|><<<" in text
     assert ("\n=> >>>" in text) == (family in ENCODER_DECODERS)
+
+
+def test_the_code_of_an_encoder_decoders_card_answers_as_its_evaluation_did(workspace, capsys):
+    write_inputs("t5")
+    run_chain("t5")
+    row = json.loads(Path("report/predictions.jsonl").read_text().splitlines()[0])
+    for flags in (["--merged"], ["--base-model", "model"]):
+        publish.main(["--run", "report", "--repository", "acme/tuned", *flags, "--dry-run", "acme/tuned"])
+        capsys.readouterr()
+        code = code_of(Path("acme/tuned/README.md").read_text())
+        exec(code.replace("Your prompt here.", row["prompt"]), {})
+        assert capsys.readouterr().out.strip() == row["prediction"] != ""
+        shutil.rmtree("acme")
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -43,9 +43,7 @@ def card_of(run, folder: Path, text: str, merged: bool) -> str:
     """The card of a run whose every text was chosen by somebody else."""
     parts = {}
     for stage in (*cards.CONFIGS, "model"):
-        parts[stage] = shutil.copytree(
-            run.parts[stage], folder / stage, ignore=shutil.ignore_patterns("*.safetensors", "*.pt")
-        )
+        parts[stage] = shutil.copytree(run.parts[stage], folder / stage)
         config, made = planted(runs.read_config(parts[stage]), text), runs.read_provenance(parts[stage])
         if stage == "model":
             config["model"]["source"] = {"kind": "hub", "repository": text, "revision": text}

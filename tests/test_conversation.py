@@ -333,6 +333,7 @@ LOSSLESS = [gpt2_like, llama3_like, with_prefix_space, metaspace]
 )
 @example(make=tiny_tokenizer, template=BARE, loss_on="assistant", rows=[[("?", " act"), ("", "ing")]])
 @example(make=gpt2_like, template=BARE, loss_on="assistant", rows=[[("a\n\n", "b"), ("\n\n", "c")]])
+@example(make=trimming, template=BARE, loss_on="assistant", rows=[[("a", "b  ")], [("", "  ")]])
 def test_many_at_once_are_what_each_is_alone(make, template, loss_on, rows):
     tokenizer = tokenizer_with(make, template)
     glued = {"apply_chat_template": template is not None, "template": "{{ prompt }}", "loss_on": loss_on}

@@ -14,6 +14,7 @@ from steps.lib.files import read_json
 from steps.lib.keys import flat
 from steps.lib.markdown import Markdown, code, fill
 from steps.lib.metrics import LOSS_METRICS, METRICS
+from steps.lib.models import is_encoder_decoder
 from steps.lib.pages import METRIC_NAMES, METRIC_NOTES
 from steps.lib.plan import FOLDERS
 from steps.lib.prompting import Generation
@@ -186,21 +187,23 @@ def _eval_results(data: Origin, facts: dict) -> list:
 
 def usage(run: runs.Run, card: Card) -> str:
     """Python that loads the published model and asks it in the words of its training."""
-    prompt, adapter = run.prompt, not card.merged
+    prompt, adapter, in_decoder = run.prompt, not card.merged, is_encoder_decoder(runs.base_folder(run))
+    kind = "AutoModelForSeq2SeqLM" if in_decoder else "AutoModelForCausalLM"
     lines = ["from peft import PeftModel"] if adapter else []
-    lines += ["from transformers import AutoModelForCausalLM, AutoTokenizer", "", f"repository = {card.repository!r}"]
+    lines += [f"from transformers import {kind}, AutoTokenizer", "", f"repository = {card.repository!r}"]
     lines += ["tokenizer = AutoTokenizer.from_pretrained(repository)"]
     if adapter:
         at = f", revision={card.base.commit!r}" if card.base.commit else ""
-        lines += [f"base = AutoModelForCausalLM.from_pretrained({card.base.repository!r}{at})"]
+        lines += [f"base = {kind}.from_pretrained({card.base.repository!r}{at})"]
         lines += ["model = PeftModel.from_pretrained(base, repository)"]
     else:
-        lines += ["model = AutoModelForCausalLM.from_pretrained(repository)"]
+        lines += [f"model = {kind}.from_pretrained(repository)"]
     lines += ["", *(_chat_lines(prompt) if prompt["apply_chat_template"] else _template_lines(prompt))]
     evaluated = runs.read_config(run.parts["evaluate_model"])["eval"] if run.has("evaluate_model") else {}
     tokens = evaluated.get("max_new_tokens", Generation.max_new_tokens)
     lines += [f"output = model.generate(**inputs, max_new_tokens={tokens}, do_sample=False)"]
-    lines += ['print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))']
+    answer = "output[0]" if in_decoder else 'output[0, inputs["input_ids"].shape[1] :]'
+    lines += [f"print(tokenizer.decode({answer}, skip_special_tokens=True))"]
     return "\n".join(lines)
 
 

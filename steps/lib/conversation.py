@@ -224,7 +224,8 @@ class Encoder:
             added = (at for at in reversed(range(first)) if ids[at] in self.added and offsets[at][1] <= start)
             token = next(added, 0)
             parts.append((token, text[offsets[token][0] if token else 0 : start], bisect.bisect_left(offsets, (end,))))
-        return parts
+        # Nothing follows the last turn. Where offsets leave out blanks, those at its end would seem to.
+        return [*parts[:-1], (*parts[-1][:2], len(ids))]
 
     def _cut_apart(self, turns: Pieces, known: "_Known") -> tuple[list[int], list[range], bool]:
         """A row's tokens, cut before each answer that would change the tokens before it; which each turn is; cut?"""
@@ -248,7 +249,7 @@ class Encoder:
         for chunk, offsets in zip(chunks, made["offset_mapping"], strict=True):
             starts += [position + start for start, _ in offsets]
             position += len(chunk)
-        return [bisect.bisect_left(starts, end) for _, end in _places(turns)]
+        return [*(bisect.bisect_left(starts, end) for _, end in _places(turns)[:-1]), len(starts)]
 
     def _labelled(self, turns: Pieces, ids: list[int], answers: list[range], apart: bool) -> Encoded:
         """Cut behind the last answer's stop token (or add one), and label the assistant's turns up to theirs."""
