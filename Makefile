@@ -28,13 +28,13 @@ lint: .venv/installed  ## ruff, and Snakemake's own lint less its advice on cont
 	$(BIN)/python tests/lint_workflow.py
 
 explain: .venv/installed  ## what the next run would make, why, and how long it may take: make explain ARGS="--experiment demo"
-	@$(BIN)/python -m steps.explain $(ARGS)
+	@$(BIN)/temper explain $(ARGS)
 
 ui: .venv/installed  ## open the MLflow UI on http://127.0.0.1:5000
-	@$(BIN)/python -m steps.ui
+	@$(BIN)/temper ui
 
 publish: .venv/installed  ## push a run with a model card to the hub: make publish RUN=best REPOSITORY=me/name ARGS=--merged
-	@$(BIN)/python -m steps.publish --run "$(RUN)" --repository "$(REPOSITORY)" $(ARGS)
+	@$(BIN)/temper publish --run "$(RUN)" --repository "$(REPOSITORY)" $(ARGS)
 
 # All of requirements.lock is checked by hash. torch is not in it: pip takes the build that suits the machine
 # (CPU, or CUDA with the libraries that torch itself pins).

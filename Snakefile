@@ -3,7 +3,7 @@
     snakemake --cores all --config experiment=demo
     snakemake --cores 2 --config experiment=smoke overrides="train.learning_rate=1e-4,3e-4 adapter.r=8"
 
-Every path below results/ ends in a key that hashes whatever made it (see steps/lib/plan.py), so a path
+Every path below results/ ends in a key that hashes whatever made it (see temper/planning/plan.py), so a path
 that exists is right, and nothing is made twice. The rules hold no logic: what to make is in the plan. A job reads
 its config there ($TEMPER_PLAN), so no command line grows with the sweep; and as names end in keys, no name of a
 user's decides which rule makes it.
@@ -14,7 +14,7 @@ leaves alone what is complete, be it by a second command at the same time or by 
 
 from snakemake.utils import min_version
 
-from steps.lib import workflow as temper
+from temper import workflow as temper
 
 min_version("9.0")
 

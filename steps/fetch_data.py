@@ -20,12 +20,13 @@ import sys
 import time
 from pathlib import Path
 
-from steps.lib import pypi, sources
-from steps.lib.errors import UserError
-from steps.lib.folders import locked
-from steps.lib.keys import file_sha256
-from steps.lib.raw import is_no_data, is_pin, pin_key, read_pin, source_files
-from steps.lib.step import config_and_settings, provenance, run_command
+from temper.errors import UserError
+from temper.folders import locked
+from temper.hashing import file_sha256
+from temper.provenance import provenance
+from temper.sources import hub, pypi, revisions
+from temper.sources.pins import is_no_data, is_pin, pin_key, read_pin, source_files
+from temper.step import config_and_settings, run_command
 
 STAGE = "fetch_data"
 SECTION = "data.source"
@@ -105,7 +106,7 @@ def _fetch_package(source: dict, folder: Path) -> dict:
 
 def _fetch_hub(source: dict, folder: Path) -> dict:
     name = re.sub(r"[^A-Za-z0-9._-]", "_", source["split"])  # a split may be a slice: train[:10%]
-    return {"commit": sources.hub_rows(source, folder / f"{name}.jsonl", SECTION)}
+    return {"commit": hub.hub_rows(source, folder / f"{name}.jsonl", SECTION)}
 
 
 def _fetch_files(source: dict, folder: Path) -> dict:
@@ -118,9 +119,9 @@ def _fetch_files(source: dict, folder: Path) -> dict:
 
 
 def _command(_step, arguments, _inputs) -> None:
-    """As steps.lib.step.execute, for an output that is a file in a folder which others share."""
+    """As temper.step.execute, for an output that is a file in a folder which others share."""
     config = config_and_settings(STAGE, arguments)[0]
-    config["data"]["source"] = sources.pinned(config["data"]["source"], "dataset", SECTION)
+    config["data"]["source"] = revisions.pinned(config["data"]["source"], "dataset", SECTION)
     output = _pin(Path(arguments.output), config["data"]["source"])
     with locked(output.parent):
         if _is_there(output):

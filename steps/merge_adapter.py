@@ -22,12 +22,13 @@ import shutil
 import sys
 from pathlib import Path
 
-from steps.lib.adapters import DIVERGED, can_be_merged, is_adapter, put_on
-from steps.lib.errors import UserError
-from steps.lib.files import read_json
-from steps.lib.models import BUNDLED, is_stored_quantized, load_config, load_model, resolve_dtype, stored_dtype
-from steps.lib.progress import quiet_libraries
-from steps.lib.step import computing_threads, run_command
+from temper.errors import UserError
+from temper.files import read_json
+from temper.model.adapters import DIVERGED, can_be_merged, is_adapter, put_on
+from temper.model.loading import BUNDLED, is_stored_quantized, load_config, load_model, resolve_dtype, stored_dtype
+from temper.model.threads import computing_threads
+from temper.progress import quiet_libraries
+from temper.step import run_command
 
 STAGE = "merge_adapter"
 PROBE_TOKENS = 64
@@ -45,7 +46,7 @@ def run(config: dict, model: Path, adapter: Path, output: Path) -> dict:
     Raises:
         UserError: the merged model does not compute what base and adapter compute together.
     """
-    from steps.lib.models import load_tokenizer
+    from temper.model.loading import load_tokenizer
 
     quiet_libraries()
     diverged_at = read_json(adapter / "training.json", {"diverged_at_step": int | None})["diverged_at_step"]

@@ -22,16 +22,18 @@ import sys
 import time
 from pathlib import Path
 
-from steps.lib import limits
-from steps.lib.adapters import refuse_diverged
-from steps.lib.batches import collate, padded
-from steps.lib.errors import UserError
-from steps.lib.files import load_rows
-from steps.lib.folders import locked
-from steps.lib.keys import code_key, digest, file_sha256
-from steps.lib.preferences import REFERENCES, chosen_of, rejected_of
-from steps.lib.progress import Progress, quiet_libraries
-from steps.lib.step import computing_threads, run_command
+from temper.data.batches import collate, padded
+from temper.errors import UserError
+from temper.files import load_rows
+from temper.folders import locked
+from temper.hashing import digest, file_sha256
+from temper.keys import code_key
+from temper.model import limits
+from temper.model.adapters import refuse_diverged
+from temper.model.threads import computing_threads
+from temper.progress import Progress, quiet_libraries
+from temper.step import run_command
+from temper.training.preferences import REFERENCES, chosen_of, rejected_of
 
 STAGE = "reference_logprobs"
 KNOWN = Path("results/.state/references")
@@ -93,8 +95,8 @@ def _compute(missing: dict[str, dict], model: Path, config: dict, path: Path) ->
     """The figures of answers (key -> tokens and labels), which are also appended to `path` while they come."""
     import torch
 
-    from steps.lib.loss import SupervisedLoss
-    from steps.lib.models import load_model, load_tokenizer
+    from temper.model.loading import load_model, load_tokenizer
+    from temper.model.predictions import SupervisedLoss
 
     network = load_model(model, config["model"]["load"], config["quantization"]).eval()
     loss = SupervisedLoss(share=False)  # an answer's figure must not depend on what else is missing
@@ -130,7 +132,7 @@ def _batches(answers: dict[str, dict]) -> list[list[str]]:
 
 def _identity(model: Path, config: dict) -> str:
     """What, beside its tokens, an answer's figure depends on: the model's files, how it is loaded, where, our code."""
-    from steps.lib import models
+    from temper.model import loading
 
     files = [path for path in sorted(model.iterdir()) if path.is_file() and not path.name.startswith(".")]
     content = {path.name: file_sha256(path) for path in files if path.name not in ("provenance.json", "config.yaml")}
@@ -138,10 +140,10 @@ def _identity(model: Path, config: dict) -> str:
     resolved = {
         **load,
         **config["quantization"],
-        "dtype": str(models.resolve_dtype(load["dtype"])),
-        "attn_implementation": models.resolve_attention(load["attn_implementation"]),
+        "dtype": str(loading.resolve_dtype(load["dtype"])),
+        "attn_implementation": loading.resolve_attention(load["attn_implementation"]),
     }
-    return digest([content, resolved, config["num_threads"], models.device().type, code_key(f"steps.{STAGE}")])
+    return digest([content, resolved, config["num_threads"], loading.device().type, code_key(f"steps.{STAGE}")])
 
 
 def _key(answer: dict) -> str:

@@ -12,7 +12,7 @@ Writes  splits as tokenize_splits does. In train and validation the rejected ans
 
 An answer is wrong when it is not the reference, blanks at the ends aside. Each row is sampled from a random stream of
 its own, so the same rows give the same pairs. In 16 bits an answer may also depend on the rows that share its batch:
-`steps.lib.generation.generate_answers` says how.
+`temper.evaluation.generation.generate_answers` says how.
 """
 
 import json
@@ -20,13 +20,14 @@ import logging
 import sys
 from pathlib import Path
 
-from steps.lib import limits
-from steps.lib.adapters import refuse_diverged
-from steps.lib.errors import UserError
-from steps.lib.files import load_rows, read_json
-from steps.lib.progress import quiet_libraries
-from steps.lib.splits import IGNORED, features
-from steps.lib.step import computing_threads, run_command
+from temper.data.columns import IGNORED, features
+from temper.errors import UserError
+from temper.files import load_rows, read_json
+from temper.model import limits
+from temper.model.adapters import refuse_diverged
+from temper.model.threads import computing_threads
+from temper.progress import quiet_libraries
+from temper.step import run_command
 
 STAGE = "sample_answers"
 SAMPLED = ("train", "validation")
@@ -42,7 +43,7 @@ def run(config: dict, splits: Path, model: Path, output: Path) -> dict:
     """
     from datasets import Dataset, DatasetDict
 
-    from steps.lib import models
+    from temper.model import loading
 
     quiet_libraries()
     settings = config["method"].get("own_answers")
@@ -51,9 +52,9 @@ def run(config: dict, splits: Path, model: Path, output: Path) -> dict:
     refuse_diverged(model)
     rows = load_rows(splits)
     limits.check(model, rows, SAMPLED, settings["max_new_tokens"], "method.own_answers.max_new_tokens")
-    tokenizer = models.load_tokenizer(model)
-    network = models.load_model(model, config["model"]["load"]).eval()
-    stop_ids = models.stop_token_ids(model, tokenizer)
+    tokenizer = loading.load_tokenizer(model)
+    network = loading.load_model(model, config["model"]["load"]).eval()
+    stop_ids = loading.stop_token_ids(model, tokenizer)
     counts = {}
     with (output / "answers.jsonl").open("w", encoding="utf-8") as file:
         for split in [split for split in SAMPLED if split in rows]:
@@ -75,7 +76,7 @@ def run(config: dict, splits: Path, model: Path, output: Path) -> dict:
 
 def _pairs(network, tokenizer, rows: list[dict], settings: dict, stop_ids: list[int], file) -> list[dict]:
     """The rows that are answered wrongly, each with that answer as the rejected one; all answers go to `file`."""
-    from steps.lib.generation import generate_answers
+    from temper.evaluation.generation import generate_answers
 
     answers = generate_answers(network, tokenizer, rows, settings, stop_ids)
     pairs = []

@@ -16,8 +16,6 @@ Writes  a `datasets.DatasetDict` (train, validation, test) with the columns id, 
         marked).
 """
 
-import bisect
-import collections
 import contextlib
 import gc
 import hashlib
@@ -29,30 +27,18 @@ import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from steps.lib import limits
-from steps.lib.conversation import DATE, Encoded, Encoder
-from steps.lib.errors import UserError
-from steps.lib.progress import Progress, quiet_libraries
-from steps.lib.splits import IGNORED, features
-from steps.lib.step import run_command
+from temper.data.audit import Audit, report, shown_rows
+from temper.data.columns import features
+from temper.data.encoder import DATE, Encoded, Encoder
+from temper.errors import UserError
+from temper.model import limits
+from temper.progress import Progress, quiet_libraries
+from temper.step import run_command
 
 STAGE = "tokenize_splits"
 SPLITS = ("train", "validation", "test")
 BATCH = 2**18  # characters of the file that are tokenized at once: 1,000 rows of 50 tokens
 ROWS = 1000  # that are written at once
-SHOWN = 5  # rows in audit.txt
-DROPPED = {  # what is said of rows that are dropped whatever their length
-    "answer_cut_off_entirely": "tokenize.max_length cuts their last answer off",
-    "answer_with_end_token": "an answer holds a token that ends answers, and what follows it could not be learned",
-    "equal_pairs": "the chosen and the rejected answer are the same tokens",
-}
-TOLD = {  # what is said of rows that are kept
-    "only_last_answer_learned": "only the last answer is learned, for the chat template shows earlier turns otherwise "
-    "than when they were answered",
-    "special_tokens_in_prompts": "a text spells a special token, which the model reads as that token",
-}
-NOTABLE = 0.05  # more rows than this share beyond max_length are worth a warning
-
 log = logging.getLogger("temper")
 
 
@@ -65,7 +51,7 @@ def run(config: dict, prompts: Path, model: Path, output: Path) -> dict:
     """
     from datasets import DatasetDict
 
-    from steps.lib.models import is_encoder_decoder, load_tokenizer, stop_token_ids
+    from temper.model.loading import is_encoder_decoder, load_tokenizer, stop_token_ids
 
     quiet_libraries()
     tokenizer = load_tokenizer(model)
@@ -82,11 +68,11 @@ def run(config: dict, prompts: Path, model: Path, output: Path) -> dict:
                 splits[split] = made
         limits.check(model, splits)
         DatasetDict(splits).save_to_disk(output)
-        shown = _shown_rows(splits["train"], encoder)
+        shown = shown_rows(splits["train"], encoder)
     audit = {"max_length": config["tokenize"]["max_length"], "splits": audits}
     (output / "audit.json").write_text(json.dumps(audit, indent=2) + "\n", encoding="utf-8")
     (output / "audit.txt").write_text(shown, encoding="utf-8")
-    _report(audits)
+    report(audits)
     return {"rows": {split: audit["rows"] for split, audit in audits.items()}, "opening": encoder.renderer.opening}
 
 
@@ -101,7 +87,7 @@ def _find_opening(encoder: Encoder, path: Path) -> None:
 
 def _tell_what_others_do_not_know(encoder: Encoder, date: str) -> None:
     """Where a program that loads the merged model, and knows nothing of the config, asks in other tokens."""
-    shipped = "what steps.publish and steps.export_gguf write does"
+    shipped = "what `temper publish` and temper export write does"
     if encoder.renderer.reads_clock:
         log.warning(
             "warning: the chat template asks what day it is; here that is always prompt.date=%s, but other programs "
@@ -305,136 +291,6 @@ def _batches(lines: Iterable[str]) -> Iterator[list[dict]]:
             batch, size = [], 0
     if batch:
         yield batch
-
-
-class Audit:
-    """What happened to the rows of one split."""
-
-    def __init__(self):
-        self.lengths = collections.Counter()  # length -> rows, also those that were dropped
-        self.too_long = self.nothing_left = self.retokenized = self.ended_early = self.equal = 0
-        self.last_only = self.special = 0
-        self.rows = self.tokens = self.learned = self.rejected = 0
-
-    @property
-    def read(self) -> int:
-        return self.lengths.total()
-
-    def count(self, encoded: list[Encoded], max_length: int) -> None:
-        """A row that was read: one text, or the two of a pair, of which the longer counts."""
-        length = max(one.length for one in encoded)
-        self.lengths[length] += 1
-        self.too_long += length > max_length
-        self.retokenized += any(one.retokenized for one in encoded)
-
-    def keep(self, encoded: list[Encoded]) -> None:
-        self.rows += 1
-        self.tokens += sum(one.tokens for one in encoded)
-        self.learned += _learned(encoded[0])
-        self.rejected += sum(_learned(one) for one in encoded[1:])
-
-    def summary(self) -> dict:
-        """Counts, quantiles and a histogram of lengths, and the `max_length` that would keep 99% of the rows."""
-        read = self.read
-        quantile = {str(q): self._length_of(min(read - 1, int(q * read))) for q in (0.5, 0.9, 0.99)} if read else {}
-        suggested = -(-quantile["0.99"] // 8) * 8 if quantile else None
-        return {
-            "rows": self.rows,
-            "read": read,
-            "longer_than_max_length": self.too_long,
-            "dropped": read - self.rows,
-            "answer_cut_off_entirely": self.nothing_left,
-            "answer_with_end_token": self.ended_early,
-            "equal_pairs": self.equal,
-            "only_last_answer_learned": self.last_only,
-            "special_tokens_in_prompts": self.special,
-            "tokenized_piecewise": self.retokenized,
-            "tokens": self.tokens,
-            "learned_tokens": self.learned,
-            **({"rejected_tokens": self.rejected} if self.rejected else {}),
-            "longest": max(self.lengths, default=None),
-            "quantiles": quantile,
-            "suggested_max_length": suggested,
-            "histogram": _histogram(self.lengths),
-        }
-
-    def _length_of(self, rank: int) -> int:
-        """Of the rows in the order of their lengths, the length of the one with this number, from 0."""
-        lengths = sorted(self.lengths)
-        return lengths[bisect.bisect_right(list(itertools.accumulate(map(self.lengths.get, lengths))), rank)]
-
-
-def _learned(encoded: Encoded) -> int:
-    return len(encoded.labels) - encoded.labels.count(IGNORED)
-
-
-def _histogram(lengths: collections.Counter[int]) -> dict[str, int]:
-    """Rows per power of two: ``{"33-64": 12, ...}``."""
-    counts = collections.Counter()
-    for length, rows in lengths.items():
-        counts[max(1, 1 << (length - 1).bit_length())] += rows
-    return {f"{top // 2 + 1}-{top}": counts[top] for top in sorted(counts)}
-
-
-def _shown_rows(train, encoder: Encoder) -> str:
-    """The first rows as text; what is learned stands between >>> and <<<."""
-    pairs = "rejected" in train.column_names
-    lines = ["What the model reads in training. It learns what stands between >>> and <<<, nothing else.\n"]
-    if pairs:
-        lines = [
-            "What the model reads in training, the chosen answer first. Supervised fine-tuning learns what stands\n"
-            "between >>> and <<< in it; preference optimization compares the last answers of the two.\n"
-        ]
-    if encoder.apart:
-        lines[0] += "The encoder reads what stands before =>, the decoder makes what follows.\n"
-    for row in train.select(range(min(SHOWN, len(train)))):
-        title = f"--- row {row['id']}"
-        lines.append(f"{title}{', chosen' if pairs else ''}\n{_marked(row['input_ids'], row['labels'], encoder)}\n")
-        if pairs:
-            lines.append(f"{title}, rejected\n{_marked(row['rejected_input_ids'], row['rejected_labels'], encoder)}\n")
-    return "\n".join(lines)
-
-
-def _marked(ids: list[int], labels: list[int], encoder: Encoder) -> str:
-    tokenizer = encoder.tokenizer
-    if encoder.apart:
-        return f"{tokenizer.decode(ids)}\n=> >>>{tokenizer.decode(labels)}<<<"
-    text, learning = "", False
-    for token, label in zip(ids, labels, strict=True):
-        if (label != IGNORED) != learning:
-            text += "<<<" if learning else ">>>"
-            learning = not learning
-        text += tokenizer.decode([token])
-    return text + ("<<<" if learning else "")
-
-
-def _report(audits: dict[str, dict]) -> None:
-    for split, audit in audits.items():
-        log.info(
-            "%s: %d rows, %d tokens, %d learned; dropped %d of %d rows (longest %s, 99%% within %s)",
-            split,
-            audit["rows"],
-            audit["tokens"],
-            audit["learned_tokens"],
-            audit["dropped"],
-            audit["read"],
-            audit["longest"],
-            audit["quantiles"].get("0.99"),
-        )
-        for name, what in TOLD.items():
-            if audit[name]:
-                log.warning("warning: %d of %d rows of %s: %s", audit[name], audit["read"], split, what)
-        for name, what in DROPPED.items():
-            if audit[name]:
-                log.warning("warning: %d of %d rows of %s are left out: %s", audit[name], audit["read"], split, what)
-        if audit["longer_than_max_length"] > NOTABLE * audit["read"]:
-            log.warning(
-                "warning: %d of %d rows of %s are longer than tokenize.max_length; %s would keep 99%% of them",
-                audit["longer_than_max_length"],
-                audit["read"],
-                split,
-                audit["suggested_max_length"],
-            )
 
 
 def main(argv=None) -> None:

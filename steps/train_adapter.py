@@ -21,16 +21,20 @@ import shutil
 import sys
 from pathlib import Path
 
-from steps.lib import evaluation_checks, limits
-from steps.lib.adapters import refuse_diverged
-from steps.lib.errors import UserError, told_by_library
-from steps.lib.files import load_rows
-from steps.lib.folders import locked
-from steps.lib.keys import HashCache, code_key, digest
-from steps.lib.library_checks import ignores_warmup, refuse_without_validation
-from steps.lib.models import load_tokenizer
-from steps.lib.progress import quiet_libraries
-from steps.lib.step import computing_threads, peak_memory, run_command
+from temper.config import evaluation as checks
+from temper.config.libraries import ignores_warmup, refuse_without_validation
+from temper.errors import UserError, told_by_library
+from temper.files import load_rows
+from temper.folders import locked
+from temper.hashing import HashCache, digest
+from temper.keys import code_key
+from temper.model import limits
+from temper.model.adapters import refuse_diverged
+from temper.model.loading import load_tokenizer
+from temper.model.threads import computing_threads
+from temper.progress import quiet_libraries
+from temper.provenance import peak_memory
+from temper.step import run_command
 
 STAGE = "train_adapter"
 STATE = Path("results/.state")
@@ -81,7 +85,7 @@ def _rows(config: dict, splits: Path, model: Path, references: Path | None):
     virtual_tokens = config["adapter"].get("num_virtual_tokens") or 0
     limits.check(model, rows, answered, config.get("max_new_tokens"), virtual_tokens=virtual_tokens)
     for evaluation in config.get("evaluations", []):
-        evaluation_checks.check(evaluation, splits, rows, load_tokenizer(model))
+        checks.check(evaluation, splits, rows, load_tokenizer(model))
     if config["method"]["name"] != "dpo":
         return rows
     if references is None:
@@ -95,12 +99,13 @@ def _rows(config: dict, splits: Path, model: Path, references: Path | None):
 
 
 def _train(config: dict, rows, model: Path, output: Path, state: Path) -> dict:
-    from steps.lib import checkpoints, estimates, tracking, training
-    from steps.lib.adapters import parameter_counts, save_adapter
+    from temper import tracking
+    from temper.model.adapters import parameter_counts, save_adapter
+    from temper.training import arguments, callbacks, checkpoints, estimates
 
     before = peak_memory()
     with told_by_library("train"):
-        args = training.training_arguments(_without_validation(config["train"], rows), config["seed"], state)
+        args = arguments.training_arguments(_without_validation(config["train"], rows), config["seed"], state)
     epoch_steps = _epoch_steps(rows, args)
     total = args.max_steps if args.max_steps > 0 else math.ceil(epoch_steps * args.num_train_epochs)
     end = _plateau_end(args, total) if _is_plateau(config) else total
@@ -116,7 +121,7 @@ def _train(config: dict, rows, model: Path, output: Path, state: Path) -> dict:
     if args.warmup_steps and ignores_warmup(args):
         log.info("note: lr_scheduler_type=%s takes no notice of train.warmup_steps", args.lr_scheduler_type.value)
     with tracking.follow(config.get("follow")) as listener:
-        recorded = training.Recorded(trainer, state, checkpoint, config["train"], listener, _is_plateau(config))
+        recorded = callbacks.Recorded(trainer, state, checkpoint, config["train"], listener, _is_plateau(config))
         if end > 0:
             args.max_steps = end
             args.eval_on_start &= checkpoint is None  # the start of training, not of each of its parts
@@ -139,7 +144,7 @@ def _without_validation(train: dict, rows) -> dict:
 
 def _epoch_steps(rows, args) -> int:
     """Optimizer steps in an epoch; at least one."""
-    from steps.lib.training import steps_per_epoch
+    from temper.training.arguments import steps_per_epoch
 
     count = len(rows["train"]) if "train" in rows else 0
     if not count:
@@ -155,10 +160,10 @@ def _epoch_steps(rows, args) -> int:
 
 def _trainer(config: dict, rows, model: Path, args, total: int):
     """The trainer of this config's method, for a schedule over `total` steps."""
-    from steps.lib.adapters import add_adapter, load_for_training
-    from steps.lib.fast_layers import use_fast_layers
-    from steps.lib.models import load_model
-    from steps.lib.training import trainer_for
+    from temper.model.adapters import add_adapter, load_for_training
+    from temper.model.fast_layers import use_fast_layers
+    from temper.model.loading import load_model
+    from temper.training.trainers import trainer_for
 
     load = load_for_training(config["adapter"], config["model"]["load"])
     base = load_model(model, load, config["quantization"])
@@ -181,10 +186,10 @@ def _trainer(config: dict, rows, model: Path, args, total: int):
 
 def _write_facts(config: dict, recorded, facts: dict, output: Path) -> dict:
     """Write metrics.jsonl and training.json; returns what provenance.json gets."""
-    from steps.lib import training
-    from steps.lib.estimates import mebibytes
+    from temper.training import callbacks
+    from temper.training.estimates import mebibytes
 
-    training.write_metrics(output / "metrics.jsonl", recorded.metrics.lines)
+    callbacks.write_metrics(output / "metrics.jsonl", recorded.metrics.lines)
     facts |= {
         "peak_memory_bytes": peak_memory(),
         "gflop_per_second": round(facts["flops_per_step"] / 1e9 * facts["steps_per_second"], 3),

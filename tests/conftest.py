@@ -9,7 +9,7 @@ import pytest
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test that reaches for the hub is a mistake: fail at once
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # test processes run side by side
 
-from tests import tiny  # noqa: E402
+from tests.support import tiny  # noqa: E402
 
 # A suite in the background (nohup, `&` in a script) inherits signals as ignored, and its children would leave them so.
 for number, default in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
@@ -57,7 +57,7 @@ def tiny_splits(tmp_path_factory, tiny_model) -> Path:
 @pytest.fixture(scope="session")
 def finished_run(tmp_path_factory, tiny_model) -> Path:
     """A project folder whose results/ hold one finished run (tests/finished.py). Do not write into it."""
-    from tests import finished
+    from tests.support import finished
 
     return finished.make(tmp_path_factory.mktemp("finished"), tiny_model)
 

@@ -9,12 +9,13 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from steps import api, reference_logprobs, tokenize_splits, train_adapter
-from steps.lib.config import load_stage_config
-from steps.lib.errors import UserError
-from steps.lib.keys import PACKAGE_ROOT
-from tests import tiny
-from tests.test_train_adapter import assert_equal
+from steps import reference_logprobs, tokenize_splits, train_adapter
+from temper import api
+from temper.config.stages import load_stage_config
+from temper.errors import UserError
+from temper.keys import PACKAGE_ROOT
+from tests.support import tiny
+from tests.support.trainings import assert_equal
 
 SYSTEM = "Positive or negative?"
 ROWS = [{"prompt": prompt, "completion": answer} for prompt, answer in tiny.tiny_rows(24)]
@@ -24,7 +25,7 @@ OPTIONS = {"r": 4, "num_train_epochs": 1, "per_device_train_batch_size": 8, "war
 def test_the_lines_of_the_readme(workspace):
     """As they stand there, in a folder that has what they name."""
     readme = (PACKAGE_ROOT / "README.md").read_text(encoding="utf-8")
-    [code] = [code for code in re.findall(r"```python\n(.*?)```", readme, re.DOTALL) if "steps.api" in code]
+    [code] = [code for code in re.findall(r"```python\n(.*?)```", readme, re.DOTALL) if "temper.api" in code]
     model, rows = re.search(r'model="(.+?)"', code)[1], re.search(r'load_rows\("(.+?)"\)', code)[1]
     config = tiny.make_tiny_model(workspace / model) / "config.json"
     longer = json.loads(config.read_text()) | {"max_position_embeddings": 1024}  # room for an answer of 256 tokens

@@ -7,6 +7,8 @@ import signal
 
 import pytest
 
+from temper import __main__ as temper
+from temper.__main__ import COMMANDS
 from tests import bad_inputs
 
 SECONDS = 60  # a hang, not a measure: the machines are shared
@@ -31,6 +33,14 @@ def _no_longer_than(seconds: int):
         signal.signal(signal.SIGALRM, before)
 
 
+def run(command: str, arguments: list[str]) -> None:
+    """A command of `temper`, or a step."""
+    if command in COMMANDS:
+        temper.main([command, *arguments])
+    else:
+        importlib.import_module(f"steps.{command}").main(arguments)
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_bad_input(name, tmp_path, monkeypatch, capsys, tiny_model, tiny_splits, tiny_pairs, finished_run):
     case = CASES[name]
@@ -40,7 +50,7 @@ def test_bad_input(name, tmp_path, monkeypatch, capsys, tiny_model, tiny_splits,
     arguments = case.arguments(bad_inputs.World(folder, tiny_model, tiny_splits, tiny_pairs, finished_run))
     capsys.readouterr()
     with _no_longer_than(SECONDS), pytest.raises(SystemExit) as ended:
-        importlib.import_module(f"steps.{case.command}").main(arguments)
+        run(case.command, arguments)
     said = capsys.readouterr().err
     assert ended.value.code == 2, said
     errors = [line for line in said.splitlines() if line.startswith("error: ")]

@@ -5,7 +5,7 @@ import os
 
 import pytest
 
-from steps.lib.errors import UserError, lack, one_line_errors, visible
+from temper.errors import UserError, lack, one_line_errors, visible
 
 
 @pytest.mark.parametrize(
@@ -29,7 +29,7 @@ def test_only_what_goes_on_is_said_to_go_on():
     full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     assert "it goes on where this one stopped" in str(lack(full, "it", "train_adapter"))
     assert str(lack(full, "it", "plan")).endswith("then run the same command again")
-    assert "the disk is full" in str(lack(OSError("11360 requested and 2896 written"), "x.gguf", "export_gguf"))
+    assert "the disk is full" in str(lack(OSError("11360 requested and 2896 written"), "x.gguf", "export"))
 
 
 @pytest.mark.parametrize("number", [errno.EACCES, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP, errno.EIO])

@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 
 from steps import fetch_model, merge_adapter
-from steps.lib import folders
-from steps.lib.errors import UserError
+from temper import folders
+from temper.errors import UserError
 from tests.conftest import ROOT
-from tests.finished import ADAPTER, CONFIG, MERGED
+from tests.support.finished import ADAPTER, CONFIG, MERGED
 
 INPUTS = ["--model", "results/models/tiny-00000000a0", "--adapter", f"results/adapters/{ADAPTER}"]
 OUTPUT = f"results/merged/{MERGED}"
@@ -94,7 +94,7 @@ def test_somebodys_folder_that_is_called_like_a_temporary_one_stays(own):
 def test_what_a_killed_process_left_goes_and_what_is_at_work_stays(workspace):
     parent = workspace / "made"
     code = (
-        "import sys, time; from pathlib import Path; from steps.lib.folders import temporary_folder\n"
+        "import sys, time; from pathlib import Path; from temper.folders import temporary_folder\n"
         "with temporary_folder(Path(sys.argv[1]) / 'one'): print(flush=True); time.sleep(100)"
     )
     command = [sys.executable, "-c", code, str(parent)]

@@ -1,5 +1,6 @@
 """Keys: equal things have equal keys, and every difference that matters makes another."""
 
+import ast
 import json
 import os
 import time
@@ -8,8 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from steps.lib import keys
-from steps.lib.schema import STAGE_SECTIONS
+from temper import hashing, keys
+from temper.config.stages import STAGE_SECTIONS
+from tests.conftest import ROOT
 
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
@@ -28,25 +30,25 @@ def reordered(value):
 @settings(deadline=None)
 @given(json_values)
 def test_canonical_json_is_json_and_blind_to_the_order_of_keys(value):
-    assert json.loads(keys.canonical_json(value)) == value
-    assert keys.canonical_json(reordered(value)) == keys.canonical_json(value)
+    assert json.loads(hashing.canonical_json(value)) == value
+    assert hashing.canonical_json(reordered(value)) == hashing.canonical_json(value)
 
 
 @settings(deadline=None)
 @given(json_values, json_values)
 def test_different_values_have_different_digests(first, second):
-    same_text = keys.canonical_json(first) == keys.canonical_json(second)
-    assert (keys.digest(first) == keys.digest(second)) == same_text
+    same_text = hashing.canonical_json(first) == hashing.canonical_json(second)
+    assert (hashing.digest(first) == hashing.digest(second)) == same_text
 
 
 def test_canonical_json_refuses_what_json_cannot_say():
     with pytest.raises(ValueError):
-        keys.canonical_json({"learning_rate": float("nan")})
+        hashing.canonical_json({"learning_rate": float("nan")})
 
 
 def test_stage_key_depends_on_stage_config_and_upstream():
     base = keys.stage_key("fetch_model", {"a": 1}, {"model": "x"})
-    assert len(base) == keys.KEY_LENGTH
+    assert len(base) == hashing.KEY_LENGTH
     others = [
         keys.stage_key("fetch_data", {"a": 1}, {"model": "x"}),
         keys.stage_key("fetch_model", {"a": 2}, {"model": "x"}),
@@ -59,29 +61,30 @@ def test_stage_key_depends_on_stage_config_and_upstream():
 # --- the code key --------------------------------------------------------------------------------
 
 CODE = '''"""Docstring."""
-from steps.lib import helper
-from steps.lib.progress import Progress
+from temper.model import helper
+from temper.progress import Progress
 
 
 def run(x):
     """What it does."""
     return helper.double(x) + 1
 '''
-HELPER = "from steps.lib.deep import FACTOR\n\n\ndef double(x):\n    return FACTOR * x\n"
+WORK, MODEL, DATA = "steps/work", "temper/model/helper", "temper/data/deep"
+HELPER = "from temper.data.deep import FACTOR\n\n\ndef double(x):\n    return FACTOR * x\n"
 
 
 @pytest.fixture
 def package(tmp_path, monkeypatch):
     """A package of three modules; `package(name, text)` edits one and gives the key of steps.work."""
-    files = {"work": CODE, "lib/helper": HELPER, "lib/deep": "FACTOR = 2\n", "lib/progress": "Progress = 1\n"}
+    files = {WORK: CODE, MODEL: HELPER, DATA: "FACTOR = 2\n", "temper/progress": "Progress = 1\n"}
     monkeypatch.setattr(keys, "PACKAGE_ROOT", tmp_path)
-    (tmp_path / "steps/lib").mkdir(parents=True)
     for name, text in files.items():
-        (tmp_path / f"steps/{name}.py").write_text(text)
+        (tmp_path / f"{name}.py").parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / f"{name}.py").write_text(text)
 
     def edited(name: str | None = None, text: str = "") -> str:
         if name:
-            (tmp_path / f"steps/{name}.py").write_text(text)
+            (tmp_path / f"{name}.py").write_text(text)
         forget()
         return keys.code_key("steps.work")
 
@@ -97,12 +100,12 @@ def forget():
 @pytest.mark.parametrize(
     ("name", "text"),
     [
-        ("work", "# a comment\n" + CODE),
-        ("work", CODE.replace("Docstring.", "Other words.").replace("What it does.", "Other words.")),
-        ("work", CODE.replace('    """What it does."""\n', "")),
-        ("work", CODE.replace("helper.double(x) + 1", "(helper.double( x )\n            + 1)")),
-        ("lib/helper", HELPER.replace("return FACTOR", "return FACTOR  ")),
-        ("lib/progress", "Progress = 2\n"),  # only shows what the steps do
+        (WORK, "# a comment\n" + CODE),
+        (WORK, CODE.replace("Docstring.", "Other words.").replace("What it does.", "Other words.")),
+        (WORK, CODE.replace('    """What it does."""\n', "")),
+        (WORK, CODE.replace("helper.double(x) + 1", "(helper.double( x )\n            + 1)")),
+        (MODEL, HELPER.replace("return FACTOR", "return FACTOR  ")),
+        ("temper/progress", "Progress = 2\n"),  # only shows what the steps do
     ],
 )
 def test_code_key_ignores_comments_docstrings_formatting_and_display(package, name, text):
@@ -113,26 +116,41 @@ def test_code_key_ignores_comments_docstrings_formatting_and_display(package, na
 @pytest.mark.parametrize(
     ("name", "text"),
     [
-        ("work", CODE.replace("+ 1", "+ 2")),
-        ("work", CODE.replace("+ 1", "+ 1.0")),
-        ("work", CODE.replace("return helper", 'x = "a string, no docstring"\n    return helper')),
-        ("lib/helper", HELPER.replace("FACTOR * x", "x * FACTOR")),
-        ("lib/deep", "FACTOR = 3\n"),  # two imports away
+        (WORK, CODE.replace("+ 1", "+ 2")),
+        (WORK, CODE.replace("+ 1", "+ 1.0")),
+        (WORK, CODE.replace("return helper", 'x = "a string, no docstring"\n    return helper')),
+        (MODEL, HELPER.replace("FACTOR * x", "x * FACTOR")),
+        (DATA, "FACTOR = 3\n"),  # two imports away
     ],
 )
 def test_code_key_sees_every_real_edit(package, name, text):
     before = package()
     assert package(name, text) != before
-    assert package(name, {"work": CODE, "lib/helper": HELPER, "lib/deep": "FACTOR = 2\n"}[name]) == before
+    assert package(name, {WORK: CODE, MODEL: HELPER, DATA: "FACTOR = 2\n"}[name]) == before
 
 
-def test_using_a_run_is_in_no_key():
-    stages = {name for stage in STAGE_SECTIONS for name in keys.code_hashes(f"steps.{stage}")}
-    assert "steps.lib.training" in stages
-    assert not stages & {
-        f"steps.{name}"
-        for name in ("api", "chat", "predict", "publish", "export_gguf", "lib.runs", "lib.prompting", "lib.cards")
-    }
+ROOMS = sorted(folder.name for folder in (ROOT / "temper").iterdir() if (folder / "__init__.py").is_file())
+COMPUTING = ["data", "evaluation", "model", "sources", "training"]
+
+
+def test_keys_hash_the_step_and_the_computing_rooms_and_nothing_else():
+    assert {room.split(".")[1] for room in keys.COMPUTING} == set(COMPUTING) < set(ROOMS)
+    for stage in STAGE_SECTIONS:
+        hashed = set(keys.code_hashes(f"steps.{stage}")) - {f"steps.{stage}"}
+        assert {name.split(".")[1] for name in hashed} <= set(COMPUTING)
+    assert "temper.training.trainers" in keys.code_hashes("steps.train_adapter")
+    assert "temper.training.trainers" not in keys.code_hashes("steps.merge_adapter")
+
+
+@pytest.mark.parametrize("room", COMPUTING)
+def test_no_import_runs_from_a_computing_room_to_wiring(room):
+    """What computes knows no config, plan, page, command or tracking: none of them comes into a key by a back door."""
+    wiring = {*ROOMS, "api", "keys", "step", "tracking", "workflow"} - set(COMPUTING)
+    for path in (ROOT / "temper" / room).glob("*.py"):
+        for name in keys.imports_of(ast.parse(path.read_text())):
+            package, _, rest = name.partition(".")
+            assert package != "steps", f"{path.name} imports {name}"
+            assert package != "temper" or rest.split(".")[0] not in wiring, f"{path.name} imports {name}"
 
 
 # --- hashes of files -----------------------------------------------------------------------------
@@ -141,14 +159,14 @@ def test_using_a_run_is_in_no_key():
 def test_hash_cache_reads_a_file_again_only_when_it_changed(tmp_path):
     file, cache = tmp_path / "rows.csv", tmp_path / "state/hashes.json"
     file.write_text("a,b\n")
-    first = keys.HashCache(cache)
-    assert first.sha256(file) == keys.file_sha256(file)
+    first = hashing.HashCache(cache)
+    assert first.sha256(file) == hashing.file_sha256(file)
     first.save()
-    second = keys.HashCache(cache)
-    assert second.sha256(file) == keys.file_sha256(file)
+    second = hashing.HashCache(cache)
+    assert second.sha256(file) == hashing.file_sha256(file)
     assert not second.changed
     file.write_text("a,c\n\n")
-    assert second.sha256(file) == keys.file_sha256(file)
+    assert second.sha256(file) == hashing.file_sha256(file)
     assert second.changed
 
 
@@ -156,7 +174,7 @@ def test_hash_cache_sees_an_edit_that_keeps_size_and_time(tmp_path):
     """As rsync --times --inplace makes it."""
     file = tmp_path / "rows.csv"
     file.write_text("a,b\n")
-    hashes, before = keys.HashCache(tmp_path / "hashes.json"), file.stat()
+    hashes, before = hashing.HashCache(tmp_path / "hashes.json"), file.stat()
     first = hashes.sha256(file)
     time.sleep(0.02)  # the clock of the file system has ticks
     with file.open("r+") as edited:
@@ -164,7 +182,7 @@ def test_hash_cache_sees_an_edit_that_keeps_size_and_time(tmp_path):
     os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
     after = file.stat()
     assert (after.st_size, after.st_mtime_ns, after.st_ino) == (before.st_size, before.st_mtime_ns, before.st_ino)
-    assert hashes.sha256(file) == keys.file_sha256(file) != first
+    assert hashes.sha256(file) == hashing.file_sha256(file) != first
 
 
 @pytest.mark.parametrize("content", ["", "[]", '{"a": 1}', '{"a": [[], 1]}', "[" * 100_000, "\udcff"])
@@ -172,7 +190,7 @@ def test_a_damaged_hash_cache_is_only_lost_time(tmp_path, content):
     file, cache = tmp_path / "rows.csv", tmp_path / "hashes.json"
     file.write_text("a,b\n")
     cache.write_bytes(content.encode(errors="surrogateescape"))
-    hashes = keys.HashCache(cache)
-    assert hashes.sha256(file) == keys.file_sha256(file)
+    hashes = hashing.HashCache(cache)
+    assert hashes.sha256(file) == hashing.file_sha256(file)
     hashes.save()
-    assert not keys.HashCache(cache).changed
+    assert not hashing.HashCache(cache).changed

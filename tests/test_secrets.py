@@ -8,14 +8,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from steps import explain, publish
-from steps.lib import plan as planning
-from steps.lib import secrets, tracking
-from steps.lib.config import load_stage_config
-from steps.lib.errors import UserError
-from tests import finished
-from tests.finished import CONFIG, RUN
-from tests.workflow_tools import environment, snakemake_command
+from temper import secrets, tracking
+from temper.commands import explain
+from temper.config.stages import load_stage_config
+from temper.errors import UserError
+from temper.planning import plan as planning
+from temper.planning import planner
+from tests.support import finished
+from tests.support.asking import command
+from tests.support.finished import CONFIG, RUN
+from tests.support.workflow_tools import environment, snakemake_command
 
 PASSWORD = "s3cret-Pa55w0rd"
 PLANTED = {
@@ -49,7 +51,7 @@ def files_with(folder: Path, secret: str) -> list[str]:
 
 def test_a_run_from_end_to_end_leaves_no_secret_of_the_environment(planted, workspace, tiny_model, capfd, monkeypatch):
     finished.make(workspace, tiny_model)
-    plan = planning.build("smoke", None, ["tracking.tracking_uri=env"])
+    plan = planner.build("smoke", None, ["tracking.tracking_uri=env"])
     plan.freeze()
     with pytest.raises(UserError) as away:
         tracking.prepare(plan.tracking, plan.sweep)
@@ -71,7 +73,7 @@ def test_a_run_from_end_to_end_leaves_no_secret_of_the_environment(planted, work
     done, said = tracking.mirror(plan, {"metric": "accuracy", "rows": rows})
     assert done, said
     print(explain.explain(plan))
-    publish.main(["--run", RUN, "--repository", "acme/tuned", "--merged", "--dry-run", "pushed"])
+    command("publish")(["--run", RUN, "--repository", "acme/tuned", "--merged", "--dry-run", "pushed"])
     said = capfd.readouterr()
     assert "***@127.0.0.1:9" in said.out, "the store's address without its login"
     assert PASSWORD not in said.out + said.err
@@ -143,7 +145,7 @@ def test_every_error_is_without_secrets(planted):
 
 
 def test_the_command_in_a_provenance_is_without_a_login(planted, monkeypatch):
-    from steps.lib.step import provenance
+    from temper.provenance import provenance
 
     monkeypatch.setattr("sys.argv", ["steps/x.py", f"tracking.tracking_uri={PLANTED['MYURI']}"])
     assert PASSWORD not in json.dumps(provenance("merge_adapter", {}, 0.0, {}))

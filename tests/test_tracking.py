@@ -19,11 +19,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from steps import merge_adapter, train_adapter
-from steps.lib import plan as planning
-from steps.lib import tracking, workflow
-from steps.lib.errors import UserError
-from steps.lib.models import load_model
-from tests import stores
+from temper import tracking, workflow
+from temper.errors import UserError
+from temper.model.loading import load_model
+from temper.planning import planner
+from tests.support import stores
 
 SETTINGS = {
     "enabled": True,
@@ -50,7 +50,7 @@ def plan(workspace, empty_store):
     """A plan of two runs with everything in place that the stages would have written."""
     Path("results").mkdir()
     shutil.copy(empty_store, "results/mlflow.db")
-    made = planning.build("smoke", None, ["tracking.experiment_name=test", "tracking.flush_seconds=0.2"])
+    made = planner.build("smoke", None, ["tracking.experiment_name=test", "tracking.flush_seconds=0.2"])
     for index, run in enumerate(made.runs):
         _write(run, accuracy=0.8 + index / 10)
     rows = [{"run": run.name, "test_accuracy": 0.9 - index / 10} for index, run in enumerate(reversed(made.runs))]
@@ -358,7 +358,7 @@ def test_a_models_name_is_refused_before_mlflow_refuses_it(name):
     from mlflow.utils.validation import _validate_model_name
     from pydantic import ValidationError
 
-    from steps.lib.schema import Tracking
+    from temper.config.schema import Tracking
 
     def taken(check, *errors) -> bool:
         try:

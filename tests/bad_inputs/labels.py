@@ -8,10 +8,10 @@ import json
 import shutil
 import unicodedata
 
-from steps.lib.config import load_stage_config
-from steps.lib.files import load_rows
+from temper.config.stages import load_stage_config
+from temper.files import load_rows
 from tests.bad_inputs import Bad, World
-from tests.tiny import make_tiny_splits, tiny_rows
+from tests.support.tiny import make_tiny_splits, tiny_rows
 
 OPTIONS = ["experiment=smoke", "sweep=none", "tracking=none", "eval.published=[]"]
 HINDI = [(f"{prompt} {number}", f"नमस्ते {number}") for number, (prompt, _) in enumerate(tiny_rows(24))]

@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 
 from tests.bad_inputs import Bad, World
-from tests.finished import ADAPTER, BASE, CONFIG, MERGED, RUN
+from tests.support.finished import ADAPTER, BASE, CONFIG, MERGED, RUN
 
 MODEL, PROMPTS, SPLITS = "models/tiny-00000000a0", "prompts/reviews-00000000a1", "splits/reviews-tiny-00000000a2"
 FOLDERS = {
@@ -36,13 +36,13 @@ COMMANDS = {
     "merge_adapter": [*_flags("model", "adapter", output="new"), *CONFIG],
     "evaluate_model": EVALUATE,
     "compare_runs": ["--config", f"{FOLDERS['sweep']}/config.yaml", "--output", "results/sweeps/tiny"],
-    "show": ["--show", FOLDERS["sweep"]],
+    "show": [FOLDERS["sweep"]],
     "chat": ["--run", RUN],
     "best": ["--run", "best"],
     "publish": ["--run", RUN, "--repository", "me/it", "--merged", "--dry-run", "new"],
     "plan": ["--experiment", "smoke"],
 }
-MODULES = {"show": "compare_runs", "best": "chat"}
+MODULES = {"show": "leaderboard", "best": "chat"}
 
 # --- what happens to a file ----------------------------------------------------------------------
 
@@ -212,7 +212,7 @@ CASES += [
     Bad("answers to a link to nowhere", r"--output new\.jsonl: is there already", "predict",
         lambda world: (Path("new.jsonl").symlink_to("nowhere"),
                        ["--run", RUN, "--input", "-", "--output", "new.jsonl"])[1]),
-    Bad("GGUF to a link to nowhere", r"--output new\.gguf: is there already", "export_gguf",
+    Bad("GGUF to a link to nowhere", r"--output new\.gguf: is there already", "export",
         lambda world: (Path("new.gguf").symlink_to("nowhere"), ["--run", RUN, "--output", "new.gguf"])[1]),
     Bad("log that cannot be written", r"--log /proc/new/log: cannot be written", "merge_adapter",
         lambda world: [*_flags("model", "adapter", output="new"), "--log", "/proc/new/log", *CONFIG]),

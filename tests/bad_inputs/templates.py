@@ -4,7 +4,7 @@ import json
 import shutil
 
 from tests.bad_inputs import Bad, World
-from tests.tiny import CHAT_TEMPLATE
+from tests.support.tiny import CHAT_TEMPLATE
 
 MARKS = CHAT_TEMPLATE  # a good one, to put a fault in front of
 LOOP = "{% for i in range(99999) %}" * 3 + "{% endfor %}" * 3

@@ -3,7 +3,7 @@
 import shutil
 
 from tests.bad_inputs import Bad, World
-from tests.tiny import make_tiny_splits
+from tests.support.tiny import make_tiny_splits
 
 OPTIONS = ["experiment=smoke", "sweep=none", "tracking=none"]
 

@@ -7,8 +7,8 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-from tests import finished, tiny
 from tests.bad_inputs import Bad, World
+from tests.support import finished, tiny
 
 MARKER = "executed"  # a file that a program in a model writes, if somebody runs it
 
@@ -354,7 +354,7 @@ CASES = [
     *_cases("adapter", "predict", _ask_adapter, DAMAGED_ADAPTERS, ["weights cut short", "half of its tensors"]),
     *_cases("merged", "predict", _ask_merged, [*DAMAGED_MODELS, *NUMBERS], [*ASKED, "nan", "an end that is a word"]),
     *_cases("merged", "chat", _chat, DAMAGED_MODELS, ASKED),
-    *_cases("merged", "export_gguf", _export, DAMAGED_MODELS, ASKED),
+    *_cases("merged", "export", _export, DAMAGED_MODELS, ASKED),
     *_cases("merged", "publish", _publish, DAMAGED_MODELS, ["a layer lacks", "weights cut short", "code of its own"]),
     *_cases(
         "adapter", "publish", _publish_adapter, DAMAGED_ADAPTERS, ["weights cut short", "half of its tensors", "nan"]

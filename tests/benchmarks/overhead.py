@@ -11,9 +11,9 @@ import tempfile
 import time
 from pathlib import Path
 
-from steps.lib import plan
-from tests import tiny
-from tests.workflow_tools import executed, own_sources, snakemake
+from temper.planning import plan, planner
+from tests.support import tiny
+from tests.support.workflow_tools import executed, own_sources, snakemake
 
 RUNS = 1_000
 
@@ -49,7 +49,7 @@ def _planned(folder: Path, overrides: str) -> plan.Plan:
     import contextlib
 
     with contextlib.chdir(folder):
-        return plan.build("smoke", None, overrides.removeprefix("overrides="))
+        return planner.build("smoke", None, overrides.removeprefix("overrides="))
 
 
 def _pretend_made(folder: Path, planned: plan.Plan) -> None:

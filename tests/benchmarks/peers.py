@@ -189,7 +189,7 @@ def score(job: dict, folder: Path) -> None:
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    from steps.lib.scoring import row_losses
+    from temper.evaluation.likelihoods import row_losses
 
     model = AutoModelForCausalLM.from_pretrained(job["model"], dtype=torch.float32)
     model = PeftModel.from_pretrained(model, folder / "adapter").eval()
@@ -246,15 +246,16 @@ def answers(job: dict, folder: Path) -> None:
     """The same by Temper's evaluation: every answer generated, none known from the loss."""
     from datasets import load_from_disk
 
-    from steps.lib import generation, models
+    from temper.evaluation import generation
+    from temper.model import loading
 
     merged = Path(job["merged"])
-    tokenizer = models.load_tokenizer(merged)
-    model = models.load_model(merged, {"dtype": "auto", "attn_implementation": "auto"}).eval()
+    tokenizer = loading.load_tokenizer(merged)
+    model = loading.load_model(merged, {"dtype": "auto", "attn_implementation": "auto"}).eval()
     rows = list(load_from_disk(job["splits"])["test"])
     settings = {"batch_size": 32, "max_new_tokens": job["max_new_tokens"], "do_sample": False}
     started = time.monotonic()
-    generation.generate_answers(model, tokenizer, rows, settings, models.stop_token_ids(merged, tokenizer))
+    generation.generate_answers(model, tokenizer, rows, settings, loading.stop_token_ids(merged, tokenizer))
     _write_seconds(folder, time.monotonic() - started, len(rows))
 
 

@@ -26,8 +26,8 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from tests import stores, tiny
 from tests.conftest import ROOT
+from tests.support import stores, tiny
 
 STEPS_PER_EPOCH = 200
 SQLITE, SERVER = "SQLite, undisturbed", "server, undisturbed"
@@ -96,7 +96,7 @@ def measure(variant: str, place: Path, folder: Path, steps: int, together: threa
             "registered_model_name": None,
             "flush_seconds": 5.0,
         }
-        prepare = f"from steps.lib.tracking import prepare; prepare({tracking!r}, 'benchmark')"
+        prepare = f"from temper.tracking import prepare; prepare({tracking!r}, 'benchmark')"
         subprocess.run([sys.executable, "-c", prepare], cwd=place, env=environment(), check=True)
         if "late" in variant:
             tracking["tracking_uri"], _ = undo.enter_context(stores.slow_line(server.port, 3.0))

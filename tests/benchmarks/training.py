@@ -19,9 +19,9 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from steps.lib import plan
+from temper.planning import planner
 from tests.conftest import ROOT
-from tests.workflow_tools import environment, snakemake
+from tests.support.workflow_tools import environment, snakemake
 
 BATCH, RATE, WARMUP, LORA = 16, 1e-4, 10, {"r": 16, "lora_alpha": 32}
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj"]
@@ -119,14 +119,14 @@ def _prepared(experiment: str, overrides: str, rule: str) -> dict[str, str]:
     overrides = f"sweep=none {overrides}"
     snakemake(PLACE, "--until", rule, "--config", f"experiment={experiment}", f"overrides={overrides}")
     with contextlib.chdir(PLACE):
-        jobs = plan.build(experiment, None, overrides).jobs.values()
+        jobs = planner.build(experiment, None, overrides).jobs.values()
     return {job.stage: str(PLACE / job.path) for job in jobs}
 
 
 def _job(made: dict[str, str]) -> dict:
     from datasets import load_from_disk
 
-    from steps.lib.batches import epoch_order
+    from temper.data.batches import epoch_order
 
     rows = load_from_disk(made["tokenize_splits"])["train"]
     lengths = [len(ids) for ids in rows["input_ids"]]
@@ -142,8 +142,8 @@ def _computed_tokens(splits: str, order: list[int]) -> float:
     """Tokens per step that are left when what a batch's rows have in common is computed once."""
     from datasets import load_from_disk
 
-    from steps.lib.batches import collate
-    from steps.lib.flat_batch import flatten
+    from temper.data.batches import collate
+    from temper.model.flat_batch import flatten
 
     rows = load_from_disk(splits)["train"]
     batches = [collate([rows[row] for row in order[at : at + BATCH]], 0) for at in range(0, len(order), BATCH)]

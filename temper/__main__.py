@@ -1,0 +1,70 @@
+"""The command `temper`: plan and explain a sweep, find its best run, ask it, publish it.
+
+What a command does is in its module of `temper.commands`: a docstring, `arguments(parser)` and `run(arguments)`.
+Only the one that is called is imported, so that all answer at once.
+"""
+
+import argparse
+import importlib
+import importlib.metadata
+import sys
+
+from temper.errors import one_line_errors
+from temper.step import spare_the_collector
+
+COMMANDS = {
+    "plan": "the runs and artefacts that a sweep would make",
+    "explain": "what the next `snakemake` will make, why, and how long that may take",
+    "leaderboard": "the leaderboard of a finished sweep",
+    "chat": "talk to a run",
+    "predict": "answer a file of prompts with a run",
+    "publish": "push a run with a model card to the hub",
+    "export": "write a run as one GGUF file for llama.cpp, Ollama and others",
+    "ui": "open the MLflow UI",
+}
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run one command and exit with 0, 2 (user error), or as a signal asked it to.
+
+    Args:
+        argv: the arguments, `sys.argv[1:]` unless given.
+    """
+    spare_the_collector()
+    words = sys.argv[1:] if argv is None else argv
+    if words and words[0] in COMMANDS:
+        # By its own parser: overrides may stand between flags, which argparse allows in no parser within another.
+        parser = command_parser(words[0])
+        run, arguments = _module(words[0]).run, parser.parse_intermixed_args(words[1:])
+        with one_line_errors(command=words[0]):
+            run(arguments)
+    else:
+        build_parser().parse_args(words)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser that lists all commands."""
+    parser = argparse.ArgumentParser(prog="temper", description=__doc__.splitlines()[0])
+    version = f"temper {importlib.metadata.version('temper-pipeline')}"
+    parser.add_argument("--version", action="version", version=version)
+    commands = parser.add_subparsers(title="commands", metavar="<command>", dest="command", required=True)
+    for name, text in COMMANDS.items():
+        commands.add_parser(name, help=text)
+    return parser
+
+
+def command_parser(name: str) -> argparse.ArgumentParser:
+    """The parser of one command."""
+    module = _module(name)
+    form = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(prog=f"temper {name}", description=module.__doc__, formatter_class=form)
+    module.arguments(parser)
+    return parser
+
+
+def _module(name: str):
+    return importlib.import_module(f"temper.commands.{name}")
+
+
+if __name__ == "__main__":
+    main()

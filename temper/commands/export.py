@@ -1,0 +1,211 @@
+r"""Write a run's merged model as one GGUF file, for llama.cpp and what is built on it (Ollama, LM Studio, ...).
+
+    temper export --run best --sweep demo --output reviews.gguf
+    temper export --run best --sweep demo --output reviews-q8.gguf --outtype q8_0
+
+For models of the Llama architecture with a byte-level BPE tokenizer whose way to split words llama.cpp knows by a name;
+others are refused, for a file that tokenizes differently answers worse and nobody sees why. Tokenizer and chat template
+go into the file (the template with the day of the training, where it asks for one); the system message of training does
+not, so give it when you ask. A run with a `prompt.template` of its own is asked in that, without the chat template.
+
+Reads results/merged/; writes the file whole, by a rename.
+"""
+
+import json
+import os
+from pathlib import Path
+
+from temper.commands import flags
+from temper.errors import UserError
+from temper.progress import quiet_libraries
+from temper.runs import find as runs
+from temper.runs.prompting import tokenizer_to_ship
+
+OUTTYPES = ("auto", "f32", "f16", "bf16", "q8_0")
+# How llama.cpp calls a way of splitting text before byte-pair encoding, by what a tokenizer.json says of it. GPT-2's
+# regular expression is the one that ByteLevel has built in.
+LLAMA3 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+PRE_TOKENIZERS = {
+    ("ByteLevel",): "gpt-2",
+    ("Digits", "ByteLevel"): "smollm",
+    (f"Split {LLAMA3}", "ByteLevel without regex"): "llama-bpe",
+}
+
+
+def arguments(parser) -> None:
+    """Add the arguments of this command."""
+    flags.of_a_run(parser)
+    parser.add_argument("--output", required=True, help="new .gguf file")
+    parser.add_argument("--outtype", choices=OUTTYPES, default="auto", help="of the weights; auto: as they are stored")
+
+
+def run(arguments) -> None:
+    """Write the file."""
+    output = _new_file(arguments.output)
+    tuned = runs.find(arguments.run, arguments.sweep)
+    folder = tuned.part("merge_adapter", "and it is what is exported")
+    runs.refuse_bundled(folder, "there is no one file of that")
+    export(folder, output, arguments.outtype, tuned.prompt)
+    print(f"wrote {output} ({output.stat().st_size:,} bytes)")
+    if not tuned.prompt["apply_chat_template"]:
+        print(f"ask it in the words of its training, without a chat template: {tuned.prompt['template']!r}")
+
+
+def _new_file(name: str) -> Path:
+    path = Path(name)
+    if os.path.lexists(path):
+        raise UserError(f"--output {name}: is there already; name another file, or move it away")
+    if path.suffix != ".gguf" or not path.parent.is_dir():
+        raise UserError(f"--output {name}: name a file that ends in .gguf, in a folder that is there")
+    return path
+
+
+def export(folder: Path, output: Path, outtype: str, prompt: dict) -> None:
+    """Write the model in `folder`, whose run has the config section `prompt`, to `output`.
+
+    Raises:
+        UserError: GGUF readers would not compute or tokenize as the model does.
+    """
+    from gguf import GGUFWriter
+
+    from temper.model.loading import load_config
+
+    quiet_libraries()
+    config = load_config(folder)
+    _check_architecture(folder, config)
+    tokenizer = tokenizer_to_ship(folder, prompt)
+    splits_words = pre_tokenizer(json.loads(tokenizer.backend_tokenizer.to_str()), folder)
+    part = output.with_name(f".{output.name}.{os.getpid()}")
+    writer = GGUFWriter(part, "llama")
+    try:
+        _add_config(writer, config, folder.name)
+        _add_tokenizer(writer, tokenizer, config, folder, splits_words)
+        _add_weights(writer, folder, config, outtype)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+        part.rename(output)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _check_architecture(folder: Path, config) -> None:
+    rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
+    wrong = {
+        f"architecture {config.model_type}": config.model_type != "llama",
+        "biases": getattr(config, "attention_bias", False) or getattr(config, "mlp_bias", False),
+        f"activation {config.hidden_act}": config.hidden_act != "silu",
+        f"rotary embedding of type {rope}": rope != "default",
+    }
+    for what, found in wrong.items():
+        if found:
+            raise UserError(f"{folder}: {what}: this exporter is for plain Llama models; use llama.cpp's own converter")
+
+
+def pre_tokenizer(tokenizer: dict, folder: Path) -> str:
+    """llama.cpp's name for how a tokenizer (the content of its tokenizer.json) splits words."""
+    top = tokenizer["pre_tokenizer"] or {}
+    parts = top["pretokenizers"] if top.get("type") == "Sequence" else [top]
+    found = tuple(_kind(part) for part in parts)
+    known = PRE_TOKENIZERS.get(found)
+    if known is None or tokenizer["model"]["type"] != "BPE" or tokenizer["normalizer"] is not None:
+        raise UserError(
+            f"{folder}: its tokenizer ({tokenizer['model']['type']}, split by {' and '.join(found)}) is none that this "
+            "exporter knows llama.cpp's name of; use llama.cpp's own converter"
+        )
+    return known
+
+
+def _kind(part: dict) -> str:
+    """What a pre-tokenizer does, in the words of `PRE_TOKENIZERS`; its plain type when it does something else."""
+    kind = part.get("type", "nothing")
+    if kind == "ByteLevel" and not part["add_prefix_space"]:
+        return "ByteLevel" if part.get("use_regex", True) else "ByteLevel without regex"
+    if kind == "Digits" and part["individual_digits"]:
+        return "Digits"
+    if kind == "Split" and part["behavior"] == "Isolated" and not part.get("invert"):
+        return f"Split {part['pattern'].get('Regex')}"
+    return f"{kind} with other settings"
+
+
+def _add_config(writer, config, name: str) -> None:
+    heads = config.num_attention_heads
+    writer.add_name(name)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    writer.add_rope_dimension_count(_head_size(config))
+    writer.add_key_length(_head_size(config))
+    writer.add_value_length(_head_size(config))
+    writer.add_vocab_size(config.vocab_size)
+
+
+def _head_size(config) -> int:
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
+def _add_tokenizer(writer, tokenizer, config, folder: Path, splits_words: str) -> None:
+    from gguf import SpecialVocab, TokenType
+
+    names = {number: token for token, number in tokenizer.get_vocab().items()}
+    added = tokenizer.added_tokens_decoder
+    tokens = [names.get(number, f"[PAD{number}]") for number in range(config.vocab_size)]
+    types = [TokenType.NORMAL if number in names else TokenType.UNUSED for number in range(config.vocab_size)]
+    for number, token in added.items():
+        types[number] = TokenType.CONTROL if token.special else TokenType.USER_DEFINED
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre(splits_words)
+    writer.add_token_list(tokens)
+    writer.add_token_types(types)
+    special = SpecialVocab(folder, load_merges=True)
+    special.special_token_ids |= {
+        kind: number
+        for kind in ("bos", "eos", "unk", "pad")
+        if (number := getattr(tokenizer, f"{kind}_token_id")) is not None
+    }
+    special.add_special_token["bos"] = tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id
+    special.chat_template = tokenizer.chat_template
+    special.add_to_gguf(writer, quiet=True)
+
+
+def _add_weights(writer, folder: Path, config, outtype: str) -> None:
+    """All weights: matrices in `outtype`, the rest, a few numbers, in float32."""
+    import torch
+    from gguf import MODEL_ARCH, GGMLQuantizationType, LlamaFileType, get_tensor_name_map, quants
+
+    from temper.model.loading import load_model, stored_dtype
+
+    model = load_model(folder, {"dtype": stored_dtype(folder), "attn_implementation": "auto"})
+    stored = {torch.bfloat16: "bf16", torch.float16: "f16"}.get(model.dtype, "f32")
+    chosen = (stored if outtype == "auto" else outtype).upper()
+    writer.add_file_type(LlamaFileType["ALL_F32" if chosen == "F32" else f"MOSTLY_{chosen}"])
+    writer.add_quantization_version(2)
+    names = get_tensor_name_map(MODEL_ARCH.LLAMA, config.num_hidden_layers)
+    heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
+    for name, weight in model.state_dict().items():
+        if name == "lm_head.weight" and config.tie_word_embeddings:
+            continue  # readers take the embeddings
+        projection = name.split(".")[-2]
+        values = _interleaved(weight, heads[projection]) if projection in heads else weight
+        kind = GGMLQuantizationType[chosen if values.dim() > 1 else "F32"]
+        array = values.float().cpu().numpy()
+        try:
+            packed = quants.quantize(array, kind)
+        except quants.QuantError as error:
+            raise UserError(f"--outtype {outtype}: does not fit {name}: {error}; use f16") from None
+        writer.add_tensor(names.get_name(name, try_suffixes=(".weight",)), packed, raw_dtype=kind)
+
+
+def _interleaved(weight, heads: int):
+    """Rows as llama.cpp turns them: it rotates neighbours, transformers the two halves of a head."""
+    rows, columns = weight.shape
+    return weight.reshape(heads, 2, rows // heads // 2, columns).swapaxes(1, 2).reshape(rows, columns)

@@ -1,0 +1,47 @@
+"""Show the runs a sweep would make, without making them.
+
+    temper plan --experiment smoke
+    temper plan --experiment demo --sweep demo train.learning_rate=1e-4,3e-4
+    temper plan --experiment demo --json
+
+Reads conf/ and the raw data's identity; writes nothing but the cache of file hashes.
+"""
+
+import collections
+import dataclasses
+import json
+from pathlib import Path
+
+from temper.commands import flags
+from temper.errors import visible
+from temper.planning import plan as planning
+from temper.planning import planner
+
+
+def arguments(parser) -> None:
+    """Add the arguments of this command."""
+    flags.of_a_sweep(parser)
+    parser.add_argument("--json", action="store_true", help="print the whole plan as JSON")
+
+
+def run(arguments) -> None:
+    """Print the plan."""
+    plan = planner.build(arguments.experiment, arguments.sweep, arguments.overrides)
+    print(json.dumps(dataclasses.asdict(plan), indent=2, ensure_ascii=False) if arguments.json else describe(plan))
+
+
+def describe(plan: planning.Plan) -> str:
+    """The plan as text: one line a run with its swept values, and what is left to make."""
+    lines = [f"sweep {plan.sweep}: {len(plan.runs)} run(s), swept: {', '.join(plan.axes) or 'nothing'}"]
+    missing = plan.missing()
+    paths = {job.path for job in missing}
+    for run in plan.runs:
+        point = " ".join(f"{key}={value}" for key, value in run.point.items())
+        state = "to do" if run.artefacts["evaluate_model"] in paths else "done"
+        lines.append(visible(f"  {state:5}  {run.name}  {point}".rstrip()))
+    lines += [f"not whole, and made again: {path} ({wrong})" for path, wrong in plan.damaged().items()]
+    counts = collections.Counter(job.stage for job in missing)
+    todo = ", ".join(f"{stage} {count}" for stage, count in counts.items())
+    lines.append(f"jobs to do: {todo}" if todo else "jobs to do: none but the comparison, if its inputs changed")
+    lines.append(f"results: {Path(plan.leaderboard).parent}/")
+    return "\n".join(lines)

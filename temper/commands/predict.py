@@ -1,0 +1,283 @@
+r"""Have a run's model answer a file of prompts.
+
+    temper predict --run best --sweep demo --input prompts.txt --output answers.jsonl
+    temper predict --run dec62139a3 --input tickets.csv --output - --max-new-tokens 100
+    echo "The plot falls flat." | temper predict --run dec62139a3 --input - --output -
+
+`--input`: one prompt a line (.txt, or `-` for a pipe), or rows with a column `prompt` (text) or `messages` (role and
+content, the user's last) as .jsonl, .json, .csv, .tsv or .parquet. A prompt is what the user says: the system message
+and the chat template of training are put around it. `--output`: JSON lines, each row as it came with `prediction` and
+`finished` (did the model end by itself?). The file appears whole, or not at all. Generation is as in the run's
+evaluation unless flags say otherwise; a sampled answer is drawn by the seed and the row's number alone.
+Rounding is another matter: in 16 bits an answer may depend on the rows beside it (`temper.evaluation.generation`).
+
+Reads the prompts, and results/; every row is checked before the model is loaded.
+"""
+
+import contextlib
+import dataclasses
+import datetime
+import decimal
+import json
+import os
+import re
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from temper.commands import flags
+from temper.data import texts
+from temper.data.layouts import refuse_unused
+from temper.data.rows import FORMATS, RawFile, refuse_utf16
+from temper.errors import UserError, suggest
+from temper.progress import quiet_libraries
+from temper.runs import find as runs
+from temper.runs import prompting
+from temper.step import logging_to
+
+ROLES = ("system", "user", "assistant")
+STDIO = "-"
+HIGH_CONTROLS = re.compile("[\x7f-\x9f]")  # JSON need not escape them, but some steer a terminal
+
+
+def arguments(parser) -> None:
+    """Add the arguments of this command."""
+    flags.of_a_run(parser)
+    parser.add_argument("--input", required=True, help="file of prompts; -: lines from a pipe")
+    parser.add_argument("--output", required=True, help="new .jsonl file; -: standard output")
+    parser.add_argument("--system", help='system message; default: the one of training ("": none)')
+    parser.add_argument("--batch-size", "--batch_size", type=int, help="prompts at a time; default: the evaluation's")
+    prompting.add_generation_flags(parser, max_new_tokens="the evaluation's, else 256")
+
+
+def run(arguments) -> None:
+    """Answer a file of prompts."""
+    with logging_to(None):
+        predict(arguments)
+
+
+def predict(arguments) -> None:
+    """Answer every prompt of the input, and write the answers."""
+    quiet_libraries()
+    output = _new_file(arguments.output)
+    run = runs.find(arguments.run, arguments.sweep)
+    settings, batch_size = _settings(run, arguments)
+    rows = read_prompts(arguments.input)
+    _check_columns(rows)
+    prompter = prompting.Prompter(runs.model_folder(run), run.prompt, arguments.system, runs.virtual_tokens(run))
+    prompts = [_ids(row, prompter, settings.max_new_tokens) for row in rows]
+    with _writer(output) as write:
+        answers = prompting.answer_all(
+            runs.load_network(run), prompter, prompts, settings, batch_size, seed=arguments.seed
+        )
+        lines = [_line(*made) for made in zip(rows, answers.texts, answers.finished, strict=True)]
+        write(lines)
+    _summarise(answers, settings, output)
+
+
+def _settings(run: runs.FinishedRun, arguments) -> tuple[prompting.Generation, int]:
+    """How to generate: as the run was evaluated, then as the flags say."""
+    evaluated = runs.read_config(run.parts["evaluate_model"])["eval"] if run.has("evaluate_model") else {}
+    names = [field.name for field in dataclasses.fields(prompting.Generation)]
+    defaults = prompting.Generation(**{name: evaluated[name] for name in names if name in evaluated})
+    given = {name: getattr(arguments, name) for name in names}
+    batch_size = arguments.batch_size if arguments.batch_size is not None else evaluated.get("batch_size", 32)
+    if batch_size < 1:
+        raise UserError(f"--batch-size must be at least 1 (found {batch_size})")
+    return prompting.generation_settings(defaults, given), batch_size
+
+
+# --- the prompts ---------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class Row:
+    """One prompt: where it stands, its columns, and the conversation they make."""
+
+    place: str
+    columns: dict
+    messages: list[dict]
+
+
+def read_prompts(name: str) -> list[Row]:
+    """All prompts of a file, checked.
+
+    Raises:
+        UserError: for the first row that makes no prompt, with file and line.
+    """
+    if name != STDIO and not Path(name).is_file():
+        raise UserError(f"--input {name}: no such file")
+    rows = list(_lines(name) if name == STDIO or Path(name).suffix == ".txt" else _table(Path(name)))
+    if not rows:
+        raise UserError(f"--input {name}: there is no prompt in it")
+    return rows
+
+
+ADDED = ("prediction", "finished")  # columns of the output beside those of the input
+
+
+def _check_columns(rows: list[Row]) -> None:
+    """Refuse, before any answer is made, rows that could not be written with their answer."""
+    for row in rows:
+        taken = [name for name in ADDED if name in row.columns]
+        if taken:
+            raise UserError(f"{row.place}: there is a column '{taken[0]}' already, which the answers need: rename it")
+        for name, value in row.columns.items():
+            _check_column(row.place, name, value)
+
+
+def _check_column(place: str, name: str, value) -> None:
+    try:
+        _json({name: value}).encode()
+    except UnicodeEncodeError as error:
+        half = error.object[error.start].encode("unicode_escape").decode()
+        raise UserError(f"{place}: a text holds half a character ({half}): correct the file") from None
+    except (
+        TypeError,
+        ValueError,
+        RecursionError,
+    ):  # bytes; NaN and infinities; what refers to more than Python follows
+        raise UserError(
+            f"{place}: column '{name}' holds {texts.shown(value)}, which JSON, and so the output, cannot say: "
+            "make text or null of it in the file, or leave the column out"
+        ) from None
+
+
+def _json(columns: dict) -> str:
+    return json.dumps(columns, ensure_ascii=False, allow_nan=False, default=_as_text)
+
+
+def _as_text(value) -> str:
+    """What parquet has beyond JSON, where there is one way to write it."""
+    if isinstance(value, datetime.date | datetime.time):
+        return value.isoformat()
+    if isinstance(value, decimal.Decimal):
+        return str(value)
+    raise TypeError(type(value).__name__)
+
+
+def _line(row: Row, text: str, finished: bool) -> str:
+    """A row with its answer, as a line of the output."""
+    return _json({**row.columns, "prediction": text, "finished": finished}) + "\n"
+
+
+def _lines(name: str):
+    """One prompt a line; blank lines are none."""
+    content = sys.stdin.buffer.read() if name == STDIO else Path(name).read_bytes()
+    for number, line in enumerate(content.split(b"\n"), start=1):
+        try:
+            if number == 1:
+                refuse_utf16(line, f"{name}:1")
+            text = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
+        except UnicodeDecodeError as error:
+            raise UserError(f"{name}:{number}: no UTF-8 ({error.reason}): convert the file") from None
+        if text:
+            yield Row(f"{name}:{number}", {"prompt": text}, [{"role": "user", "content": text}])
+
+
+def _table(path: Path):
+    if path.suffix != ".gz" and path.suffix not in FORMATS:
+        raise UserError(f"--input {path}: name a file that ends in .txt, {', '.join(FORMATS)}")
+    file = RawFile(path)
+    for number, columns in file:
+        try:
+            yield Row(file.place(number), columns, conversation(columns))
+        except UserError as error:
+            raise UserError(f"{file.place(number)}: {error}") from None
+
+
+def conversation(columns: dict) -> list[dict]:
+    """The conversation of a row: column `messages`, or `prompt` as a text or a list of messages.
+
+    Raises:
+        UserError: neither is there, or the user does not have the last word.
+    """
+    name = next((name for name in ("messages", "prompt") if name in columns), None)
+    if name is None:
+        found = ", ".join(map(str, columns))
+        raise UserError(f"no column 'prompt' or 'messages'; there are {found}: rename the one with the prompts")
+    value = columns[name]
+    if name == "prompt" and isinstance(value, str):
+        value = [{"role": "user", "content": value}]
+    refuse_unused(columns, [name], way_on="remove it from the file; of a message only role and content are asked")
+    if not isinstance(value, list) or not value:
+        raise UserError(f"column '{name}' holds {value!r:.60}, not {'text or ' * (name == 'prompt')}a list of messages")
+    messages = [_message(message, f"{name}[{index}]") for index, message in enumerate(value)]
+    if messages[-1]["role"] != "user":
+        raise UserError(f"column '{name}' ends with the {messages[-1]['role']}'s message: the user's must be the last")
+    return messages
+
+
+def _message(message, where: str) -> dict:
+    if not isinstance(message, dict) or not isinstance(message.get("content"), str):
+        raise UserError(f"{where} is {message!r:.60}, not a message with role and content")
+    if message.get("role") not in ROLES:
+        raise UserError(f"{where}: role {message.get('role')!r}; {suggest(str(message.get('role')), ROLES)}")
+    if not message["content"].strip():
+        raise UserError(f"{where}: the {message['role']}'s message is empty")
+    return {"role": message["role"], "content": message["content"]}
+
+
+def _ids(row: Row, prompter: prompting.Prompter, max_new_tokens: int) -> list[int]:
+    try:
+        return prompter.ids(row.messages, max_new_tokens)
+    except UserError as error:
+        raise UserError(f"{row.place}: {error}") from None
+
+
+# --- the answers ---------------------------------------------------------------------------------
+
+
+def _new_file(name: str) -> Path | None:
+    """Where to write, None for standard output. What is there already is never replaced."""
+    if name == STDIO:
+        return None
+    path = Path(name)
+    if os.path.lexists(path):
+        raise UserError(f"--output {name}: is there already; name another file, or move it away")
+    if path.suffix != ".jsonl":
+        raise UserError(f"--output {name}: answers are JSON lines; name a file that ends in .jsonl, or - for a pipe")
+    if not path.parent.is_dir():
+        raise UserError(f"--output {name}: there is no folder {path.parent}")
+    return path
+
+
+def _for_a_terminal(line: str) -> str:
+    """The same JSON, with the control characters spelt that JSON itself leaves as they are."""
+    return HIGH_CONTROLS.sub(lambda char: f"\\u{ord(char[0]):04x}", line)
+
+
+@contextlib.contextmanager
+def _writer(output: Path | None) -> Iterator[Callable[[list[str]], None]]:
+    """A function that writes the lines. Whether there may be a file is known before the first answer is made."""
+    if output is None:
+        yield lambda lines: sys.stdout.writelines(map(_for_a_terminal, lines))
+        return
+    part = output.with_name(f".{output.name}.{os.getpid()}")
+    try:
+        part.touch()
+    except OSError as error:
+        raise UserError(f"--output {output}: cannot be written ({error.strerror})") from None
+
+    def write(lines: list[str]) -> None:
+        try:
+            part.write_text("".join(lines), encoding="utf-8")
+            part.rename(output)
+        except OSError as error:
+            sys.stdout.writelines(lines)  # hours of computing may be in them
+            raise UserError(
+                f"--output {output}: cannot be written ({error.strerror}); the answers went to standard output instead"
+            ) from None
+
+    try:
+        yield write
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _summarise(answers, settings: prompting.Generation, output: Path | None) -> None:
+    count, cut = len(answers.texts), answers.finished.count(False)
+    text = f"{count} answers in {answers.seconds:.1f} s, {sum(answers.tokens) / answers.seconds:.0f} tokens/s"
+    if cut:
+        text += f"; {cut} cut off at max_new_tokens={settings.max_new_tokens}"
+    print(f"{text}; wrote {output}" if output else text, file=sys.stderr)

@@ -1,0 +1,219 @@
+r"""Push a run's adapter, or its merged model, to the Hugging Face hub, with a model card.
+
+    temper publish --run best --sweep demo --repository me/reviews --merged --dry-run /tmp/look
+    temper publish --run best --sweep demo --repository me/reviews --merged
+    make publish RUN=best REPOSITORY=me/reviews ARGS=--merged
+
+Without `--merged` it is the adapter: a few megabytes that others put on the base model, which therefore has to be on
+the hub, too. When the run had it from elsewhere (a folder, a PyPI package), `--base-model` says where on the hub it
+is. The repository is new and private unless `--exist-ok` and `--public` say otherwise. The card (README.md) is made
+from the run: figures of tuned and untouched model with intervals, code to use it, data, hyperparameters, config,
+package versions. Read it first: `--dry-run FOLDER` writes there what would be pushed. The token is that of `hf auth
+login`, or HF_TOKEN.
+
+Reads results/; writes to the hub only (HF_ENDPOINT: another one than huggingface.co).
+"""
+
+import json
+import os
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+
+from temper.commands import flags
+from temper.errors import UserError
+from temper.files import read_json
+from temper.model.adapters import is_adapter, put_on
+from temper.model.layout import model_files
+from temper.model.loading import check_weights, load_model, load_tokenizer
+from temper.reports import model_card
+from temper.runs import find as runs
+from temper.runs import prompting
+from temper.sources.hub import HUB_TIMEOUT
+
+LOGIN = "make one at https://huggingface.co/settings/tokens (write access), then `hf auth login`, or set HF_TOKEN"
+Files = dict[str, Path | bytes]  # name in the repository -> the file, or its content
+
+
+def arguments(parser) -> None:
+    """Add the arguments of this command."""
+    flags.of_a_run(parser)
+    parser.add_argument("--repository", required=True, help="user/name on the hub")
+    parser.add_argument("--merged", action="store_true", help="the merged model; default: the adapter")
+    parser.add_argument("--base-model", help="the base model's name on the hub, when the run had it from elsewhere")
+    parser.add_argument("--license", help="for the card, as the hub writes it: apache-2.0, mit, ...")
+    parser.add_argument("--public", action="store_true", help="everyone may see it; default: private")
+    parser.add_argument("--exist-ok", action="store_true", help="add a commit to a repository that is there")
+    parser.add_argument("--dry-run", metavar="FOLDER", help="write there what would be pushed, and push nothing")
+
+
+def run(arguments) -> None:
+    """Push, or write, what the arguments ask for."""
+    _check_name("--repository", arguments.repository)
+    if arguments.repository.count("/") != 1:
+        raise UserError(f"--repository {arguments.repository}: write user/name")
+    if arguments.base_model is not None:
+        _check_name("--base-model", arguments.base_model)
+    run = runs.find(arguments.run, arguments.sweep)
+    if not arguments.dry_run:
+        _check_token()
+    files = collect(run, arguments)
+    if arguments.dry_run:
+        _write(files, Path(arguments.dry_run))
+    else:
+        _push(files, run, arguments)
+
+
+def _check_name(flag: str, name: str) -> None:
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    try:
+        validate_repo_id(name)
+    except HFValidationError as error:
+        raise UserError(f"{flag} {name}: {str(error).rstrip('.')}") from None
+
+
+def _check_token() -> None:
+    from huggingface_hub import constants, get_token
+
+    if constants.HF_HUB_OFFLINE:
+        raise UserError("HF_HUB_OFFLINE is set, so nothing can be pushed: unset it, or use --dry-run FOLDER")
+    if not get_token():
+        raise UserError(f"no token for the hub: {LOGIN}; --dry-run FOLDER needs none")
+
+
+# --- what is pushed ------------------------------------------------------------------------------
+
+
+def collect(run: runs.FinishedRun, arguments) -> Files:
+    """The repository's files: weights, config, tokenizer, card.
+
+    Raises:
+        UserError: a part of the run is not there any more, or nobody could load its adapter.
+    """
+    adapter = run.part("train_adapter", "so there is nothing to publish")
+    merged = arguments.merged or not is_adapter(adapter)
+    base = (model_card.untouched_origin if merged else model_card.base_origin)(run, arguments.base_model)
+    files = _merged_files(run) if merged else _adapter_files(run, adapter, base)
+    card = model_card.model_card(run, model_card.Card(arguments.repository, base, merged, arguments.license))
+    return {**files, "README.md": card.encode()}
+
+
+def _merged_files(run: runs.FinishedRun) -> Files:
+    """The merged model: no file of Temper's own goes along."""
+    folder = run.part("merge_adapter", "and it is what --merged publishes")
+    runs.refuse_bundled(folder, "publish the adapter, without --merged")
+    check_weights(folder)
+    load_tokenizer(folder)
+    names = model_files([path.name for path in folder.iterdir()], str(folder))
+    files = {name: folder / name for name in names if name != "provenance.json"}
+    return {**files, **_tokenizer_files(folder, run)}
+
+
+def _tokenizer_files(folder: Path, run: runs.FinishedRun) -> Files:
+    """The tokenizer in `folder`, by whose chat template others ask as the training did."""
+    with tempfile.TemporaryDirectory() as scratch:
+        prompting.tokenizer_to_ship(folder, run.prompt).save_pretrained(scratch)
+        return {path.name: path.read_bytes() for path in Path(scratch).iterdir()}
+
+
+def _adapter_files(run: runs.FinishedRun, adapter: Path, base: model_card.Origin) -> Files:
+    """The adapter, with the base model's name on the hub in its config, and the base model's tokenizer."""
+    if base.repository is None:
+        raise UserError(
+            f"--run {run.name}: its base model is {base.text}, which is not on the hub, so nobody could load the "
+            "adapter: publish with --merged, or say where the model is on the hub with --base-model user/name"
+        )
+    put_on(load_model(runs.base_folder(run), run.load), adapter)  # that they fit, before others find out
+    config = read_json(adapter / "adapter_config.json")
+    config |= {"base_model_name_or_path": base.repository, "revision": base.commit}
+    files: Files = {"adapter_config.json": (json.dumps(config, indent=2) + "\n").encode()}
+    files |= {path.name: path for path in adapter.glob("adapter_model*") if path.is_file()}
+    return {**files, **_tokenizer_files(runs.base_folder(run), run)}
+
+
+def _write(files: Files, folder: Path) -> None:
+    if os.path.lexists(folder) and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"--dry-run {folder}: is there already; name a new folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in sorted(files.items()):
+        if isinstance(content, bytes):
+            (folder / name).write_bytes(content)
+        else:
+            shutil.copyfile(content, folder / name)
+        print(f"{(folder / name).stat().st_size:>13,}  {name}")
+    print(f"nothing was pushed; this would be: {folder}")
+
+
+# --- pushing -------------------------------------------------------------------------------------
+
+
+def _push(files: Files, run: runs.FinishedRun, arguments) -> None:
+    from huggingface_hub import CommitOperationAdd, HfApi
+    from huggingface_hub.utils import disable_progress_bars
+
+    if not sys.stderr.isatty():
+        disable_progress_bars()
+    repository, api = arguments.repository, HfApi()
+    with _HubErrors(repository):
+        exists = _exists(api, repository)
+        if exists and not arguments.exist_ok:
+            raise UserError(
+                f"--repository {repository}: is there already; --exist-ok pushes a new commit to it, or name another"
+            )
+        if exists and arguments.public:
+            raise UserError(f"--public: {repository} is there already; change who may see it on its settings page")
+        if not exists:
+            api.create_repo(repository, private=not arguments.public)
+        operations = [CommitOperationAdd(name, content) for name, content in sorted(files.items())]
+        commit = api.create_commit(repository, operations, commit_message=f"Temper run {run.name}")
+    who = "as visible as before" if exists else "public" if arguments.public else "private"
+    print(f"pushed {len(files)} files to {commit.repo_url} ({who})")
+
+
+def _exists(api, repository: str) -> bool:
+    """Asked first, with a short wait: no network must be an error soon."""
+    from huggingface_hub.errors import RepositoryNotFoundError
+
+    try:
+        api.repo_info(repository, timeout=HUB_TIMEOUT)
+    except RepositoryNotFoundError as error:
+        if error.response is not None and error.response.status_code == 401:  # the hub says so of a bad token too
+            api.whoami()
+        return False
+    return True
+
+
+class _HubErrors:
+    """Turns what the hub refuses into one line."""
+
+    def __init__(self, repository: str):
+        self.repository = repository
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, error, trace):
+        from huggingface_hub.errors import HfHubHTTPError, HTTPError
+
+        if isinstance(error, RuntimeError) and error.__cause__ is not None:  # of an upload's thread
+            error = error.__cause__
+        if isinstance(error, HfHubHTTPError) and error.response is not None:
+            raise UserError(self._refused(error.response.status_code, error)) from None
+        if isinstance(error, HTTPError | OSError):
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise UserError(
+                f"--repository {self.repository}: the hub cannot be reached ({reason[:200]}); no network? "
+                "--dry-run FOLDER writes what would be pushed"
+            ) from None
+
+    def _refused(self, status: int, error) -> str:
+        where = f"--repository {self.repository}"
+        if status == 401:
+            return f"{where}: the hub does not accept the token: {LOGIN}"
+        if status == 403:
+            return f"{where}: the token may not write there: use your own user name or organisation, and a write token"
+        reason = " ".join(str(getattr(error, "server_message", None) or error).split())
+        return f"{where}: the hub refuses ({status}: {reason[:200]})"

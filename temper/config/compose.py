@@ -1,0 +1,362 @@
+"""Composing: Hydra's groups, an experiment and overrides become one config, or the points of a sweep."""
+
+import dataclasses
+import functools
+import itertools
+import json
+import math
+import re
+from pathlib import Path
+
+from temper import yaml_files
+from temper.config.validate import validated
+from temper.errors import UserError, suggest
+from temper.errors import short as _short
+from temper.keys import PACKAGE_ROOT
+
+CONF = PACKAGE_ROOT / "conf"
+MOST_POINTS = 10_000  # of one sweep: planning them takes a minute
+MOST_DEPTH = 40  # brackets within brackets in an override
+
+
+# --- composing -----------------------------------------------------------------------------------
+
+
+def groups() -> dict[str, list[str]]:
+    """Config groups and their choices: ``{"data": ["english_quotes", ...], ...}``."""
+    found = {}
+    for folder in sorted(path for path in CONF.iterdir() if path.is_dir()):
+        found[folder.name] = sorted(path.stem for path in folder.glob("*.yaml"))
+    return found
+
+
+def split_overrides(text: str) -> list[str]:
+    r"""Split ``a=1 b="x y" c=[1, 2]`` at blanks outside quotes and brackets. A backslash escapes, as in Hydra."""
+    parts, part, depth, quote, escaped = [], "", 0, None, False
+    for char in text:
+        if escaped:
+            escaped = False
+        elif char == "\\":
+            escaped = True
+        elif quote:
+            quote = None if char == quote else quote
+        elif char in "'\"":
+            quote = char
+        elif char in "[{(":
+            depth += 1
+        elif char in "]})":
+            depth -= 1
+        elif char.isspace() and depth == 0:
+            parts.append(part)
+            part = ""
+            continue
+        part += char
+    if quote or depth:
+        what = f"quote {quote}" if quote else "bracket"
+        raise UserError(f"overrides: unbalanced {what} in: {_short(text)}")
+    return [part for part in [*parts, part] if part]
+
+
+@dataclasses.dataclass
+class Overrides:
+    """Command-line overrides, sorted by what they do."""
+
+    groups: list[str]  # data=english_quotes: for Hydra's defaults list
+    values: list  # parsed `key=value`, applied after composing
+    axes: dict[str, list[str]]  # swept `key=a,b`: its expanded values, each as Hydra text
+
+
+def parse_overrides(overrides: list[str]) -> Overrides:
+    """Sort overrides into group choices, values and sweep axes; refuse what Hydra cannot parse."""
+    sorted_out = Overrides([], [], {})
+    for text in map(str.strip, overrides):
+        override = _parsed(text)
+        key, is_group = override.key_or_group, override.key_or_group in groups()
+        _check_override(override, is_group, _short(text))
+        if override.is_sweep_override():
+            sorted_out.axes[key] = _swept(override, _short(text))
+        elif is_group:
+            sorted_out.groups.append(_known_choice(key, str(override.value()), _short(text)))
+        else:
+            sorted_out.values.append(override)
+    return sorted_out
+
+
+def _parsed(text: str):
+    """One override, by Hydra's grammar."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
+    if _depth(text) > MOST_DEPTH:
+        raise UserError(f"override '{_short(text)}': has more than {MOST_DEPTH} brackets within brackets")
+    loader = _config_loader() if "glob(" in text else None
+    try:
+        return OverridesParser.create(config_loader=loader).parse_overrides([text])[0]
+    except (HydraException, ValueError) as error:
+        reason = " ".join(str(error).split()).partition(" expecting {")[0][:200]
+        hint = "write key=value; put a value with blanks or other special characters in quotes, and all "
+        hint += "in others for the shell: \"key='a b'\""
+        raise UserError(f"override '{_short(text)}': {reason} ({hint})") from None
+
+
+def _depth(text: str) -> int:
+    """How deep brackets stand within brackets, at most."""
+    depth = deepest = 0
+    for char in text:
+        depth += (char in "[{(") - (char in "]})")
+        deepest = max(deepest, depth)
+    return deepest
+
+
+@functools.cache
+def _config_loader():
+    """Hydra's view of conf/, for ``adapter=glob(*lora)``."""
+    from hydra import initialize_config_dir
+    from hydra.core.global_hydra import GlobalHydra
+
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        return GlobalHydra.instance().config_loader()
+
+
+def _check_override(override, is_group: bool, text: str) -> None:
+    """Refuse what parses and still says nothing that can be done."""
+    if override.package is not None:
+        raise UserError(f"override '{text}': packages (@...) are not supported: write group=choice or key=value")
+    if not override.key_or_group:
+        raise UserError(f"override '{text}': has no key; write key=value")
+    if override.is_delete() and is_group:
+        choices = suggest("", groups()[override.key_or_group])
+        raise UserError(f"override '{text}': a config group cannot be left out; choose another file of it ({choices})")
+    if override.is_delete() and override.is_sweep_override():
+        raise UserError(f"override '{text}': ~ takes a key out and gives it no values; leave out ~ or the values")
+
+
+def _swept(override, text: str) -> list[str]:
+    """The values of an axis, each as Hydra text; refuse an axis whose runs cannot be made or ranked together."""
+    from hydra.core.override_parser.types import RangeSweep
+    from hydra.errors import HydraException
+
+    key, sweep = override.key_or_group, override.value()
+    if key.split(".")[0] in ("experiment", "sweep", "tracking") or key == "eval.metric":
+        raise UserError(f"sweep '{text}': {key} cannot be an axis: it does not change what a run is; give one value")
+    if getattr(sweep, "shuffle", False):
+        raise UserError(f"sweep '{text}': all values of an axis are run, and shuffle would only rename the sweep")
+    too_many = f"sweep '{text}': has more than {MOST_POINTS:,} values; a plan takes so many: narrow it"
+    if isinstance(sweep, RangeSweep) and abs((sweep.stop - sweep.start) / (sweep.step or 1)) > MOST_POINTS:
+        raise UserError(too_many)
+    try:
+        values = list(itertools.islice(override.sweep_string_iterator(), MOST_POINTS + 1))
+    except (HydraException, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"sweep '{text}': {reason} (name the values: {key}=1,2 or range(1,4))") from None
+    if len(values) > MOST_POINTS:
+        raise UserError(too_many)
+    if not values:
+        raise UserError(f"sweep '{text}': the axis has no values")
+    return values
+
+
+def _known_choice(group: str, choice: str, text: str) -> str:
+    if choice not in groups()[group]:
+        raise UserError(f"'{text}': conf/{group}/{choice}.yaml does not exist; {suggest(choice, groups()[group])}")
+    return f"{group}={choice}"
+
+
+@functools.lru_cache(maxsize=256)
+def _compose(group_overrides: tuple[str, ...]):
+    from hydra import compose, initialize_config_dir
+
+    for path in sorted(CONF.rglob("*.yaml")):
+        yaml_files.check_size(path, _shown(path))
+    try:
+        _check_package_lines(group_overrides)
+        with initialize_config_dir(str(CONF), version_base="1.3"):
+            return compose("config", overrides=list(group_overrides))
+    except UserError:
+        raise
+    except Exception as error:  # YAML's, OmegaConf's, the system's: Hydra lets them all through
+        raise UserError(_why_not(error, group_overrides)) from None
+
+
+def _shown(path: Path) -> str:
+    """A file of conf/ for a message."""
+    return str(path.relative_to(CONF.parent))
+
+
+def _why_not(error: Exception, group_overrides: tuple[str, ...]) -> str:
+    """Why composing failed: the fault of a file where one is to blame, those that were chosen first."""
+    chosen = [CONF / choice.partition("=")[0] / f"{choice.partition('=')[2]}.yaml" for choice in group_overrides]
+    for path in dict.fromkeys([*chosen, *sorted(CONF.rglob("*.yaml"))]):
+        try:
+            yaml_files.load(path, _shown(path))
+        except UserError as fault:
+            return str(fault)
+    if isinstance(error, RecursionError):
+        return f"conf/: the defaults lists of {', '.join(group_overrides)} name each other in a circle"
+    return f"conf/: {yaml_files.reason(error)}"
+
+
+def chosen_experiment(overrides: Overrides) -> str:
+    """The experiment that was asked for, or the default of conf/config.yaml."""
+    from omegaconf import OmegaConf
+
+    asked = [choice.partition("=")[2] for choice in overrides.groups if choice.startswith("experiment=")]
+    defaults = OmegaConf.load(CONF / "config.yaml").defaults
+    return (asked or [entry["experiment"] for entry in defaults if "experiment" in entry])[-1]
+
+
+def _check_package_lines(group_overrides: tuple[str, ...]) -> None:
+    """Hydra reads ``# @package`` on the first line only, and says something else entirely when it stands lower."""
+    for choice in group_overrides:
+        group, _, name = choice.partition("=")
+        path = CONF / group / f"{name}.yaml"
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+        if any(line.startswith("# @package") for line in lines[1:]):
+            raise UserError(f"conf/{group}/{name}.yaml: the line '# @package _global_' must be the first of the file")
+
+
+def composed(overrides: Overrides):
+    """The unresolved OmegaConf config for these overrides (sweep axes left out)."""
+    from omegaconf import OmegaConf
+
+    config = _compose(tuple(overrides.groups)).copy()
+    OmegaConf.set_struct(config, False)
+    for override in overrides.values:
+        if override.is_delete():
+            _delete(config, override.key_or_group)
+        else:
+            _update(config, override)
+    return config
+
+
+def _update(config, override) -> None:
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    try:
+        OmegaConf.update(config, override.key_or_group, override.value(), merge=True)
+    except (OmegaConfBaseException, ValueError, TypeError, IndexError) as error:
+        line = _short(override.input_line)
+        raise UserError(f"override '{line}': does not fit what is there: {yaml_files.reason(error)}") from None
+
+
+def _delete(config, key: str) -> None:
+    parent, _, name = key.rpartition(".")
+    from omegaconf import OmegaConf
+
+    node = OmegaConf.select(config, parent) if parent else config
+    if node is None or name not in node:
+        raise UserError(f"override '~{key}': there is no such key")
+    del node[name]
+
+
+def expand(overrides: Overrides) -> tuple[dict, list[tuple[dict, dict]]]:
+    """The sweep's axes and one validated config per grid point.
+
+    A swept value on the command line replaces that axis of the sweep file, a fixed one collapses it.
+
+    Returns:
+        (axes: key -> list of values as text; per grid point, last axis fastest, its values by key and its config)
+    """
+    base = composed(overrides)
+    axes = _axes(base, overrides)
+    _refuse_idle_axes(base, axes)
+    number = math.prod(map(len, axes.values()))
+    if number > MOST_POINTS:
+        raise UserError(f"sweep: {', '.join(axes)} make {number:,} runs; a plan takes {MOST_POINTS:,}: narrow the axes")
+    group_axes = [key for key in axes if key in groups()]
+    points = []
+    for point in itertools.product(*axes.values()):
+        chosen = [f"{key}={value}" for key, value in zip(axes, point, strict=True)]
+        picked = parse_overrides(chosen)
+        # Every point sets the same keys, so one config serves all; but a mapping would merge with the point before.
+        if group_axes:
+            picked_base = composed(Overrides(overrides.groups + picked.groups, overrides.values, {}))
+        elif any(isinstance(override.value(), dict) for override in picked.values):
+            picked_base = composed(overrides)
+        else:
+            picked_base = base
+        for override in picked.values:
+            _update(picked_base, override)
+        config = validated(to_container(picked_base))
+        texts = dict(zip(axes, point, strict=True))
+        points.append(({key: text if key in groups() else _at(config, key) for key, text in texts.items()}, config))
+    return axes, points
+
+
+def _refuse_idle_axes(config, axes: dict[str, list[str]]) -> None:
+    """Refuse an axis whose values all make the same run."""
+    from omegaconf import OmegaConf
+
+    steps = OmegaConf.select(config, "train.max_steps")
+    if "train.num_train_epochs" in axes and isinstance(steps, int) and steps > 0:
+        raise UserError(f"sweep: train.max_steps={steps} ends each run, whatever train.num_train_epochs: leave one out")
+
+
+def _at(config: dict, key: str):
+    """The value at a dotted key."""
+    for part in key.split("."):
+        config = config[part]
+    return config
+
+
+def _axes(config, overrides: Overrides) -> dict[str, list[str]]:
+    """key -> values as Hydra text, from the sweep file and the command line."""
+    from omegaconf import OmegaConf
+
+    in_file = OmegaConf.to_container(config)["sweep"].get("axes") or {}
+    if not isinstance(in_file, dict):
+        raise UserError("config: 'sweep.axes' must map config keys to values, e.g. {train.learning_rate: '1e-4,3e-4'}")
+    fixed = {override.key_or_group for override in overrides.values}
+    fixed |= {choice.partition("=")[0] for choice in overrides.groups}
+    axes = {}
+    for key, value in in_file.items():
+        if isinstance(value, list):
+            value = ",".join(hydra_text(item) for item in value)
+        elif not isinstance(value, str):
+            value = hydra_text(value)
+        parsed = parse_overrides([f"{key}={value}"])
+        one_value = [_value_text(item) for item in parsed.values] + [item.partition("=")[2] for item in parsed.groups]
+        if key not in fixed:
+            axes[key] = parsed.axes.get(key) or one_value
+    axes.update(overrides.axes)
+    return axes
+
+
+def hydra_text(value, literal: bool = False) -> str:
+    """A value in Hydra's grammar: what it was in a YAML file, it is as an override.
+
+    Args:
+        value: None, a bool, a number or a text, or a list or a dict of these. Hydra takes no quote in a dict's key.
+        literal: ``${...}`` in a text refers to nothing: it is part of the text.
+    """
+    from hydra.core.override_parser.types import Quote, QuotedString
+    from hydra.core.override_parser.types import escape_special_characters as escaped
+
+    if value is None or isinstance(value, bool):
+        return json.dumps(value)
+    if isinstance(value, str):
+        text = re.sub(r"(\\*)\$\{", r"\1\1\\${", value) if literal else value
+        return QuotedString(text, Quote.single).with_quotes()
+    if isinstance(value, list):
+        return "[" + ",".join(hydra_text(item, literal) for item in value) + "]"
+    if isinstance(value, dict):
+        items = (f"{escaped(str(key))}:{hydra_text(item, literal)}" for key, item in value.items())
+        return "{" + ",".join(items) + "}"
+    return str(value)
+
+
+def _value_text(override) -> str:
+    return override.get_value_element_as_str()
+
+
+def to_container(config) -> dict:
+    """Resolve interpolations and give plain Python containers."""
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    try:
+        return OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+    except OmegaConfBaseException as error:
+        key = f"'{error.full_key}': " if error.full_key else ""
+        raise UserError(f"config: {key}{yaml_files.reason(error)}") from None

@@ -1,0 +1,62 @@
+"""What an evaluation needs of rows and tokenizer, asked before the training that it is going to judge, and by itself.
+
+In no key: what is here refuses, or says something, and changes nothing that is made.
+"""
+
+import logging
+from pathlib import Path
+
+from temper.data.columns import IGNORED
+from temper.errors import UserError
+from temper.evaluation.class_names import gold_label
+from temper.evaluation.class_tokens import label_answers
+from temper.evaluation.metrics import MOST_UNSEEN, check_metric, refuse_without_pairs, rouge_unseen
+
+log = logging.getLogger("temper")
+
+
+def check(settings: dict, splits: Path, rows, tokenizer) -> None:
+    """Check the splits that are in a folder, as tokenize_splits makes them, against the config section `eval`.
+
+    Raises:
+        UserError: no test rows, or nothing supervised in them; a metric that the task or the rows do not have; an
+            answer that is no label; labels whose tokens are the same, or cannot be told; text that ROUGE does not see.
+    """
+    metric = check_metric(settings)
+    if "test" not in rows:
+        raise UserError(
+            f"{splits}: no rows in the test split; raise data.splits.test, or see which rows audit.json left out"
+        )
+    if all(label == IGNORED for row in rows["test"] for label in row["labels"]):
+        raise UserError(f"{splits}: no supervised token in the test split; see audit.json there, and prompt.loss_on")
+    refuse_without_pairs(settings, "rejected" in rows["test"].column_names)
+    if settings["task"] == "labels":
+        _check_references(rows, settings["labels"])
+        label_answers(settings["labels"], rows, tokenizer)
+    if settings["task"] == "text":
+        _check_rouge(settings, metric, list(rows["test"]["reference"]))
+
+
+def _check_references(rows, labels: list[str]) -> None:
+    """Every answer of a labelling task must be one of its labels."""
+    for split, part in rows.items():
+        known = set()
+        for number, reference in zip(part["id"], part["reference"], strict=True):
+            if reference not in known:
+                gold_label(reference, labels, f"{split} split, row {number} of the raw data")
+                known.add(reference)
+
+
+def _check_rouge(settings: dict, metric: str, references: list[str]) -> None:
+    unseen = rouge_unseen(references)
+    what = f"ROUGE-L sees the letters a to z and digits only, and {unseen:.1%} of the test split's references is other"
+    if unseen > MOST_UNSEEN:
+        if metric == "rouge_l":
+            raise UserError(f"config: 'eval.metric': {what}: set eval.metric=chrf")
+        for figure in settings["published"]:
+            if figure["metric"] == "rouge_l":
+                name = f"'{figure['name']}' has metric 'rouge_l'"
+                raise UserError(f"config: 'eval.published': {name}, but {what}: leave it out")
+        log.info("no ROUGE-L: it %s", what.removeprefix("ROUGE-L "))
+    elif unseen:
+        log.info("note: %s: eval.metric=chrf sees all", what)

@@ -1,0 +1,342 @@
+"""Every option of transformers' TrainingArguments and every PEFT method: what it does here, or why it is refused.
+
+One place decides and documents: `refuse` is what the config check asks, and docs/options.md is this file, printed::
+
+    python -m temper.config.options > docs/options.md
+
+A test asserts that each field and type of the installed versions stands here once, so that a new version of a library
+asks for a decision. What would do nothing here is refused: an option without effect is a silent fault.
+"""
+
+from temper.errors import UserError
+
+# --- train: fields of transformers.TrainingArguments ------------------------------------------------------------
+
+
+# field -> what it does here. Each is passed on to TrainingArguments under its own name.
+TRAIN_USED = {
+    "per_device_train_batch_size": "rows a batch",
+    "gradient_accumulation_steps": "batches a step; the loss is the mean over all learned tokens of the step",
+    "num_train_epochs": "part of an epoch is possible",
+    "max_steps": "if above 0 it overrides num_train_epochs",
+    "learning_rate": "",
+    "lr_scheduler_type": "reduce_lr_on_plateau and greedy need a validation split",
+    "lr_scheduler_kwargs": "refused where the schedule ignores it",
+    "warmup_steps": "below 1 a share of all steps (warmup_ratio is taken as well)",
+    "optim": "refused where its library is missing",
+    "optim_args": "refused where the optimizer ignores it",
+    "optim_target_modules": "for GaLore and APOLLO, whose libraries must be installed",
+    "weight_decay": "",
+    "adam_beta1": "refused where the optimizer ignores it",
+    "adam_beta2": "refused where the optimizer ignores it",
+    "adam_epsilon": "refused where the optimizer ignores it",
+    "max_grad_norm": "0: gradients are not cut",
+    "label_smoothing_factor": "method=sft only",
+    "average_tokens_across_devices": "",
+    "bf16": "mixed precision; on a CPU with use_cpu=true",
+    "fp16": "mixed precision; needs a GPU",
+    "tf32": "needs a GPU that has it",
+    "activation_checkpointing": "layers are computed again in the backward pass, from padded rows",
+    "activation_checkpointing_kwargs": "those of torch.utils.checkpoint",
+    "gradient_checkpointing": "older name of activation_checkpointing",
+    "gradient_checkpointing_kwargs": "older name of activation_checkpointing_kwargs",
+    "neftune_noise_alpha": "noise as in transformers, each row's own, on padded rows",
+    "torch_empty_cache_steps": "",
+    "logging_strategy": "",
+    "logging_steps": "",
+    "logging_first_step": "",
+    "log_level": "of the libraries' remarks in the log",
+    "eval_strategy": "validation; refused with data.splits.validation=0 where something depends on it",
+    "eval_steps": "with eval_strategy=steps",
+    "eval_delay": "no validation before this epoch or step",
+    "eval_on_start": "",
+    "per_device_eval_batch_size": "rows a batch of validation",
+    "save_strategy": "the ends of epochs are saved in any case: longer runs go on from there",
+    "save_steps": "with save_strategy=steps",
+    "save_total_limit": "at least 2, for the last whole checkpoint must stay",
+    "load_best_model_at_end": "needs a validation split",
+    "metric_for_best_model": "loss, or with method=dpo also a figure of the rewards",
+    "greater_is_better": "",
+    "full_determinism": "",
+    "use_cpu": "",
+    "dataloader_drop_last": "",
+    "dataloader_num_workers": "",
+    "dataloader_pin_memory": "",
+    "dataloader_persistent_workers": "needs dataloader_num_workers",
+    "dataloader_prefetch_factor": "needs dataloader_num_workers",
+    "dataloader_multiprocessing_context": "needs dataloader_num_workers",
+}
+_FOLDERS = "the workflow names all folders"
+_TRACKING = "use 'tracking'"
+_PUBLISHING = "publishing is a step of its own (make publish), never part of training"
+_OWN_LOSS = "the loss is computed at learned positions only, past what this would replace"
+_OWN_EVALUATION = "validation sums the loss over all learned tokens by itself, and this would do nothing"
+_ONE_PROCESS = "a training is one process, and this would do nothing"
+_SEED = "use the top-level 'seed'"
+_RESUME = "training resumes by itself, exactly, from results/.state"
+_SCRIPTS = "it is for scripts of transformers; here each stage does its own"
+_ORDER = "rows of similar length always train together, in an order that the seed alone decides"
+_COMPILE = "the loss calls the layers one by one, past the compiled model, so it would do nothing"
+# field -> why it cannot be set, or where the choice goes instead
+TRAIN_REFUSED = {
+    "output_dir": _FOLDERS,
+    "seed": _SEED,
+    "data_seed": _SEED,
+    "resume_from_checkpoint": _RESUME,
+    "restore_callback_states_from_checkpoint": _RESUME,
+    "ignore_data_skip": _RESUME,
+    "enable_jit_checkpoint": _RESUME,
+    "save_only_model": "a run goes on from its checkpoints, which need the optimizer",
+    "report_to": _TRACKING,
+    "project": _TRACKING,
+    "trackio_space_id": _TRACKING,
+    "trackio_bucket_id": _TRACKING,
+    "trackio_static_space_id": _TRACKING,
+    "run_name": "runs are named by the plan",
+    "push_to_hub": _PUBLISHING,
+    "hub_token": "a token never belongs into a config, which is stored and shown",
+    "hub_private_repo": _PUBLISHING,
+    "hub_model_id": _PUBLISHING,
+    "hub_strategy": _PUBLISHING,
+    "hub_always_push": _PUBLISHING,
+    "hub_revision": _PUBLISHING,
+    "remove_unused_columns": "the collator takes what it needs",
+    "label_names": "the collator takes what it needs",
+    "train_sampling_strategy": _ORDER,
+    "length_column_name": _ORDER,
+    "dataloader_in_order": _ORDER,
+    "auto_find_batch_size": "the order of rows follows from the batch size; the log says before training what it needs",
+    "accelerator_config": "batches and their order are Temper's own",
+    "parallelism_config": _ONE_PROCESS,
+    "do_train": _SCRIPTS,
+    "do_eval": "use train.eval_strategy",
+    "do_predict": _SCRIPTS,
+    "bf16_full_eval": _OWN_EVALUATION,
+    "fp16_full_eval": _OWN_EVALUATION,
+    "prediction_loss_only": _OWN_EVALUATION,
+    "eval_do_concat_batches": _OWN_EVALUATION,
+    "eval_use_gather_object": _OWN_EVALUATION,
+    "eval_accumulation_steps": _OWN_EVALUATION,
+    "include_for_metrics": _OWN_EVALUATION,
+    "batch_eval_metrics": _OWN_EVALUATION,
+    "torch_compile": _COMPILE,
+    "torch_compile_backend": _COMPILE,
+    "torch_compile_mode": _COMPILE,
+    "use_liger_kernel": _OWN_LOSS,
+    "liger_kernel_config": _OWN_LOSS,
+    "use_cache": "training never uses the cache",
+    "include_num_input_tokens_seen": "training.json and metrics.jsonl count the tokens",
+    "logging_nan_inf_filter": "a diverged run must show its nan, not an average that hides it",
+    "log_on_each_node": _ONE_PROCESS,
+    "log_level_replica": _ONE_PROCESS,
+    "save_on_each_node": _ONE_PROCESS,
+    "ddp_find_unused_parameters": _ONE_PROCESS,
+    "ddp_bucket_cap_mb": _ONE_PROCESS,
+    "ddp_broadcast_buffers": _ONE_PROCESS,
+    "ddp_static_graph": _ONE_PROCESS,
+    "ddp_backend": _ONE_PROCESS,
+    "ddp_timeout": _ONE_PROCESS,
+    "fsdp": _ONE_PROCESS,
+    "fsdp_config": _ONE_PROCESS,
+    "deepspeed": _ONE_PROCESS,
+    "local_rank": _ONE_PROCESS,
+    "disable_tqdm": "Temper has a bar of its own, and plain lines in a log",
+    "debug": "a loss that is no number ends the training by itself, and says so",
+    "skip_memory_metrics": "training.json has the memory that was used",
+}
+# train.optim -> why not, for all that begin with it or end with it
+OPTIM_REFUSED = {
+    "schedule_free": "it keeps two sets of weights, between which validation and saving would have to switch",
+    "lomo": "it moves the weights within the backward pass, which is also taken to estimate the memory",
+    "adalomo": "it moves the weights within the backward pass, which is also taken to estimate the memory",
+    "layerwise": "it moves the weights within the backward pass, which is also taken to estimate the memory",
+}
+# Renamed or removed in transformers 5: what to write instead.
+TRAIN_RENAMED = {
+    "evaluation_strategy": "it is called eval_strategy now",
+    "group_by_length": "rows of similar length always train together",
+    "no_cuda": "write train.use_cpu=true",
+    "num_threads": "it stands beside 'seed', for all stages: write num_threads=<number>",
+    "logging_dir": "use 'tracking'",
+    "predict_with_generate": "evaluation generates answers by itself, see 'eval'",
+    "past_index": "training never uses the cache",
+    "jit_mode_eval": "evaluation has its own loop, see 'eval'",
+    "tpu_num_cores": "a training is one process",
+    "torchdynamo": _COMPILE,
+    "half_precision_backend": "write train.bf16=true or train.fp16=true",
+    "per_gpu_train_batch_size": "it is called per_device_train_batch_size now",
+    "per_gpu_eval_batch_size": "it is called per_device_eval_batch_size now",
+    "overwrite_output_dir": _FOLDERS,
+    "save_safetensors": "weights are always saved as safetensors",
+}
+# --- adapter: PEFT's methods and their fields -------------------------------------------------------------------
+
+# peft_type -> what it is. Each is tested to train as PEFT's own loop does, to load again and to be merged.
+PEFT_USED = {
+    "LORA": "see below for how it starts",
+    "ADAMSS": "",
+    "BOFT": "",
+    "C3A": "",
+    "DEFT": "",
+    "DELORA": "",
+    "FOURIERFT": "",
+    "FROD": "",
+    "GLORA": "",
+    "GRALORA": "",
+    "HIRA": "",
+    "HRA": "",
+    "IA3": "",
+    "LN_TUNING": "",
+    "LOHA": "",
+    "LOKR": "",
+    "MISS": "",
+    "OFT": "",
+    "OSF": "",
+    "P_TUNING": "virtual tokens, not merged",
+    "PEANUT": "",
+    "PREFIX_TUNING": "virtual tokens, not merged",
+    "PROMPT_TUNING": "virtual tokens, not merged",
+    "PSOFT": "",
+    "PVERA": "",
+    "RANDLORA": "",
+    "ROAD": "",
+    "SHIRA": "",
+    "SUPERTUNING": "",
+    "TINYLORA": "",
+    "TRAINABLE_TOKENS": "",
+    "UNILORA": "",
+    "VBLORA": "",
+    "VERA": "",
+    "WAVEFT": "",
+}
+_NO_MERGE = "PEFT cannot make it part of the model's weights, which every run needs"
+_TASKS = "it needs the number of each row's task, which the data do not have"
+# peft_type -> why not
+PEFT_REFUSED = {
+    "ADALORA": "its ranks are reallocated by a loop of its own; use LORA, whose rank_pattern sets ranks",
+    "ADAPTION_PROMPT": _NO_MERGE,
+    "BEFT": "it trains the biases of layers, of which most models have none",
+    "CARTRIDGE": "it starts from the cache of a text, which PEFT wants to be made before; use PREFIX_TUNING",
+    "CPT": "its loss is its own; use PROMPT_TUNING",
+    "LILY": _NO_MERGE,
+    "MULTITASK_PROMPT_TUNING": f"{_TASKS}; use PROMPT_TUNING",
+    "POLY": f"{_TASKS}; use LORA",
+    "SHADOW": "it adds a network beside the model's layers, and cannot be merged",
+    "XLORA": "it mixes adapters that were trained before; use LORA",
+}
+_DATA_START = "its start comes from data through functions that PEFT wants to be called before; use pissa or olora"
+# adapter.init_lora_weights -> what it does, or why not. Also true and false; others are unknown.
+LORA_INIT_USED = {
+    "gaussian": "",
+    "olora": "",
+    "orthogonal": "",
+    "pissa": "",
+    "mica": "",
+}
+LORA_INIT_REFUSED = {
+    "eva": _DATA_START,
+    "corda": _DATA_START,
+    "lora_ga": _DATA_START,
+    "loftq": "it quantizes the base by itself; use adapter=qlora, or init_lora_weights=pissa",
+    "pissa_niter_": "its start is drawn at random and drawn anew when the adapter is loaded, so what was trained would "
+    "not fit; use pissa, which is exact",
+}
+# adapter.<field> -> why it cannot be set, with any method
+ADAPTER_REFUSED = {
+    "task_type": "it follows from the model",
+    "inference_mode": "an adapter is trained here",
+    "base_model_name_or_path": "use 'model'",
+    "revision": "use model.source.revision",
+    "auto_mapping": "PEFT writes it itself",
+    "peft_version": "PEFT writes it itself",
+    "megatron_config": "models are transformers', not Megatron's",
+    "megatron_core": "models are transformers', not Megatron's",
+    "runtime_config": "it cannot be written in YAML",
+    "eva_config": _DATA_START,
+    "corda_config": _DATA_START,
+    "lora_ga_config": _DATA_START,
+    "loftq_config": LORA_INIT_REFUSED["loftq"],
+    "monteclora_config": "its loss has a part that PEFT wants the loop to add",
+    "kasa_config": "its loss has a part that PEFT wants the loop to add",
+    "arrow_config": "it routes between adapters that were trained before",
+    "alora_invocation_tokens": _NO_MERGE,
+    "use_bdlora": "its blocks are for serving on several devices",
+    "layer_replication": "the merged model would have more layers than its base, and other words",
+    "use_asa": "its subspaces are chosen by a loop of its own",
+    "save_only_topk_weights": "a run could not go on from its checkpoints",
+}
+
+
+def refuse(train: dict, adapter: dict) -> None:
+    """Refuse what cannot be set, or would do nothing.
+
+    Raises:
+        UserError: for the first such option, with the reason and what to do instead.
+    """
+    for key in train:
+        if key in TRAIN_REFUSED:
+            raise UserError(f"config: 'train.{key}' cannot be set: {TRAIN_REFUSED[key]}")
+        if key in TRAIN_RENAMED:
+            raise UserError(f"config: unknown key 'train.{key}': {TRAIN_RENAMED[key]}")
+    optim = str(train.get("optim"))
+    for name, reason in OPTIM_REFUSED.items():
+        if optim.startswith(name) or optim.endswith(name):
+            raise UserError(f"config: 'train.optim': {optim} cannot be used here: {reason}; choose adamw_torch")
+    _refuse_adapter(adapter)
+
+
+def _refuse_adapter(adapter: dict) -> None:
+    if adapter.get("peft_type") in PEFT_REFUSED:
+        kind = adapter["peft_type"]
+        raise UserError(f"config: 'adapter.peft_type': {kind} cannot be used here: {PEFT_REFUSED[kind]}")
+    start = adapter.get("init_lora_weights")
+    for name, reason in LORA_INIT_REFUSED.items():
+        if isinstance(start, str) and start.casefold().startswith(name):
+            raise UserError(f"config: 'adapter.init_lora_weights': {start} cannot be used here: {reason}")
+    for key, value in adapter.items():
+        if key in ADAPTER_REFUSED and value not in (None, False):
+            raise UserError(f"config: 'adapter.{key}' cannot be set: {ADAPTER_REFUSED[key]}")
+
+
+# --- the page ---------------------------------------------------------------------------------------------------
+
+
+HEAD = """\
+# Options of the libraries
+
+`train.*` are the fields of `transformers.TrainingArguments`, `adapter.*` those of the PEFT method. What
+is not understood, missing on this machine, or without effect here is refused before anything is trained,
+in one line that says why. This page is made from the code that decides: `python -m temper.config.options`.
+"""
+EARLY = "`early_stopping_patience` and `early_stopping_threshold` are those of `EarlyStoppingCallback`.\n\n"
+METHODS = """\
+`adapter.peft_type`; null (`adapter=full`) trains all parameters. A test trains each method as PEFT's own
+loop does, loads it and merges it.
+
+"""
+
+
+def page() -> str:
+    """docs/options.md."""
+    starts = {"true, false": "", **LORA_INIT_USED}
+    sections = [
+        HEAD,
+        "## train: used\n\n" + EARLY + _table("field", "remark", TRAIN_USED),
+        "## train: refused\n\n" + _table("field", "why", TRAIN_REFUSED),
+        "## train.optim\n\nAny whose library is there, but for these:\n\n" + _table("optim", "why", OPTIM_REFUSED),
+        "## adapter: methods that are used\n\n" + METHODS + _table("peft_type", "remark", PEFT_USED),
+        "## adapter: methods that are refused\n\n" + _table("peft_type", "why", PEFT_REFUSED),
+        "## adapter.init_lora_weights\n\n" + _table("value", "remark", starts),
+        _table("refused value", "why", LORA_INIT_REFUSED),
+        "## adapter: fields that are refused with any method\n\n" + _table("field", "why", ADAPTER_REFUSED),
+    ]
+    return "\n".join(sections)
+
+
+def _table(name: str, remark: str, rows: dict[str, str]) -> str:
+    lines = [f"| {name} | {remark} |", "|---|---|", *(f"| `{key}` | {value} |" for key, value in rows.items())]
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    print(page(), end="")

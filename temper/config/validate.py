@@ -1,0 +1,172 @@
+"""Checking: a composed config becomes values of the schema's types, or one clear line."""
+
+from temper.config.libraries import check_library_sections, refuse_without_validation
+from temper.config.schema import METHODS, SOURCE_KINDS, Config, Data
+from temper.errors import UserError, suggest
+from temper.errors import found as _found
+from temper.evaluation.metrics import refuse_without_pairs
+from temper.keys import flat
+from temper.secrets import has_login, secret_variables
+
+UNIONS = {"source": SOURCE_KINDS, "method": METHODS}  # sections that are one of several models, by their tag
+
+
+# --- validating ----------------------------------------------------------------------------------
+
+
+def validated(config: dict) -> dict:
+    """Check a whole config and fill in defaults. Raises UserError for the first fault found."""
+    config = _normalised(config)
+    filled = model_dump(Config, config, "")
+    check_library_sections(filled["train"], filled["adapter"], filled["method"]["name"])
+    _check_together(filled)
+    _check_method(filled)
+    _check_secrets(filled)
+    return filled
+
+
+def _check_secrets(config: dict) -> None:
+    """A config is stored and shown, so it holds no login. The message must not, either."""
+    uri = config["tracking"]["tracking_uri"]
+    if uri is not None and has_login(uri):
+        raise UserError(
+            "config: 'tracking.tracking_uri' holds a login or a query (not shown here), and a config is stored and "
+            "shown: write the bare address, and give the login by MLFLOW_TRACKING_USERNAME and "
+            "MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN; or put the whole address into the environment "
+            "variable MLFLOW_TRACKING_URI and set tracking.tracking_uri=env"
+        )
+    secrets = secret_variables()
+    for key, value in flat(config).items() if secrets else ():
+        found = [name for name, secret in secrets.items() if secret in value]
+        if found:
+            raise UserError(
+                f"config: '{key}' holds the value of the environment variable {found[0]} (not shown here), and a "
+                "config is stored and shown: leave it out; what needs the variable reads it from the environment"
+            )
+
+
+def _check_method(config: dict) -> None:
+    """What the method needs of the other sections."""
+    method, has_pairs = config["method"], Data.model_validate(config["data"]).has_pairs
+    refuse_without_pairs(config["eval"], has_pairs)
+    if method["name"] != "dpo":
+        return
+    if not has_pairs and not method["own_answers"]:
+        raise UserError(
+            "config: method=dpo needs preference pairs: choose data.layout=preference, or say what the rejected answer "
+            "is with data.rejected (layout template), data.rejected_from (a list of labels) or method.own_answers"
+        )
+    if config["prompt"]["loss_on"] == "all" and not method["sft"]:
+        raise UserError("config: 'prompt.loss_on': all is for method=sft; method=dpo compares answers: leave it out")
+    if config["train"].get("label_smoothing_factor"):
+        raise UserError("config: 'train.label_smoothing_factor' is for method=sft; see method.label_smoothing")
+    if method["sft"]:
+        first = sft_config(config)
+        try:
+            check_library_sections(first["train"], first["adapter"], "sft")
+            _check_validation(first)
+        except UserError as error:
+            raise UserError(f"config: 'method.sft': {str(error).removeprefix('config: ')}") from None
+
+
+def sft_config(config: dict) -> dict:
+    """The config of the supervised fine-tuning that `method.sft` asks for: this config, with its differences."""
+    first = config["method"]["sft"]
+    adapter = first["adapter"] if "peft_type" in first["adapter"] else {**config["adapter"], **first["adapter"]}
+    return {**config, "method": {"name": "sft"}, "train": {**config["train"], **first["train"]}, "adapter": adapter}
+
+
+def _check_validation(config: dict) -> None:
+    if config["data"]["splits"]["validation"] == 0:
+        refuse_without_validation(config["train"])
+
+
+def _check_together(config: dict) -> None:
+    """Sections that do not go together."""
+    _check_validation(config)
+    quantized = config["quantization"]["load_in_4bit"] or config["quantization"]["load_in_8bit"]
+    if quantized and config["adapter"]["peft_type"] is None:
+        raise UserError("config: a quantized base cannot be trained itself: set adapter=qlora, or quantization=none")
+    if config["merge"]["dequantized_base"] and not quantized:
+        raise UserError(
+            "config: 'merge.dequantized_base' is for a quantized base: set quantization=4bit, or leave it out"
+        )
+
+
+def _normalised(config: dict) -> dict:
+    """The config as its sections' models take it."""
+    train = config.get("train")
+    if isinstance(train, dict) and "warmup_ratio" in train:  # transformers 5 takes it as warmup_steps below 1
+        ratio = train.pop("warmup_ratio")
+        if not isinstance(ratio, int | float) or not 0 <= ratio < 1:
+            raise UserError(f"config: 'train.warmup_ratio' must be from 0 to below 1 (found {ratio!r})")
+        train["warmup_steps"] = ratio
+    return _without_other_kinds(config)
+
+
+def _without_other_kinds(config: dict) -> dict:
+    """Keep of a source only what its kind knows.
+
+    ``data.source.kind=files data.source.path=x`` over a hub source leaves ``repository`` behind,
+    which is no fault of the user. A key that no kind knows stays, and is refused.
+    """
+    known_anywhere = set().union(*(kind.model_fields for kind in SOURCE_KINDS.values()))
+    for name in ("data", "model"):
+        section = config.get(name)
+        source = section.get("source") if isinstance(section, dict) else None
+        if isinstance(source, dict) and source.get("kind") in SOURCE_KINDS:
+            mine = SOURCE_KINDS[source["kind"]].model_fields
+            section["source"] = {
+                key: value for key, value in source.items() if key in mine or key not in known_anywhere
+            }
+    return config
+
+
+def model_dump(model, values: dict, prefix: str) -> dict:
+    from pydantic import ValidationError
+
+    try:
+        return model.model_validate(values).model_dump()
+    except ValidationError as error:
+        raise UserError(explain(error, model, prefix)) from None
+
+
+def explain(error, model, prefix: str = "") -> str:
+    """One line for pydantic's first complaint: key, value found, what is allowed."""
+    faults = error.errors(include_url=False)
+    unknown = [fault for fault in faults if fault["type"] == "extra_forbidden"]
+    fault = (unknown or faults)[0]  # a misspelt key is the reason why another one is missing
+    path = [str(part) for part in _without_tags(fault["loc"])]
+    key = ".".join([prefix, *path] if prefix else path)
+    if fault["type"] == "extra_forbidden":
+        known = _fields_at(model, fault["loc"][:-1])
+        return f"config: unknown key '{key}'; {suggest(path[-1], known)}"
+    if fault["type"] == "missing":
+        return f"config: '{key}' is missing; add it to the YAML file or as an override {key}=..."
+    message = fault["msg"].removeprefix("Value error, ")
+    message = message[0].lower() + message[1:] if message[:2] != message[:2].upper() else message
+    found = fault["input"]
+    of_another_type = fault["type"].endswith("_type")  # else it is a whole section, and the message says what of it
+    if isinstance(found, dict) and not of_another_type:
+        return f"config: '{key}': {message}"
+    return f"config: '{key}': {message} (found {_found(found, text_wanted=fault['type'] == 'string_type')})"
+
+
+def _without_tags(location) -> list:
+    """A pydantic location without the tags of unions (``source.hub``, ``method.dpo``), which are no keys of ours."""
+    before = [None, *location]
+    return [part for last, part in zip(before, location, strict=False) if part not in UNIONS.get(last, ())]
+
+
+def _fields_at(model, location) -> list[str]:
+    """Field names of the section that a pydantic error location points into."""
+    for last, part in zip([None, *location], location, strict=False):
+        if part in UNIONS.get(last, ()):
+            model = UNIONS[last][part]
+        elif not isinstance(part, int):
+            annotation = model.model_fields[part].annotation
+            if hasattr(annotation, "model_fields"):
+                model = annotation
+            elif part in ("published", "sft", "own_answers"):
+                model = annotation.__args__[0]  # list[Published], SftFirst | None, ...
+    return list(model.model_fields)

@@ -1,0 +1,74 @@
+"""Which rows train together, in which order, padded how. A pure function of seed and epoch."""
+
+import random
+
+from temper.data.columns import IGNORED
+
+MEGABATCH = 50  # batches that are sorted together: short rows meet short rows, yet the order stays random
+PAD_TO = 8  # a multiple that matrix units like, and that bounds the number of different shapes
+
+
+def epoch_order(lengths: list[int], batch_size: int, seed: int, epoch: int) -> list[int]:
+    """Row numbers of one epoch, batch after batch, rows of similar length together.
+
+    Shuffled, cut into stretches of 50 batches, each stretch sorted by length and cut into batches,
+    the batches shuffled. A last batch that is not full stays last. The state of a run needs no
+    sampler: the order follows from `seed` and `epoch` alone, on every machine.
+
+    Args:
+        batch_size: the rows of an optimizer step. Steps that accumulate gradients are cut from the same order, so
+            that 4 x 2 rows are the 8 of one batch.
+    """
+    rng = random.Random(f"{seed}/{epoch}")
+    rows = list(range(len(lengths)))
+    rng.shuffle(rows)
+    stretch = MEGABATCH * batch_size
+    batches = []
+    for start in range(0, len(rows), stretch):
+        similar = sorted(rows[start : start + stretch], key=lengths.__getitem__)
+        batches += [similar[at : at + batch_size] for at in range(0, len(similar), batch_size)]
+    last = [batch for batch in batches if len(batch) < batch_size]
+    full = [batch for batch in batches if len(batch) == batch_size]
+    rng.shuffle(full)
+    return [row for batch in [*full, *last] for row in batch]
+
+
+class EpochSampler:
+    """A torch sampler over `epoch_order`. Set `epoch` before each epoch."""
+
+    def __init__(self, lengths: list[int], batch_size: int, seed: int):
+        self.lengths, self.batch_size, self.seed, self.epoch = lengths, batch_size, seed, 0
+
+    def __iter__(self):
+        return iter(epoch_order(self.lengths, self.batch_size, self.seed, self.epoch))
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+
+def collate(rows: list[dict], pad_token_id: int) -> dict:
+    """Rows (input_ids, labels) to right-padded int64 tensors.
+
+    Returns:
+        input_ids and attention_mask (rows, length), labels (rows, length of the labels). The two lengths are one for a
+        causal model; an encoder-decoder's labels are the answer alone.
+    """
+    import torch
+
+    shape, labels_shape = ((len(rows), padded(max(len(row[name]) for row in rows))) for name in ("input_ids", "labels"))
+    batch = {
+        "input_ids": torch.full(shape, pad_token_id),
+        "attention_mask": torch.zeros(shape, dtype=torch.int64),
+        "labels": torch.full(labels_shape, IGNORED),
+    }
+    for index, row in enumerate(rows):
+        size = len(row["input_ids"])
+        batch["input_ids"][index, :size] = torch.as_tensor(row["input_ids"])
+        batch["attention_mask"][index, :size] = 1
+        batch["labels"][index, : len(row["labels"])] = torch.as_tensor(row["labels"])
+    return batch
+
+
+def padded(length: int) -> int:
+    """The length that `collate` gives to a batch whose longest row has `length` tokens."""
+    return -(-length // PAD_TO) * PAD_TO

@@ -1,0 +1,347 @@
+"""From a conversation to token ids and labels: what the model reads, and what it learns.
+
+Generation starts from the text before an answer, tokenized alone; so do other programs. Training must read the same
+tokens there. A text is therefore tokenized as a whole only where the tokens before each answer come out the same as
+without it. Where they do not (a token crosses the border, or the tokenizer looks ahead: GPT-2 makes one token of two
+line ends, but two of them before a word), prompt and answer are tokenized apart. One function does so for training,
+evaluation, chat, predict and Python: the tokens before an answer depend on nothing behind them.
+
+An encoder-decoder model reads the prompt in its encoder, with the special tokens that its tokenizer puts around a text,
+and learns the answer and its end in its decoder: two sequences.
+"""
+
+import bisect
+import dataclasses
+import re
+
+from temper.data.columns import IGNORED, answer_text
+from temper.data.rendering import ChatTemplate, FreeTemplate, Turn, text_of
+from temper.errors import UserError
+from temper.model.reading import reading
+
+DATE = "2024-07-26"  # what Llama 3's templates say where there is no clock
+Pieces = list[Turn]  # a conversation: the assistant's turns, each with the text before it
+
+
+@dataclasses.dataclass
+class Encoded:
+    """One row. `labels` are not shifted: ``labels[i]`` is ``input_ids[i]`` or IGNORED."""
+
+    input_ids: list[int]
+    labels: list[int]
+    prompt_length: int  # tokens before the last answer
+    retokenized: bool  # prompt and answer were tokenized apart
+    ended_early: bool = False  # an answer's own text holds a token that ends answers: what follows it cannot be learned
+
+    def cut(self, length: int) -> "Encoded":
+        """The first `length` tokens."""
+        start = min(self.prompt_length, length)
+        return dataclasses.replace(
+            self, input_ids=self.input_ids[:length], labels=self.labels[:length], prompt_length=start
+        )
+
+    @property
+    def length(self) -> int:
+        """What `tokenize.max_length` limits: tokens of the longer of what is read and what is learned."""
+        return max(len(self.input_ids), len(self.labels))
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that go through the model."""
+        return len(self.input_ids)
+
+    @property
+    def answer(self) -> list[int]:
+        """Labels of the last answer."""
+        return self.labels[self.prompt_length :]
+
+
+class EncodedApart(Encoded):
+    """One row of an encoder-decoder model: `input_ids` is the prompt, `labels` the answer and its end, all learned."""
+
+    def cut(self, length: int) -> "EncodedApart":
+        """The first `length` tokens of each. What the tokenizer closes a prompt with stays."""
+        ids = self.input_ids
+        if len(ids) > length:
+            ids = [*ids[: length - 1], ids[-1]]
+        return dataclasses.replace(self, input_ids=ids, labels=self.labels[:length], prompt_length=len(ids))
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that go through encoder and decoder."""
+        return len(self.input_ids) + len(self.labels)
+
+    @property
+    def answer(self) -> list[int]:
+        """All labels."""
+        return self.labels
+
+
+class Encoder:
+    """Encodes conversations for one tokenizer and one `prompt` config section.
+
+    Args:
+        tokenizer: a fast Hugging Face tokenizer.
+        stop_ids: token ids that end an answer; the first one found in a turn ends what is learned of it.
+        prompt: config section `prompt`; of a finished run with the template's `opening` (see `Run.prompt`).
+        apart: for an encoder-decoder model.
+    """
+
+    def __init__(self, tokenizer, stop_ids: list[int], prompt: dict, apart: bool = False):
+        self.tokenizer, self.stop_ids, self.apart = tokenizer, frozenset(stop_ids), apart
+        self.learn_all = prompt["loss_on"] == "all"
+        self.free = not prompt["apply_chat_template"]
+        if self.free:
+            self.renderer = FreeTemplate(prompt["template"], bool(tokenizer.chat_template))
+        elif not tokenizer.chat_template:
+            raise UserError(
+                f"{tokenizer.name_or_path}: this model has no chat template; choose prompt=plain, "
+                "or set prompt.apply_chat_template=false and a prompt.template"
+            )
+        else:
+            date, opening = prompt.get("date") or DATE, prompt.get("opening", "")
+            system = prompt.get("system") is not None
+            self.renderer = ChatTemplate(tokenizer, date, opening, lambda text: self._stops(text) > 0, system)
+        if apart and self.learn_all:
+            raise UserError(
+                f"{tokenizer.name_or_path}: prompt.loss_on=all is for causal models, and this one reads the prompt in "
+                "an encoder, which predicts nothing; set prompt.loss_on=assistant"
+            )
+        self.first_ids = _ids_before(tokenizer) if self.free else []
+        self.added = frozenset(tokenizer.added_tokens_decoder)
+        self.stops_of: dict[str, int] = {}
+        special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+        self.special = re.compile("|".join(map(re.escape, special)) or "(?!)")
+
+    def _tokens(self, *texts, **options):
+        """What the tokenizer makes of texts. Some make its Rust code panic: a regular expression that finds no end."""
+        with reading(self.tokenizer.name_or_path):
+            return self.tokenizer(*texts, **options)
+
+    def encode(self, messages: list[dict]) -> Encoded:
+        """Token ids and labels of one conversation that ends with the assistant's answer."""
+        return self.encode_pieces(self.pieces([messages]))[0]
+
+    def pieces(self, conversations: list[list[dict]]) -> list[Pieces]:
+        """The text of each conversation, in pieces. With `encode_pieces` much faster than `encode` for each of many.
+
+        Raises:
+            UserError: the template refuses a conversation. Of several, it may be the error of a later one.
+        """
+        return self.renderer.turns(conversations)
+
+    def encode_pieces(self, rows: list[Pieces]) -> list[Encoded]:
+        """Token ids and labels of conversations, as `pieces` gives them. The tokenizer uses all cores it may."""
+        if self.apart:
+            return self._encoded_apart(rows)
+        return [self._labelled(turns, *made) for turns, made in zip(rows, self._tokenized(rows), strict=True)]
+
+    def encode_pairs(self, rows: list[Pieces]) -> list[tuple[Encoded, Encoded]]:
+        """(chosen, rejected), where every two of `rows` are a pair: the same prompt with two answers."""
+        encoded = self.encode_pieces(rows)
+        return list(zip(encoded[::2], encoded[1::2], strict=True))
+
+    def prompt_ids(self, messages: list[dict]) -> list[int]:
+        """What generation starts from, for a conversation that ends with the user's message.
+
+        It is what each row of training begins with: ``input_ids[:prompt_length]``.
+        """
+        turns = self.renderer.prompt(messages)
+        if self.apart:
+            return self._encoder_ids([text_of(turns)])[0]
+        ids, answers, _ = self._tokenized([turns])[0]
+        return ids[: answers[-1].start]
+
+    def text(self, ids: list[int]) -> str:
+        """The text of an answer's tokens, up to the one that ends it: what is shown, and what is judged."""
+        return answer_text(self.tokenizer, ids, self.stop_ids)
+
+    def names_special_tokens(self, messages: list[dict]) -> bool:
+        """Whether somebody but the assistant spells a special token, which the model then reads as that token."""
+        return any(self.special.search(turn["content"]) for turn in messages if turn["role"] != "assistant")
+
+    # --- encoder-decoder --------------------------------------------------------------------------
+
+    def _encoded_apart(self, rows: list[Pieces]) -> list[Encoded]:
+        """The last answer in the decoder, everything before it in the encoder."""
+        prompts = self._encoder_ids([text_of(turns[:-1]) + turns[-1].before for turns in rows])
+        answers = [turns[-1].answer + turns[-1].closing for turns in rows]
+        learned = self._tokens(text_target=answers, add_special_tokens=False)["input_ids"]
+        return [
+            EncodedApart(ids, self._ended(labels), len(ids), False, self._ends_early(turns[-1], labels))
+            for turns, ids, labels in zip(rows, prompts, learned, strict=True)
+        ]
+
+    def _encoder_ids(self, prompts: list[str]) -> list[list[int]]:
+        return self._tokens(prompts, add_special_tokens=self.free)["input_ids"]
+
+    def _ended(self, ids: list[int]) -> list[int]:
+        """An answer up to and with its stop token, or one that is added."""
+        stop = next((at for at, token in enumerate(ids) if token in self.stop_ids), None)
+        return [*ids, self.tokenizer.eos_token_id] if stop is None else ids[: stop + 1]
+
+    # --- causal models: one sequence --------------------------------------------------------------
+
+    def _tokenized(self, rows: list[Pieces]) -> list[tuple[list[int], list[range], bool]]:
+        """Of each row the tokens, which of them each turn is, and whether it was tokenized apart."""
+        texts = list(map(text_of, rows))
+        made = self._tokens(
+            texts,
+            add_special_tokens=False,
+            return_offsets_mapping=True,
+            return_attention_mask=False,
+            return_token_type_ids=False,
+        )
+        parted = list(map(self._parted, rows, texts, made["input_ids"], made["offset_mapping"]))
+        known = _Known(self._tokens, dict(zip(texts, made["input_ids"], strict=True)))
+        known.learn(tail for parts in parted for _, tail, _ in parts)
+        found = [_fitting(ids, parts, known) for ids, parts in zip(made["input_ids"], parted, strict=True)]
+        known.learn(turns[-1].answer for turns, answers in zip(rows, found, strict=True) if answers is None)
+        return [
+            self._behind_first(*(self._cut_apart(turns, known) if answers is None else (ids, answers, False)))
+            for turns, ids, answers in zip(rows, made["input_ids"], found, strict=True)
+        ]
+
+    def _behind_first(self, ids: list[int], answers: list[range], cut: bool) -> tuple[list[int], list[range], bool]:
+        """The tokens behind those that the tokenizer puts before a text."""
+        shift = len(self.first_ids)
+        if shift:
+            ids, answers = self.first_ids + ids, [range(turn.start + shift, turn.stop + shift) for turn in answers]
+        return ids, answers, cut
+
+    def _parted(self, turns: Pieces, text: str, ids: list[int], offsets: list[tuple[int, int]]):
+        """Of each turn of a row that is tokenized as a whole: (token, text, token).
+
+        The tokens before an answer must be those of the text before it alone. An added token (most special ones are)
+        parts a text: what is before it changes nothing behind it. So only what follows the last of them is tokenized
+        again; in most chats that is a few words, and the same in all rows. The three are the first token of that text,
+        the text, and the first token behind the turn.
+        """
+        parts = []
+        for start, end in _places(turns):
+            first = bisect.bisect_left(offsets, (start,))
+            added = (at for at in reversed(range(first)) if ids[at] in self.added and offsets[at][1] <= start)
+            token = next(added, 0)
+            parts.append((token, text[offsets[token][0] if token else 0 : start], bisect.bisect_left(offsets, (end,))))
+        # Nothing follows the last turn. Where offsets leave out blanks, those at its end would seem to.
+        return [*parts[:-1], (*parts[-1][:2], len(ids))]
+
+    def _cut_apart(self, turns: Pieces, known: "_Known") -> tuple[list[int], list[range], bool]:
+        """A row's tokens, cut before each answer that would change the tokens before it; which each turn is; cut?"""
+        chunks, starts, settled = [""], [], 0
+        for turn, after in zip(turns, [*(turn.before for turn in turns[1:]), ""], strict=True):
+            chunks[-1] += turn.before
+            prompt = known[chunks[-1]]
+            starts.append(settled + len(prompt))
+            if known[chunks[-1] + turn.answer + turn.closing + after][: len(prompt)] != prompt:
+                settled += len(prompt)
+                chunks.append("")
+            chunks[-1] += turn.answer + turn.closing
+        ids = [token for chunk in chunks for token in known[chunk]]
+        ends = [len(ids)] if len(turns) == 1 else self._ends(turns, chunks)
+        answers = [range(start, max(start, end)) for start, end in zip(starts, ends, strict=True)]
+        return ids, answers, len(chunks) > 1
+
+    def _ends(self, turns: Pieces, chunks: list[str]) -> list[int]:
+        """The first token behind each turn, in a text that is tokenized in chunks."""
+        made, position, starts = self._tokens(chunks, add_special_tokens=False, return_offsets_mapping=True), 0, []
+        for chunk, offsets in zip(chunks, made["offset_mapping"], strict=True):
+            starts += [position + start for start, _ in offsets]
+            position += len(chunk)
+        return [*(bisect.bisect_left(starts, end) for _, end in _places(turns)[:-1]), len(starts)]
+
+    def _labelled(self, turns: Pieces, ids: list[int], answers: list[range], apart: bool) -> Encoded:
+        """Cut behind the last answer's stop token (or add one), and label the assistant's turns up to theirs."""
+        early = any(
+            self._ends_early(turn, [ids[at] for at in answer]) for turn, answer in zip(turns, answers, strict=True)
+        )
+        last = answers[-1]
+        stop = next((index for index in last if ids[index] in self.stop_ids), None)
+        ids = ids[: last.stop if stop is None else stop + 1]
+        labels = list(ids) if self.learn_all else self._labels(ids, answers)
+        if stop is None:
+            ids.append(self.tokenizer.eos_token_id)
+            labels.append(self.tokenizer.eos_token_id)
+        return Encoded(ids, labels, last.start, apart, early)
+
+    def _labels(self, ids: list[int], answers: list[range]) -> list[int]:
+        """Labels for the assistant's turns, each up to and with its first stop token."""
+        labels = [IGNORED] * len(ids)
+        for answer in answers:
+            for index in answer:
+                if index == len(ids):
+                    break
+                labels[index] = ids[index]
+                if ids[index] in self.stop_ids:
+                    break
+        return labels
+
+    # --- tokens that end answers --------------------------------------------------------------------
+
+    def _ends_early(self, turn: Turn, ids: list[int]) -> bool:
+        """Whether an answer's own text has a token that ends answers, other than at its end."""
+        count = sum(token in self.stop_ids for token in ids)
+        if not count or (count == 1 and turn.closing):
+            return False
+        return count > self._stops(turn.closing) + self._stops_at_the_end(turn.answer)
+
+    def _stops(self, text: str) -> int:
+        """How many tokens that end answers there are in a text that ends a turn."""
+        if text not in self.stops_of:
+            ids = self._tokens(text, add_special_tokens=False)["input_ids"] if text else []
+            self.stops_of[text] = sum(token in self.stop_ids for token in ids)
+        return self.stops_of[text]
+
+    def _stops_at_the_end(self, answer: str) -> int:
+        """How many of them an answer ends with."""
+        texts, count, rest = self.tokenizer.convert_ids_to_tokens(sorted(self.stop_ids)), 0, answer.rstrip()
+        while stop := next((text for text in texts if rest.endswith(text)), None):
+            count, rest = count + 1, rest.removesuffix(stop).rstrip()
+        return count
+
+
+class _Known(dict):
+    """Texts and their tokens."""
+
+    def __init__(self, tokens, known: dict[str, list[int]]):
+        super().__init__(known)
+        self.tokens = tokens
+
+    def learn(self, texts) -> None:
+        """Tokenize all texts that are new, at once."""
+        new = [text for text in dict.fromkeys(texts) if text not in self]
+        if new:
+            arguments = {"return_attention_mask": False, "return_token_type_ids": False}
+            self.update(zip(new, self.tokens(new, add_special_tokens=False, **arguments)["input_ids"], strict=True))
+
+    def __missing__(self, text: str) -> list[int]:
+        self.learn([text])
+        return self[text]
+
+
+def _fitting(ids: list[int], parts: list[tuple[int, str, int]], known: _Known) -> list[range] | None:
+    """Which tokens each turn is (see `_parted`); None: the tokens before one are others without it."""
+    answers = []
+    for token, text, end in parts:
+        start = token + len(known[text])
+        if ids[token:start] != known[text]:
+            return None
+        answers.append(range(start, max(start, end)))
+    return answers
+
+
+def _places(turns: Pieces) -> list[tuple[int, int]]:
+    """(start, end) of each turn in the text."""
+    places, position = [], 0
+    for before, answer, closing in turns:
+        start = position + len(before)
+        position = start + len(answer) + len(closing)
+        places.append((start, position))
+    return places
+
+
+def _ids_before(tokenizer) -> list[int]:
+    """What the tokenizer puts before a text; what it closes one with has no place before an answer."""
+    made, plain = tokenizer("a")["input_ids"], tokenizer("a", add_special_tokens=False)["input_ids"]
+    start = next(at for at in range(len(made)) if made[at : at + len(plain)] == plain)
+    return made[:start]

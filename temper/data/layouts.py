@@ -1,0 +1,415 @@
+"""From a row of raw data to a conversation: ``[{"role": ..., "content": ...}, ...]``, the last one the answer.
+
+A layout is a function ``(row) -> messages``. Of a preference pair these end with the chosen answer; what is rejected
+comes from a function of its own, ``(row, messages) -> text``. Complaints name columns; who calls adds file and line.
+"""
+
+import hashlib
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
+
+from temper.data import templates, texts
+from temper.errors import UserError, suggest
+
+Messages = list[dict[str, str]]
+ROLES = ("system", "user", "assistant")
+SHAREGPT_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
+
+
+class Example(NamedTuple):
+    """One row: a conversation that ends with the (chosen) answer and, of a preference pair, the rejected answer."""
+
+    messages: Messages
+    rejected: str | None = None
+
+
+def converter(data: dict, system: str | None) -> Callable[[dict], Example | None]:
+    """A function that turns a row into an example, or None when `data.where` leaves it out.
+
+    Args:
+        data: the config section; layout, columns, prompt, completion, rejected, rejected_from and where are used.
+        system: a system message to put first, in place of one in the data; None leaves the data's own.
+
+    Raises:
+        UserError: now, for a template that does not compile; when called, for a row that makes no conversation.
+    """
+    renamed = _renamed_columns(data)
+    ignored = frozenset(data.get("ignore_fields") or ()) | frozenset(renamed.values())
+    free = data["layout"] == "template"
+    to_messages, columns = (None, ()) if free else LAYOUTS[data["layout"]]
+    evaluate = _templates(data)
+
+    def convert(row: dict) -> Example | None:
+        if renamed:
+            row = {**row, **{name: _renamed(row, name, theirs) for name, theirs in renamed.items()}}
+        made = evaluate(row)
+        if not made.get("where", True):
+            return None
+        refuse_unused(row, columns, ignored)
+        messages = _exchange(made["prompt"], made["completion"]) if free else to_messages(row)
+        rejected = _rejected(data, row, messages, made)
+        if system is not None:
+            messages = [{"role": "system", "content": system}, *without_system(messages)]
+        _refuse_broken_text([*messages, *([_said("rejected answer", rejected)] if rejected else [])])
+        return Example(messages, rejected)
+
+    return convert
+
+
+MESSAGE = frozenset({"role", "content", "from", "value"})  # what is read of a message
+# Columns that say more of a conversation in formats that other programs read.
+BESIDE = ("tools", "functions", "system", "system_prompt", "history", "chat_template_kwargs")
+TO_DROP = "to drop it from all rows, set data.ignore_fields=[{name}]; to leave such rows out, use data.where"
+
+
+def _harmless(value) -> bool:
+    """Whether it says nothing: null, something empty, a weight of 1, ``train: true``. (0 and false say much.)"""
+    return value is None or value is True or value in ("", [], {}) or (value == 1 and value is not False)
+
+
+def refuse_unused(
+    row: dict, columns: Iterable[str], ignored: frozenset[str] = frozenset(), way_on: str = TO_DROP
+) -> None:
+    """Refuse what stands in messages, or beside them, and is not read: it would be dropped without a word.
+
+    Args:
+        columns: those that may hold messages.
+        ignored: what is dropped on purpose (data.ignore_fields).
+        way_on: what to do about a field `{name}`.
+    """
+    turns = [row.get(column) for column in columns]
+    turns = [turn for given in turns for turn in (given if isinstance(given, list) else [given])]
+    found = [item for turn in turns if isinstance(turn, dict) for item in turn.items()]
+    if found or "instruction" in columns:
+        found += [(name, row.get(name)) for name in BESIDE if name not in columns]
+    for name, value in found:
+        if name not in MESSAGE and name not in ignored and not _harmless(value):
+            raise UserError(
+                f"'{name}' ({texts.shown(value)}) in or beside messages is not used: {way_on.format(name=name)}"
+            )
+
+
+def _renamed(row: dict, name: str, theirs: str):
+    if theirs not in row:
+        raise UserError(f"no column '{theirs}', which data.columns.{name} names; there are {_names(row)}")
+    return row[theirs]
+
+
+def _refuse_broken_text(messages: Messages) -> None:
+    r"""JSON can spell half a character (a lone \ud83d), which no UTF-8 file can hold."""
+    for message in messages:
+        try:
+            message["content"].encode()
+        except UnicodeEncodeError as error:
+            half = error.object[error.start].encode("unicode_escape").decode()
+            raise UserError(f"the {message['role']}'s text holds half a character ({half}): correct the file") from None
+
+
+def without_system(messages: Messages) -> Messages:
+    """The conversation without its system message."""
+    return [message for message in messages if message["role"] != "system"]
+
+
+def _renamed_columns(data: dict) -> dict[str, str]:
+    """`data.columns`, once it is sure that the layout has the columns it renames."""
+    renamed = data.get("columns") or {}
+    free = data["layout"] == "template"
+    known = sorted(_used(data)) if free and renamed else () if free else LAYOUTS[data["layout"]][1]
+    for name in renamed:
+        if name not in known:
+            without = "no template uses it" if free else f"layout '{data['layout']}' has no such column"
+            raise UserError(f"config: 'data.columns.{name}': {without}; {suggest(name, known)}")
+    return renamed
+
+
+def _used(data: dict) -> set[str]:
+    """The columns that the free layout's templates name."""
+    from jinja2 import meta
+
+    used = set()
+    for key in [key for key in ("where", "prompt", "completion", "rejected") if data.get(key)]:
+        with templates.bounded(f"config: 'data.{key}'"):
+            source = f"{{{{ {data[key]} }}}}" if key == "where" else data[key]
+            used |= meta.find_undeclared_variables(texts.environment().parse(source))
+    return used
+
+
+# --- layouts of two texts ------------------------------------------------------------------------
+
+
+def question_answer(row: dict) -> Messages:
+    """Columns question, answer."""
+    return _exchange(_text(row, "question"), _text(row, "answer"))
+
+
+def instruction(row: dict) -> Messages:
+    """Alpaca's columns: instruction, output, and input, which goes after a blank line when there is any."""
+    prompt = _text(row, "instruction")
+    if row.get("input") not in (None, ""):
+        prompt = f"{prompt}\n\n{_text(row, 'input')}"
+    return _exchange(prompt, _text(row, "output"))
+
+
+def prompt_completion(row: dict) -> Messages:
+    """TRL's columns: prompt, completion; both are texts, or both are lists of messages."""
+    prompt, completion = _column(row, "prompt"), _column(row, "completion")
+    if isinstance(prompt, list) and isinstance(completion, list):
+        return _checked([*_read(prompt, "prompt"), *_read(completion, "completion")], "completion")
+    return _exchange(_text(row, "prompt"), _text(row, "completion"))
+
+
+def _exchange(prompt: str, answer: str) -> Messages:
+    return [_said("user", prompt), _said("assistant", answer)]
+
+
+def _said(role: str, content: str) -> dict[str, str]:
+    return {"role": role, "content": content}
+
+
+def _column(row: dict, name: str):
+    try:
+        return row[name]
+    except KeyError:
+        raise UserError(
+            f"no column '{name}'; there are {_names(row)}: choose another data.layout, "
+            f"or say which column it is: data.columns.{name}=..."
+        ) from None
+
+
+def _text(row: dict, name: str) -> str:
+    value = _column(row, name)
+    if isinstance(value, str) and value.strip():
+        return value
+    if value is None or isinstance(value, str):
+        what = "blank" if value and value.strip() == "" else "empty"
+        raise UserError(f'column "{name}" is {what}; to leave such rows out, set data.where to "{_filled(name)}"')
+    try:
+        texts.checked(value)
+        way_on = f"data.layout=template makes text of it: {{{{ {name} }}}}"
+    except texts.NotTextError:
+        way_on = f"data.layout=template can make text of it: {texts.way_on(value, name)}"
+    raise UserError(f"column '{name}' holds {texts.shown(value)}, {texts.kind(value)}, not text; {way_on}")
+
+
+# --- layouts of whole conversations --------------------------------------------------------------
+
+
+def messages(row: dict) -> Messages:
+    """Column messages: a list of role and content."""
+    return _checked(_read(_column(row, "messages"), "messages"), "messages")
+
+
+def sharegpt(row: dict) -> Messages:
+    """Column conversations: a list of from (human, gpt, system) and value; role and content do as well."""
+    return _checked(_read(_column(row, "conversations"), "conversations"), "conversations")
+
+
+def _read(turns, column: str) -> Messages:
+    """A column's list of messages, in our words: role and content."""
+    if not isinstance(turns, list) or not turns:
+        raise UserError(f"column '{column}' holds {texts.shown(turns)}, not a list of messages")
+    return [_message(turn, f"{column}[{index}]") for index, turn in enumerate(turns)]
+
+
+def _message(turn, name: str) -> dict[str, str]:
+    if not isinstance(turn, dict):
+        raise UserError(f"{name} is {texts.shown(turn)}, not a message with role and content")
+    role, content = _one_of(turn, name, "role", "from", _role), _one_of(turn, name, "content", "value")
+    if role not in ROLES:
+        raise UserError(f"{name}: role {texts.shown(role)} is not known; {suggest(str(role), SHAREGPT_ROLES)}")
+    if not isinstance(content, str):
+        raise UserError(f"{name}: the content is {texts.shown(content)}, not text")
+    if not content.strip():
+        raise UserError(f"{name}: the {role}'s message is empty; leave such rows out with data.where")
+    return {"role": role, "content": content}
+
+
+def _role(given):
+    """Our name of a role, where there is one."""
+    return SHAREGPT_ROLES.get(given, given) if isinstance(given, str) else given
+
+
+def _one_of(turn: dict, name: str, ours: str, theirs: str, read: Callable = lambda value: value):
+    """What stands in a field that goes by two names, as `read` has it; None where there is neither."""
+    given = [read(turn[key]) for key in (ours, theirs) if turn.get(key) is not None]
+    if len(given) == 2 and given[0] != given[1]:
+        raise UserError(f"{name} has '{ours}' and '{theirs}', which differ: remove one")
+    return given[0] if given else None
+
+
+def _checked(messages: Messages, column: str) -> Messages:
+    """The conversation, once it is sure that there is a prompt and, at the end, an answer."""
+    roles = [message["role"] for message in messages]
+    if "system" in roles[1:]:
+        raise UserError(f"column '{column}': a system message after the first message; only the first may be one")
+    if roles[-1] != "assistant":
+        key = "from == 'gpt'" if column == "conversations" else "role == 'assistant'"
+        raise UserError(
+            f"column '{column}' ends with the {roles[-1]}'s message, so there is no answer to learn; "
+            f'to leave such rows out, set data.where to "{column}[-1].{key}"'
+        )
+    if "user" not in roles:
+        raise UserError(f"column '{column}' has an answer but no user's message before it")
+    return messages
+
+
+# --- preference pairs: what is rejected -------------------------------------------------------------
+
+
+def preference(row: dict) -> Messages:
+    """TRL's columns: prompt, chosen, rejected. Here the conversation with the chosen answer.
+
+    The prompt is a text or a list of messages; the answers are texts, messages or lists of messages. Without a column
+    prompt, chosen and rejected are whole conversations that differ in the last message.
+    """
+    return _with_answer(row, "chosen")
+
+
+def _with_answer(row: dict, column: str) -> Messages:
+    prompt = row.get("prompt")
+    if prompt is None:
+        if not isinstance(_column(row, column), list):
+            _text(row, "prompt")  # complains: there is none, and an answer alone is no conversation
+        return _checked(_read(row[column], column), column)
+    before = _read(prompt, "prompt") if isinstance(prompt, list) else [_said("user", _text(row, "prompt"))]
+    answer = _column(row, column)
+    if isinstance(answer, dict):
+        return _checked([*before, _message(answer, column)], column)
+    after = _read(answer, column) if isinstance(answer, list) else [_said("assistant", _text(row, column))]
+    return _checked([*before, *after], column)
+
+
+def _rejected(data: dict, row: dict, messages: Messages, made: dict) -> str | None:
+    """What a row rejects, in which the templates `made` this; None where there are no pairs."""
+    if data["layout"] == "preference":
+        return _rejected_column(row, messages)
+    if "rejected" in made:
+        return _other_than_chosen(made["rejected"], messages)
+    if data.get("rejected_from") is not None:
+        return another_label(data["rejected_from"], messages)
+    return None
+
+
+def _rejected_column(row: dict, messages: Messages) -> str:
+    with_rejected = _with_answer(row, "rejected")
+    if with_rejected[:-1] != messages[:-1]:
+        raise UserError(
+            "columns 'chosen' and 'rejected' differ before their last message, so they answer different prompts; "
+            'to leave such rows out, set data.where to "chosen[:-1] == rejected[:-1]"'
+        )
+    return _other_than_chosen(with_rejected[-1]["content"], messages)
+
+
+def _other_than_chosen(rejected: str, messages: Messages) -> str:
+    if rejected == messages[-1]["content"]:
+        raise UserError(
+            f"the chosen and the rejected answer are the same ({texts.shown(rejected)}), which prefers nothing; "
+            "correct the row, or leave such rows out with data.where"
+        )
+    return rejected
+
+
+def another_label(labels: list[str], messages: Messages) -> str:
+    """One of the labels that the answer is not. Of several it is picked by a hash of the conversation."""
+    answer = messages[-1]["content"]
+    if answer not in labels:
+        raise UserError(f"the answer {texts.shown(answer)} is none of data.rejected_from ({', '.join(labels)})")
+    others = [label for label in labels if label != answer]
+    asked = repr([[message["role"], message["content"]] for message in without_system(messages)])
+    return others[int.from_bytes(hashlib.sha256(asked.encode(errors="replace")).digest()[:8]) % len(others)]
+
+
+# layout -> (function, its columns)
+LAYOUTS: dict[str, tuple[Callable[[dict], Messages], tuple[str, ...]]] = {
+    "messages": (messages, ("messages",)),
+    "prompt_completion": (prompt_completion, ("prompt", "completion")),
+    "instruction": (instruction, ("instruction", "input", "output")),
+    "question_answer": (question_answer, ("question", "answer")),
+    "sharegpt": (sharegpt, ("conversations",)),
+    "preference": (preference, ("prompt", "chosen", "rejected")),
+}
+
+
+# --- Jinja over the columns: where, and the free layout's texts ----------------------------------------
+
+
+def _templates(data: dict) -> Callable[[dict], dict]:
+    """The function that evaluates a row's templates: {"where": a truth, "prompt": text, ...}; no text where it fails.
+
+    All templates of a row stand in one `bounded` block, which costs more than they do.
+    """
+    keys = [key for key in ("where", "prompt", "completion", "rejected") if data.get(key) is not None]
+    if not data.get("where"):
+        keys = [key for key in keys if key != "where"]
+    evaluate = {key: _compiled(key, data[key]) for key in keys}
+    what = " or ".join(f"data.{key}" for key in keys)
+
+    def evaluated(row: dict) -> dict:
+        made = {}
+        with templates.bounded(f"{what} (columns: {_names(row)})"):
+            for key, function in evaluate.items():
+                made[key] = function(row)
+                if made[key] is False:
+                    break
+        return made
+
+    return evaluated if keys else lambda _row: {}
+
+
+def _compiled(key: str, source: str) -> Callable[[dict], object]:
+    """`data.<key>` as a function of the row: a template's text, or the truth of the expression `where`."""
+    from jinja2 import meta
+
+    environment = texts.environment()
+    with templates.bounded(f"config: 'data.{key}'"):
+        if key == "where":
+            expression = environment.compile_expression(source, undefined_to_none=False)
+        else:
+            template = environment.from_string(source)
+        used = meta.find_undeclared_variables(environment.parse(f"{{{{ {source} }}}}" if key == "where" else source))
+
+    def evaluated(row: dict):
+        try:
+            # A misspelt column raises in bool(); by default it would count as false.
+            return bool(texts.condition(expression(row))) if key == "where" else template.render(row)
+        except texts.NotTextError as error:
+            column = _column_of(error.value, row, used)
+            reason = f"{_holder(column)}{error}: {texts.way_on(error.value, column)}"
+        except texts.NoTruthError as error:
+            reason = error.said(_column_of(error.value, row, used))
+        except Exception as error:  # a template is its author's program
+            reason = templates.reason(error)
+        raise UserError(f"data.{key}: {reason} (columns: {_names(row)})")
+
+    def text(row: dict) -> str:
+        made = templates.checked(evaluated(row), row, f"data.{key}")
+        if not made.strip():
+            raise UserError(f"data.{key} gives an empty text; to leave such rows out, {_emptiness(row, used)}")
+        return made
+
+    return evaluated if key == "where" else text
+
+
+def _column_of(value, row: dict, used: set[str]) -> str | None:
+    """The column of a template that holds a value, if any does."""
+    return next((name for name, found in row.items() if name in used and found is value), None)
+
+
+def _holder(column: str | None) -> str:
+    return f"column '{column}': " if column else ""
+
+
+def _emptiness(row: dict, used: set[str]) -> str:
+    """The proposal that leaves out rows like this one, in which some column of the template is empty."""
+    empty = next((name for name in row if name in used and not str(row[name] or "").strip()), None)
+    hint = f'set data.where to "{_filled(empty)}"' if empty else "use data.where"
+    return f"{hint} (columns: {_names(row)})"
+
+
+def _filled(column: str) -> str:
+    """The condition that a column holds a text: not null, not empty, not blank."""
+    return f"{column} | default('', true) | trim != ''"
+
+
+def _names(row: dict) -> str:
+    return ", ".join(map(str, row))

@@ -1,0 +1,222 @@
+"""Jinja templates that somebody else wrote: those of the data, of the prompt, of the model.
+
+They run in a sandbox, see no clock and no dice (a text that depends on anything else than the config and the row is in
+no key), and always end: within SECONDS of computing, MEMORY, and a text that is not out of all proportion to what went
+in. Whatever goes wrong is one UserError that begins with the words of the caller, which say which template it is.
+"""
+
+import contextlib
+import datetime
+import json
+import os
+import re
+import resource
+import signal
+import threading
+from collections.abc import Callable, Iterator, Mapping
+
+from temper.errors import UserError
+
+SECONDS = 1.0  # of computing, not of waiting: a busy machine makes no template slow
+MEMORY = 2**29  # bytes
+CHARACTERS = 2**20  # of a text, or GROWTH times as many as went in
+GROWTH = 16
+_ADDRESS = re.compile(r"<[^<>]* at 0x[0-9a-f]+>")  # how Python shows a function, a generator or a namespace
+
+
+class _TooSlow(BaseException):
+    """SECONDS are over. No Exception: Jinja, which tries constants out while it compiles, would go on."""
+
+
+# --- what a template may use -----------------------------------------------------------------------
+
+
+def environment(finalize: Callable | None = None, **options):
+    """A sandbox for templates of the config, where an unknown variable is an error.
+
+    Args:
+        finalize: called with each value that is put into the text; it returns what to put there.
+        options: of `jinja2.Environment`.
+    """
+    from jinja2 import StrictUndefined
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    options = {"keep_trailing_newline": True, "undefined": StrictUndefined, **options}
+    return without_dice(ImmutableSandboxedEnvironment(finalize=finalize, **options))
+
+
+def without_dice(environment):
+    """`environment` itself, where what gives another text each time raises an error instead."""
+    environment.filters = {**environment.filters, "random": _refused("random")}
+    environment.globals = {**environment.globals, "lipsum": _refused("lipsum")}
+    return environment
+
+
+def _refused(name: str) -> Callable:
+    def refuse(*_arguments, **_named):
+        from jinja2 import TemplateRuntimeError
+
+        raise TemplateRuntimeError(f"'{name}' gives another text each time, so nothing made with it can be repeated")
+
+    return refuse
+
+
+def chat_environment(source: str, date: str):
+    """The sandbox in which transformers runs a model's chat template `source`, with the clock standing at `date` (ISO).
+
+    Raises:
+        jinja2.TemplateSyntaxError: and whatever else a template's text may cause: call it in `bounded`.
+    """
+    from transformers.utils.chat_template_utils import _compile_jinja_template
+
+    made = without_dice(_compile_jinja_template(source).environment.overlay())
+    made.globals["strftime_now"] = datetime.datetime.fromisoformat(date).strftime
+    return made
+
+
+def reads_clock(source: str, environment) -> bool:
+    """Whether a chat template asks what day it is."""
+    from jinja2 import nodes
+
+    return any(name.name == "strftime_now" for name in environment.parse(source).find_all(nodes.Name))
+
+
+def to_ship(source: str, date: str, opening: str) -> str:
+    """A chat template for other programs, that makes of a conversation what it makes here.
+
+    Args:
+        date: where its clock stands (ISO): the answers to all its questions go into the template.
+        opening: what comes behind each prompt (see `temper.data.rendering`).
+
+    Raises:
+        UserError: it asks for the date in words that it puts together itself.
+    """
+    environment = chat_environment(source, date)
+    if reads_clock(source, environment):
+        answers = {text: environment.globals["strftime_now"](text) for text in _asked(source, environment)}
+        # The empty text at the end keeps blanks at the start of the template: a block would take a line end with it.
+        clock = "{%- macro strftime_now(format) %}{{ " + json.dumps(answers) + "[format] }}{% endmacro %}{{ '' }}"
+        source = clock + source
+    if opening:
+        source = (
+            source.removesuffix("\n") + "{% if add_generation_prompt %}{{ " + json.dumps(opening) + " }}{% endif %}"
+        )
+    return source
+
+
+def _asked(source: str, environment) -> list[str]:
+    """What the template asks the clock, as strftime has it."""
+    from jinja2 import nodes
+
+    tree = environment.parse(source)
+    calls = [call for call in tree.find_all(nodes.Call) if getattr(call.node, "name", None) == "strftime_now"]
+    formats = [call.args[0].value for call in calls if call.args and isinstance(call.args[0], nodes.Const)]
+    if len(formats) < len(calls):
+        raise UserError("the chat template asks for the date in words that it puts together: write the day into it")
+    return formats
+
+
+# --- that it ends ------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def bounded(what: str) -> Iterator[None]:
+    """What templates do in this block, compiling included, ends within SECONDS and MEMORY, or as one UserError.
+
+    It costs as much as a small render does: put many into one block, and go one by one where that fails. In another
+    thread than the main one there is no limit of time: Python has no way to interrupt it there.
+
+    Args:
+        what: the error's first words: which template, of which row.
+    """
+    try:
+        with _time_limit(), _memory_limit():
+            yield
+    except UserError:
+        raise
+    except (Exception, _TooSlow) as error:  # a template is its author's program: whatever it raises is for the user
+        raise UserError(f"{what}: {reason(error)}") from None
+
+
+def render(template, variables: Mapping, what: str) -> str:
+    """The text that `template` makes of `variables`, within all limits."""
+    with bounded(what):
+        text = template.render(variables)
+    return checked(text, variables, what)
+
+
+def checked(text: str, variables: object, what: str) -> str:
+    """`text`, unless it is too long for what it was made from, or shows where in memory some object lies."""
+    if len(text) > CHARACTERS and len(text) > GROWTH * len(str(variables)):
+        raise UserError(
+            f"{what}: makes a text of {len(text):,} characters, far more than it was given: does a loop repeat it?"
+        )
+    found = _ADDRESS.search(text) if " at 0x" in text else None
+    if found and found[0] not in str(variables):
+        raise UserError(
+            f"{what}: puts {found[0]} into the text, which is another one each time: "
+            "a filter without |list or |join, or a function without ()?"
+        )
+    return text
+
+
+def reason(error: BaseException) -> str:
+    """Why a template gives no text, in a line."""
+    from jinja2 import TemplateSyntaxError
+
+    if isinstance(error, _TooSlow):
+        return f"takes more than {SECONDS:.0f} s of computing: does a loop or a power never end?"
+    if isinstance(error, MemoryError):
+        return f"takes more than {MEMORY >> 20} MiB of memory: does a loop or a product grow without end?"
+    if isinstance(error, RecursionError):
+        return "is nested too deeply, or calls itself without end"
+    said = " ".join(str(error).split())[:200]
+    if isinstance(error, TemplateSyntaxError):
+        return f"{said} (line {error.lineno})"
+    return said if said and not isinstance(error, LookupError) else f"{type(error).__name__} {said}".rstrip()
+
+
+@contextlib.contextmanager
+def _time_limit() -> Iterator[None]:
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    if signal.getsignal(signal.SIGVTALRM) is not _too_slow:
+        signal.signal(signal.SIGVTALRM, _too_slow)  # stays: nothing else counts computing time
+    signal.setitimer(signal.ITIMER_VIRTUAL, SECONDS)  # fires once, so it never fires behind this block
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+
+
+def _too_slow(*_):
+    raise _TooSlow
+
+
+@contextlib.contextmanager
+def _memory_limit() -> Iterator[None]:
+    """MEMORY more than the process has now. Linux alone says how much that is; elsewhere the limit of time must do."""
+    used = _address_space()
+    if used is None:
+        yield
+        return
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    limits = [limit for limit in (used + MEMORY, *before) if limit != resource.RLIM_INFINITY]
+    resource.setrlimit(resource.RLIMIT_AS, (min(limits), before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)
+
+
+def _address_space() -> int | None:
+    """Bytes of this process's address space."""
+    try:
+        file = os.open("/proc/self/statm", os.O_RDONLY)
+    except OSError:
+        return None
+    try:
+        return int(os.read(file, 32).split()[0]) * resource.getpagesize()
+    finally:
+        os.close(file)

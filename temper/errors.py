@@ -1,0 +1,239 @@
+"""The one error class of Temper, and how it reaches the user."""
+
+import contextlib
+import difflib
+import errno
+import json
+import os
+import select
+import signal
+import sys
+import unicodedata
+from pathlib import Path
+
+from temper import signals
+from temper.secrets import redacted
+
+JOINERS = "\u200c\u200d"
+MOST_SHOWN = 15  # longer lists of choices drown the message
+
+
+class UserError(Exception):
+    """Something a person can fix: bad config, bad data, a missing file, no network.
+
+    The message is one line that says what was found, where, and what to do. Commands print it
+    as ``error: <message>`` and exit with code 2, without a traceback. It never shows a password or a token.
+    """
+
+    def __init__(self, message: str):
+        super().__init__(redacted(message))
+
+
+@contextlib.contextmanager
+def one_line_errors(
+    what: str | None = None, stage: str | None = None, log: str | None = None, command: str | None = None
+):
+    """End the process with one line when the user can fix what is wrong (exit code 2), or asked it to end.
+
+    A reader that closes its end of the pipe (``| head``) ends it without a word, as it ends other commands.
+
+    Args:
+        what: what is being made, for the line; the command's name by itself.
+        stage: the step at work.
+        log: a file that gets the line as well.
+        command: the command's name, by itself that of the program.
+    """
+    command = command or Path(sys.argv[0]).stem
+    _print_any_text()
+    with signals.as_interrupts():
+        try:
+            yield
+            sys.stdout.flush()
+        except KeyboardInterrupt as error:
+            again = ": run the same command again, and it goes on from what is whole" if stage else ""
+            _end(f"interrupted ({error or 'SIGINT'}){again}", getattr(error, "code", 130), log)
+        except Exception as error:
+            if isinstance(error, BrokenPipeError) and _nobody_reads():
+                sys.exit(128 + signal.SIGPIPE)
+            known = explained(error, what or command, stage or command)
+            if known is None:
+                raise
+            _end(f"error: {visible(str(known))}", 2, log)
+
+
+def _print_any_text() -> None:
+    """Let a terminal of another encoding show what it can, rather than end the command."""
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(AttributeError, ValueError):  # of a test, or closed
+            stream.reconfigure(errors="backslashreplace")
+
+
+def _nobody_reads() -> bool:
+    """Whether standard output is a pipe that was closed. Python would complain of that once more at its end."""
+    poll = select.poll()
+    poll.register(sys.stdout, 0)
+    closed = any(event & select.POLLERR for _, event in poll.poll(0))
+    if closed:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return closed
+
+
+def _end(line: str, code: int, log: str | None) -> None:
+    print(line, file=sys.stderr, flush=True)
+    if log:
+        with contextlib.suppress(OSError), Path(log).open("a", encoding="utf-8") as file:
+            print(line, file=file)
+    sys.exit(code)
+
+
+def visible(text: str) -> str:
+    """A text on one line: what would break it, or steer a terminal, as Python writes it."""
+    return "".join(repr(char)[1:-1] if _steers(char) else char for char in text)
+
+
+def _steers(char: str) -> bool:
+    """Controls, halves of characters, ends of lines and paragraphs, and what is not seen but turns or hides other text.
+
+    Joiners stay, for words of Indic scripts and of Persian, and many emoji, are others without them; they move nothing.
+    """
+    kind = unicodedata.category(char)
+    seen = char in JOINERS or unicodedata.bidirectional(char) == "AN"  # the latter: Arabic's signs for numbers
+    return kind in ("Cc", "Cs", "Zl", "Zp") or (kind == "Cf" and not seen)
+
+
+def explained(error: Exception, what: str, stage: str | None = None) -> UserError | None:
+    """What the user can do about `error`, met in making `what`; None: it is a fault of the code."""
+    return error if isinstance(error, UserError) else lack(error, what, stage)
+
+
+# Libraries wrap what the system says (safetensors in its own error, torch in a RuntimeError), but they all quote it.
+# "inline_container" is torch.save whose file was cut short, "11360 requested and 2896 written" NumPy's.
+FULL = [os.strerror(errno.ENOSPC), os.strerror(errno.EDQUOT), "disk is full", "inline_container.cc", "requested and"]
+READ_ONLY = [os.strerror(errno.EROFS)]
+# The last two are what is said of a library that could not be loaded for lack of memory: by the loader, by Python.
+NO_MEMORY = [
+    "MemoryError",
+    "out of memory",
+    "can't allocate memory",
+    "Unable to allocate",
+    os.strerror(errno.ENOMEM),
+    "failed to map segment from shared object",
+    "SystemError: error return without exception set",
+]
+# Said alike by Python and by OpenMP's and Arrow's pools; too little address space says the same as too many processes.
+NO_THREAD = ["can't start new thread", os.strerror(errno.EAGAIN)]
+# What a path can be that no retry will mend: the system's message and the path say it all.
+PATHS = {
+    errno.EACCES: "make it readable and writable",
+    errno.EPERM: "make it readable and writable",
+    errno.ENOTDIR: "there is a file where a folder should be: move it away",
+    errno.EEXIST: "move it away",
+    errno.EISDIR: "there is a folder where a file should be: move it away",
+    errno.ENAMETOOLONG: "choose a shorter name",
+    errno.ELOOP: "its links lead in a circle: name the file itself",
+    errno.EIO: "the disk or the network drive fails",
+    errno.ESTALE: "the disk or the network drive fails",
+    errno.EMFILE: "raise the limit of open files (ulimit -n)",
+    errno.ENFILE: "raise the limit of open files (ulimit -n)",
+}
+# What takes less memory, by what is at work. Elsewhere nothing does but a larger machine.
+TRAIN_SMALLER = (
+    "lower train.per_device_train_batch_size (and raise gradient_accumulation_steps by as much), or "
+    "tokenize.max_length, or set train.gradient_checkpointing=true"
+)
+SMALLER = {
+    None: TRAIN_SMALLER + "; in evaluation lower eval.batch_size (--batch-size)",
+    "train_adapter": TRAIN_SMALLER,
+    "evaluate_model": "lower eval.batch_size",
+    "sample_answers": "lower method.own_answers.batch_size",
+    "reference_logprobs": "lower tokenize.max_length",
+    "predict": "lower --batch-size",
+}
+RESUMED = ("train_adapter", "reference_logprobs", "snakemake")  # others begin anew
+LARGER = "close other programs, run with fewer --cores, or use a machine with more memory"
+
+
+def lack(error: BaseException, output: str, stage: str | None = None) -> UserError | None:
+    """What the machine lacks, when `error` or one it came from says so: room or rights on disk, memory, threads.
+
+    Args:
+        output: what was being made, for the line.
+        stage: the step or command at work, which decides what takes less memory; None: it is not known.
+    """
+    said, wrong = "", None
+    while error is not None:
+        said += f"{type(error).__name__}: {error}\n"
+        wrong = wrong or _wrong_path(error)
+        error = error.__cause__ or error.__context__
+    again = "then run the same command again"
+    if stage is None or stage in RESUMED:
+        again += ": it goes on where this one stopped"
+    if any(text in said for text in FULL):
+        return UserError(f"{output}: the disk is full; free some space (results/merged/ can go first), {again}")
+    if any(text in said for text in READ_ONLY):
+        return UserError(f"{output}: the disk is read-only; make it writable, {again}")
+    if any(text in said for text in NO_MEMORY):
+        return UserError(f"{output}: out of memory; {SMALLER.get(stage, LARGER)}")
+    if any(text in said for text in NO_THREAD):
+        return UserError(
+            f"{output}: no more threads can be started; the limit of processes (ulimit -u) or of memory (ulimit -v, "
+            f"the job's request) is used up: raise it, {again}"
+        )
+    return wrong
+
+
+def _wrong_path(error: BaseException) -> UserError | None:
+    """What is wrong with the path that the system refused, in one line."""
+    if not isinstance(error, OSError) or error.filename is None or error.errno not in PATHS:
+        return None
+    name = str(error.filename)
+    shown = f"{name[:60]}..." if error.errno == errno.ENAMETOOLONG else name
+    return UserError(f"{shown}: {error.strerror}; {PATHS[error.errno]}")
+
+
+def suggest(word: str, choices) -> str:
+    """``"did you mean 'x'?"`` when a choice is close to `word` or has it as initials (lr), else what is allowed."""
+    choices = sorted(str(choice) for choice in choices)
+    initials = [choice for choice in choices if "".join(part[:1] for part in choice.split("_")) == word]
+    same = [choice for choice in choices if choice.casefold() == word.casefold()]
+    close = same or initials or difflib.get_close_matches(word, choices, n=1)
+    if close:
+        return f"did you mean '{close[0]}'?"
+    shown = ", ".join(choices[:MOST_SHOWN])
+    return f"allowed: {shown}" + (f" and {len(choices) - MOST_SHOWN} more" if len(choices) > MOST_SHOWN else "")
+
+
+@contextlib.contextmanager
+def told_by_library(section: str):
+    """What a library says while it makes something of a config section, in one line, in its own words.
+
+    For making alone, before anything runs: there whatever is raised is about the config. Not what the machine lacks.
+
+    Raises:
+        UserError: instead of any other exception.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        if lack(error, section) is not None:
+            raise
+        said = " ".join(str(error).split())[:300] or "no reason given"
+        kind = "" if isinstance(error, ValueError | ImportError | NotImplementedError) else f"{type(error).__name__}: "
+        raise UserError(f"config: {section}: {kind}{said}") from error
+
+
+def short(text: str) -> str:
+    """A text for a message."""
+    return text if len(text) <= 200 else f"{text[:150]} ... {text[-30:]}"
+
+
+def found(value, text_wanted: bool = False) -> str:
+    """A value for a message, as JSON. YAML makes something else of some unquoted texts."""
+    shown = short(json.dumps(value, default=str, ensure_ascii=False))
+    if isinstance(value, bool):
+        return f"{shown}; YAML reads yes, no, on and off as true and false: put them in quotes where they are texts"
+    if text_wanted and isinstance(value, int | float):
+        return f"{shown}; put it in quotes to make it a text"
+    return shown

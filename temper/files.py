@@ -1,0 +1,127 @@
+"""Reading what an earlier command wrote, and what may be damaged by now: cut, emptied, edited, of another program.
+
+Every such file is read here, so that each fault is one line that names the file and what to do. Writing one whole, too.
+"""
+
+import functools
+import json
+import os
+from pathlib import Path
+
+from temper.errors import UserError, lack
+from temper.folders import made_again
+
+
+def read_json(path: Path, shape=dict, remedy: str | None = None):
+    """The content of a JSON file.
+
+    Args:
+        shape: what it must be: a type such as ``dict[str, int]``, or {name: type} for an object with these.
+        remedy: what to do when it is damaged; by itself: to make its folder again.
+
+    Raises:
+        UserError: it is not there, cannot be read, is no JSON or of another shape.
+    """
+    return _parsed(path, json.loads, shape, remedy)
+
+
+def read_json_lines(path: Path, shape=dict, remedy: str | None = None) -> list:
+    """The objects of a JSON lines file. Arguments and errors are those of `read_json`."""
+
+    def parse(text: str) -> list:
+        return [json.loads(line) for line in text.split("\n") if line.strip()]
+
+    return _parsed(path, parse, list, remedy, shape)
+
+
+def read_yaml(path: Path, shape=dict, remedy: str | None = None):
+    """The content of a YAML file that one of our commands wrote. Arguments and errors are those of `read_json`."""
+    import yaml
+
+    def parse(text: str):
+        try:
+            return yaml.safe_load(text) or {}
+        except yaml.YAMLError as error:
+            raise ValueError(" ".join(str(error).split())) from None
+
+    return _parsed(path, parse, shape, remedy)
+
+
+def load_rows(folder: Path):
+    """The `datasets.DatasetDict` that a stage saved in `folder`.
+
+    Raises:
+        UserError: it is damaged.
+    """
+    from datasets import load_from_disk
+
+    try:
+        rows = load_from_disk(str(folder))
+        if not isinstance(rows, dict):
+            raise ValueError("it holds one split only")
+    except Exception as error:  # whatever Arrow and datasets meet in a damaged file, down to bare Exceptions
+        if lack(error, str(folder)):
+            raise
+        raise UserError(f"{folder}: cannot be read ({_short(error)}); {made_again(folder)}") from None
+    return rows
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file by way of a temporary one: nobody ever reads half of it, and a failure leaves nothing."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _parsed(path: Path, parse, shape, remedy: str | None, of_each=None):
+    remedy = remedy or made_again(path.parent)
+    try:
+        content = parse(path.read_text(encoding="utf-8"))
+        _check(content, shape)
+        for each in content if of_each else []:
+            _check(each, of_each)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; {remedy}") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); make it a readable file") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: damaged ({_short(error)}); {remedy}") from None
+    return content
+
+
+def _check(content, shape) -> None:
+    """Raise ValueError when `content` is not of this shape."""
+    from pydantic import ValidationError
+
+    if isinstance(shape, dict):
+        if not isinstance(content, dict):
+            raise ValueError("it is no object of names and values")
+        for name, kind in shape.items():
+            if name not in content:
+                raise ValueError(f"it has no '{name}'")
+            _check_value(f"'{name}'", content[name], kind, ValidationError)
+    else:
+        _check_value("it", content, shape, ValidationError)
+
+
+def _check_value(name: str, value, kind, invalid) -> None:
+    try:
+        _adapter(kind).validate_python(value)
+    except invalid as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        where = ".".join(map(str, first["loc"]))
+        raise ValueError(f"{name}{f' at {where}' if where else ''}: {first['msg']}") from None
+
+
+@functools.cache
+def _adapter(kind):
+    from pydantic import ConfigDict, TypeAdapter
+
+    return TypeAdapter(kind, config=ConfigDict(strict=True))
+
+
+def _short(error: BaseException) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__

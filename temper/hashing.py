@@ -1,0 +1,73 @@
+"""Hashes: of JSON values, and of files, remembered by size and times."""
+
+import hashlib
+import json
+import os
+import sys
+from pathlib import Path
+
+from temper.files import write_whole
+
+KEY_LENGTH = 10  # 40 bits: a collision among 10,000 artefacts has a chance of about 1 in 20,000
+
+
+def canonical_json(value) -> str:
+    """One text per value: sorted keys, no blanks, so that equal configs hash alike."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+
+
+def digest(value) -> str:
+    """Short hash of any JSON value."""
+    return hashlib.sha256(canonical_json(value).encode()).hexdigest()[:KEY_LENGTH]
+
+
+def file_sha256(path: str | os.PathLike) -> str:
+    """Hex sha256 of a file's content."""
+    with Path(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+class HashCache:
+    """sha256 of files, remembered by path, size and times.
+
+    Planning asks for the content of raw files each time. A file whose size and times stand as they
+    were is not read again, which keeps planning fast for gigabytes of data.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.known = self._read(path)
+        self.changed = False
+
+    @staticmethod
+    def _read(path: Path) -> dict:
+        """What was remembered; a damaged file is only a cache that is lost."""
+        try:
+            known = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError):
+            return {}
+        whole = isinstance(known, dict) and all(isinstance(v, list) and len(v) == 2 for v in known.values())
+        return known if whole and all(isinstance(sha256, str) for _, sha256 in known.values()) else {}
+
+    def sha256(self, path: str | os.PathLike) -> str:
+        stat = Path(path).stat()
+        # An edit may keep size and time of modification (rsync --times --inplace, cp -p), but the system notes it.
+        stamp = [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino, stat.st_dev]
+        name = str(Path(path).absolute())
+        if name not in self.known or self.known[name][0] != stamp:
+            self.known[name] = [stamp, file_sha256(path)]
+            self.changed = True
+        return self.known[name][1]
+
+    def save(self) -> None:
+        """Write the cache if it changed. A read-only disk only costs the next plan some time."""
+        if not self.changed:
+            return
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            write_whole(self.path, json.dumps(self.known))
+        except OSError as error:
+            print(
+                f"note: {self.path} cannot be written ({error.strerror}); hashes will be computed again",
+                file=sys.stderr,
+            )

@@ -1,0 +1,99 @@
+"""Keys: what an artefact is made from, as a short hash.
+
+``key = hash(stage, upstream keys, the config the stage may see, code key)``. Keys stand in paths,
+so two configs never overwrite each other and an edit that is taken back costs nothing. The code key of a stage is
+that of its step and of what it imports from the computing rooms.
+"""
+
+import ast
+import functools
+import json
+from pathlib import Path
+
+from temper.hashing import digest
+
+PACKAGE_ROOT = Path(__file__).resolve().parents[1]
+# The rooms whose code decides what an artefact holds. What planning decides is in a key by its value: the config that is
+# hashed is filled in. Checks, pages, tracking and commands change no artefact.
+COMPUTING = tuple(f"temper.{room}." for room in ("sources", "data", "model", "training", "evaluation"))
+
+
+def flat(value, prefix: str = "") -> dict[str, str]:
+    """Dotted names and values of a nested config, for a table."""
+    if isinstance(value, dict) and value:
+        rows = {}
+        for name, item in value.items():
+            rows |= flat(item, f"{prefix}.{name}" if prefix else name)
+        return rows
+    return {prefix: value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, sort_keys=True)}
+
+
+def changed_keys(before: dict[str, str], now: dict[str, str]) -> list[str]:
+    """Keys whose values differ between two flat configs.
+
+    A key that is not set and one that is null are the same: defaults are filled in when a stage starts.
+    """
+    return [key for key in sorted({*before, *now}) if before.get(key, "null") != now.get(key, "null")]
+
+
+def stage_key(stage: str, config: dict, upstream: dict[str, str]) -> str:
+    """The key of one artefact. `upstream` maps the stage's input names to their keys."""
+    code = code_key(f"steps.{stage}")
+    return digest({"stage": stage, "config": config, "upstream": upstream, "code": code})
+
+
+@functools.cache
+def code_key(module: str) -> str:
+    """Hash of the syntax trees of `module` and of every module of a computing room that it imports, however deep.
+
+    Comments, blank lines, formatting and docstrings are not part of a syntax tree as hashed
+    here, so editing them reruns nothing.
+    """
+    return digest(code_hashes(module))
+
+
+def code_hashes(module: str) -> dict[str, str]:
+    """The same, module by module, to name the one that changed."""
+    return {name: digest(_tree(name)[0]) for name in sorted(_reachable(module))}
+
+
+def _reachable(module: str) -> set[str]:
+    seen, todo = set(), [module]
+    while todo:
+        name = todo.pop()
+        if name not in seen:
+            seen.add(name)
+            todo.extend(_tree(name)[1] - seen)
+    return seen
+
+
+@functools.cache
+def _tree(module: str) -> tuple[str, frozenset[str]]:
+    """(dump of the module's syntax tree without docstrings, the modules of computing rooms that it imports)."""
+    tree = ast.parse(_source_path(module).read_text(encoding="utf-8"))
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
+            _drop_docstring(node)
+    computing = {name for name in imports_of(tree) if name.startswith(COMPUTING) and _source_path(name).is_file()}
+    return ast.dump(tree), frozenset(computing)
+
+
+def imports_of(tree: ast.Module) -> set[str]:
+    """Names of all modules that a syntax tree imports, and of what it imports from them, which may be modules too."""
+    imports = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            imports.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            imports.add(node.module)
+            imports.update(f"{node.module}.{alias.name}" for alias in node.names)
+    return imports
+
+
+def _drop_docstring(node) -> None:
+    if ast.get_docstring(node, clean=False) is not None:
+        node.body = node.body[1:] or [ast.Pass()]
+
+
+def _source_path(module: str) -> Path:
+    return PACKAGE_ROOT / (module.replace(".", "/") + ".py")

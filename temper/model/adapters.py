@@ -1,0 +1,250 @@
+"""Adapters: from the config section to a PEFT model, and back into the base."""
+
+import collections
+import copy
+import re
+import warnings
+from pathlib import Path
+
+from temper.errors import UserError, told_by_library
+from temper.model.reading import reading, refuse_no_numbers, refuse_tensors
+
+DIVERGED = "diverged.json"  # in a merged folder, in place of a model: the training ended in nan or infinity
+
+
+def load_for_training(adapter: dict, load: dict) -> dict:
+    """`model.load` as training takes it: all parameters train in float32, for bfloat16 rounds most updates away."""
+    return load if adapter["peft_type"] is not None else {**load, "dtype": "float32"}
+
+
+ATTENTION = "attention"  # adapter.target_modules: the projections of all attention layers
+
+
+def add_adapter(model, adapter: dict, seed: int):
+    """`model` with a fresh adapter, or itself with all parameters trainable (``peft_type: null``).
+
+    The adapter's random start depends on `seed` alone. Adapter weights are float32 even over a bfloat16
+    base: an update of 1e-4 of a weight is lost in 8 bits of mantissa.
+    """
+    import torch
+    from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PeftType, get_peft_model
+
+    if adapter["peft_type"] is None:
+        if getattr(model, "is_quantized", False):
+            raise UserError(
+                f"{model.name_or_path}: its weights are stored quantized, so they cannot be trained themselves: choose "
+                "adapter=lora, or the model that it was made from"
+            )
+        return model
+    fields = {key: value for key, value in adapter.items() if key != "peft_type"}
+    if fields.get("prompt_tuning_init") == "TEXT":  # PEFT reads the text with a tokenizer of its own
+        fields.setdefault("tokenizer_name_or_path", model.name_or_path)
+    if fields.get("target_modules") == ATTENTION:
+        fields["target_modules"] = attention_projections(model)
+    task = "SEQ_2_SEQ_LM" if model.config.is_encoder_decoder else "CAUSAL_LM"
+    with told_by_library("adapter"):
+        config = PEFT_TYPE_TO_CONFIG_MAPPING[PeftType(adapter["peft_type"])](task_type=task, **fields)
+    torch.manual_seed(seed)
+    names, linear = [name for name, _ in model.named_modules()], _linear_layers(model)  # before PEFT adds its own
+    try:
+        with told_by_library("adapter"), warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always", UserWarning)
+            network = get_peft_model(model, config)
+    except UserError as error:
+        raise _misfit(linear, str(error).removeprefix("config: adapter: ")) from None
+    without_effect = _without_effect(network, adapter, names, [str(warning.message) for warning in said])
+    if without_effect:
+        raise _misfit(linear, without_effect[0])
+    if not config.is_prompt_learning:
+        _refuse_tied(network)
+        _refuse_unmergeable(network)
+    return network
+
+
+def _without_effect(network, adapter: dict, names: list[str], said: list[str]) -> list[str]:
+    """What of `adapter` the model makes nothing of. `names`: of its modules; `said`: PEFT's warnings."""
+    signs = r"ignored|no parameter was matched|has no effect"
+    signs += r"|fan_in_fan_out is set to True" if adapter.get("fan_in_fan_out") else ""
+    found = [text for text in said if re.search(signs, text)]
+    found += _unmatched(adapter, names, getattr(network.base_model, "targeted_module_names", None))
+    if adapter.get("lora_bias") and any(_lacks_bias(part) for part in network.modules()):
+        found.append("adapter.lora_bias: layers without a bias have no place for it when they are merged")
+    if not any(weight.requires_grad for weight in network.parameters()):
+        found.append("nothing of it would be trained")
+    return found
+
+
+def _unmatched(adapter: dict, names: list[str], targeted: list[str] | None) -> list[str]:
+    """What `adapter` names that the model does not have. PEFT is content when one of several names is there.
+
+    Args:
+        names: of all the model's modules. targeted: of those that got an adapter; None: the method targets none.
+    """
+    if targeted is None:
+        return []
+    layers = {int(part) for name in targeted for part in name.split(".") if part.isdigit()}
+    wanted = {
+        "target_modules": lambda name: any(f".{one}".endswith(f".{name}") for one in targeted),
+        "exclude_modules": lambda name: any(f".{one}".endswith(f".{name}") for one in names),
+        "modules_to_save": lambda name: any(one.endswith(name) for one in names),
+        "layers_to_transform": lambda number: number in layers,
+    }
+    found = [
+        f"adapter.{key}: nothing is called {one}"
+        for key, is_there in wanted.items()
+        for one in _listed(adapter.get(key))
+        if not is_there(one)
+    ]
+    return found + [
+        f"adapter.{key}: {pattern} matches nothing that gets an adapter"
+        for key in adapter
+        if key.endswith("_pattern") and isinstance(adapter[key], dict)
+        for pattern in adapter[key]
+        if not any(re.match(rf"(.*\.)?({pattern})$", one) for one in targeted)
+    ]
+
+
+def _lacks_bias(layer) -> bool:
+    return hasattr(layer, "lora_bias") and getattr(layer.get_base_layer(), "bias", None) is None
+
+
+def _listed(value) -> list:
+    """Names that are spelt out; not a regular expression, nor a word that stands for several."""
+    return value if isinstance(value, list) else [value] if isinstance(value, int) else []
+
+
+def _refuse_unmergeable(model) -> None:
+    """What PEFT would refuse to merge after the training: tried before it, on a copy of a layer of each kind."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    layers = [part for part in model.modules() if isinstance(part, BaseTunerLayer)]
+    kinds = {(type(layer), getattr(layer.get_base_layer(), "bias", None) is None): layer for layer in layers}
+    try:
+        for layer in kinds.values():
+            copy.deepcopy(layer).merge()
+        able = hasattr(model.base_model, "merge_and_unload")
+        said = f"PEFT cannot merge {model.active_peft_config.peft_type.value}"
+    except (RuntimeError, NotImplementedError, ValueError) as error:
+        able, said = False, " ".join(str(error).split())[:200] or type(error).__name__
+    if not able:
+        raise UserError(f"config: adapter: what is trained so could never be merged ({said}): choose another one")
+
+
+def _refuse_tied(model) -> None:
+    """An adapter on a weight that two layers share cannot be merged: it would change what the other layer does."""
+    from peft.tuners.trainable_tokens.layer import TrainableTokensLayer  # knows about tied weights
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    layers = collections.Counter(id(weight) for _, weight in model.named_parameters(remove_duplicate=False))
+    for name, layer in model.named_modules():
+        if not isinstance(layer, BaseTunerLayer) or isinstance(layer, TrainableTokensLayer):
+            continue
+        if any(layers[id(weight)] > 1 for weight in layer.get_base_layer().parameters(recurse=False)):
+            name = name.rpartition(".")[2]
+            raise UserError(
+                f"config: adapter.target_modules: this model's {name} shares its weights with another layer (tied "
+                "embeddings), so an adapter on it could never be merged: leave it out; "
+                f"adapter.modules_to_save=[{name}] trains it as a whole"
+            )
+
+
+def save_adapter(model, folder: Path) -> None:
+    """What was trained, as PEFT saves it (or, of all parameters, transformers)."""
+    model.save_pretrained(folder)
+    (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty card; steps.publish writes a real one
+
+
+def attention_projections(model) -> list[str]:
+    """The linear layers directly in this model's attention, as PEFT's `target_modules`.
+
+    ``self_attn.q_proj, self_attn.k_proj, ...`` of a Llama, ``attention.query_key_value, attention.dense`` of a
+    GPT-NeoX, ``SelfAttention.q, ..., EncDecAttention.q, ...`` of a T5. A layer is attention when its class is called
+    ...Attention, as those of transformers are.
+    """
+    found = {
+        f"{name.rpartition('.')[2]}.{child}"
+        for name, part in model.named_modules()
+        if type(part).__name__.endswith("Attention")
+        for child, layer in part.named_children()
+        if _is_linear(layer)
+    }
+    if not found:
+        raise _misfit(
+            _linear_layers(model), "target_modules: attention finds no attention layer; name the layers, or all-linear"
+        )
+    return sorted(found)
+
+
+def _is_linear(layer) -> bool:
+    import torch
+    from transformers.pytorch_utils import Conv1D  # GPT-2's
+
+    return isinstance(layer, torch.nn.Linear | Conv1D)
+
+
+def _linear_layers(model) -> list[str]:
+    return sorted({name.rpartition(".")[2] for name, part in model.named_modules() if _is_linear(part)})
+
+
+def _misfit(linear: list[str], what: str) -> UserError:
+    return UserError(
+        f"config: adapter does not fit this model: {what.rstrip('.')}; its linear layers are called {', '.join(linear)}"
+    )
+
+
+def put_on(network, adapter: Path):
+    """The network with the adapter of a folder on it, each of its weights as they are in the folder."""
+    from peft import PeftModel, load_peft_weights
+
+    with reading(adapter):
+        weights = load_peft_weights(adapter, device="cpu")
+        model = PeftModel.from_pretrained(network, adapter)
+        # PeftModel only warns of what is missing, and says nothing of what is left over; this tells both.
+        result = model.load_adapter(adapter, "default")
+    refuse_adapter_misfits(model, adapter, result)
+    refuse_no_numbers(adapter, weights.items())
+    return model
+
+
+def refuse_adapter_misfits(model, adapter: Path, result) -> None:
+    """Of what PEFT says about loading an adapter from a folder (or a checkpoint), nothing may be left over."""
+    # Those of virtual tokens are loaded apart, and each must be there.
+    unknown = [] if model.active_peft_config.is_prompt_learning else sorted(result.unexpected_keys)
+    weights = dict(model.named_parameters(remove_duplicate=False))
+    there = {id(weight) for name, weight in weights.items() if name not in result.missing_keys}
+    missing = [name for name in sorted(result.missing_keys) if id(weights.get(name)) not in there]  # else it is shared
+    wrong = {"missing": missing, "unknown to the model": unknown}
+    refuse_tensors(adapter, wrong, "use an adapter of this base model; if it was made here, delete it and run again")
+
+
+def parameter_counts(model) -> dict[str, int]:
+    """Trained parameters and all of them. PEFT knows how many a 4-bit weight stands for."""
+    if hasattr(model, "get_nb_trainable_parameters"):
+        trainable, total = model.get_nb_trainable_parameters()
+    else:
+        trainable, total = model.num_parameters(only_trainable=True), model.num_parameters()
+    return {"trainable_parameters": trainable, "total_parameters": total}
+
+
+def is_prompt_learning(model) -> bool:
+    """Whether a model has learned virtual tokens (prompt tuning, prefix tuning, P-tuning) in front of each prompt."""
+    return bool(getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False))
+
+
+def refuse_diverged(model: Path) -> None:
+    """A training that diverged left no model for another one to start from."""
+    if (model / DIVERGED).is_file():
+        raise UserError(f"{model}: its training diverged, so there is no model to start from; lower its learning rate")
+
+
+def is_adapter(folder: Path) -> bool:
+    """Whether a train_adapter folder holds a PEFT adapter (else it is a full model)."""
+    return (folder / "adapter_config.json").is_file()
+
+
+def can_be_merged(folder: Path) -> bool:
+    """Whether the adapter in a train_adapter folder can become part of the base's weights."""
+    from peft import PeftConfig
+
+    with reading(folder):
+        return not PeftConfig.from_pretrained(folder).is_prompt_learning

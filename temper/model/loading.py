@@ -1,0 +1,299 @@
+"""Loading models and tokenizers, with ``auto`` resolved for this machine."""
+
+import json
+import logging
+from pathlib import Path
+
+from temper.errors import UserError
+from temper.files import read_json
+from temper.model.adapters import put_on
+from temper.model.reading import reading, refuse_no_numbers, refuse_tensors
+
+log = logging.getLogger("temper")
+
+
+def device():
+    """The accelerator if there is one, else the CPU."""
+    import torch
+
+    if torch.accelerator.is_available():
+        return torch.accelerator.current_accelerator()
+    return torch.device("cpu")
+
+
+def resolve_dtype(dtype: str):
+    """The torch dtype for a config value; ``auto`` is bfloat16 where the machine computes in it, else float32."""
+    import torch
+
+    if dtype != "auto":
+        return getattr(torch, dtype)
+    return torch.bfloat16 if _has_bfloat16() else torch.float32
+
+
+def _has_bfloat16() -> bool:
+    import torch
+
+    if device().type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device().type != "cpu":
+        return False
+    capabilities = torch.cpu.get_capabilities()
+    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") or capabilities.get("bf16"))
+
+
+def resolve_attention(attn_implementation: str) -> str:
+    """``auto`` is eager on a CPU, where plain attention has the faster backward pass for short rows, else sdpa."""
+    if attn_implementation != "auto":
+        return attn_implementation
+    return "eager" if device().type == "cpu" else "sdpa"
+
+
+BUNDLED = "adapter"  # in a model folder: an adapter that cannot be merged and is put on when the model is loaded
+
+
+# --- config --------------------------------------------------------------------------------------
+
+
+def _from_pretrained(cls, folder: Path, **arguments):
+    """`cls.from_pretrained` of a folder: no network, and none of the Python code that may lie in it."""
+    with reading(folder):
+        return cls.from_pretrained(folder, local_files_only=True, trust_remote_code=False, **arguments)
+
+
+def load_config(folder: Path):
+    """The model's config.
+
+    Raises:
+        UserError: it cannot be read, or an adapter lies beside the model, which transformers would put on unasked.
+    """
+    from transformers import AutoConfig
+
+    refuse_loose_adapter([path.name for path in folder.iterdir()], str(folder))
+    return _from_pretrained(AutoConfig, folder)
+
+
+def stored_dtype(folder: Path) -> str:
+    """The precision that a model is stored in, as `model.load.dtype` calls it."""
+    return str(load_config(folder).dtype or "float32").removeprefix("torch.")
+
+
+def refuse_loose_adapter(names: list[str], where: str) -> None:
+    """Of files that hold a whole model none may belong to an adapter: whether it is merged already, nobody can tell."""
+    if "adapter_config.json" in names:
+        raise UserError(
+            f"{where}: adapter_config.json lies beside a whole model, and nothing says whether that adapter is part of "
+            "it already: merge it if it is not, and use a folder without adapter_config.json and adapter_model.*"
+        )
+
+
+def is_encoder_decoder(folder: Path) -> bool:
+    """Whether the model in a folder has an encoder for the prompt and a decoder for the answer (T5), or one for both.
+
+    The one place that decides it before a model is loaded; a loaded one says so in its `config.is_encoder_decoder`.
+    """
+    return bool(load_config(folder).is_encoder_decoder)
+
+
+# --- weights -------------------------------------------------------------------------------------
+
+
+def load_model(folder: Path, load: dict, quantization: dict | None = None):
+    """A language model, causal or encoder-decoder, on this machine's device, with its bundled adapter if it has one.
+
+    Args:
+        folder: a model in Hugging Face layout.
+        load: the config section `model.load`: dtype and attn_implementation, each may be ``auto``.
+        quantization: the config section of that name; None loads the weights as they are stored.
+    """
+    dtype = resolve_dtype("float32" if load["dtype"] == "auto" and is_fully_trained(folder) else load["dtype"])
+    arguments = {"dtype": dtype, "attn_implementation": resolve_attention(load["attn_implementation"])}
+    config = load_config(folder)
+    if quantization and is_quantized(quantization):
+        _refuse_other_width(folder, config, quantization)
+        arguments["quantization_config"] = _bitsandbytes(quantization, dtype)
+    if "quantization_config" in arguments or is_stored_quantized(config):
+        arguments["device_map"] = {"": device()}  # a quantized model is made where it stays
+        return _with_steady_weights(_network(folder, config, **arguments))
+    model = _network(folder, config, **arguments).to(device())
+    if (folder / BUNDLED / "adapter_config.json").is_file():
+        return put_on(model, folder / BUNDLED)
+    return model
+
+
+def _network(folder: Path, config, **arguments):
+    """The network with each of its weights as they are in the folder; none missing, none left over.
+
+    transformers fills what is missing with random numbers, and drops what it does not know.
+    """
+    for file in _weight_files(folder):
+        _shapes(file)  # names the damaged one
+    network, info = _from_pretrained(
+        _auto_class(config), folder, output_loading_info=True, ignore_mismatched_sizes=True, **arguments
+    )
+    refuse_misfits(folder, info)
+    refuse_no_numbers(folder, network.named_parameters())
+    return network
+
+
+def _auto_class(config):
+    from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
+
+    return AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+
+
+def check_weights(folder: Path) -> None:
+    """Whether names and shapes of the stored tensors are those of the model; the weights themselves stay unread.
+
+    Raises:
+        UserError: tensors are missing, unknown or of another shape, or a file is damaged.
+    """
+    import torch
+
+    config = load_config(folder)
+    refuse_unmergeable(folder, config)
+    if is_stored_quantized(config):
+        return  # packed tensors have other names and shapes: `load_model` checks them
+    stored = {name: shape for file in _weight_files(folder) for name, shape in _shapes(file).items()}
+    with reading(folder), torch.device("meta"):  # a device without memory
+        kind = type(_auto_class(config).from_config(config, trust_remote_code=False))
+        tensors = {name: torch.empty(shape) for name, shape in stored.items()}
+        _, info = kind.from_pretrained(
+            None,
+            config=config,
+            state_dict=tensors,
+            device_map={"": "meta"},
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+        )
+    refuse_misfits(folder, info)
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """The files that transformers reads the weights from: one, or those that an index names."""
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        index = folder / f"{name}.index.json"
+        if (folder / name).is_file():
+            return [folder / name]
+        if index.is_file():
+            with reading(index):
+                shards = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+            return [folder / shard for shard in sorted(set(shards))]
+    raise UserError(f"{folder}: no model.safetensors or pytorch_model.bin in it")
+
+
+def _shapes(file: Path) -> dict[str, tuple[int, ...]]:
+    """Tensor name -> its shape, from a file's header."""
+    import torch
+    from safetensors import safe_open
+
+    with reading(file):
+        if file.suffix == ".safetensors":
+            with safe_open(file, framework="pt") as tensors:
+                return {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
+        tensors = torch.load(file, map_location="meta", weights_only=True)
+        return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+
+
+def refuse_misfits(where: Path | str, info: dict) -> None:
+    """Of what transformers says about a load, nothing may be left over."""
+    wrong = {
+        "missing": sorted(info["missing_keys"]),
+        "unknown to the model": sorted(info["unexpected_keys"]),
+        "of another shape": [
+            f"{name} {tuple(stored)} instead of {tuple(wanted)}"
+            for name, stored, wanted in sorted(info["mismatched_keys"])
+        ],
+    }
+    refuse_tensors(where, wrong, "use a complete model, as save_pretrained writes it, with its own config.json")
+
+
+def _with_steady_weights(model):
+    """Keep bitsandbytes from repacking 4-bit weights, with rounded scales, at the first forward pass without gradients.
+
+    It does so on CPUs with AVX512-BF16. A training would go on from other weights after its first evaluation, and end
+    with other bits than one that was resumed.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+    return model
+
+
+def is_fully_trained(folder: Path) -> bool:
+    """Whether all weights in a folder were trained here, in float32: in bfloat16 most of what they learned is lost."""
+    provenance = folder / "provenance.json"
+    return provenance.is_file() and bool(read_json(provenance).get("fully_trained"))
+
+
+def is_quantized(quantization: dict) -> bool:
+    """Whether the config section `quantization` asks for anything."""
+    return quantization["load_in_4bit"] or quantization["load_in_8bit"]
+
+
+def is_stored_quantized(config) -> bool:
+    """Whether a model's weights are stored in 4 or 8 bits, as its config says."""
+    return getattr(config, "quantization_config", None) is not None
+
+
+def refuse_unmergeable(folder: Path, config) -> None:
+    """Of ways to store weights in few bits only bitsandbytes' can be turned back into plain weights here."""
+    method = is_stored_quantized(config) and config.quantization_config.get("quant_method", "bitsandbytes")
+    if method and method != "bitsandbytes":
+        raise UserError(
+            f"{folder}: its weights are stored quantized by {method}, so nothing can be merged into them: use the "
+            "model that it was made from, with quantization=4bit if it must be small"
+        )
+
+
+def _refuse_other_width(folder: Path, config, quantization: dict) -> None:
+    """transformers would silently go on with the width that the weights are stored in."""
+    if not is_stored_quantized(config):
+        return
+    for bits in ("load_in_4bit", "load_in_8bit"):
+        if quantization[bits] and not config.quantization_config.get(bits):
+            raise UserError(
+                f"{folder}: quantization.{bits}=true, but its weights are stored quantized already, in another way: "
+                "set quantization=none (with adapter=lora), or use the model that it was made from"
+            )
+
+
+def _bitsandbytes(quantization: dict, dtype):
+    """Weights in 4 or 8 bits, products in `dtype`."""
+    from transformers import BitsAndBytesConfig
+
+    if quantization["load_in_8bit"]:
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(**quantization, bnb_4bit_compute_dtype=dtype)
+
+
+# --- tokenizers ----------------------------------------------------------------------------------
+
+
+def load_tokenizer(folder: Path):
+    """The tokenizer. One without a pad token pads with its end of sequence: labels mask padding, not that token."""
+    from transformers import AutoTokenizer
+
+    tokenizer = _from_pretrained(AutoTokenizer, folder)
+    if tokenizer.eos_token_id is None:
+        raise UserError(f"{folder}: its tokenizer has no end-of-sequence token, so answers could never stop")
+    known = load_config(folder).get_text_config().vocab_size
+    if tokenizer.pad_token_id is None or tokenizer.pad_token_id >= known:  # a token that was added, and never learned
+        tokenizer.pad_token = tokenizer.eos_token
+    with reading(folder):
+        tokenizer.decode(tokenizer("A 1\n")["input_ids"])
+    return tokenizer
+
+
+def stop_token_ids(folder: Path, tokenizer) -> list[int]:
+    """All tokens that end an answer: the tokenizer's and the generation config's end of sequence."""
+    from transformers import GenerationConfig
+
+    path, eos = Path(folder) / "generation_config.json", None
+    if path.is_file():
+        with reading(path):
+            eos = GenerationConfig.from_pretrained(folder, local_files_only=True).eos_token_id
+    ids = eos if isinstance(eos, list) else [] if eos is None else [eos]
+    for number in ids:
+        if not isinstance(number, int) or number < 0:
+            raise UserError(f"{path}: eos_token_id is {eos!r:.60}, not the number of a token or a list of them")
+    return sorted({tokenizer.eos_token_id, *ids})

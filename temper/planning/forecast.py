@@ -1,0 +1,176 @@
+"""How long the next run will take and how much disk, from what earlier jobs took.
+
+A job's time is that of the most similar artefact, scaled by how much more or less it has to do (rows, epochs).
+The time of all is that of jobs started as soon as their inputs are there and cores are free, as Snakemake does.
+"""
+
+import dataclasses
+import heapq
+import os
+import shutil
+from pathlib import Path
+
+from temper.files import read_json
+from temper.keys import flat
+from temper.units import seconds as readable
+
+
+@dataclasses.dataclass
+class Made:
+    """An artefact that is there: its config, as flat keys and texts, and its provenance."""
+
+    path: Path
+    config: dict[str, str]
+    provenance: dict
+    items: frozenset = dataclasses.field(init=False)  # what is set in the config
+
+    def __post_init__(self):
+        self.items = set_items(self.config)
+
+    @property
+    def bytes(self) -> int:
+        return sum(path.stat().st_size for path in self.path.rglob("*") if path.is_file())
+
+
+def set_items(config: dict[str, str]) -> frozenset:
+    """The config's items less those that are null: a key that is not set and one that is null are the same."""
+    return frozenset(item for item in config.items() if item[1] != "null")
+
+
+class Archive:
+    """The artefacts of each stage that are in results/, read once."""
+
+    def __init__(self):
+        self.stages: dict[Path, list[Made]] = {}
+
+    def most_similar(self, job) -> Made | None:
+        """Of the artefacts of the job's stage, the one whose inputs and config differ least; the newest of equals."""
+        folder = Path(job.path).parent
+        if folder not in self.stages:
+            self.stages[folder] = [made for path in folder.glob("*/provenance.json") if (made := _read(path.parent))]
+        items, names = set_items(flat(job.config)), set(job.inputs) - {"previous"}
+        alike = [made for made in self.stages[folder] if set(made.provenance["inputs"]) == names]
+        return min(
+            alike, key=lambda made: (_distance(job, items, made), -made.provenance.get("ended", 0)), default=None
+        )
+
+
+def _distance(job, items: frozenset, made: Made) -> int:
+    inputs = sum(made.provenance["inputs"].get(name) != path for name, path in job.inputs.items() if name != "previous")
+    return inputs + len(items ^ made.items) + (not same_part(job, made))
+
+
+def same_part(job, made: Made) -> bool:
+    """Whether both are plateaus of a trunk, or both are not."""
+    return made.provenance.get("part") == job.settings.get("part")
+
+
+def _read(folder: Path) -> Made | None:
+    from temper.config.stages import stored_config
+
+    if not (folder / "config.yaml").is_file():
+        return None
+    provenance = read_json(folder / "provenance.json", {"inputs": dict[str, str], "seconds": float})
+    return Made(folder, stored_config(folder), provenance)
+
+
+class Forecast:
+    """Adds up jobs, and says what they take together.
+
+    Args:
+        plan: the plan the jobs are of.
+        cores: how many cores Snakemake will have.
+    """
+
+    def __init__(self, plan, cores: int):
+        self.plan, self.cores = plan, cores
+        self.jobs: dict[str, float] = {}  # path -> seconds
+        self.bytes, self.unknown = 0, 0
+
+    def add(self, job, like: Made | None) -> None:
+        """Expect of `job` what `like` took; None, or a `like` of another model, tells nothing."""
+        if like is None or not _same_model(job, like):
+            self.unknown += 1
+            self.jobs[job.path] = 0.0
+            return
+        self.jobs[job.path] = like.provenance["seconds"] * self._work(job, like)
+        self.bytes += like.bytes
+
+    def _work(self, job, like: Made) -> float:
+        """How much more a job has to do than `like` had."""
+        if job.stage == "train_adapter":
+            return self._rows(job, like, "train") * _epochs(job, like)
+        return self._rows(job, like, "test") if job.stage == "evaluate_model" else 1.0
+
+    def _rows(self, job, like: Made, split: str) -> float:
+        """The ratio of the rows of a split. One still to be made has what the config limits it to, else as many."""
+        before = rows_of(Path(like.provenance["inputs"]["splits"]), split)
+        now = rows_of(Path(job.inputs["splits"]), split)
+        if now is None:
+            prompts = self.plan.jobs[self.plan.jobs[job.inputs["splits"]].inputs["prompts"]]
+            now = prompts.config["data"]["limit"][split]
+        return now / before if now and before else 1.0
+
+    def wall_clock(self) -> float:
+        """Seconds from start to end when every job starts as soon as it can. Needs are met in the plan's order."""
+        free, clock, ended = self.cores, 0.0, {}
+        waiting = [path for path in self.plan.jobs if path in self.jobs]
+        running: list[tuple[float, str, int]] = []
+        while waiting or running:
+            for path in list(waiting):
+                job = self.plan.jobs[path]
+                cores = min(job.config.get("num_threads", 1), self.cores)
+                if cores <= free and not any(need in self.jobs and need not in ended for need in job.inputs.values()):
+                    free -= cores
+                    waiting.remove(path)
+                    heapq.heappush(running, (clock + self.jobs[path], path, cores))
+                if not free:
+                    break
+            clock, path, cores = heapq.heappop(running)
+            free += cores
+            ended[path] = clock
+        return clock
+
+    def text(self) -> str:
+        """The forecast in a line or two."""
+        if self.unknown == len(self.jobs):
+            return "forecast: nothing to go by yet"
+        unknown = f"; nothing to go by for {self.unknown} job(s)" if self.unknown else ""
+        lines = [
+            f"forecast: about {readable(self.wall_clock())} on {self.cores} core(s) "
+            f"({readable(sum(self.jobs.values()))} of jobs), {self.bytes / 2**20:,.0f} MiB of disk{unknown}"
+        ]
+        free = shutil.disk_usage(os.curdir).free
+        if self.bytes > free:
+            lines.append(f"warning: only {free / 2**20:,.0f} MiB of disk are free")
+        return "\n".join(lines)
+
+
+def _same_model(job, like: Made) -> bool:
+    """By its name: a new key, after an edit of the code, takes the same time. Splits are named after data and model."""
+    name = "splits" if job.stage == "evaluate_model" else "model"
+    before, now = like.provenance["inputs"].get(name, ""), job.inputs.get(name, "")
+    return Path(before).name.rpartition("-")[0] == Path(now).name.rpartition("-")[0]
+
+
+def _epochs(job, like: Made) -> float:
+    """The ratio of the epochs that a training job goes through to those that `like` went through."""
+    done, steps = like.provenance.get("trained_epochs"), like.provenance.get("trained_steps")
+    if not done:
+        return 1.0
+    train = job.config["train"]
+    if job.settings.get("plateau") and not job.settings.get("part"):  # the decay that ends a run
+        epochs = train["lr_scheduler_kwargs"]["num_decay_steps"] * done / steps
+    elif train.get("max_steps", -1) > 0:
+        epochs = train["max_steps"] * done / steps
+    else:
+        epochs = 1.0 if "previous" in job.inputs else float(train.get("num_train_epochs", 3))
+    return epochs / done
+
+
+def rows_of(splits: Path, split: str) -> int | None:
+    """Rows of a split that is there; None when it is not."""
+    audit = splits / "audit.json"
+    if not audit.is_file():
+        return None
+    return read_json(audit, {"splits": dict[str, dict]})["splits"].get(split, {}).get("rows")

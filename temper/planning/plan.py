@@ -1,0 +1,165 @@
+"""The plan: jobs, the runs they make, and how both are kept in a file."""
+
+import dataclasses
+import json
+import os
+from pathlib import Path
+
+from temper.errors import UserError
+from temper.files import read_json, write_whole
+from temper.folders import fault, is_complete
+from temper.hashing import digest
+
+RESULTS = Path("results")
+STATE = RESULTS / ".state"
+PLANS = RESULTS / ".plans"
+FOLDERS = {
+    "fetch_model": "models",
+    "format_prompts": "prompts",
+    "tokenize_splits": "splits",
+    "sample_answers": "pairs",
+    "reference_logprobs": "references",
+    "train_adapter": "adapters",
+    "merge_adapter": "merged",
+    "evaluate_model": "reports",
+    "compare_runs": "sweeps",
+}
+STAGES = ("fetch_data", *FOLDERS)  # in the order of the pipeline
+
+
+@dataclasses.dataclass
+class Job:
+    """One artefact to make: which stage makes it, from what, with what config.
+
+    `config` is what the key hashes; `settings` are the stage's values that are in no key.
+    """
+
+    stage: str
+    path: str
+    key: str
+    config: dict
+    inputs: dict[str, str]
+    settings: dict = dataclasses.field(default_factory=dict)
+
+    @property
+    def log(self) -> Path:
+        """Where the Snakefile's rule of this stage writes its log."""
+        path = Path(self.path)
+        name = f"{path.parent.name}/{path.stem}" if self.stage == "fetch_data" else path.name
+        return RESULTS / "logs" / self.stage / f"{name}.log"
+
+
+@dataclasses.dataclass
+class PlannedRun:
+    """One sweep point, trained and evaluated."""
+
+    name: str
+    key: str
+    point: dict  # swept config key -> value
+    config: dict
+    # stage -> path; `base_report`: the untouched model's; `start_report`: that of the training that came first
+    artefacts: dict[str, str]
+    segments: list[str] = dataclasses.field(default_factory=list)  # adapters along the trunk, oldest first
+
+    @property
+    def title(self) -> str:
+        """A name for a table or a curve: the swept values, or the whole name when nothing is swept."""
+        return ", ".join(f"{key.rpartition('.')[2]}={value}" for key, value in self.point.items()) or self.name
+
+
+@dataclasses.dataclass
+class Plan:
+    """All runs of a sweep and the jobs that make them."""
+
+    sweep: str
+    experiment: str
+    axes: dict[str, list]
+    tracking: dict
+    runs: list[PlannedRun]
+    jobs: dict[str, Job]
+    path: str | None = None  # of the frozen file it was read from
+
+    def job(self, stage: str, name: str) -> Job:
+        """The job that makes `<stage folder>/<name>`."""
+        path = str(RESULTS / FOLDERS[stage] / name)
+        if path not in self.jobs:
+            raise UserError(f"{path} is not part of this plan: check experiment, sweep and overrides")
+        return self.jobs[path]
+
+    @property
+    def comparison(self) -> Job:
+        """The last job."""
+        return self.jobs[str(RESULTS / "sweeps" / self.sweep)]
+
+    @property
+    def untouched(self) -> list[str]:
+        """The names of the untouched models' reports: what they are follows from what they are made from."""
+        reports = (job for job in self.jobs.values() if job.stage == "evaluate_model" and "adapter" not in job.inputs)
+        return [Path(job.path).name for job in reports]
+
+    def damaged(self) -> dict[str, str]:
+        """Folders that are there and not whole -> what is wrong. They count as not made, wherever that is asked."""
+        there = (job.path for job in self._kept() if Path(job.path).exists())
+        return {path: wrong for path in there if (wrong := fault(Path(path)))}
+
+    def missing(self) -> list[Job]:
+        """The jobs that are to run before the comparison: what a report needs and is not there, and what is damaged."""
+        found = dict.fromkeys(self.damaged())
+        todo = [run.artefacts["evaluate_model"] for run in self.runs] + [
+            path for broken in found for path in self.jobs[broken].inputs.values()
+        ]
+        while todo:
+            path = todo.pop()
+            if path not in found and not Path(path).exists():
+                found[path] = None
+                todo += self.jobs[path].inputs.values()
+        return [job for path, job in self.jobs.items() if path in found]
+
+    def is_made(self, job: Job) -> bool:
+        """Whether a job's output is there, and whole."""
+        if job.stage == "compare_runs":
+            return Path(self.complete).exists()
+        return Path(job.path).exists() if job.stage == "fetch_data" else is_complete(Path(job.path))
+
+    def _kept(self) -> list[Job]:
+        """The jobs that make a folder that stays as it is. Raw data is no such folder, and a sweep's is made anew."""
+        return [job for job in self.jobs.values() if job.stage not in ("fetch_data", "compare_runs")]
+
+    @property
+    def leaderboard(self) -> str:
+        return str(RESULTS / "sweeps" / self.sweep / "leaderboard.csv")
+
+    @property
+    def complete(self) -> str:
+        """Written last, and only by a comparison of all runs: a partial leaderboard is no reason to stop.
+
+        It also says whether the tracking store has it all (`mirrored`).
+        """
+        return str(RESULTS / "sweeps" / self.sweep / "provenance.json")
+
+    def freeze(self) -> Path:
+        """Write the plan to ``results/.plans/<hash>.json`` and return the path."""
+        content = dataclasses.asdict(self)
+        path = PLANS / f"{digest(content)}.json"
+        try:
+            PLANS.mkdir(parents=True, exist_ok=True)
+            write_whole(path, json.dumps(content, indent=1, ensure_ascii=False))  # each time: a damaged one heals
+        except OSError as error:
+            raise UserError(f"{path}: cannot be written ({error.strerror}); make results/ a writable folder") from None
+        return path
+
+
+def load(path: str | os.PathLike) -> Plan:
+    """Read a frozen plan.
+
+    Raises:
+        UserError: it is damaged.
+    """
+    remedy = "run snakemake again, which writes it anew"
+    content = read_json(Path(path), {"runs": list[dict], "jobs": dict[str, dict]}, remedy)
+    try:
+        content["runs"] = [PlannedRun(**run) for run in content["runs"]]
+        content["jobs"] = {name: Job(**job) for name, job in content["jobs"].items()}
+        return Plan(**{**content, "path": str(path)})
+    except TypeError as error:
+        raise UserError(f"{path}: is no plan of this version ({error}); {remedy}") from None

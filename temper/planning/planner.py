@@ -1,0 +1,305 @@
+"""Planning: from a sweep's points to jobs whose paths end in keys."""
+
+import copy
+import os
+from pathlib import Path
+
+from temper import tracking
+from temper.config.compose import chosen_experiment, expand, parse_overrides, split_overrides
+from temper.config.schema import Data
+from temper.config.stages import NOT_IN_KEY, stage_config
+from temper.config.validate import sft_config
+from temper.errors import UserError
+from temper.evaluation.metrics import check_metric
+from temper.folders import check_name
+from temper.hashing import HashCache, canonical_json
+from temper.keys import stage_key
+from temper.model.adapters import load_for_training
+from temper.model.layout import model_files
+from temper.planning.plan import FOLDERS, RESULTS, STATE, Job, Plan, PlannedRun
+from temper.planning.trunks import DECAYING_AT_THE_END, shares_trunk
+from temper.sources import pins as raw_data
+from temper.sources.revisions import pinned
+
+
+def build(experiment: str | None = None, sweep: str | None = None, overrides: str | list[str] = "") -> Plan:
+    """Plan an experiment.
+
+    Args:
+        experiment: a file of conf/experiment; None takes the default of conf/config.yaml.
+        sweep: a file of conf/sweep; None takes the experiment's own.
+        overrides: Hydra overrides, as one text or a list; a swept value (``a=1,2``) is an axis.
+
+    Raises:
+        UserError: for anything in config or raw data that would make a job fail later.
+    """
+    texts = split_overrides(overrides) if isinstance(overrides, str) else list(overrides)
+    chosen = [f"{group}={name}" for group, name in (("experiment", experiment), ("sweep", sweep)) if name]
+    parsed = parse_overrides([*chosen, *texts])
+    axes, points = expand(parsed)
+    configs = [config for _, config in points]
+    tracking.check(configs[0]["tracking"])
+    hashes = HashCache(STATE / "hashes.json")
+    planner = _Planner(hashes)
+    runs = {}
+    for point, config in points:
+        check_metric(config["eval"])
+        raw_data.check_options(config["data"])
+        run = planner.add_run(config, point)
+        runs.setdefault(run.name, run)  # 1e-4 and 0.0001 are one run
+    hashes.save()
+    first = configs[0]
+    plan = Plan(
+        first["sweep"]["name"], chosen_experiment(parsed), axes, first["tracking"], list(runs.values()), planner.jobs
+    )
+    _add_comparison(plan, first, [text for text in texts if text.partition("=")[0].strip() not in parsed.axes])
+    _add_tracking_targets(plan)
+    _check_places(plan)
+    return plan
+
+
+def _check_places(plan: Plan) -> None:
+    """Refuse what would stop a job after hours as surely as now: too long a name, a file in a folder's place."""
+    folders = {Path(job.path) for job in plan.jobs.values() if job.stage != "fetch_data"}
+    for path in map(Path, plan.jobs):
+        check_name(path, "config: a folder is named after data.name, model.name and sweep.name")
+        folders.update(path.parents)
+    for folder in sorted(folders):
+        if os.path.lexists(folder) and not folder.is_dir():
+            raise UserError(f"{folder}: is no folder, and there should be one: move it away")
+
+
+def _add_tracking_targets(plan: Plan) -> None:
+    """Tell each training which MLflow run its curves belong to: of the runs along its trunk, the shortest."""
+    for run in sorted(plan.runs, key=lambda run: len(run.segments)):
+        for path in run.segments:
+            target = {"tracking": plan.tracking, "sweep": plan.sweep, "run": run.name, "title": run.title}
+            plan.jobs[path].settings.setdefault("follow", target)
+
+
+def _add_comparison(plan: Plan, config: dict, overrides: list[str]) -> None:
+    """The last job: compare all reports of the sweep. `overrides`: those that are no axis."""
+    for run in plan.runs:
+        if run.config["eval"] != config["eval"] and run.config["eval"]["task"] != config["eval"]["task"]:
+            raise UserError("sweep: runs with different eval.task cannot be ranked together: sweep them apart")
+    view = {
+        "experiment": plan.experiment,
+        "eval": config["eval"],
+        "sweep": {"name": plan.sweep, "axes": plan.axes},
+        "runs": [
+            {"name": run.name, "point": run.point, "report": run.artefacts["evaluate_model"]} for run in plan.runs
+        ],
+    }
+    path = str(RESULTS / "sweeps" / plan.sweep)
+    reports = {run.name: run.artefacts["evaluate_model"] for run in plan.runs}
+    # The overrides are words of the page's command: what they change is in the runs, and that is what reruns it.
+    key = stage_key("compare_runs", view, {})
+    plan.jobs[path] = Job("compare_runs", path, key, {**view, "overrides": overrides}, reports)
+
+
+class _Planner:
+    """Collects jobs; artefacts that several runs need are planned once."""
+
+    def __init__(self, hashes: HashCache):
+        self.hashes = hashes
+        self.jobs: dict[str, Job] = {}
+        self.identities: dict[str, dict] = {}
+        self.sources: dict[str, str] = {}  # data set's name -> its pin
+        self.exact: dict[str, dict] = {}  # source as the config has it -> the same, pinned
+
+    def add_run(self, config: dict, point: dict) -> PlannedRun:
+        config = self._pinned(config)
+        data, model = config["data"]["name"], config["model"]["name"]
+        pin = self._raw(config)
+        base = self._job("fetch_model", model, config, {}, extra=self._model_files(config))
+        prompts = self._job("format_prompts", data, config, {"raw": pin}, extra={"raw": self._identity(config)})
+        splits = self._job("tokenize_splits", f"{data}-{model}", config, {"prompts": prompts.path, "model": base.path})
+        base_report = self._job(
+            "evaluate_model", f"base-{data}-{model}", config, {"model": base.path, "splits": splits.path}
+        )
+        start, extra = base, {}
+        if config["method"].get("sft"):
+            start, report = self._tuned(sft_config(config), base, splits, base_report)[1:]
+            extra = {"start_report": report.path}
+        adapters, merged, report = self._tuned(config, start, splits, base_report, extra)
+        artefacts = {
+            "fetch_data": pin,
+            "fetch_model": base.path,
+            "format_prompts": prompts.path,
+            "tokenize_splits": splits.path,
+            "train_adapter": adapters[-1].path,
+            "merge_adapter": merged.path,
+            "evaluate_model": report.path,
+            "base_report": base_report.path,
+            **extra,
+        }
+        name = Path(report.path).name
+        return PlannedRun(name, report.key, point, config, artefacts, [segment.path for segment in adapters])
+
+    def _tuned(self, config: dict, start: Job, splits: Job, base_report: Job, reports: dict | None = None):
+        """(training jobs, merge, evaluation) of a model that is trained from `start` on."""
+        pairs = self._own_answers(config, start, splits)
+        references = self._references(config, start, pairs)
+        learnt = config
+        if pairs is not splits:  # by then they are data like any other
+            learnt = {**config, "method": {**config["method"], "own_answers": None}}
+        adapters = self._adapters(learnt, {"splits": pairs.path, "model": start.path, **references})
+        adapter, slug = adapters[-1], _slug(config)
+        merged = self._job("merge_adapter", slug, config, {"model": start.path, "adapter": adapter.path})
+        inputs = {"model": merged.path, "splits": splits.path, "adapter": adapter.path, "base_report": base_report.path}
+        if Data.model_validate(config["data"]).has_pairs:  # the model's own answers make none of the test split
+            inputs |= references
+        report = self._job("evaluate_model", slug, config, {**inputs, **(reports or {})})
+        return adapters, merged, report
+
+    def _own_answers(self, config: dict, start: Job, splits: Job) -> Job:
+        """The splits to learn from: as they are, or such that what `start` answers wrongly is rejected."""
+        if not config["method"].get("own_answers"):
+            return splits
+        view = {**config, "method": {name: config["method"][name] for name in ("name", "own_answers")}}
+        return self._job("sample_answers", _data_slug(config), view, {"model": start.path, "splits": splits.path})
+
+    def _references(self, config: dict, start: Job, splits: Job) -> dict[str, str]:
+        """What preference optimization reads beside the splits: what the model it starts from thinks of the answers.
+
+        All runs of a sweep that start from one model share it.
+        """
+        if config["method"]["name"] != "dpo":
+            return {}
+        load = load_for_training(config["adapter"], config["model"]["load"])
+        view = {**config, "model": {**config["model"], "load": load}}
+        job = self._job("reference_logprobs", _data_slug(config), view, {"model": start.path, "splits": splits.path})
+        return {"references": job.path}
+
+    def _pinned(self, config: dict) -> dict:
+        """The config with commits in place of the hub's branches, so that keys know what they stand for."""
+        found = {}
+        for section, kind in (("data", "dataset"), ("model", "model")):
+            source = config[section]["source"]
+            asked = canonical_json(source)
+            if asked not in self.exact:
+                self.exact[asked] = pinned(source, kind, f"{section}.source")
+            found[section] = {**config[section], "source": self.exact[asked]}
+        return {**config, **found}
+
+    def _raw(self, config: dict) -> str:
+        """The fetch_data job; its output is the pin file, its identity the raw files' content."""
+        name, source = config["data"]["name"], config["data"]["source"]
+        path = str(raw_data.pin_path(name, source))
+        key = raw_data.pin_key(source)
+        if self.sources.setdefault(name, path) != path:
+            raise UserError(
+                f"config: two sources for data.name={name}, which has one folder data/raw/{name}: "
+                "sweep data=..., with a name each"
+            )
+        self.jobs.setdefault(path, Job("fetch_data", path, key, stage_config("fetch_data", config), {}))
+        return path
+
+    def _identity(self, config: dict) -> dict:
+        name, source = config["data"]["name"], config["data"]["source"]
+        path = str(raw_data.pin_path(name, source))
+        if path not in self.identities:
+            self.identities[path] = raw_data.planned_identity(name, source, self.hashes)
+        return self.identities[path]
+
+    def _model_files(self, config: dict) -> dict:
+        """Content hashes of a local model's files, so that a changed file is a changed model."""
+        source = config["model"]["source"]
+        if source["kind"] != "files":
+            return {}
+        folder = Path(source["path"]) if isinstance(source["path"], str) else None
+        if folder is None or not (folder / "config.json").is_file():
+            raise UserError(f"model.source.path: {source['path']}: not a model folder (no config.json in it)")
+        names = model_files([path.name for path in folder.iterdir()], f"model.source.path: {folder}")
+        return {"files": {name: self.hashes.sha256(folder / name) for name in names}}
+
+    def _adapters(self, config: dict, inputs: dict[str, str]) -> list[Job]:
+        """The training jobs of a run: one, or one per epoch when the schedule lets runs share them."""
+        epochs = config["train"].get("num_train_epochs", 3)
+        if not shares_trunk(config["train"]):
+            return [self._alone(config, inputs)]
+        trunk_config = copy.deepcopy(config)
+        del trunk_config["train"]["num_train_epochs"]
+        trunk = self._key("train_adapter", trunk_config, inputs)[0]
+        decays = config["train"]["lr_scheduler_type"] == DECAYING_AT_THE_END
+        # Up to the decay of so many epochs, which for the next epoch's segment never happened.
+        part, suffix = ({"part": "plateau"}, "-plateau") if decays else ({}, "")
+        segments: list[Job] = []
+        for epoch in range(1, int(epochs) + 1):
+            train = {**config["train"], "num_train_epochs": epoch}
+            before = {"previous": segments[-1].path} if segments else {}
+            job = self._training({**config, "train": train}, {**inputs, **before}, suffix, part)
+            job.settings |= {"trunk": trunk, **part}
+            segments.append(job)
+        if decays:
+            segments.append(self._alone(config, {**inputs, "previous": segments[-1].path}))
+            for job in segments[1:]:
+                job.settings["plateau"] = job.inputs["previous"]
+        return segments
+
+    def _alone(self, config: dict, inputs: dict[str, str]) -> Job:
+        """A training whose checkpoints no other shares."""
+        job = self._training(config, inputs)
+        job.settings["trunk"] = job.key
+        return job
+
+    def _training(self, config: dict, inputs: dict[str, str], suffix: str = "", part: dict | None = None) -> Job:
+        slug = _slug(config) + suffix
+        job = self._job("train_adapter", slug, config, inputs, unkeyed={"previous"}, upstream=part)
+        evaluations = job.settings.setdefault("evaluations", [])  # runs that share a training may be judged in several
+        evaluations += [config["eval"]] if config["eval"] not in evaluations else []
+        asked = config["eval"]["max_new_tokens"]
+        job.settings["max_new_tokens"] = max(asked, job.settings.get("max_new_tokens", 0))
+        return job
+
+    def _key(self, stage: str, config: dict, inputs: dict, extra=None, unkeyed=frozenset(), upstream=None):
+        """(key, keyed config, settings) of one artefact; `extra` adds to its config, `upstream` to its inputs' keys."""
+        keyed, settings = _without_unkeyed(stage_config(stage, config))
+        keyed.update(extra or {})
+        keys = {name: self.jobs[path].key for name, path in inputs.items() if name not in unkeyed | {"raw"}}
+        return stage_key(stage, keyed, keys | (upstream or {})), keyed, settings
+
+    def _job(self, stage, slug, config, inputs, extra=None, unkeyed=frozenset(), upstream=None) -> Job:
+        key, keyed, settings = self._key(stage, config, inputs, extra, unkeyed, upstream)
+        path = str(RESULTS / FOLDERS[stage] / f"{slug}-{key}")
+        return self.jobs.setdefault(path, Job(stage, path, key, keyed, inputs, settings))
+
+
+def _without_unkeyed(view: dict) -> tuple[dict, dict]:
+    """Split a stage's view into what its key hashes and what is in no key."""
+    keyed, settings = {}, {}
+    for section, value in view.items():
+        hidden = NOT_IN_KEY.get(section, frozenset())
+        if hidden and isinstance(value, dict):
+            keyed[section] = {name: item for name, item in value.items() if name not in hidden}
+            rest = {name: item for name, item in value.items() if name in hidden}
+            if rest:
+                settings[section] = rest
+        else:
+            keyed[section] = value
+    return keyed, settings
+
+
+def _data_slug(config: dict) -> str:
+    """A name for what is made of the splits with the model that preference optimization starts from."""
+    return f"{config['data']['name']}-{config['model']['name']}{'-sft' if config['method'].get('sft') else ''}"
+
+
+def _slug(config: dict) -> str:
+    """A name for people. It depends on nothing but the config, so that two sweeps share artefacts."""
+    train, adapter = config["train"], config["adapter"]
+    kind = next((kind for kind in ("dora", "rslora") if adapter.get(f"use_{kind}")), adapter.get("peft_type") or "full")
+    rank = f"-r{adapter['r']}" if "r" in adapter else ""
+    bits = next((f"-{bits}bit" for bits in (4, 8) if config["quantization"][f"load_in_{bits}bit"]), "")
+    rate = f"{train.get('learning_rate', 5e-5):g}"
+    epochs = f"e{train.get('num_train_epochs', 3):g}"
+    length = f"{train['max_steps']}steps" if train.get("max_steps", -1) > 0 else epochs
+    parts = [
+        config["data"]["name"],
+        config["model"]["name"],
+        ("sft-" if config["method"].get("sft") else "") + config["method"]["name"],
+        kind.lower() + rank + bits,
+        f"lr{rate}",
+        length,
+    ]
+    return "-".join(parts)

@@ -1,0 +1,86 @@
+"""Who made what: versions of the packages, the commit, peak memory."""
+
+import contextlib
+import importlib.metadata
+import json
+import platform
+import resource
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from temper.folders import PROVENANCE, sizes
+from temper.keys import code_hashes
+from temper.secrets import redacted
+
+PACKAGES = (
+    "torch",
+    "transformers",
+    "peft",
+    "bitsandbytes",
+    "datasets",
+    "accelerate",
+    "tokenizers",
+    "mlflow",
+    "hydra-core",
+    "snakemake",
+)
+
+
+def write_provenance(folder: Path, stage: str, config: dict, inputs: dict, seconds: float, facts: dict) -> None:
+    """Add `config.yaml` and `provenance.json`: all that is needed to make this folder again."""
+    import yaml
+
+    text = yaml.safe_dump(config, sort_keys=False, allow_unicode=True)
+    (folder / "config.yaml").write_text(text, encoding="utf-8")
+    facts = provenance(stage, inputs, seconds, facts) | {"files": sizes(folder)}
+    (folder / PROVENANCE).write_text(json.dumps(facts, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def provenance(stage: str, inputs: dict, seconds: float, facts: dict) -> dict:
+    """Who made an artefact, from what, with which code and packages; `facts` are the step's own."""
+    return {
+        "stage": stage,
+        "inputs": {name: str(path) for name, path in inputs.items() if path is not None},
+        "code": code_hashes(f"steps.{stage}"),
+        "command": redacted(" ".join(sys.argv)),
+        "packages": package_versions(),
+        "python": platform.python_version(),
+        "git": git_commit(),
+        "seconds": round(seconds, 3),
+        "ended": round(time.time(), 3),
+        "peak_memory_bytes": peak_memory(),
+        **facts,
+    }
+
+
+def package_versions() -> dict[str, str]:
+    versions = {}
+    for name in PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[name] = importlib.metadata.version(name)
+    return versions
+
+
+def git_commit() -> str | None:
+    """The commit the code stands at, with ``+changes`` when the work tree differs; None outside git."""
+    root = Path(__file__).resolve().parents[2]
+    git = ["git", "-C", str(root)]
+    try:
+        commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+        status = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return commit + ("+changes" if status.stdout.strip() else "")
+
+
+def peak_memory() -> int:
+    """Highest resident memory of this process so far, in bytes."""
+    status = Path("/proc/self/status")
+    if status.is_file():  # Linux: what getrusage says there may be that of the process which started this one
+        lines = status.read_text(encoding="utf-8", errors="replace").splitlines()
+        [kilobytes] = [line.split()[1] for line in lines if line.startswith("VmHWM:")]
+        return int(kilobytes) * 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

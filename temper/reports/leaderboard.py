@@ -1,0 +1,151 @@
+"""The leaderboard: its rows, as CSV, as JSON and in a terminal."""
+
+import csv
+import io
+import json
+import re
+from pathlib import Path
+
+from temper import units
+from temper.errors import UserError, visible
+from temper.evaluation import metrics
+from temper.files import read_json
+from temper.reports import html, plots
+
+FORMULAS = (*"=+-@", *"＝＋－＠", *"\t\r\n ")  # beginnings of what a spreadsheet does not take for a text
+NUMBER = re.compile(r"[+-]?\d+(\.\d*)?([eE][+-]?\d+)?")
+EXTRAS = ("tokens_per_second", "peak_memory_bytes", "trainable_parameters")
+
+
+# --- the leaderboard -----------------------------------------------------------------------------
+
+
+def shown_metrics(runs: list[dict], task: str, metric: str) -> list[str]:
+    """The leaderboard's figures: the ranking one, the task's, the loss; of preference pairs what any run has."""
+    pairs = [
+        name for name in (metrics.PREFERENCE, *metrics.REWARDS[:2]) if any(name in run["facts"]["test"] for run in runs)
+    ]
+    return list(dict.fromkeys([metric, *metrics.METRICS[task], "loss", *pairs]))
+
+
+def leaderboard_row(run: dict, names: list[str], metric: str) -> dict:
+    """One line of the leaderboard: the run, its swept values, its figures, the base model's, what it cost."""
+    facts, train = run["facts"], run["facts"]["train"] or {}
+    row = {"run": run["name"], **run["point"]}
+    row |= {f"test_{name}": facts["test"].get(name) for name in names}
+    row |= {f"base_test_{name}": (facts["base"] or {}).get(name) for name in names}
+    row["train_seconds"] = train.get("train_seconds")
+    row |= {name: train.get(name) for name in EXTRAS}
+    row |= {f"test_{metric}_low": facts["interval"][0], f"test_{metric}_high": facts["interval"][1]}
+    return row
+
+
+def csv_text(rows: list[dict]) -> str:
+    text = io.StringIO()
+    names = dict.fromkeys(name for row in rows for name in row)  # the last may be diverged_at_step
+    writer = csv.DictWriter(text, fieldnames=list(names), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows({name: _cell(value) for name, value in row.items()} for row in rows)
+    return text.getvalue()
+
+
+def _cell(value):
+    """A value for the CSV file. A text that a spreadsheet would compute gets the apostrophe that makes it text."""
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    if isinstance(value, str):
+        apostrophe = "'" if value.startswith(FORMULAS) and not NUMBER.fullmatch(value) else ""
+        return apostrophe + value.replace("\r", "\\r")  # which Python's csv does not quote, and which ends a line
+    return json.dumps(value, ensure_ascii=False) if isinstance(value, dict | list) else value
+
+
+def json_text(value) -> str:
+    return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+
+
+def print_leaderboard(path: Path) -> None:
+    """Print a sweep's leaderboard as a table, and where its page is.
+
+    Args:
+        path: the sweep's folder.
+    """
+    print(leaderboard_text(read_board(Path(path)), Path(path)))
+
+
+def read_board(folder: Path) -> dict:
+    """The leaderboard.json of a sweep's folder.
+
+    Raises:
+        UserError: it is not there, or damaged.
+    """
+    file, remedy = folder / "leaderboard.json", f"delete {folder} and run snakemake again, which compares anew"
+    if not file.is_file():
+        raise UserError(f"{file}: no such file; run the sweep first")
+    shape = {"metric": str, "sweep": str, "base": dict | None, "missing": list[str], "rows": list[dict]}
+    board = read_json(file, shape, remedy)
+    figures = [f"test_{board['metric']}", f"test_{board['metric']}_low", f"test_{board['metric']}_high"]
+    needed = {"run", "report", "train_seconds", *figures}
+    if not board["rows"] or any(needed - row.keys() for row in board["rows"]):
+        raise UserError(f"{file}: damaged (a row lacks one of {', '.join(sorted(needed))}); {remedy}")
+    return board
+
+
+def leaderboard_text(board: dict, folder: Path) -> str:
+    """The leaderboard as text: a run a line, best first, and the base model below."""
+    metric, rows = board["metric"], board["rows"]
+    keys = swept_keys(rows)
+    shown = [name for name in rows[0] if name.startswith("test_") and not name.endswith(("_low", "_high"))]
+    head = ["", *short_names(keys).values()]
+    head += [name.removeprefix("test_") for name in shown] + ["95% interval", "train", "key"]
+    table = [head]
+    for rank, row in enumerate(rows, 1):
+        if row[f"test_{metric}"] is None:
+            step = row.get("diverged_at_step")
+            what = "no finite figures" if step is None else f"diverged, step {step}"
+            table.append(["", *(cell_text(row[key]) for key in keys), *("" for _ in shown), what, "", key_of(row)])
+            continue
+        ends = (row[f"test_{metric}_low"], row[f"test_{metric}_high"])
+        line = [str(rank), *(cell_text(row[key]) for key in keys), *(units.figure(row[name]) for name in shown)]
+        table.append([*line, "{:.3f} to {:.3f}".format(*ends), units.seconds(row["train_seconds"]), key_of(row)])
+    if board["base"]:
+        base = [units.figure(board["base"].get(name.removeprefix("test_"))) for name in shown]
+        table.append(["", *("" for _ in keys), *base, "", "", "(base model)"])
+    lines = [f"sweep {board['sweep']}, best {metric} first", "", *_aligned(table), ""]
+    if board["missing"]:
+        lines.append(f"partial: {len(board['missing'])} run(s) without a report: {', '.join(board['missing'])}")
+    lines += [f"page: {folder / 'report.html'}", f"table: {folder / 'leaderboard.csv'}"]
+    return "\n".join(map(visible, [*lines, "each run: results/reports/*-<key>/report.html"]))
+
+
+def key_of(row: dict) -> str:
+    """The end of a run's name: enough to find its folders, and short enough for a terminal."""
+    return row["run"].rpartition("-")[2]
+
+
+def swept_keys(rows: list[dict]) -> list[str]:
+    """The swept keys of a leaderboard: its columns between the run's name and the first figure."""
+    names = list(rows[0])
+    first = next(index for index, name in enumerate(names) if name.startswith("test_"))
+    return names[1:first]
+
+
+def short_names(keys: list[str]) -> dict[str, str]:
+    """Key -> its last part, ``learning_rate``; the whole key where two would look the same."""
+    last = [key.rpartition(".")[2] for key in keys]
+    return {key: key if last.count(name) > 1 else name for key, name in zip(keys, last, strict=True)}
+
+
+def cell_text(value) -> str:
+    if isinstance(value, float):
+        return f"{value:g}"
+    return html.short(value if isinstance(value, str) else str(_cell(value)), plots.LONGEST_LABEL)
+
+
+def _aligned(table: list[list[str]]) -> list[str]:
+    """Columns of figures to the right, the last one, names, to the left."""
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    lines = []
+    for row in table:
+        cells = [cell.rjust(width) for cell, width in zip(row[:-1], widths, strict=False)]
+        lines.append("  ".join([*cells, row[-1]]).rstrip())
+    return lines

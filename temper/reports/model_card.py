@@ -1,0 +1,308 @@
+"""The model card of a run: what it is, how good, how to use it, how it was made.
+
+Nothing of this machine gets into it: no absolute path, no row of the data.
+"""
+
+import dataclasses
+import shlex
+from pathlib import Path
+from urllib.parse import quote
+
+from temper.errors import visible
+from temper.evaluation.metrics import LOSS_METRICS, METRICS
+from temper.files import read_json
+from temper.keys import flat
+from temper.model.loading import is_encoder_decoder
+from temper.planning.plan import FOLDERS
+from temper.reports import markdown
+from temper.reports.html import METRIC_NAMES, METRIC_NOTES
+from temper.reports.markdown import Markdown, code, fill
+from temper.runs import find as runs
+from temper.runs.prompting import Generation
+from temper.sources.pins import is_pin, read_pin
+
+SHOWN = ("method", "quantization", "adapter", "train", "seed")  # sections whose values are hyperparameters
+CONFIGS = ("format_prompts", "tokenize_splits", "train_adapter", "merge_adapter", "evaluate_model")
+TASKS = {"labels": "text-classification", "tags": "text-generation", "text": "text-generation"}
+
+
+@dataclasses.dataclass
+class Origin:
+    """Where data or a model comes from, in words; `repository` and `commit` when others find it on the hub."""
+
+    text: Markdown
+    repository: str | None = None
+    commit: str | None = None
+    name: str | None = None
+
+
+@dataclasses.dataclass
+class Card:
+    """What goes into a card besides the run itself."""
+
+    repository: str
+    base: Origin
+    merged: bool
+    license: str | None = None
+
+
+def base_origin(run: runs.FinishedRun, base_model: str | None) -> Origin:
+    """The model that the adapter belongs on; `base_model` is its name on the hub, given by hand."""
+    folder = run.parts.get("model")
+    source = _source(folder)
+    if base_model:
+        also = fill(" (the copy of it in {})", _words(source)) if source.get("kind") == "package" else ""
+        return Origin(fill("{}{}", _link(base_model), also), base_model)
+    if folder and runs.read_provenance(folder).get("stage") == "merge_adapter":
+        return Origin(fill("{}, itself tuned from {}", code(folder.name), _origin(runs.untouched_folder(run)).text))
+    return _origin(folder)
+
+
+def untouched_origin(run: runs.FinishedRun, base_model: str | None) -> Origin:
+    """The model that the merged one comes from, in the end."""
+    return base_origin(run, base_model) if base_model else _origin(runs.untouched_folder(run))
+
+
+def _origin(folder: Path | None) -> Origin:
+    source = _source(folder)
+    if source.get("kind") == "hub":
+        commit, name = runs.read_provenance(folder).get("commit"), source["repository"]
+        return Origin(fill("{} at {}", _link(name), commit or source["revision"]), name, commit)
+    return Origin(_words(source) if source else Markdown("a model of its author's own"))
+
+
+def _link(name: str, kind: str = "") -> Markdown:
+    return fill("[{}](https://huggingface.co/{}{})", name, Markdown(kind), Markdown(quote(name)))
+
+
+def data_origin(run: runs.FinishedRun) -> Origin:
+    """The data set."""
+    pin = run.parts.get("fetch_data")
+    if pin is None or not pin.is_file() or not is_pin(pin):  # by hand, or from Python
+        return Origin(Markdown("rows of its author's own"))
+    recorded, name = read_pin(pin), pin.parent.name
+    source, edited = recorded["source"], _edited(run)
+    if source["kind"] == "hub":
+        text = fill("{} (split {}{})", _link(source["repository"], "datasets/"), source["split"], edited)
+        return Origin(text, source["repository"], recorded.get("commit"), source["repository"])
+    if source["kind"] == "package":
+        return Origin(fill("{}, {}{}", code(name), _words(source), edited), name=name)
+    return Origin(fill("{}, a data set of its author's own", code(name)), name=name)
+
+
+def _edited(run: runs.FinishedRun) -> str:
+    """Whether the raw files were edited after they were fetched."""
+    raw = runs.read_config(run.parts["format_prompts"]).get("raw", {})
+    return "" if "pin" in raw else ", edited by hand"
+
+
+def _source(folder: Path | None) -> dict:
+    if folder is None or not (folder / "config.yaml").is_file():
+        return {}
+    return runs.read_config(folder).get("model", {}).get("source", {})
+
+
+def _words(source: dict) -> Markdown:
+    if source["kind"] != "package":
+        return Markdown("a folder of its author's own")
+    member = source["member"] if isinstance(source["member"], str) else source["member"][-1]
+    return fill("{} of the PyPI package {}", code(Path(member).name), code(source["requirement"]))
+
+
+def model_card(run: runs.FinishedRun, card: Card) -> str:
+    """The card, with its front matter."""
+    from yaml import safe_dump
+
+    made = {stage: run.parts[stage] for stage in CONFIGS if run.has(stage)}
+    made = {stage: folder for stage, folder in made.items() if (folder / "config.yaml").is_file()}
+    configs = {stage: runs.read_config(folder) for stage, folder in made.items()}
+    facts = _json(made.get("evaluate_model"), "metrics.json")
+    training = configs.get("train_adapter", {})
+    latest = runs.read_provenance(next(made[stage] for stage in reversed(CONFIGS) if stage in made))
+    data = data_origin(run)
+    hyperparameters = {name: training.get(name) for name in SHOWN if name in training}
+    return markdown.render(
+        "model_card.md",
+        card_data=Markdown(_metadata(card, data, facts, training).to_yaml()),
+        title=card.repository.partition("/")[2],
+        what=f"A {_peft_type(training)} adapter" if not card.merged else "A model",
+        base=card.base,
+        data=data,
+        method=training.get("method", {}).get("name", "sft"),
+        facts=facts,
+        metric_names=METRIC_NAMES,
+        metric_notes=METRIC_NOTES,
+        span=_span,
+        number=_number,
+        code=code,
+        usage=markdown.block(usage(run, card), "python"),
+        rows=_rows(made.get("format_prompts")),
+        prompt=configs["tokenize_splits"]["prompt"],
+        train=_json(made.get("train_adapter"), "training.json"),
+        hyperparameters=flat(hyperparameters),
+        key=run.name.rpartition("-")[2],
+        commit=latest.get("git"),
+        commands=markdown.block("\n".join(_command(stage, folder) for stage, folder in made.items())),
+        config=markdown.block(safe_dump(_without_sources(configs), sort_keys=False, allow_unicode=True), "yaml"),
+        packages=", ".join(f"{name} {version}" for name, version in latest.get("packages", {}).items()),
+        limits=_limits(run, card, facts, data),
+    )
+
+
+def _metadata(card: Card, data: Origin, facts: dict, training: dict):
+    from huggingface_hub import ModelCardData
+
+    kind = _peft_type(training).lower()
+    return ModelCardData(
+        base_model=card.base.repository,
+        datasets=[data.repository] if data.repository else None,
+        library_name="transformers" if card.merged else "peft",
+        license=card.license,
+        pipeline_tag="text-generation",
+        tags=[*([] if card.merged else [kind, "peft"]), training.get("method", {}).get("name", "sft"), "temper"],
+        model_name=card.repository.partition("/")[2],
+        eval_results=_eval_results(data, facts) or None,
+    )
+
+
+def _eval_results(data: Origin, facts: dict) -> list:
+    """The test figures in the hub's own form."""
+    from huggingface_hub import EvalResult
+
+    name = data.name or "own data"
+    return [
+        EvalResult(
+            task_type=TASKS[facts["task"]],
+            dataset_type=name,
+            dataset_name=name,
+            dataset_split="test",
+            metric_type=metric,
+            metric_value=round(value, 6),
+            metric_name=METRIC_NAMES[metric],
+            metric_args={"interval_95": interval} if (interval := facts["intervals"].get(metric)) else None,
+        )
+        for metric, value in facts.get("test", {}).items()
+        if metric in (*METRICS[facts["task"]], *LOSS_METRICS)
+    ]
+
+
+def usage(run: runs.FinishedRun, card: Card) -> str:
+    """Python that loads the published model and asks it in the words of its training."""
+    prompt, adapter, in_decoder = run.prompt, not card.merged, is_encoder_decoder(runs.base_folder(run))
+    kind = "AutoModelForSeq2SeqLM" if in_decoder else "AutoModelForCausalLM"
+    lines = ["from peft import PeftModel"] if adapter else []
+    lines += [f"from transformers import {kind}, AutoTokenizer", "", f"repository = {card.repository!r}"]
+    lines += ["tokenizer = AutoTokenizer.from_pretrained(repository)"]
+    if adapter:
+        at = f", revision={card.base.commit!r}" if card.base.commit else ""
+        lines += [f"base = {kind}.from_pretrained({card.base.repository!r}{at})"]
+        lines += ["model = PeftModel.from_pretrained(base, repository)"]
+    else:
+        lines += [f"model = {kind}.from_pretrained(repository)"]
+    lines += ["", *(_chat_lines(prompt) if prompt["apply_chat_template"] else _template_lines(prompt))]
+    evaluated = runs.read_config(run.parts["evaluate_model"])["eval"] if run.has("evaluate_model") else {}
+    tokens = evaluated.get("max_new_tokens", Generation.max_new_tokens)
+    lines += [f"output = model.generate(**inputs, max_new_tokens={tokens}, do_sample=False)"]
+    answer = "output[0]" if in_decoder else 'output[0, inputs["input_ids"].shape[1] :]'
+    lines += [f"print(tokenizer.decode({answer}, skip_special_tokens=True))"]
+    return "\n".join(lines)
+
+
+def _chat_lines(prompt: dict) -> list[str]:
+    system = [f'    {{"role": "system", "content": {prompt["system"]!r}}},'] if prompt["system"] else []
+    return [
+        "messages = [",
+        *system,
+        '    {"role": "user", "content": "Your prompt here."},',
+        "]",
+        "inputs = tokenizer.apply_chat_template(",
+        '    messages, add_generation_prompt=True, return_tensors="pt", return_dict=True',
+        ")",
+    ]
+
+
+def _template_lines(prompt: dict) -> list[str]:
+    return [
+        "from jinja2 import Template",
+        "",
+        f"template = Template({prompt['template']!r}, keep_trailing_newline=True)",
+        f'prompt = template.render(system={prompt["system"]!r}, prompt="Your prompt here.")',
+        'inputs = tokenizer(prompt, return_tensors="pt")',
+    ]
+
+
+def _limits(run: runs.FinishedRun, card: Card, facts: dict, data: Origin) -> list[str]:
+    limits: list[str] = []
+    if facts:
+        limits.append(
+            f"The figures are those of one test split ({facts['rows']} rows) of the data set that it was trained on; "
+            "on other texts they may be quite different."
+        )
+    if facts.get("task") == "labels":
+        labels = runs.read_config(run.parts["evaluate_model"])["eval"]["labels"]
+        limits.append(f"It was trained, and judged, to answer with one of these labels: {', '.join(labels)}.")
+    limits.append("What holds for the base model (its licence, its biases, what it does not know) holds here as well.")
+    source = _source(run.parts.get("model"))
+    if not card.merged and source.get("kind") != "hub":
+        copy = _words(source) if source else "a copy of its author's own"
+        limits.append(
+            fill(
+                "The adapter was trained on {}. That {} is the same model was said by hand; with it the figures may "
+                "differ a little.",
+                *(copy, card.base.repository),
+            )
+        )
+    if not data.repository:
+        limits.append("The training data is not on the hub.")
+    return limits
+
+
+def _json(folder: Path | None, name: str) -> dict:
+    path = folder / name if folder else None
+    return read_json(path) if path and path.is_file() else {}
+
+
+def _peft_type(training: dict) -> str:
+    return training.get("adapter", {}).get("peft_type") or "full"
+
+
+def _span(interval, form: str = "%.3f") -> str:
+    return f"{form % interval[0]} to {form % interval[1]}" if interval else ""
+
+
+def _number(value) -> str:
+    return "" if value is None else f"{value:.3f}"
+
+
+def _rows(prompts: Path | None) -> str:
+    splits = _json(prompts, "stats.json").get("splits", {})
+    return ", ".join(f"{split['rows']} {name}" for name, split in splits.items()) + " rows" if splits else ""
+
+
+def _command(stage: str, folder: Path) -> str:
+    """The stage's command, with folders as they are called in results/."""
+    inputs = runs.read_provenance(folder).get("inputs", {})
+    words = [
+        word for name, value in inputs.items() for word in (f"--{name.replace('_', '-')}", _place(name, Path(value)))
+    ]
+    return visible(shlex.join(["python", "-m", f"steps.{stage}", *words, "--output", _place(stage, folder)]))
+
+
+def _place(name: str, path: Path) -> str:
+    """A folder as it is called in results/; of another place only the last name, of raw data by hand not even that."""
+    if name == "raw" and not is_pin(path):
+        return "FILE"
+    parent = path.absolute().parent.name
+    return f"{parent}/{path.name}" if name == "raw" or parent in FOLDERS.values() else path.name
+
+
+def _without_sources(configs: dict[str, dict]) -> dict:
+    """All configs as one; where the data was read from stays here, for it may be a path of this machine."""
+    merged: dict = {}
+    for config in configs.values():
+        for section, value in config.items():
+            merged[section] = {**merged.get(section, {}), **value} if isinstance(value, dict) else value
+    merged.pop("raw", None)
+    for name in ("name", "source"):
+        merged.get("data", {}).pop(name, None)
+    return merged

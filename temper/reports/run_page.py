@@ -1,0 +1,120 @@
+"""The page of one run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from temper.evaluation import metrics
+from temper.files import read_json, read_yaml
+from temper.keys import flat
+from temper.reports import html, plots
+
+# --- the page ------------------------------------------------------------------------------------
+
+
+def write_page(output: Path, facts: dict, predictions: list, curves: list, settings: dict, configs: dict) -> None:
+    """Write report.html. `configs`: heading -> table of dotted keys and values."""
+    groups = sample_groups(predictions, settings["task"])
+    html.render(
+        "report.html",
+        output / "report.html",
+        name=output.name,
+        facts=facts,
+        metric=facts["metric"],
+        lower_is_better=metrics.LOWER_IS_BETTER,
+        panels=plots.comparison(_panels(facts)),
+        loss_curves=plots.loss_curves(curves),
+        reward_curves=plots.reward_curves(curves),
+        confusions=_confusions(facts),
+        groups=choose_samples(groups, settings["samples"]),
+        counts={name: len(rows) for name, rows in groups.items()},
+        settings=settings,
+        configs=configs,
+    )
+
+
+def _panels(facts: dict) -> list[dict]:
+    """What the dot plots show: per metric this model, the base model, baselines and published figures."""
+    panels = []
+    for metric, interval in facts["intervals"].items():
+        ours = "tuned" if facts["base"] or facts["train"] else "this model"
+        entries = [{"name": ours, "value": facts["test"][metric], "interval": interval, "kind": "tuned"}]
+        if facts["base"]:
+            low_high = facts["base_intervals"].get(metric)
+            entries.append({"name": "base model", "value": facts["base"][metric], "interval": low_high, "kind": "base"})
+        if facts["start"]:
+            start = facts["start"]
+            low_high = start["intervals"].get(metric)
+            entries.append(
+                {"name": start["name"], "value": start["test"][metric], "interval": low_high, "kind": "other"}
+            )
+        others = [(entry["name"], entry.get(metric)) for entry in facts["baselines"]]
+        others += [(entry["name"], entry["value"]) for entry in facts["published"] if entry["metric"] == metric]
+        entries += [_without_interval(name, value) for name, value in others if value is not None]
+        panels.append({"title": html.metric_name(metric), "entries": entries})
+    return panels
+
+
+def _without_interval(name: str, value: float) -> dict:
+    return {"name": name, "value": value, "interval": None, "kind": "other"}
+
+
+def _confusions(facts: dict) -> list[tuple[str, dict]]:
+    if "confusion" not in facts:
+        return []
+    tables = [("tuned" if facts["base"] else "this model", facts["confusion"])]
+    return tables + ([("base model", facts["base_confusion"])] if facts["base_confusion"] else [])
+
+
+# (what a score is, is there a base model?) -> (the groups, worth reading first; which of them a row belongs to)
+GROUPS = {
+    ("labels", True): (
+        ("fixed by tuning", "broken by tuning", "wrong before and after", "right before and after"),
+        lambda row: {(1, 0): 0, (0, 1): 1, (0, 0): 2, (1, 1): 3}[int(row["score"]), int(row["base_score"])],
+    ),
+    ("labels", False): (("right", "wrong"), lambda row: int(row["score"] < 1)),
+    ("graded", True): (
+        ("better than the base model's", "worse than the base model's", "as good as the base model's"),
+        lambda row: 0 if row["score"] > row["base_score"] else 1 if row["score"] < row["base_score"] else 2,
+    ),
+    ("graded", False): (("scored 0.5 or above", "scored below 0.5"), lambda row: int(row["score"] < 0.5)),
+}
+
+
+def sample_groups(predictions: list[dict], task: str) -> dict[str, list[dict]]:
+    """All answers, sorted by what tuning did to them, in the order in which they are worth reading."""
+    compared = bool(predictions) and "base_score" in predictions[0]
+    names, kind = GROUPS["labels" if task == "labels" else "graded", compared]
+    groups: dict[str, list[dict]] = {name: [] for name in names}
+    for row in predictions:
+        groups[names[kind(row)]].append(row)
+    return groups
+
+
+def choose_samples(groups: dict[str, list[dict]], total: int) -> dict[str, list[dict]]:
+    """`total` rows, the groups taking turns while they last; within a group spread evenly over the split."""
+    shares = dict.fromkeys(groups, 0)
+    while sum(shares.values()) < total:
+        open_groups = [name for name, rows in groups.items() if shares[name] < len(rows)]
+        if not open_groups:
+            break
+        for name in open_groups[: total - sum(shares.values())]:
+            shares[name] += 1
+    return {name: _spread(rows, shares[name]) for name, rows in groups.items() if shares[name]}
+
+
+def _spread(rows: list[dict], number: int) -> list[dict]:
+    return [rows[index * len(rows) // number] for index in range(number)]
+
+
+def configs_shown(config: dict, model: Path, splits: Path, adapter: Path | None) -> dict[str, dict[str, str]]:
+    """The config of this stage and of those before it, as they left it in their folders."""
+    inputs = {"model": model, "splits": splits, "adapter": adapter}
+    tables = {"evaluate_model": flat(config)}
+    for name, folder in inputs.items():
+        if folder and (folder / "config.yaml").is_file():
+            made = (folder / "provenance.json").is_file()
+            stage = read_json(folder / "provenance.json", {"stage": str})["stage"] if made else name
+            tables[stage] = flat(read_yaml(folder / "config.yaml"))
+    tables["inputs"] = {name: str(folder) for name, folder in inputs.items() if folder}
+    return tables

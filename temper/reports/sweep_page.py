@@ -1,0 +1,127 @@
+"""The page of a sweep."""
+
+import json
+import os
+import re
+import shlex
+from pathlib import Path
+from urllib.parse import quote
+
+from temper.config.compose import groups, hydra_text
+from temper.errors import visible
+from temper.files import read_json_lines
+from temper.reports import html, plots
+from temper.reports.leaderboard import cell_text, short_names, swept_keys
+
+# --- the page ------------------------------------------------------------------------------------
+
+
+def write_page(
+    output: Path,
+    config: dict,
+    metric: str,
+    names: list[str],
+    runs: list,
+    rows: list,
+    missing: list,
+    diverged: list,
+) -> None:
+    keys = swept_keys(rows)
+    best = runs[0]
+    html.render(
+        "sweep.html",
+        output / "report.html",
+        sweep=config["sweep"]["name"],
+        metric=metric,
+        keys=short_names(keys),
+        runs=[_shown(run, output) for run in runs],
+        best=best,
+        names=names,
+        missing=missing,
+        diverged=[_shown(run, output) for run in diverged],
+        planned=len(config["runs"]),
+        rivals=_rivals(runs),
+        published=config["eval"]["published"],
+        effects=_effects(runs, keys, metric),
+        curves=plots.sweep_curves([(_label(run), curves_of(run)) for run in runs[: plots.MOST_CURVES]]),
+        most_curves=plots.MOST_CURVES,
+        command=_command_for(best, config),
+    )
+
+
+def _shown(run: dict, output: Path) -> dict:
+    """What the table shows of a run; `page` is relative, so that results/ can be moved or sent as a whole."""
+    page = os.path.relpath(Path(run["report"]) / "report.html", output)
+    return {**run, "page": quote(Path(page).as_posix()), "train": run["facts"]["train"] or {}, "label": _label(run)}
+
+
+def curves_of(run: dict) -> list[dict]:
+    path = Path(run["report"]) / "curves.jsonl"
+    return read_json_lines(path) if path.is_file() else []
+
+
+def _label(run: dict) -> str:
+    """A run's swept values, or its name when nothing is swept."""
+    names = short_names(list(run["point"]))
+    return ", ".join(f"{names[key]}={cell_text(value)}" for key, value in run["point"].items()) or run["name"]
+
+
+def _rivals(runs: list[dict]) -> int:
+    """How many other runs' intervals overlap with the best one's: their order may be chance."""
+    low, high = runs[0]["facts"]["interval"]
+    others = (run["facts"]["interval"] for run in runs[1:])
+    return sum(other_low <= high and low <= other_high for other_low, other_high in others)
+
+
+def _effects(runs: list[dict], keys: list[str], metric: str) -> list[str]:
+    """One plot per swept key that takes more than one value."""
+    plots = []
+    for key in keys:
+        points = [
+            {
+                "x": _plain(run["point"][key]),
+                "y": run["facts"]["test"][metric],
+                "interval": run["facts"]["interval"],
+                "others": json.dumps({other: run["point"][other] for other in keys if other != key}, default=str),
+                "best": run is runs[0],
+            }
+            for run in runs
+        ]
+        if len({point["x"] for point in points}) > 1:
+            plots.append(plots.axis_effect(points, key, html.metric_name(metric)))
+    return plots
+
+
+def _plain(value):
+    """A swept value that a plot can place: lists, nulls and booleans go by their text."""
+    return value if isinstance(value, int | float | str) and not isinstance(value, bool) else json.dumps(value)
+
+
+def _command_for(run: dict, config: dict) -> str:
+    """The command that makes this run alone, for a shell: fixed values collapse the sweep's axes."""
+    # sweep=none: alone, the run gets a page of its own, and this one stays.
+    given = {"experiment": config.get("experiment"), "sweep": "none", "overrides": _overrides(run["point"], config)}
+    given = [f"{name}={_shell_text(text)}" for name, text in given.items() if text]
+    return " ".join(["snakemake --cores all --config", *given])
+
+
+def _overrides(point: dict, config: dict) -> str:
+    """What was given beside the sweep, then the swept values; of a config group the point has the choice's name."""
+    given = [text for text in config.get("overrides", []) if not re.match(r"[+~]*sweep\b", text)]
+    swept = [f"{key}={value if key in groups() else hydra_text(value, literal=True)}" for key, value in point.items()]
+    return " ".join([*given, *swept])
+
+
+def _shell_text(text: str) -> str:
+    """A text quoted for a shell; control characters, which a terminal would act upon, as escapes."""
+    if visible(text) == text:
+        plain = shlex.quote(text) != text and not set(text) & set('$`"\\!')
+        return f'"{text}"' if plain else shlex.quote(text)
+    written = (_shell_escape(char) if visible(char) != char or char in "\\'" else char for char in text)
+    return "$'" + "".join(written) + "'"
+
+
+def _shell_escape(char: str) -> str:
+    if visible(char) != char:
+        return f"\\x{ord(char):02x}" if ord(char) < 128 else f"\\U{ord(char):08x}"
+    return f"\\{char}"

@@ -1,0 +1,267 @@
+"""Find a finished run by what people call it, and load its model.
+
+What belongs together is read from the folders' provenance.json, so a run is found from any of its parts.
+"""
+
+import dataclasses
+from pathlib import Path
+
+from temper.errors import UserError, suggest
+from temper.files import read_json, read_yaml
+from temper.folders import made_again, refuse_damaged
+from temper.model.adapters import DIVERGED, is_adapter, load_for_training, put_on
+from temper.model.limits import virtual_tokens_of
+from temper.model.loading import BUNDLED, load_model
+from temper.planning.plan import FOLDERS, RESULTS
+
+STAGES = ("evaluate_model", "merge_adapter", "train_adapter")  # folders that stand for a run, the last one first
+BEST = "best"
+
+
+@dataclasses.dataclass
+class FinishedRun:
+    """The folders of a run. A part that was never made, or deleted since, is None."""
+
+    asked: Path  # the folder that was named, or that the name stands for
+    parts: dict[str, Path]  # stage -> folder; `model`: what training started from; `base_report`: the untouched model's
+
+    @property
+    def name(self) -> str:
+        return self.asked.name
+
+    def part(self, stage: str, purpose: str) -> Path:
+        """A part's folder.
+
+        Args:
+            purpose: what it is needed for; the complaint says so when the part is not there.
+        """
+        folder = self.parts.get(stage)
+        if folder is None or not folder.is_dir():
+            where = folder or f"the folder of {stage}"
+            raise UserError(f"{self.asked}: {where} is not there, {purpose}; {_make(folder)}")
+        refuse_damaged(folder, may_be_edited=True)
+        return folder
+
+    def has(self, stage: str) -> bool:
+        return stage in self.parts and self.parts[stage].is_dir()
+
+    def config(self, stage: str, purpose: str) -> dict:
+        """The config a part was made with."""
+        return read_config(self.part(stage, purpose))
+
+    @property
+    def prompt(self) -> dict:
+        """How a conversation became text in training: the config section `prompt`, and the template's `opening`."""
+        prompt = self.config("tokenize_splits", "and only it knows the format of the run's prompts")["prompt"]
+        return {**prompt, "opening": read_provenance(self.parts["tokenize_splits"]).get("opening", "")}
+
+    @property
+    def load(self) -> dict:
+        """How the model was loaded for training or evaluation: the config section `model.load`."""
+        stage = "train_adapter" if self.has("train_adapter") else "evaluate_model"
+        return self.config(stage, "and only it knows how the model is loaded")["model"]["load"]
+
+    @property
+    def uses_merged(self) -> bool:
+        """Whether the run's model is the merged one: when it is there, and nobody asked for the adapter itself."""
+        return self.has("merge_adapter") and self.parts.get("train_adapter") != self.asked
+
+
+def read_config(folder: Path) -> dict:
+    """The config.yaml of an artefact."""
+    return read_yaml(folder / "config.yaml")
+
+
+def read_provenance(folder: Path) -> dict:
+    """The provenance.json of an artefact; {} for a folder that no step wrote."""
+    path = folder / "provenance.json"
+    return read_json(path, {"stage": str, "inputs": dict[str, str]}) if path.is_file() else {}
+
+
+# --- finding -------------------------------------------------------------------------------------
+
+
+def find(word: str, sweep: str | None = None) -> FinishedRun:
+    """The run that `word` stands for.
+
+    Args:
+        word: the path of a folder below reports/, merged/ or adapters/; such a folder's name; the key at the end of the
+            name; or ``best``, the first line of a sweep's leaderboard.
+        sweep: the sweep that ``best`` is of; not needed when there is one only.
+
+    Raises:
+        UserError: there is no such run; the message has the closest name.
+    """
+    if sweep is not None and word != BEST:
+        raise UserError(f"--sweep {sweep}: goes with --run best, not with --run {word}; leave it out")
+    if word == BEST:
+        return _from_folder(_best(sweep))
+    return _from_folder(Path(word) if Path(word).is_dir() else _named(word))
+
+
+def _best(sweep: str | None) -> Path:
+    boards = {path.parent.name: path for path in sorted((RESULTS / "sweeps").glob("*/leaderboard.json"))}
+    sweeps = [name for name in boards if "@" not in name]  # <sweep>@<experiment>: kept, and the best only when named
+    if not sweeps:
+        raise UserError(f"--run best: there is no leaderboard in {RESULTS}/sweeps; run snakemake first")
+    if sweep is None and len(sweeps) > 1:
+        raise UserError(f"--run best: of which sweep? add --sweep with one of {', '.join(sweeps)}")
+    name = sweep or sweeps[0]
+    if name not in boards:
+        raise UserError(f"--sweep {name}: no such sweep in {RESULTS}/sweeps; {suggest(name, sweeps)}")
+    remedy = f"delete {boards[name].parent} and run snakemake again, which compares anew"
+    rows = read_json(boards[name], {"rows": list[dict]}, remedy)["rows"]
+    if not rows or not isinstance(rows[0].get("report"), str):
+        raise UserError(f"{boards[name]}: damaged (its first row names no report); {remedy}")
+    return Path(rows[0]["report"])
+
+
+def _named(word: str) -> Path:
+    """The folder called `word`, whole or by the key at its end."""
+    names = {path.parent.name: path.parent for stage in STAGES for path in _made(stage)}
+    by_key = {name.rpartition("-")[2]: folder for name, folder in names.items()}
+    found = names.get(word) or by_key.get(word)
+    if found:
+        return found
+    if not names:
+        raise UserError(f"--run {word}: no such folder, and no run in {RESULTS}; run snakemake first")
+    reports = [path.parent.name for path in _made(STAGES[0])] or list(names)
+    hint = suggest(Path(word).name, [BEST, *reports, *(name.rpartition("-")[2] for name in reports)])
+    if not hint.startswith("did you mean"):
+        hint = suggest("", [BEST, *reports])
+    raise UserError(f"--run {word}: no run of this name or key in {RESULTS}; {hint}")
+
+
+def _made(stage: str) -> list[Path]:
+    return sorted((RESULTS / FOLDERS[stage]).glob("*/provenance.json"))
+
+
+def _from_folder(folder: Path) -> FinishedRun:
+    stage = read_provenance(folder).get("stage")
+    if stage not in STAGES:
+        what = f"a folder of {stage}" if stage else "no folder that a step wrote"
+        raise UserError(f"--run {folder}: is {what}; name one of {', '.join(FOLDERS[name] for name in STAGES)}")
+    parts: dict[str, Path] = {}
+    _add(parts, stage, folder)
+    for above, name, below in MADE_FROM:
+        newest = _newest(above, name, parts[below]) if below in parts and above not in parts else None
+        if newest:
+            _add(parts, above, newest)
+    _refuse_diverged(parts)
+    return FinishedRun(folder, parts)
+
+
+# What is made from what: (stage, its input's name, the stage that made that).
+MADE_FROM = (("merge_adapter", "adapter", "train_adapter"), ("evaluate_model", "model", "merge_adapter"))
+# Name of an input -> the part it is. `model` depends on who reads it.
+INPUTS = {"adapter": "train_adapter", "splits": "tokenize_splits", "prompts": "format_prompts", "raw": "fetch_data"}
+READ_ON = (*STAGES, "sample_answers", "tokenize_splits", "format_prompts")  # parts that are followed further down
+
+
+def _add(parts: dict[str, Path], part: str, folder: Path) -> None:
+    """Add a part and all that it was made from."""
+    parts[part] = folder
+    inputs = read_provenance(folder).get("inputs", {}) if part in READ_ON else {}
+    for name, value in inputs.items():
+        path = _moved(folder, Path(value))
+        below = _part(part, name, path, "adapter" in inputs)
+        if below not in parts and (name != "model" or part in STAGES):  # elsewhere it is there for its tokenizer
+            _add(parts, below, path)
+
+
+def _part(reader: str, name: str, path: Path, of_a_run: bool) -> str:
+    """Which part the input `name` of the part `reader` is."""
+    if name == "model":
+        return "merge_adapter" if reader == "evaluate_model" and of_a_run else "model"
+    if name == "splits":  # as they were tokenized, or with the model's own answers to reject
+        return read_provenance(path).get("stage", INPUTS[name])
+    return INPUTS.get(name, name)
+
+
+def _moved(folder: Path, recorded: Path) -> Path:
+    """Where an input is now: beside `folder` when all of results/ was moved or is looked at from elsewhere."""
+    results = folder.parent.parent
+    places = (results.joinpath(*recorded.parts[-2:]), results.parent / recorded)
+    return next((path for path in places if path.exists()), recorded)
+
+
+def _newest(stage: str, name: str, made_from: Path) -> Path | None:
+    """The newest folder of `stage` that has `made_from` as its input `name`."""
+    found = []
+    for path in (made_from.parent.parent / FOLDERS[stage]).glob("*/provenance.json"):
+        recorded = read_provenance(path.parent).get("inputs", {}).get(name)
+        if recorded and Path(recorded).parts[-2:] == made_from.absolute().parts[-2:]:
+            found.append(path)
+    return max(found, key=lambda path: path.stat().st_mtime).parent if found else None
+
+
+def _refuse_diverged(parts: dict[str, Path]) -> None:
+    for stage in ("merge_adapter", "train_adapter"):
+        folder = parts.get(stage)
+        for name, key in ((DIVERGED, "step"), ("training.json", "diverged_at_step")):
+            if folder and (folder / name).is_file():
+                step = read_json(folder / name, {key: int | None})[key]
+                if step is not None:
+                    raise UserError(
+                        f"{folder}: the training diverged at step {step}, so there is no model; name another"
+                    )
+
+
+# --- loading -------------------------------------------------------------------------------------
+
+
+def base_folder(run: FinishedRun) -> Path:
+    """The model that the training started from; after fine-tuning, preference optimization starts from a merged one."""
+    return run.part("model", "and it holds the base model")
+
+
+def untouched_folder(run: FinishedRun) -> Path:
+    """The model that no training touched."""
+    folder = base_folder(run)
+    passed = []
+    while (made := read_provenance(folder)).get("stage") == "merge_adapter":
+        passed.append(folder)
+        folder = _moved(folder, Path(made["inputs"].get("model", folder)))
+        if folder in passed:
+            raise UserError(f"{folder}: damaged (its provenance.json names itself); {made_again(folder)}")
+    if not folder.is_dir():
+        raise UserError(f"{run.asked}: {folder} is not there, and it holds the base model; {_make(folder)}")
+    return folder
+
+
+def _make(folder: Path | None) -> str:
+    """How to get back a folder that was deleted: Snakemake makes one only where something asks for it."""
+    if folder is None:
+        return "name another run"
+    return f"make it again with snakemake --cores all {folder} --config ... (as for its sweep)"
+
+
+def model_folder(run: FinishedRun) -> Path:
+    """The folder with the tokenizer and the config of the run's model."""
+    return run.part("merge_adapter", "and it answers") if run.uses_merged else base_folder(run)
+
+
+def virtual_tokens(run: FinishedRun) -> int:
+    """How many virtual tokens stand in front of each text, beside those in the model's folder."""
+    adapter = run.parts.get("train_adapter")
+    return virtual_tokens_of(adapter) if adapter and is_adapter(adapter) and not run.uses_merged else 0
+
+
+def refuse_bundled(folder: Path, instead: str) -> None:
+    """Virtual tokens cannot be merged: the "merged" folder is then the base model with the adapter beside it."""
+    if (folder / BUNDLED).is_dir():
+        raise UserError(
+            f"{folder}: virtual tokens cannot be merged, so this is the base model and an adapter: {instead}"
+        )
+
+
+def load_network(run: FinishedRun):
+    """The run's model, ready to answer: merged, or the base model with the adapter on it."""
+    if run.uses_merged:
+        return load_model(model_folder(run), run.load).eval()
+    if "train_adapter" not in run.parts:  # the report of an untouched model
+        return load_model(base_folder(run), run.load).eval()
+    adapter = run.part("train_adapter", "and it answers")
+    if not is_adapter(adapter):
+        return load_model(adapter, load_for_training(read_config(adapter)["adapter"], run.load)).eval()
+    return put_on(load_model(base_folder(run), run.load), adapter).eval()

@@ -1,0 +1,154 @@
+"""Raw data on disk: which files there are, and what identifies them.
+
+``data/raw/<data>/`` holds the raw files and one ``pin-<key>.json``, which says what was fetched and
+the sha256 of each file. As long as the files are as fetched, the pin is their identity; once
+somebody edits one, its content is.
+"""
+
+import collections
+import json
+from pathlib import Path
+
+from temper.data.rows import format_of, refuse_unread
+from temper.errors import UserError
+from temper.hashing import HashCache, digest, file_sha256
+
+RAW = Path("data/raw")
+
+
+def pin_path(name: str, source: dict) -> Path:
+    """The file that the fetch_data stage writes last."""
+    return RAW / name / f"pin-{pin_key(source)}.json"
+
+
+def pin_key(source: dict) -> str:
+    """Key of a fetched source: what was asked for.
+
+    The code that fetches is not part of it. A package's sha256 and a hub's revision say what the files hold,
+    whoever fetches them, and a new version of that code must not ask for files again that somebody edited since.
+    """
+    if source["kind"] == "files":
+        source = {"kind": "files", "path": [str(path) for path in source_files(source).values()]}
+    return digest({"stage": "fetch_data", "source": source})
+
+
+def check_options(data: dict) -> None:
+    """Refuse options that say how to read another format than that of the data's files, as far as it is known."""
+    source = data["source"]
+    if source["kind"] == "hub" and data["format"] not in (None, "jsonl"):
+        raise UserError(
+            f"config: 'data.format': {data['format']} is for files, and rows of the hub are kept as jsonl: "
+            "leave it out (~data.format)"
+        )
+    for name in _names(source):
+        if found := data["format"] or format_of(name):
+            refuse_unread(f"config: {name}", found, data["csv"], data["field"])
+
+
+def _names(source: dict) -> list[str]:
+    """What the data's files are called."""
+    if source["kind"] == "hub":
+        return [f"{source['repository']}.jsonl"]
+    if source["kind"] == "files":
+        return [source["path"]] if isinstance(source["path"], str) else source["path"]
+    return [source["member"] if isinstance(source["member"], str) else source["member"][-1]]
+
+
+def source_files(source: dict) -> dict[str, Path]:
+    """The files of a `files` source: name in the data folder -> absolute path, sorted by that name.
+
+    Of files with the same name, each gets its folder's name in front. A path is not resolved: what a link
+    points to (a blob in a cache, say) may have lost the file's ending.
+
+    Raises:
+        UserError: for the first path that is no file, or whose name cannot be told from another's.
+    """
+    paths = source["path"] if isinstance(source["path"], list) else [source["path"]]
+    files = [Path(path).expanduser().absolute() for path in paths]
+    for path, file in zip(paths, files, strict=True):
+        if not file.is_file():
+            found = "is a folder: name the files in it" if file.is_dir() else "no such file"
+            if file.exists() and not file.is_dir():
+                found = "is no regular file (a pipe or a device?): write its content to one"
+            raise UserError(f"data.source.path: {path}: {found} (relative paths start at {Path.cwd()})")
+    counts = collections.Counter(file.name for file in files)
+    named: dict[str, Path] = {}
+    for file in files:
+        name = file.name if counts[file.name] == 1 else f"{file.parent.name}-{file.name}"
+        if name in named:
+            raise UserError(f"data.source.path: {named[name]} and {file} would both be called {name}: rename one")
+        if is_no_data(name):
+            raise UserError(f"data.source.path: {file}: hidden files and pin-*.json are no data: rename it")
+        named[name] = file
+    return dict(sorted(named.items()))
+
+
+def data_files(raw: Path) -> list[Path]:
+    """The raw files of a data folder, or the file itself when `raw` is one; a UserError when there are none."""
+    if raw.is_file() and not is_pin(raw):
+        return [raw]
+    folder = raw.parent if is_pin(raw) else raw
+    if not folder.is_dir():
+        raise UserError(f"{raw}: is neither a file nor a folder (a pipe or a device?): write its content to a file")
+    files = sorted(path for path in folder.iterdir() if not path.is_dir() and not is_no_data(path.name))
+    for path in files:
+        if not path.exists():
+            raise UserError(f"{path}: links to {path.readlink()}, which does not exist any more")
+    if not files:
+        raise UserError(f"{folder}: no data files in it; delete the folder to fetch them again")
+    return files
+
+
+def is_pin(path: Path) -> bool:
+    """Whether `path` is named like a pin."""
+    return path.name.startswith("pin-") and path.suffix == ".json"
+
+
+def is_no_data(name: str) -> bool:
+    """Whether a file of this name in a data folder is none of the raw files: it is hidden, or a pin."""
+    return name.startswith(".") or is_pin(Path(name))
+
+
+def planned_identity(name: str, source: dict, hashes: HashCache) -> dict:
+    """What identifies the raw data now.
+
+    ``{"pin": key}`` when it is as fetched, or still to fetch, else ``{"files": [sha256, ...]}`` by file name.
+    """
+    if source["kind"] == "files":
+        return {"files": [hashes.sha256(path) for path in source_files(source).values()]}
+    pin = pin_path(name, source)
+    if not pin.is_file():
+        return {"pin": pin_key(source)}
+    return _identity(pin, {path.name: hashes.sha256(path) for path in data_files(pin)})
+
+
+def identity_on_disk(raw: Path) -> dict:
+    """The same as `planned_identity`, read afresh, for the step that uses the files."""
+    found = {path.name: file_sha256(path) for path in data_files(raw)}
+    if not is_pin(raw):
+        return {"files": list(found.values())}
+    return _identity(raw, found)
+
+
+def read_pin(pin: Path) -> dict:
+    """The content of a pin file.
+
+    Raises:
+        UserError: it is damaged.
+    """
+    try:
+        recorded = json.loads(pin.read_text(encoding="utf-8"))
+        names = list(recorded["files"])
+        whole = isinstance(recorded["source"], dict) and all(name == Path(name).name for name in names)
+    except (ValueError, LookupError, TypeError, RecursionError):
+        whole = False
+    if not whole:
+        raise UserError(f"{pin}: damaged; delete it, and the data is fetched again (edited files are kept)")
+    return recorded
+
+
+def _identity(pin: Path, found: dict[str, str]) -> dict:
+    recorded = read_pin(pin)
+    if recorded["source"]["kind"] != "files" and recorded["files"] == found:
+        return {"pin": pin.stem.removeprefix("pin-")}
+    return {"files": list(found.values())}

@@ -1,0 +1,75 @@
+"""Branches and tags of the hub stand for one commit each, noted in data/revisions.json."""
+
+import json
+import logging
+import re
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import Field
+
+from temper.errors import UserError
+from temper.files import read_json
+from temper.folders import locked
+from temper.sources.hub import hub_info
+
+log = logging.getLogger("temper")
+
+REVISIONS = Path("data/revisions.json")  # the commits that branches and tags stand for here; belongs into git
+COMMIT = "^[0-9a-f]{40}$"
+
+
+# --- hub -----------------------------------------------------------------------------------------
+
+
+def pinned(source: dict, kind: str, section: str) -> dict:
+    """A source that says exactly what it is: a hub's branch or tag becomes a commit.
+
+    A branch moves on, and what is made of it must not differ under one key. So its commit is asked for once and kept in
+    `REVISIONS`; taken out of there, it is asked for anew.
+
+    Args:
+        kind: dataset or model.
+        section: the config key of the source, for error messages.
+    """
+    if source["kind"] != "hub" or re.fullmatch(COMMIT, source["revision"]):
+        return source
+    repository, revision = f"{kind}s/{source['repository']}", source["revision"]
+    with locked(REVISIONS):
+        known = _known_revisions()
+        commit = known.get(repository, {}).get(revision)
+        if commit is None:
+            info = hub_info(source, kind, section)
+            commit = info.sha if info else _cached_commit(source, kind, section)
+            log.info("%s: %s is commit %s now; %s keeps that", source["repository"], revision, commit, REVISIONS)
+            known.setdefault(repository, {})[revision] = commit
+            _write_revisions(known)
+    return {**source, "revision": commit}
+
+
+def _known_revisions() -> dict[str, dict[str, str]]:
+    """``{"models/acme/thing": {"main": commit}}``."""
+    if not REVISIONS.is_file():
+        return {}
+    remedy = "correct it, or delete it, and the hub is asked for today's commits"
+    return read_json(REVISIONS, dict[str, dict[str, Annotated[str, Field(pattern=COMMIT)]]], remedy)
+
+
+def _write_revisions(known: dict) -> None:
+    part = REVISIONS.with_suffix(".part")
+    part.write_text(json.dumps(known, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
+    part.replace(REVISIONS)
+
+
+def _cached_commit(source: dict, kind: str, section: str) -> str:
+    """The commit that a branch stood for when the hub was last asked, from the libraries' cache."""
+    from huggingface_hub import constants, file_download
+
+    folder = Path(constants.HF_HUB_CACHE) / file_download.repo_folder_name(repo_id=source["repository"], repo_type=kind)
+    reference = folder / "refs" / source["revision"]
+    if not reference.is_file():
+        raise UserError(
+            f"{section}.revision: {source['repository']}: HF_HUB_OFFLINE is set and there is no copy of "
+            f"'{source['revision']}' in the cache: unset it, or name a commit"
+        )
+    return reference.read_text(encoding="ascii").strip()

@@ -1,0 +1,216 @@
+"""What all steps share: flags, config, lock, temporary folder, provenance.
+
+A step is a module with a `STAGE` name, a `run(config, <inputs>, output)` and a `main()`. This
+module turns that into a command::
+
+    python -m steps.train_adapter --splits DIR --model DIR --output DIR [--config FILE_OR_JSON] [key=value ...]
+
+The config comes from ``--config`` (a YAML or JSON file, or JSON text: what the workflow passes) or,
+by hand, from Hydra overrides such as ``experiment=smoke train.learning_rate=1e-3``.
+"""
+
+import argparse
+import atexit
+import contextlib
+import gc
+import logging
+import os
+import sys
+import time
+from pathlib import Path
+
+from temper.errors import UserError, one_line_errors, visible
+from temper.files import read_json
+from temper.folders import check_name, is_complete, locked, made_by_a_step, refuse_damaged, temporary_folder
+from temper.keys import changed_keys, flat
+from temper.model.threads import bound_shape_caches
+from temper.provenance import write_provenance
+
+log = logging.getLogger("temper")
+
+
+def run_command(step, inputs: dict[str, str], argv=None, work=None) -> None:
+    """Run the step module as a command and exit the process with 0, 2 (user error) or as a signal asked it to.
+
+    Args:
+        step: the step's module; its `STAGE`, `run` and docstring are used.
+        inputs: flag name -> help text, one per input that `run` takes as a keyword. A name that
+            ends in ``?`` may be left out; `run` then gets None.
+        argv: the arguments, `sys.argv[1:]` unless given.
+        work: what to call in place of `execute`, for a step whose output is no folder.
+    """
+    arguments = _parser(step, inputs).parse_intermixed_args(argv)
+    spare_the_collector()
+    bound_shape_caches()
+    with one_line_errors(arguments.output, step.STAGE, arguments.log), logging_to(arguments.log):
+        (work or execute)(step, arguments, [name.rstrip("?") for name in inputs])
+
+
+def spare_the_collector() -> None:
+    """Keep Python's garbage collector from walking through the libraries, in a process of our own: 2.5 s of each.
+
+    While they load it would do so again and again (after every 700 objects), and at the end once more.
+    """
+    gc.set_threshold(100_000)
+    atexit.register(gc.freeze)
+
+
+def _parser(step, inputs: dict[str, str]) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog=f"python -m steps.{step.STAGE}",
+        description=step.__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    for name, text in inputs.items():
+        flag = "--" + name.rstrip("?").replace("_", "-")
+        parser.add_argument(flag, required=not name.endswith("?"), help=text)
+    output_help = getattr(step, "OUTPUT_HELP", "folder to write; must not exist, or be complete already")
+    parser.add_argument("--output", required=True, help=output_help)
+    parser.add_argument("--config", help="config of this stage: a YAML or JSON file, or JSON text")
+    parser.add_argument("--plan", help="frozen plan of the workflow: this output's config, settings, tracking targets")
+    parser.add_argument("--log", help="also write the log lines to this file")
+    parser.add_argument("overrides", nargs="*", help="Hydra overrides (key=value), when there is no --config")
+    return parser
+
+
+class _OneLine(logging.Formatter):
+    """A record as one line that steers no terminal, whatever the names and texts in it."""
+
+    def formatMessage(self, record) -> str:
+        record.message = visible(record.message)
+        return super().formatMessage(record)
+
+
+@contextlib.contextmanager
+def logging_to(path: str | None):
+    """Log to the terminal and, when `path` is given, to that file."""
+    logging.getLogger().addHandler(logging.NullHandler())  # or a library's basicConfig shows every line twice
+    handlers = [logging.StreamHandler(sys.stderr)]
+    if path:
+        try:
+            Path(path).parent.mkdir(parents=True, exist_ok=True)
+            handlers.append(logging.FileHandler(path, mode="w", encoding="utf-8"))
+        except OSError as error:
+            raise UserError(f"--log {path}: cannot be written ({error.strerror}); name another file") from None
+    for handler in handlers:
+        handler.setFormatter(_OneLine("%(asctime)s %(message)s", datefmt="%H:%M:%S"))
+        log.addHandler(handler)
+    log.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        for handler in handlers:
+            log.removeHandler(handler)
+            handler.close()
+
+
+def execute(step, arguments, names: list[str]) -> None:
+    """Load the config, lock the output, run the step into a temporary folder, rename it into place."""
+    output = _output_path(arguments.output)
+    inputs = {name: _input_path(name, getattr(arguments, name)) for name in names}
+    config, settings = config_and_settings(step.STAGE, arguments)
+    with locked(output):
+        if is_complete(output):
+            _refuse_other_config(output, config)
+            log.info("%s is complete already: nothing to do", output)
+            return
+        started = time.time()
+        with temporary_folder(output) as folder:
+            facts = step.run(_deep_merge(config, settings), output=folder, **inputs) or {}
+            _readable_weights(folder)
+            write_provenance(folder, step.STAGE, config, inputs, time.time() - started, facts)
+        log.info("%s: wrote %s in %.0f s", step.STAGE, output, time.time() - started)
+
+
+def _refuse_other_config(output: Path, config: dict) -> None:
+    """By hand, a folder has no key in its name: one made with another config must not pass for this one."""
+    from temper.config.stages import stored_config
+
+    if not (output / "config.yaml").is_file():
+        return
+    before, now = stored_config(output), flat(config)
+    for key in changed_keys(before, now):
+        raise UserError(
+            f"--output {output}: was made with another config ({key}: {before.get(key)}, now {now.get(key)}); "
+            "delete it, or name another folder"
+        )
+
+
+def _readable_weights(folder: Path) -> None:
+    """safetensors makes files that only their owner can read; give them the mode of others, which are the umask's."""
+    mask = os.umask(0)
+    os.umask(mask)
+    for weights in folder.rglob("*.safetensors"):
+        weights.chmod(0o666 & ~mask)
+
+
+# What a folder must hold to be what a flag asks for, and the stages that make such a folder.
+MARKERS = {
+    "prompts": (("train.jsonl",), "format_prompts"),
+    "splits": (("dataset_dict.json",), "tokenize_splits"),
+    "model": (("config.json", "diverged.json"), "fetch_model or merge_adapter"),
+    "references": (("references.json",), "reference_logprobs"),
+    "adapter": (("training.json",), "train_adapter"),
+    "base_report": (("metrics.json",), "evaluate_model"),
+    "start_report": (("metrics.json",), "evaluate_model"),
+}
+
+
+def _input_path(name: str, value: str | None) -> Path | None:
+    if value is None:
+        return None
+    path, flag = Path(value), "--" + name.replace("_", "-")
+    if not path.exists():
+        raise UserError(f"{flag} {value}: no such file or folder; run the stage that makes it first")
+    files, stage = MARKERS.get(name, ((), ""))
+    if files and not any((path / file).is_file() for file in files):
+        raise UserError(f"{flag} {value}: not a folder of {stage}: it has no {' or '.join(files)}")
+    refuse_damaged(path, f"{flag} ")
+    return path
+
+
+def _output_path(value: str) -> Path:
+    """The output folder; nobody's files are ever replaced by it.
+
+    Raises:
+        UserError: the path is taken by a file, or by a folder that no step wrote.
+    """
+    path = Path(value)
+    if not path.name or path.name == "..":
+        raise UserError(f"--output {value!r}: name a new folder")
+    check_name(path, f"--output {value[:40]}...")
+    if path.is_symlink() or (path.exists() and not path.is_dir()):
+        raise UserError(f"--output {value}: is there already and is no folder; name a new folder")
+    if path.is_dir() and not made_by_a_step(path):
+        raise UserError(f"--output {value}: has files that no step wrote; name a new folder, or move them away")
+    return path
+
+
+def config_and_settings(stage: str, arguments) -> tuple[dict, dict]:
+    """The stage's config, and what the workflow knows beside it that is in no key.
+
+    Both are the plan's, by the name of the output, so that no command line grows with a sweep. A config that is
+    given on the command line counts before the plan's.
+    """
+    from temper.config.stages import load_stage_config, validated_stage
+
+    job = _planned_job(arguments.plan, arguments.output) if arguments.plan else {}
+    by_hand = arguments.config or arguments.overrides or not arguments.plan
+    config = load_stage_config(stage, arguments.config, arguments.overrides) if by_hand else job["config"]
+    return (config if by_hand else validated_stage(stage, config)), job.get("settings", {})
+
+
+def _planned_job(plan: str, output: str) -> dict:
+    """The plan's entry for this output."""
+    jobs = read_json(Path(plan), {"jobs": dict[str, dict]}, "run snakemake again, which writes it anew")["jobs"]
+    if output not in jobs:
+        raise UserError(f"--plan {plan}: has no {output}; name the output as the plan does, or give --config")
+    return jobs[output]
+
+
+def _deep_merge(base: dict, extra: dict) -> dict:
+    merged = dict(base)
+    for name, value in extra.items():
+        both_dicts = isinstance(value, dict) and isinstance(merged.get(name), dict)
+        merged[name] = _deep_merge(merged[name], value) if both_dicts else value
+    return merged

@@ -1,0 +1,667 @@
+"""MLflow, all of it. Files in results/ are the truth; this mirrors them (see docs/tracking.md).
+
+* `prepare` makes the store, the experiment and the sweep's run before the first job: eight jobs that
+  each meet a fresh SQLite file crash.
+* `follow` sends training curves while they grow, from a thread of its own, so that a slow, locked or
+  dead store never slows or stops training. What it cannot send it keeps, and tries again.
+* `mirror` completes every run of a sweep from its files.
+
+All of it can be cut off anywhere and repeated. A sweep point is one MLflow run, found by its tags, a
+child of its sweep's run; before a metric is sent again, the store is asked whether it has it.
+"""
+
+import contextlib
+import getpass
+import json
+import logging
+import os
+import posixpath
+import queue
+import re
+import sqlite3
+import sys
+import threading
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+from temper.errors import UserError, lack
+from temper.evaluation.metrics import LOWER_IS_BETTER
+from temper.files import read_json, read_json_lines
+from temper.folders import locked
+from temper.hashing import digest
+from temper.keys import flat
+from temper.provenance import git_commit
+from temper.secrets import redacted
+
+log = logging.getLogger("temper")
+SWEEP_TAG, RUN_TAG, MIRRORED_TAG = "temper.sweep", "temper.run", "temper.mirrored"
+SWEEP = "-"  # RUN_TAG of the sweep's own run
+BATCH, PARAMS_IN_BATCH = 1000, 100  # metrics, parameters in one log_batch: the store's limits
+LOCK_SECONDS = 5.0  # how long to wait for other writers of an SQLite file
+LONGEST_PAUSE = 60.0  # seconds between two tries to reach a store that is away
+GOODBYE_SECONDS = 10.0  # how long the end of a training waits for the last curves to be sent
+GOODBYE_WHEN_DOWN = 1.0  # the same, if the last try failed: the comparison will send them
+STORE, ARTIFACTS = Path("results/mlflow.db"), Path("results/mlflow-artifacts")
+SHOWN_STORE = f"sqlite:///{STORE}"  # as `mlflow server` takes it in the project's folder
+FROM_ENVIRONMENT, VARIABLE = "env", "MLFLOW_TRACKING_URI"
+# What MLflow's stores take: characters of names and values.
+LONGEST_NAME, LONGEST_PARAM, LONGEST_TAG, LONGEST_TITLE, LONGEST_SOURCE = 250, 6000, 5000, 250, 65_000
+
+
+# --- the store -----------------------------------------------------------------------------------
+
+
+def check(tracking: dict) -> None:
+    """Refuse, before any job, what can never become a store's address.
+
+    Raises:
+        UserError: the variable that shall hold the address does not, or the project's path cannot be one.
+    """
+    if not tracking["enabled"]:
+        return
+    if tracking["tracking_uri"] is None and "?" in str(STORE.resolve()):
+        raise UserError(
+            f"tracking: {STORE.resolve()} cannot be a database's address, for a '?' ends it: rename the folder, "
+            "or set tracking.tracking_uri=http://... (a server), or tracking=none"
+        )
+    store_uri(tracking)
+
+
+def store_uri(tracking: dict) -> str:
+    """The tracking URI: the configured one, that of the environment, or SQLite at an absolute path in results/.
+
+    It may hold a login when it is that of the environment: show `shown_uri`.
+    """
+    if tracking["tracking_uri"] == FROM_ENVIRONMENT:
+        if not os.environ.get(VARIABLE):
+            raise UserError(f"tracking.tracking_uri={FROM_ENVIRONMENT}: the environment variable {VARIABLE} is not set")
+        return os.environ[VARIABLE]
+    return tracking["tracking_uri"] or f"sqlite:///{STORE.resolve()}"
+
+
+def shown_uri(tracking: dict) -> str:
+    """The tracking URI for messages: without a login, and short for the project's own store."""
+    return SHOWN_STORE if tracking["tracking_uri"] is None else redacted(store_uri(tracking))
+
+
+def client(tracking: dict):
+    """An MLflow client that gives up on a dead server after seconds, not minutes."""
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "5")
+    logging.getLogger("alembic").setLevel(logging.WARNING)
+    import mlflow
+
+    logging.getLogger("mlflow").setLevel(logging.CRITICAL)  # tracebacks of what we say in one line
+    return mlflow.MlflowClient(store_uri(tracking))
+
+
+def _connect(tracking: dict) -> tuple:
+    """(client, experiment id) of a store that answers."""
+    _check_lock(tracking)
+    api = client(tracking)
+    name = tracking["experiment_name"]
+    found = api.get_experiment_by_name(name)
+    if found is not None:
+        if found.lifecycle_stage == "deleted":
+            raise UserError(
+                f"the experiment '{name}' was deleted in MLflow: restore it ({VARIABLE}={shown_uri(tracking)} mlflow "
+                f"experiments restore --experiment-id {found.experiment_id}), or choose another with "
+                "tracking.experiment_name=..."
+            )
+        return api, found.experiment_id
+    location = ARTIFACTS.resolve().as_uri() if tracking["tracking_uri"] is None else None
+    return api, api.create_experiment(name, artifact_location=location)
+
+
+def _check_lock(tracking: dict) -> None:
+    """Refuse a locked SQLite file after seconds: MLflow itself would wait for it for minutes."""
+    uri = store_uri(tracking)
+    if not uri.startswith("sqlite"):
+        return
+    from sqlalchemy import make_url
+
+    file = make_url(uri).database
+    if not Path(file).exists():
+        return
+    with contextlib.closing(sqlite3.connect(file, timeout=LOCK_SECONDS)) as database:
+        if tracking["tracking_uri"] is None:  # ours: readers (the UI) and writers (jobs) shall not block each other
+            database.execute("PRAGMA journal_mode=WAL")
+        database.execute("BEGIN IMMEDIATE")
+
+
+def _open(tracking: dict) -> tuple:
+    """As `_connect`, where there may be no store yet: two commands that both meet none would both fill the file."""
+    with locked(STORE):
+        if tracking["tracking_uri"] is not None:
+            return _connect(tracking)
+        _make_store()
+        connected = _connect(tracking)  # which refuses the file of another version of MLflow
+        _follow_the_folder()
+        return connected
+
+
+def _make_store() -> None:
+    """Make the SQLite file whole or not at all: MLflow cannot go on with half of its tables."""
+    if STORE.exists():
+        return
+    temporary = STORE.with_name(f".tmp-{STORE.name}")
+    temporary.unlink(missing_ok=True)
+    logging.getLogger("alembic").setLevel(logging.WARNING)
+    logging.getLogger("mlflow").setLevel(logging.CRITICAL)
+    from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
+
+    # The second argument is where MLflow's own experiment, which we do not use, keeps its artifacts: by default it
+    # would be a path, which MLflow pastes into SQL.
+    SqlAlchemyStore(f"sqlite:///{temporary.resolve()}", "mlflow-artifacts:/").engine.dispose()
+    temporary.rename(STORE)
+
+
+# Where MLflow stores absolute addresses below results/: table, column.
+ADDRESSES = (
+    ("experiments", "artifact_location"),
+    ("runs", "artifact_uri"),
+    ("model_versions", "source"),
+    ("model_versions", "storage_location"),
+)
+
+
+def _follow_the_folder() -> None:
+    """Write the addresses of artifacts anew when the project was copied or moved.
+
+    MLflow has them absolute, and would go on to write into the place where the project was.
+    """
+    here, ending = STORE.parent.resolve().as_uri(), f"/{ARTIFACTS.name}"
+    with contextlib.closing(sqlite3.connect(STORE, timeout=LOCK_SECONDS)) as database, database:
+        locations = database.execute("SELECT artifact_location FROM experiments").fetchall()
+        before = {location.removesuffix(ending) for (location,) in locations if location.endswith(ending)}
+        for there in before - {here}:
+            for table, column in ADDRESSES:
+                database.execute(
+                    f"UPDATE {table} SET {column} = ? || substr({column}, ?) WHERE substr({column}, 1, ?) = ?",
+                    (here, len(there) + 1, len(there) + 1, f"{there}/"),
+                )
+
+
+def open_own_store() -> str:
+    """Make the project's own store, or bring it up to date with the folder it is in; its address for MLflow's UI.
+
+    Raises:
+        UserError: the store is not readable, or locked.
+    """
+    tracking = {"tracking_uri": None, "enabled": True}
+    check(tracking)
+    try:
+        with locked(STORE):
+            _make_store()
+            _follow_the_folder()
+    except Exception as error:
+        raise lack(error, SHOWN_STORE) or _unusable(tracking, error) from None
+    return SHOWN_STORE
+
+
+# --- runs ----------------------------------------------------------------------------------------
+
+
+def _runs(api, experiment: str, sweep: str, name: str | None = None) -> dict:
+    """name -> MLflow run, of all of a sweep or of one name.
+
+    Of two runs of one name the second is deleted: a store that answers too late is asked again, and makes it twice.
+    """
+    wanted = {SWEEP_TAG: sweep} | ({RUN_TAG: name} if name else {})
+    text = " and ".join(f"tags.`{tag}` = '{value}'" for tag, value in wanted.items())
+    found, token = [], None
+    while token != "":
+        page = api.search_runs([experiment], text, max_results=1000, page_token=token)
+        found, token = found + page, page.token or ""
+    runs = {}
+    for run in sorted(found, key=lambda run: (run.info.start_time, run.info.run_id)):
+        if runs.setdefault(run.data.tags[RUN_TAG], run) is not run:
+            api.delete_run(run.info.run_id)
+    return runs
+
+
+def _sweep_run(api, experiment: str, sweep: str) -> str:
+    found = _runs(api, experiment, sweep, SWEEP)
+    if found:
+        return found[SWEEP].info.run_id
+    tags = {SWEEP_TAG: sweep, RUN_TAG: SWEEP, **_origin()}
+    return api.create_run(experiment, tags=tags, run_name=_cut(f"sweep {sweep}", LONGEST_TITLE)).info.run_id
+
+
+def _child_run(api, experiment: str, sweep: str, name: str, title: str) -> str:
+    """The MLflow run of a sweep point, made when it is first needed."""
+    found = _runs(api, experiment, sweep, name)
+    if found:
+        return found[name].info.run_id
+    parent = _sweep_run(api, experiment, sweep)
+    tags = {SWEEP_TAG: sweep, RUN_TAG: name, "mlflow.parentRunId": parent, **_origin()}
+    return api.create_run(experiment, tags=tags, run_name=_cut(title, LONGEST_TITLE)).info.run_id
+
+
+def _end_running(api, experiment: str, sweep: str, status: str) -> None:
+    """End whatever of a sweep is RUNNING."""
+    for run in _runs(api, experiment, sweep).values():
+        if run.info.status == "RUNNING":
+            api.set_terminated(run.info.run_id, status=status)
+
+
+def _origin() -> dict[str, str]:
+    """Who made a run with which code, in the columns that the UI has for it."""
+    tags = {"mlflow.source.name": "temper", "mlflow.source.type": "PROJECT"}
+    with contextlib.suppress(OSError, KeyError):  # a container's user may have no name
+        tags["mlflow.user"] = getpass.getuser()
+    commit = git_commit()
+    return tags | ({"mlflow.source.git.commit": commit} if commit else {})
+
+
+class _Curves:
+    """The metrics of one MLflow run. Sends what the store does not have."""
+
+    def __init__(self, api, run_id: str):
+        run = api.get_run(run_id)
+        self.api, self.run_id, self.start = api, run_id, run.info.start_time
+        self.known = {
+            (name, metric.step) for name in run.data.metrics for metric in api.get_metric_history(run_id, name)
+        }
+
+    def send(self, lines: list[dict]) -> None:
+        """Send lines of metrics.jsonl: {"step", "seconds": training time so far, metric: value or None}.
+
+        A metric's time is that of the run's start plus `seconds`: replayed curves look as live ones do, and a store
+        that gets a batch twice, because the first answer came too late, sees that it is the same.
+        """
+        from mlflow.entities import Metric
+
+        new = {}
+        for line in lines:
+            step, time = line["step"], self.start + int(1000 * line["seconds"])
+            for name, value in line.items():
+                if name in ("step", "epoch", "seconds") or value is None or (name, step) in self.known:
+                    continue
+                new[name, step] = Metric(name, value, time, step)
+        metrics = list(new.values())
+        for start in range(0, len(metrics), BATCH):
+            self.api.log_batch(self.run_id, metrics=metrics[start : start + BATCH])
+        self.known |= new.keys()
+
+
+# --- before the first job ------------------------------------------------------------------------
+
+
+def prepare(tracking: dict, sweep: str) -> None:
+    """Create store, experiment and the sweep's run, and end what a killed command left RUNNING.
+
+    Raises:
+        UserError: the tracking store cannot be reached.
+    """
+    if not tracking["enabled"]:
+        return
+    if tracking["tracking_uri"] is None and os.environ.get(VARIABLE):
+        print(
+            f"note: {VARIABLE} is set, but not used: MLflow is {SHOWN_STORE}; "
+            f"tracking.tracking_uri={FROM_ENVIRONMENT} uses it",
+            file=sys.stderr,
+        )
+    try:
+        api, experiment = _open(tracking)
+        _end_running(api, experiment, sweep, "KILLED")
+        api.update_run(_sweep_run(api, experiment, sweep), status="RUNNING")
+    except Exception as error:
+        raise lack(error, shown_uri(tracking)) or _unusable(tracking, error) from None
+
+
+def _unusable(tracking: dict, error: Exception) -> UserError:
+    """The error of a store that cannot be used now, with what to do."""
+    if isinstance(error, UserError):
+        return error
+    advice = what_to_do(error)
+    if advice is None and tracking["tracking_uri"] is None:
+        advice = "end the program that has it open, or set tracking=none"
+    elif advice is None:
+        advice = "start the server, or set tracking.tracking_uri, or tracking=none"
+    return UserError(f"tracking store {shown_uri(tracking)}: {_one_line(error)}; {advice}")
+
+
+# --- while training ------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def follow(target: dict | None):
+    """Follow one training.
+
+    Args:
+        target: ``{"tracking": config section, "sweep": name, "run": name, "title": text}`` of the sweep
+            point this training belongs to; None (a step by hand, or tracking off) follows nothing.
+
+    Yields:
+        a function that takes a line of metrics.jsonl and returns at once.
+    """
+    if target is None or not target["tracking"]["enabled"]:
+        yield lambda _line: None
+        return
+    sender = _Sender(target)
+    sender.start()
+    try:
+        yield sender.lines.put
+    finally:
+        sender.over.set()
+        sender.join(GOODBYE_WHEN_DOWN if sender.down else GOODBYE_SECONDS)
+
+
+class _Sender(threading.Thread):
+    """Sends what is in its queue every few seconds; keeps what it cannot send, and tries again, ever less often."""
+
+    def __init__(self, target: dict):
+        super().__init__(daemon=True)
+        self.target, self.lines, self.over = target, queue.SimpleQueue(), threading.Event()
+        self.curves = None
+        self.down = False  # whether the last try failed
+
+    def run(self) -> None:
+        flush = self.target["tracking"]["flush_seconds"]
+        unsent, pause, ended = [], 0.0, False
+        while not ended:
+            ended = self.over.wait(pause)
+            while not self.lines.empty():
+                unsent.append(self.lines.get())
+            try:
+                self._send(unsent)
+            except Exception as error:  # whatever it is, training goes on, and the files have everything
+                later = what_to_do(error) or "what is missed is sent later"
+                self._say(True, f": {_one_line(error)}; training goes on; {later}")
+                self.curves = None  # the batch may have arrived all the same: ask the store anew what it has
+                pause = min(LONGEST_PAUSE, max(flush, 2 * pause))
+            else:
+                self._say(False, " is back and has the curves")
+                unsent, pause = [], flush
+
+    def _send(self, lines: list[dict]) -> None:
+        tracking = self.target["tracking"]
+        if self.curves is None:
+            api, experiment = _connect(tracking)
+            run = _child_run(api, experiment, self.target["sweep"], self.target["run"], self.target["title"])
+            api.update_run(run, status="RUNNING")
+            self.curves = _Curves(api, run)
+        elif lines:
+            _check_lock(tracking)
+        self.curves.send(lines)
+
+    def _say(self, down: bool, what: str) -> None:
+        if down != self.down:
+            log.info("tracking store %s%s", shown_uri(self.target["tracking"]), what)
+        self.down = down
+
+
+# --- after training, from the files --------------------------------------------------------------
+
+
+def mirror(plan, board: dict | None, unfinished: str = "FAILED") -> tuple[bool | None, str]:
+    """Complete the MLflow run of every sweep point that has a report, end all others, and name the champion.
+
+    Args:
+        plan: a `temper.planning.plan.Plan`.
+        board: {"metric", "rows": the leaderboard's rows, best first; `run` is the run's name}; None: there is none.
+        unfinished: status of the runs that have no report.
+
+    Returns:
+        (whether the store has it all, or None when tracking is off; a line that says so)
+    """
+    tracking = plan.tracking
+    if not tracking["enabled"]:
+        return None, "tracking is off"
+    try:
+        api, experiment = _open(tracking)
+        ids, refused = _mirror_runs(api, experiment, plan)
+        _finish_sweep(api, experiment, plan, board, "FINISHED" if len(ids) == len(plan.runs) else unfinished)
+        _end_running(api, experiment, plan.sweep, unfinished)
+        champion = f"; {_register_champion(api, plan, board, ids)}" if board and not refused else ""
+    except Exception as error:  # the results are in files
+        return False, f"tracking: not up to date: {_one_line(error)}; {_again(error)}"
+    if refused:
+        return False, f"tracking: not up to date: {len(refused)} run(s) refused, the first is {refused[0]}"
+    return True, f"tracking: {len(ids)} run(s) in {shown_uri(tracking)}{champion}"
+
+
+def _mirror_runs(api, experiment: str, plan) -> tuple[dict[str, str], list[str]]:
+    """(run name -> MLflow run, of all that have a report; why the store does not take the others).
+
+    A store that is away ends it: the exception is passed on.
+    """
+    ids, refused = {}, []
+    for run in plan.runs:
+        if not (Path(run.artefacts["evaluate_model"]) / "metrics.json").is_file():
+            continue
+        try:
+            ids[run.name] = _mirror_run(api, experiment, plan.sweep, run)
+        except Exception as error:
+            if what_to_do(error) is None:
+                raise
+            refused.append(f"{run.name}: {_one_line(error)}; {_again(error)}")
+    return ids, refused
+
+
+def _mirror_run(api, experiment: str, sweep: str, run) -> str:
+    run_id = _child_run(api, experiment, sweep, run.name, run.title)
+    found = api.get_run(run_id)
+    # One that is complete but was trained again is RUNNING.
+    if found.data.tags.get(MIRRORED_TAG) == run.key and found.info.status == "FINISHED":
+        return run_id
+    params = _params(run.config)
+    # MLflow changes no parameter. One may differ that no key has, such as the path of the same rows: make the run anew.
+    if any(params.get(name, value) != value for name, value in found.data.params.items()):
+        api.delete_run(run_id)
+        run_id = _child_run(api, experiment, sweep, run.name, run.title)
+    report, adapter = Path(run.artefacts["evaluate_model"]), Path(run.artefacts["train_adapter"])
+    metrics = read_json(report / "metrics.json")
+    _log_params(api, run_id, params)
+    _log_dataset(api, run_id, run)
+    lines = read_json_lines(adapter / "metrics.jsonl")
+    _Curves(api, run_id).send([*lines, _results(metrics)])
+    if metrics.get("diverged_at_step") is not None:
+        api.set_tag(run_id, "temper.diverged_at_step", str(metrics["diverged_at_step"]))
+    for file in (
+        report / "report.html",
+        report / "predictions.jsonl",
+        adapter / "config.yaml",
+        adapter / "provenance.json",
+    ):
+        api.log_artifact(run_id, str(file))
+    if (adapter / "adapter_config.json").is_file():  # a full model is gigabytes: its folder is named in a tag instead
+        api.log_artifacts(run_id, str(adapter), "adapter")
+    api.set_tag(run_id, "temper.merged", run.artefacts["merge_adapter"])
+    api.set_tag(run_id, MIRRORED_TAG, run.key)
+    api.set_terminated(run_id, status="FINISHED")
+    return run_id
+
+
+def _params(config: dict) -> dict[str, str]:
+    """A run's config as MLflow's parameters."""
+    sections = {name: value for name, value in config.items() if name not in ("tracking", "sweep")}
+    return {valid_name(name): _cut(value, LONGEST_PARAM) for name, value in flat(sections).items()}
+
+
+def _log_params(api, run_id: str, params: dict[str, str]) -> None:
+    from mlflow.entities import Param
+
+    entities = [Param(name, value) for name, value in params.items()]
+    for start in range(0, len(entities), PARAMS_IN_BATCH):
+        api.log_batch(run_id, params=entities[start : start + PARAMS_IN_BATCH])
+
+
+def valid_name(name: str) -> str:
+    """A name that MLflow takes. One that had to be changed ends in a hash of itself, so that two never become one."""
+    clean = re.sub(r"[^/\w.\- :]", "_", name)
+    norm = posixpath.normpath(clean)
+    plain = norm == clean and norm != "." and not norm.startswith(("..", "/"))  # names may become paths, says MLflow
+    if clean == name and plain and len(name) <= LONGEST_NAME:
+        return name
+    clean = clean if plain else clean.replace("/", "_").lstrip(".")
+    return f"{clean[: LONGEST_NAME - 11]}-{digest(name)}"
+
+
+def _cut(text: str, longest: int) -> str:
+    """The text; a longer one with its beginning, its length and a hash, so that it is seen and differs from others."""
+    if len(text) <= longest:
+        return text
+    rest = f"... ({len(text)} characters, {digest(text)})"
+    return text[: longest - len(rest)] + rest
+
+
+def _log_dataset(api, run_id: str, run) -> None:
+    from mlflow.entities import Dataset, DatasetInput, InputTag
+
+    data = run.config["data"]
+    splits = Path(run.artefacts["tokenize_splits"])
+    dataset = Dataset(
+        name=data["name"],
+        digest=splits.name.rpartition("-")[2],
+        source_type=data["source"]["kind"],
+        source=_cut(json.dumps(data["source"]), LONGEST_SOURCE),
+        profile=json.dumps(read_json(splits / "audit.json", {"splits": dict})["splits"]),
+    )
+    api.log_inputs(run_id, datasets=[DatasetInput(dataset, [InputTag("mlflow.data.context", "training")])])
+
+
+def _results(metrics: dict) -> dict:
+    """The figures of a report's metrics.json as one line for `_Curves.send`."""
+    training = metrics["train"] or {}
+    values = {
+        name: training.get(name)
+        for name in ("train_seconds", "tokens_per_second", "peak_memory_bytes", "trainable_parameters")
+    }
+    for prefix, scores in (("test_", metrics.get("test")), ("base_test_", metrics.get("base"))):
+        values |= {prefix + name: value for name, value in (scores or {}).items()}
+    numbers = {name: value for name, value in values.items() if isinstance(value, (int, float))}
+    return {"step": 0, "seconds": training.get("train_seconds") or 0.0, **numbers}
+
+
+def _finish_sweep(api, experiment: str, plan, board: dict | None, status: str) -> None:
+    run_id = _sweep_run(api, experiment, plan.sweep)
+    for axis, values in plan.axes.items():
+        api.set_tag(run_id, valid_name(f"axis.{axis}"), _cut(", ".join(str(value) for value in values), LONGEST_TAG))
+    if board:
+        for name in ("leaderboard.csv", "report.html"):
+            api.log_artifact(run_id, str(Path(plan.leaderboard).with_name(name)))
+    api.set_terminated(run_id, status=status)
+
+
+def _register_champion(api, plan, board: dict, ids: dict[str, str]) -> str:
+    """Register the best run under the data set's name, with the alias ``champion``.
+
+    A champion that an earlier sweep found on the same splits and by the same metric stays if it is better.
+    """
+    from mlflow.exceptions import MlflowException
+
+    best, score = board["rows"][0], f"test_{board['metric']}"
+    if best[score] is None:  # nothing that diverged is anybody's champion
+        return "no run has figures, so there is no new champion"
+    run = next(run for run in plan.runs if run.name == best["run"])
+    name = plan.tracking["registered_model_name"] or run.config["data"]["name"]
+    measured = f"{score} on {run.artefacts['tokenize_splits']}"
+    try:
+        api.create_registered_model(name)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":
+            raise
+    holder = _champion(api, name)
+    if holder is not None and _is_there(holder.source) and _holds(holder.tags, measured, best[score], board["metric"]):
+        return f"champion of '{name}' is still version {holder.version}"
+    source = _model_source(api, plan.tracking, run, ids[best["run"]])
+    tags = {"temper.measured": measured, "temper.score": str(best[score])}
+    version = api.create_model_version(name, source, run_id=ids[best["run"]], tags=tags).version
+    api.set_registered_model_alias(name, "champion", version)
+    return f"champion of '{name}' is version {version}"
+
+
+def _model_source(api, tracking: dict, run, run_id: str) -> str:
+    """Where the registered model is: an adapter among the run's artifacts, a fully trained model in results/.
+
+    The latter is gigabytes, so only a store elsewhere, for which results/ is out of reach, gets a copy.
+    """
+    artifacts = api.get_run(run_id).info.artifact_uri
+    if (Path(run.artefacts["train_adapter"]) / "adapter_config.json").is_file():
+        return f"{artifacts}/adapter"
+    folders = (Path(run.artefacts[stage]) for stage in ("merge_adapter", "train_adapter"))
+    model = next(folder for folder in folders if folder.is_dir())
+    if tracking["tracking_uri"] is None:
+        return model.resolve().as_uri()
+    api.log_artifacts(run_id, str(model), "model")
+    return f"{artifacts}/model"
+
+
+def _is_there(source: str) -> bool:
+    """Whether a registered model is still where it was; what is not on this machine's disk is taken to be."""
+    return not source.startswith("file:") or Path(unquote(urlsplit(source).path)).exists()
+
+
+def _holds(tags: dict, measured: str, score: float, metric: str) -> bool:
+    """Whether the champion with these tags was measured in the same way and is at least as good as `score`."""
+    if tags.get("temper.measured") != measured:
+        return False
+    held = float(tags["temper.score"])
+    return held <= score if metric in LOWER_IS_BETTER else held >= score
+
+
+def _champion(api, name: str):
+    from mlflow.exceptions import MlflowException
+
+    try:
+        return api.get_model_version_by_alias(name, "champion")
+    except MlflowException:
+        return None
+
+
+# --- what can be wrong with a store --------------------------------------------------------------
+
+# What a store says that stays as it is when the same is tried again, and what to do about it.
+LASTING = (
+    (
+        r"error code 40[13]|PERMISSION_DENIED|UNAUTHENTICATED|password authentication failed",
+        "give the login by MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN",
+    ),
+    (
+        r"readonly database|unable to open database file|PermissionError|Read-only file system",
+        "make the store and its artifacts (results/mlflow.db, results/mlflow-artifacts/) writable for you",
+    ),
+    (r"file is not a database|image is malformed", "move the damaged file away, and the runs are sent to a new one"),
+    (
+        r"out-of-date database schema|Can't locate revision",
+        "bring it up to date with 'mlflow db upgrade' and its address, or use the version of MLflow that made it",
+    ),
+    (r"No module named", "install what its address needs"),
+)
+AWAY = ("TEMPORARILY_UNAVAILABLE", "INTERNAL_ERROR", "REQUEST_LIMIT_EXCEEDED", "DEADLINE_EXCEEDED", "ABORTED")
+
+
+def what_to_do(error: BaseException) -> str | None:
+    """What a person has to do about an error of the store; None: it is away or busy, and may be back."""
+    chain = _chain(error)
+    said = "\n".join(f"{type(inner).__name__}: {getattr(inner, 'error_code', '')} {inner}" for inner in chain)
+    for pattern, advice in LASTING:
+        if re.search(pattern, said):
+            return advice
+    if any(isinstance(inner, UserError) for inner in chain):
+        return "do that"
+    busy = any(isinstance(inner, OSError | sqlite3.OperationalError) for inner in chain)
+    if busy or any(getattr(inner, "error_code", None) in AWAY for inner in chain):
+        return None
+    return "MLflow does not take this, now or later: change what it names, or set tracking=none"
+
+
+def _again(error: BaseException) -> str:
+    advice = what_to_do(error)
+    return f"{advice}, then run the same command again" if advice else "the next command will try again"
+
+
+def _chain(error: BaseException) -> list[BaseException]:
+    chain = [error]
+    while inner := chain[-1].__cause__ or chain[-1].__context__:
+        chain.append(inner)
+    return chain
+
+
+def _one_line(error: Exception) -> str:
+    """What is wrong; for a server that cannot be reached, the refusal itself, which MLflow's text leaves out."""
+    error = next((inner for inner in reversed(_chain(error)) if isinstance(inner, OSError)), error)
+    name = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
+    return f"{name}{redacted(' '.join(str(error).split()))[:200]}"

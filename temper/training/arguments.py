@@ -1,0 +1,46 @@
+"""`train` as TrainingArguments."""
+
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from transformers import TrainingArguments
+
+# Fields of `train` that are transformers.EarlyStoppingCallback's; all others are TrainingArguments'.
+EARLY_STOPPING = ("early_stopping_patience", "early_stopping_threshold")
+
+
+def training_arguments(train: dict, seed: int, state: Path) -> "TrainingArguments":
+    """`train` as TrainingArguments, with what Temper decides itself."""
+    import torch
+    from transformers import TrainingArguments
+
+    fields = {name: value for name, value in train.items() if name not in EARLY_STOPPING}
+    args = TrainingArguments(
+        **{
+            "dataloader_pin_memory": torch.accelerator.is_available(),
+            **fields,
+            # A resumed training must know for how long it has not become better.
+            "restore_callback_states_from_checkpoint": len(fields) < len(train),
+            # Trainer deletes old checkpoints before the new one is sealed, so one more must always stay.
+            "save_total_limit": max(2, train.get("save_total_limit") or 2),
+            "output_dir": str(state),
+            "seed": seed,
+            "data_seed": seed,
+            "report_to": "none",
+            "disable_tqdm": True,
+            "remove_unused_columns": False,
+            "logging_nan_inf_filter": False,  # a diverged run must show its nan, not an average that hides it
+        }
+    )
+    # Trainer takes all GPUs that it sees and multiplies the batch by their number, which is in no key.
+    args._n_gpu = min(args.n_gpu, 1)
+    return args
+
+
+def steps_per_epoch(rows: int, args: "TrainingArguments") -> int:
+    """Optimizer steps in one pass over `rows` rows, as Trainer counts them."""
+    per_step = args.train_batch_size * args.world_size
+    batches = rows // per_step if args.dataloader_drop_last else math.ceil(rows / per_step)
+    return math.ceil(batches / args.gradient_accumulation_steps)

@@ -1,0 +1,255 @@
+"""What watches a training: exact state, sealed checkpoints, divergence, metrics, progress."""
+
+import json
+import logging
+import math
+import time
+from pathlib import Path
+
+import torch
+from transformers import EarlyStoppingCallback, TrainerCallback
+
+from temper.progress import Progress
+from temper.training import checkpoints
+from temper.training.arguments import EARLY_STOPPING, steps_per_epoch
+from temper.training.preferences import FIGURES
+from temper.training.trainers import TemperTrainer
+
+log = logging.getLogger("temper")
+
+
+class ExactState(TrainerCallback):
+    """Makes every step a function of (seed, step) alone.
+
+    The random state is set anew before each step and the data order before each epoch, so a run
+    that continues from a checkpoint, in the middle of an epoch or at its end, goes on exactly as if
+    it had never stopped; there is no random state to save.
+    """
+
+    def __init__(self, trainer: TemperTrainer, epoch_steps: int):
+        self.trainer, self.epoch_steps = trainer, epoch_steps
+
+    def on_epoch_begin(self, args, state, control, **_):  # noqa: ARG002
+        self.trainer.sampler.epoch = state.global_step // self.epoch_steps
+
+    def on_step_begin(self, args, state, control, **_):  # noqa: ARG002
+        seed = args.seed * 1_000_003 + state.global_step * 1009 + args.process_index
+        torch.manual_seed(seed % 2**63)
+
+
+class SealedCheckpoints(TrainerCallback):
+    """Seals each checkpoint, and has one saved, and the training loss logged, where an epoch or the training ends.
+
+    From an epoch's end the trunk's next segment starts. Where the best model is kept, each evaluation is saved too:
+    which steps it is chosen from must not depend on `save_steps`, which is in no key. The loss is logged with each
+    checkpoint, so that the curve of a training that continues from it is that of one which never stopped.
+
+    Args:
+        is_plateau: whether training ends where a decay would begin: that is the end of nothing, and not evaluated.
+    """
+
+    def __init__(self, epoch_steps: int, is_plateau: bool):
+        self.epoch_steps, self.is_plateau = epoch_steps, is_plateau
+
+    def on_step_end(self, args, state, control, **_):
+        if self.is_plateau and state.global_step >= state.max_steps and state.global_step % (state.eval_steps or 1):
+            control.should_evaluate = False
+        control.should_save |= control.should_evaluate and args.load_best_model_at_end
+        control.should_log |= control.should_save
+        return control
+
+    def on_epoch_end(self, args, state, control, **_):  # noqa: ARG002
+        control.should_log = control.should_save = True
+        if self.is_plateau and state.global_step % self.epoch_steps:
+            control.should_evaluate = False
+        return control
+
+    def on_save(self, args, state, control, **_):  # noqa: ARG002
+        checkpoints.seal(Path(args.output_dir) / f"checkpoint-{state.global_step}")
+
+
+class StopOnDivergence(TrainerCallback):
+    """Ends training when a figure or a weight is no finite number any more. That is a result, and recorded as one.
+
+    Nothing is saved of it, so that who continues from the last checkpoint finds the same end at the same step.
+    """
+
+    FIGURES = ("loss", "grad_norm", "eval_loss")
+
+    def __init__(self):
+        self.diverged_at: int | None = None
+
+    def on_log(self, args, state, control, logs=None, optimizer=None, **_):  # noqa: ARG002
+        for name in self.FIGURES:
+            value = (logs or {}).get(name, 0.0)
+            # float16's scaler leaves out a step whose gradients overflow, and tries the next with a smaller scale.
+            scaled_down = name == "grad_norm" and getattr(optimizer, "step_was_skipped", False)
+            if not math.isfinite(value) and not scaled_down:
+                return self._stop(state, control, f"{name} is {value}")
+        return control
+
+    def on_epoch_end(self, args, state, control, model=None, **_):  # noqa: ARG002
+        if self.diverged_at is not None or not _is_finite(model):
+            return self._stop(state, control, "trained weights are not finite")
+        return control
+
+    def _stop(self, state, control, what: str):
+        if self.diverged_at is None:
+            self.diverged_at = state.global_step
+            hint = "a lower train.learning_rate usually helps"
+            log.info("the training diverged: %s at step %d: it stops here; %s", what, state.global_step, hint)
+        control.should_training_stop = True
+        control.should_evaluate = control.should_save = False
+        return control
+
+
+def _is_finite(model) -> bool:
+    """Whether all trained weights are numbers. Their last update shows in no loss."""
+    return all(weight.isfinite().all() for weight in model.parameters() if weight.requires_grad)
+
+
+class MetricsFile(TrainerCallback):
+    """Appends what Trainer logs to metrics.jsonl, the truth that everything else (MLflow, reports) mirrors.
+
+    Each line has the step, the epoch, and the training seconds and real tokens since the very first
+    step, across all interruptions.
+    """
+
+    KEPT = ("loss", "eval_loss", "learning_rate", "grad_norm", *FIGURES, *(f"eval_{name}" for name in FIGURES))
+
+    def __init__(self, path: Path, checkpoint: Path | None, trainer: TemperTrainer, listener=None):
+        """Start `path` anew with what stood beside the checkpoint when it was written."""
+        self.path, self.trainer, self.listener = path, trainer, listener
+        before = read_metrics(checkpoint.parent / path.name) if checkpoint else []
+        self.lines = [line for line in before if line["step"] <= checkpoints.step_of(checkpoint)]
+        write_metrics(path, self.lines)
+        self.seconds_before = self.lines[-1]["seconds"] if self.lines else 0.0
+        self.tokens_before = self.lines[-1]["tokens"] if self.lines else 0
+        self.started = time.monotonic()
+
+    def on_train_begin(self, args, state, control, **_):  # noqa: ARG002
+        self.started = time.monotonic()
+
+    @property
+    def seconds(self) -> float:
+        """Training time so far, earlier parts of the run included."""
+        return self.seconds_before + time.monotonic() - self.started
+
+    @property
+    def tokens(self) -> int:
+        """Real tokens so far, earlier parts of the run included."""
+        return self.tokens_before + self.trainer.tokens
+
+    def last(self, name: str, step: int | None = None) -> float | None:
+        """The latest value of a figure, or that of a step."""
+        lines = (line for line in reversed(self.lines) if step is None or line["step"] == step)
+        return next((line[name] for line in lines if name in line), None)
+
+    def on_log(self, args, state, control, logs=None, **_):  # noqa: ARG002
+        values = {name: logs[name] for name in self.KEPT if name in (logs or {})}
+        if not values:
+            return
+        line = {
+            "step": state.global_step,
+            "epoch": round(state.epoch or 0.0, 6),
+            **{name: _json_number(value) for name, value in values.items()},
+            "seconds": round(self.seconds, 3),
+            "tokens": self.tokens,
+        }
+        self.lines.append(line)
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+        if self.listener is not None:
+            self.listener(line)
+
+
+def _json_number(value: float) -> float | None:
+    """JSON has no nan: a loss that is no number becomes null."""
+    return value if math.isfinite(value) else None
+
+
+def read_metrics(path: Path) -> list[dict]:
+    """The lines of a metrics.jsonl; a last line that was cut off by a kill is left out."""
+    if not path.is_file():
+        return []
+    lines = []
+    for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            lines.append(json.loads(text))
+        except json.JSONDecodeError:
+            break
+    return lines
+
+
+def write_metrics(path: Path, lines: list[dict]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+
+
+class ShowProgress(TrainerCallback):
+    """One bar, or plain lines in a log, for the whole run."""
+
+    def __init__(self):
+        self.progress, self.note = None, ""
+
+    def on_train_begin(self, args, state, control, **_):  # noqa: ARG002
+        self.progress = Progress(state.max_steps, "train", "steps", initial=state.global_step).__enter__()
+
+    def on_log(self, args, state, control, logs=None, **_):  # noqa: ARG002
+        shown = {name: value for name, value in (logs or {}).items() if name in ("loss", "eval_loss")}
+        for name, value in shown.items():
+            self.note = f"{name} {value:.4f}"
+        if "eval_loss" in shown:
+            log.info("step %d: validation loss %.4f", state.global_step, shown["eval_loss"])
+
+    def on_step_end(self, args, state, control, **_):  # noqa: ARG002
+        self.progress.update(1, self.note)
+
+    def on_train_end(self, args, state, control, **_):  # noqa: ARG002
+        self.progress.__exit__(None, None, None)
+
+
+class Recorded:
+    """A training's callbacks, in the order in which they act, and what they saw."""
+
+    def __init__(
+        self, trainer: TemperTrainer, state: Path, checkpoint: Path | None, train: dict, listener, is_plateau: bool
+    ):
+        self.epoch_steps = steps_per_epoch(len(trainer.train_dataset), trainer.args)
+        self.trainer, self.start = trainer, checkpoints.step_of(checkpoint)
+        self.divergence = StopOnDivergence()
+        self.metrics = MetricsFile(state / "metrics.jsonl", checkpoint, trainer, listener)
+        stopping = {name: train[name] for name in EARLY_STOPPING if name in train}
+        for callback in (
+            ExactState(trainer, self.epoch_steps),
+            self.metrics,
+            ShowProgress(),
+            SealedCheckpoints(self.epoch_steps, is_plateau),
+            *([EarlyStoppingCallback(**stopping)] if stopping else []),
+            self.divergence,  # has the last word on what is saved
+        ):
+            trainer.add_callback(callback)
+
+    def facts(self) -> dict:
+        """What training.json says of the training itself."""
+        metrics, state = self.metrics, self.trainer.state
+        seconds, best = (
+            metrics.seconds,
+            state.best_model_checkpoint if self.trainer.args.load_best_model_at_end else None,
+        )
+        best_step = checkpoints.step_of(Path(best)) if best else None
+        return {
+            "train_rows": len(self.trainer.train_dataset),
+            "train_seconds": round(seconds, 3),
+            "tokens": metrics.tokens,
+            "tokens_per_second": round(metrics.tokens / seconds, 1),
+            "steps_per_second": round(state.global_step / seconds, 4),
+            "global_step": state.global_step,
+            "best_step": best_step,
+            "final_loss": metrics.last("loss"),
+            "eval_loss": metrics.last("eval_loss", best_step or state.global_step),  # of the weights that are saved
+            "diverged_at_step": self.divergence.diverged_at,
+            "resumed_from_step": self.start,
+            "dtype": str(next(self.trainer.model.parameters()).dtype).removeprefix("torch."),
+            "device": str(self.trainer.args.device),
+        }

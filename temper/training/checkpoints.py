@@ -1,0 +1,103 @@
+"""Checkpoints that are whole or do not count.
+
+Trainer writes a checkpoint file by file, so a kill leaves half of one. Ours is whole when its `complete.json`,
+written last, names every file with the sha256 that the file still has.
+"""
+
+import dataclasses
+import json
+import logging
+import os
+import re
+from pathlib import Path
+
+from temper.hashing import file_sha256
+
+log = logging.getLogger("temper")
+SEAL = "complete.json"
+STATE = "trainer_state.json"
+# Without one of these Trainer begins anew with what stood in it, and says nothing.
+NEEDED = ("optimizer.pt", "scheduler.pt", "rng_state.pth", STATE)
+NAME = re.compile(r"checkpoint-\d+")
+
+
+def step_of(checkpoint: Path | None) -> int:
+    """The optimizer step of ``checkpoint-<step>``; 0 for None."""
+    return int(checkpoint.name.removeprefix("checkpoint-")) if checkpoint else 0
+
+
+def seal(checkpoint: Path) -> None:
+    """Declare a checkpoint whole: everything is on the disk before `complete.json` appears, by one rename."""
+    files = [path for path in sorted(checkpoint.rglob("*")) if path.is_file() and path.name != SEAL]
+    for path in files:
+        _to_disk(path)
+    sums = {str(path.relative_to(checkpoint)): file_sha256(path) for path in files}
+    temporary = checkpoint / f".{SEAL}"
+    temporary.write_text(json.dumps(sums, indent=1), encoding="utf-8")
+    _to_disk(temporary)
+    temporary.replace(checkpoint / SEAL)
+    _to_disk(checkpoint)
+
+
+def _to_disk(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def fault(checkpoint: Path) -> str | None:
+    """What is wrong with a checkpoint, in a few words; None when it is whole."""
+    if not (checkpoint / SEAL).is_file():
+        return "was not written to its end"
+    sums, state = _entries(checkpoint / SEAL), _entries(checkpoint / STATE)
+    if not sums:
+        return f"has no list of files in {SEAL}"
+    if state.get("global_step") != step_of(checkpoint):
+        return f"is not of the step that its {STATE} tells"
+    if lacking := [name for name in NEEDED if name not in sums]:
+        return f"has no {lacking[0]}"
+    if odd := _odd_entry(state):
+        return f"has another '{odd}' in its {STATE} than Trainer writes"
+    for name, expected in sums.items():
+        path = checkpoint / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if file_sha256(path) != expected:
+            return f"{name} is damaged"
+    return None
+
+
+def _odd_entry(state: dict) -> str | None:
+    """An entry of Trainer's state that it did not write so, or that it needs and is gone."""
+    from transformers import TrainerState
+
+    kinds = {"epoch": int | float, "log_history": list, "stateful_callbacks": dict}
+    odd = state.keys() ^ {field.name for field in dataclasses.fields(TrainerState)}
+    odd |= {name for name, kind in kinds.items() if not isinstance(state.get(name), kind)}
+    return min(odd, default=None)
+
+
+def _entries(path: Path) -> dict:
+    """The entries of a JSON object in a file; none when there is no such thing in it."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):  # ValueError: no JSON, or no text
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def last_whole(folders: list[Path], up_to: int) -> Path | None:
+    """The newest whole checkpoint in `folders` that is not past step `up_to`. Others are named and passed over."""
+    found = [path for folder in folders for path in folder.glob("checkpoint-*") if path.is_dir()]
+    for odd in [path for path in found if not NAME.fullmatch(path.name)]:
+        log.info("%s: passed over, for its name is not checkpoint-<step>", odd)
+    for checkpoint in sorted(filter(lambda path: NAME.fullmatch(path.name), found), key=step_of, reverse=True):
+        if step_of(checkpoint) > up_to:
+            continue
+        wrong = fault(checkpoint)
+        if wrong is None:
+            return checkpoint
+        log.info("%s %s: the one before it is used", checkpoint, wrong)
+    return None

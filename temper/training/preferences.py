@@ -1,0 +1,98 @@
+"""Direct preference optimization: pairs as batches, and the loss on them.
+
+Rafailov et al., "Direct Preference Optimization: Your Language Model is Secretly a Reward Model", 2023. Names and
+formulas are those of trl.DPOTrainer with log-probabilities of the reference that were computed before training.
+"""
+
+import dataclasses
+
+from temper.data.batches import collate
+from temper.data.columns import IGNORED, answer_start
+
+REFERENCES = ("ref_chosen_logps", "ref_rejected_logps")
+
+
+def answer_only(ids: list[int], labels: list[int], prompt_length: int) -> dict:
+    """A row whose last answer alone counts: what stands before it is the same for both answers of a pair."""
+    start = answer_start(ids, prompt_length)
+    return {"input_ids": ids, "labels": [IGNORED] * start + list(labels[start:])}
+
+
+def chosen_of(row: dict) -> dict:
+    """The prompt with the chosen answer."""
+    return answer_only(row["input_ids"], row["labels"], row["prompt_length"])
+
+
+def rejected_of(row: dict) -> dict:
+    """The prompt with the rejected answer."""
+    return answer_only(row["rejected_input_ids"], row["rejected_labels"], row["prompt_length"])
+
+
+def collate_answers(rows: list[dict], pad_token_id: int) -> dict:
+    """One batch, as `collate` makes it, of twice as many rows: first all chosen answers, then all rejected ones."""
+    return collate([*map(chosen_of, rows), *map(rejected_of, rows)], pad_token_id)
+
+
+def collate_pairs(rows: list[dict], pad_token_id: int) -> dict:
+    """The batch of `collate_answers`, and of each pair the reference's log-probabilities, (pairs,) float32."""
+    import torch
+
+    batch = collate_answers(rows, pad_token_id)
+    return batch | {name: torch.tensor([row[name] for row in rows]) for name in REFERENCES}
+
+
+@dataclasses.dataclass
+class PreferenceLoss:
+    """The loss of each pair, from what the model and the reference find of its two answers."""
+
+    beta: float
+    loss_type: str
+    label_smoothing: float = 0.0
+
+    def __call__(self, logps, batch):
+        """Args: log-probability of each row of the batch (chosen first), and the batch of `collate_pairs`.
+
+        Returns:
+            (losses: (pairs,) with gradient, figures: name -> (pairs,) without)
+        """
+        chosen, rejected = logps.chunk(2)
+        chosen_ratio, rejected_ratio = (
+            ours - reference
+            for ours, reference in zip((chosen, rejected), (batch[name] for name in REFERENCES), strict=True)
+        )
+        if self.loss_type == "ipo":  # mean per token: the squared loss would grow with the answers' lengths
+            lengths = (batch["labels"] != IGNORED).sum(dim=1).clamp(min=1)
+            chosen_length, rejected_length = lengths.chunk(2)
+            losses = (chosen_ratio / chosen_length - rejected_ratio / rejected_length - 1 / (2 * self.beta)) ** 2
+        else:
+            losses = self._of_margin(self.beta * (chosen_ratio - rejected_ratio))
+        return losses, self._figures(chosen, rejected, chosen_ratio, rejected_ratio)
+
+    def _of_margin(self, margin):
+        from torch.nn.functional import logsigmoid, relu
+
+        if self.loss_type == "hinge":
+            return relu(1 - margin)
+        wrong = self.label_smoothing if self.loss_type == "robust" else 0.0
+        return (wrong * logsigmoid(-margin) - (1 - wrong) * logsigmoid(margin)) / (1 - 2 * wrong)
+
+    def _figures(self, chosen, rejected, chosen_ratio, rejected_ratio) -> dict:
+        good, bad = self.beta * chosen_ratio.detach(), self.beta * rejected_ratio.detach()
+        return {
+            "rewards/chosen": good,
+            "rewards/rejected": bad,
+            "rewards/accuracies": (good > bad).float(),
+            "rewards/margins": good - bad,
+            "logps/chosen": chosen.detach(),
+            "logps/rejected": rejected.detach(),
+        }
+
+
+FIGURES = (
+    "rewards/chosen",
+    "rewards/rejected",
+    "rewards/accuracies",
+    "rewards/margins",
+    "logps/chosen",
+    "logps/rejected",
+)

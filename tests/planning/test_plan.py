@@ -1,0 +1,232 @@
+"""Plan: which runs and artefacts a sweep has, and what an edit changes in their keys."""
+
+import json
+
+import pytest
+
+from temper.errors import UserError
+from temper.planning import plan as planning
+from temper.planning import planner
+
+
+def build(*overrides, experiment="demo", sweep=None):
+    return planner.build(experiment, sweep, list(overrides))
+
+
+def keys(plan):
+    """stage -> set of paths, for comparing two plans."""
+    found = {}
+    for job in plan.jobs.values():
+        found.setdefault(job.stage, set()).add(job.path)
+    return found
+
+
+def changed(before, after):
+    """Stages that would make something new."""
+    old, new = keys(before), keys(after)
+    return {stage for stage in new if new[stage] - old.get(stage, set())}
+
+
+def test_the_demo_is_eight_runs_over_four_trunks(workspace):
+    plan = build()
+    assert len(plan.runs) == 8
+    assert len({run.name for run in plan.runs}) == 8
+    counts = {stage: len(paths) for stage, paths in keys(plan).items()}
+    assert counts == {
+        "fetch_data": 1,
+        "fetch_model": 1,
+        "format_prompts": 1,
+        "tokenize_splits": 1,
+        "train_adapter": 8,  # 4 trunks x 2 epochs, each epoch once
+        "merge_adapter": 8,
+        "evaluate_model": 9,  # and the untouched model
+        "compare_runs": 1,
+    }
+
+
+@pytest.mark.parametrize(
+    ("override", "stages"),
+    [
+        ("train.learning_rate=5e-4", {"train_adapter", "merge_adapter", "evaluate_model"}),
+        ("seed=7", {"train_adapter", "merge_adapter", "evaluate_model"}),
+        ("eval.max_new_tokens=9", {"evaluate_model"}),
+        ("tokenize.max_length=99", {"tokenize_splits", "train_adapter", "merge_adapter", "evaluate_model"}),
+        ("merge.dtype=float32", {"merge_adapter", "evaluate_model"}),
+        ("tracking.experiment_name=other", set()),
+        ("tracking=none", set()),
+        ("train.logging_steps=3", set()),
+        ("train.save_total_limit=9", set()),
+        (
+            "prompt.system=Other",
+            {"format_prompts", "tokenize_splits", "train_adapter", "merge_adapter", "evaluate_model"},
+        ),
+        (
+            "data.splits.test=0.3",
+            {"format_prompts", "tokenize_splits", "train_adapter", "merge_adapter", "evaluate_model"},
+        ),
+    ],
+)
+def test_an_edit_changes_just_the_stages_that_see_it(workspace, override, stages):
+    fixed = ["sweep=none", "train.num_train_epochs=1"]
+    assert changed(build(*fixed), build(*fixed, override)) - {"compare_runs"} == stages
+
+
+def test_a_training_knows_all_evaluations_of_what_it_makes(workspace):
+    """To refuse before it what they would refuse after it."""
+    plan = build("sweep=none", "train.num_train_epochs=1", "eval.max_new_tokens=4,8", experiment="sft_dpo")
+    trainings = [job for job in plan.jobs.values() if job.stage == "train_adapter"]
+    assert len(trainings) == 2
+    for job in trainings:
+        assert [one["max_new_tokens"] for one in job.settings["evaluations"]] == [4, 8]
+        assert job.settings["max_new_tokens"] == 8
+        assert job.settings["evaluations"][0]["labels"] == ["negative", "positive"]
+
+
+def test_preference_optimization_adds_one_stage_that_a_sweep_shares(workspace):
+    plan = build("method.beta=0.1,0.3", "adapter.r=4,8", "train.learning_rate=1e-4,2e-4", experiment="dpo")
+    counts = {stage: len(paths) for stage, paths in keys(plan).items()}
+    assert (len(plan.runs), counts["train_adapter"], counts["reference_logprobs"]) == (8, 8, 1)
+    reference = next(job for job in plan.jobs.values() if job.stage == "reference_logprobs")
+    for job in plan.jobs.values():
+        if job.stage == "train_adapter":
+            assert job.inputs["references"] == reference.path
+    assert "reference_logprobs" not in keys(build())
+
+
+def test_all_parameters_are_compared_with_a_reference_in_their_own_precision(workspace):
+    def precision(*overrides):
+        jobs = build(*overrides, experiment="dpo").jobs.values()
+        return next(job.config["model"]["load"]["dtype"] for job in jobs if job.stage == "reference_logprobs")
+
+    assert precision() == "auto"
+    assert precision("adapter=full") == "float32"
+
+
+def test_fine_tuning_comes_first_and_is_the_plain_one(workspace):
+    plan = build(experiment="sft_dpo")
+    alone = build(
+        "method=sft", "~method.sft", "train.learning_rate=1e-3", "train.num_train_epochs=1", experiment="sft_dpo"
+    )
+    (run,), (first,) = plan.runs, alone.runs
+    training = plan.jobs[run.artefacts["train_adapter"]]
+    assert training.inputs["model"] == first.artefacts["merge_adapter"], "it starts from the merged model"
+    assert plan.jobs[training.inputs["references"]].inputs["model"] == first.artefacts["merge_adapter"]
+    assert plan.jobs[run.artefacts["merge_adapter"]].inputs["model"] == first.artefacts["merge_adapter"]
+    assert run.artefacts["start_report"] == first.artefacts["evaluate_model"]
+    assert keys(alone)["train_adapter"] < keys(plan)["train_adapter"], "the fine-tuning alone is the same artefact"
+
+
+@pytest.mark.parametrize(
+    ("override", "again"),
+    [
+        ("method.sft.train.learning_rate=2e-3", 2),  # both trainings
+        ("method.sft.adapter={r:4}", 2),
+        ("method.beta=0.3", 1),
+        ("train.learning_rate=2e-4", 1),
+        ("method.sft.train.logging_steps=7", 0),
+    ],
+)
+def test_an_edit_to_one_of_two_trainings(workspace, override, again):
+    before, after = build(experiment="sft_dpo"), build(override, experiment="sft_dpo")
+    assert len(keys(after)["train_adapter"] - keys(before)["train_adapter"]) == again
+
+
+def test_equal_values_are_one_run(workspace):
+    assert len(build("sweep=none", "train.learning_rate=1e-4,0.0001").runs) == 1
+
+
+def test_an_added_value_plans_only_new_runs(workspace):
+    before, after = build("sweep=none", "adapter.r=4,8"), build("sweep=none", "adapter.r=4,8,16")
+    assert keys(before)["train_adapter"] < keys(after)["train_adapter"]
+    assert len(keys(after)["train_adapter"] - keys(before)["train_adapter"]) == 2  # two epochs of one run
+
+
+def test_two_sweeps_share_what_they_have_in_common(workspace):
+    one = build(sweep="demo")
+    other = build("train.num_train_epochs=2", "adapter.r=16", sweep="learning_rate")
+    assert keys(one)["train_adapter"] & keys(other)["train_adapter"]
+
+
+def test_a_decaying_schedule_shares_nothing(workspace):
+    plan = build("sweep=none", "train.lr_scheduler_type=cosine", "train.num_train_epochs=1,2")
+    assert [len(run.segments) for run in plan.runs] == [1, 1]
+    trunks = {job.settings["trunk"] for job in plan.jobs.values() if job.stage == "train_adapter"}
+    assert len(trunks) == 2
+
+
+def test_epochs_of_one_trunk_are_chained(workspace):
+    plan = build("sweep=none", "train.num_train_epochs=1,3")
+    first, last = plan.runs
+    assert last.segments[0] == first.segments[0]
+    assert [plan.jobs[path].inputs.get("previous") for path in last.segments] == [None, *last.segments[:-1]]
+
+
+def test_a_decay_at_the_end_branches_off_a_shared_plateau(workspace):
+    plan = build("sweep=none", "train=warmup_stable_decay", "train.num_train_epochs=1,3")
+    one, three = plan.runs
+    assert len(one.segments) == 2, "a plateau and its decay"
+    assert len(three.segments) == 4, "three plateaus and a decay"
+    assert one.segments[0] == three.segments[0]
+    assert len({path for run in plan.runs for path in run.segments}) == 5
+    jobs = [plan.jobs[path] for path in three.segments]
+    assert [job.settings.get("part") for job in jobs] == ["plateau", "plateau", "plateau", None]
+    assert jobs[3].settings["plateau"] == three.segments[2]
+    assert jobs[3].settings["trunk"] != jobs[0].settings["trunk"] == jobs[2].settings["trunk"]
+
+
+def test_with_a_fixed_plateau_nothing_is_shared(workspace):
+    kwargs = "train.lr_scheduler_kwargs={num_decay_steps:2,num_stable_steps:5}"
+    plan = build("sweep=none", "train=warmup_stable_decay", kwargs, "train.num_train_epochs=1,3")
+    assert [len(run.segments) for run in plan.runs] == [1, 1]
+
+
+def test_axes_over_groups_are_told_apart_by_the_choice(workspace):
+    plan = build("sweep=none", "adapter=lora,lora_all_linear")
+    assert [run.point for run in plan.runs] == [{"adapter": "lora"}, {"adapter": "lora_all_linear"}]
+
+
+def test_a_damaged_cache_or_plan_heals(workspace):
+    path = build().freeze()
+    path.write_text("{")
+    (workspace / "results" / ".state" / "hashes.json").write_text("garbage")
+    assert planning.load(build().freeze()).runs
+
+
+def test_swapped_values_are_other_runs(workspace):
+    one = build("sweep=none", "train.adam_beta1=0.9", "train.adam_beta2=0.95")
+    other = build("sweep=none", "train.adam_beta1=0.95", "train.adam_beta2=0.9")
+    assert not keys(one)["train_adapter"] & keys(other)["train_adapter"]
+
+
+def test_a_frozen_plan_reads_back_as_it_was(workspace):
+    plan = build()
+    path = plan.freeze()
+    again = planning.load(path)
+    assert (again.runs, again.jobs, again.axes) == (plan.runs, plan.jobs, plan.axes)
+    assert plan.freeze() == path, "equal plans are one file"
+
+
+def test_editing_a_file_of_ones_own_changes_its_key(workspace):
+    mine = workspace / "mine.jsonl"
+    mine.write_text(json.dumps({"prompt": "a", "completion": "b"}) + "\n")
+    source = ["data.source.kind=files", f"data.source.path={mine}", "data.layout=prompt_completion"]
+    overrides = ["sweep=none", *source, "~data.prompt", "~data.completion", "~data.csv", "~data.format"]
+    before = build(*overrides)
+    mine.write_text(json.dumps({"prompt": "a", "completion": "c"}) + "\n")
+    assert "format_prompts" in changed(before, build(*overrides))
+    mine.write_text(json.dumps({"prompt": "a", "completion": "b"}) + "\n")
+    assert changed(before, build(*overrides)) == set()
+
+
+def test_a_missing_file_is_named_before_anything_runs(workspace):
+    with pytest.raises(UserError, match="data.source.path: nowhere.jsonl: no such file"):
+        build("data.source.kind=files", "data.source.path=nowhere.jsonl")
+
+
+def test_explain_before_anything_was_fetched(workspace):
+    from temper.commands import explain
+
+    text = explain.explain(build())
+    assert "sweep demo: 29 job(s) to run, and the comparison" in text
+    assert "nothing like it was made yet" in text
+    assert "forecast: nothing to go by yet" in text

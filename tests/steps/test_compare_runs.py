@@ -1,0 +1,419 @@
+"""compare_runs: order and columns of the leaderboard, partial sweeps, the page."""
+
+import csv
+import json
+import math
+import re
+import shlex
+import time
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+
+from steps import compare_runs
+from temper.config.schema import Eval
+from temper.errors import UserError
+from temper.reports import html, leaderboard, plots, sweep_page
+from temper.runs import find as runs
+from tests.support.asking import command
+from tests.support.sweeps import write_report
+
+FIGURES = {
+    "f1": 0.8,
+    "generated_accuracy": 0.75,
+    "exact_match": 0.7,
+    "perplexity": 1.5,
+    "unparsed": 0.0,
+    "unfinished": 0.0,
+}
+NASTY = "<img src=x onerror=alert(1)>"
+
+
+def board_of(folder) -> list[dict]:
+    with (folder / "leaderboard.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
+def test_best_first_and_ties_by_loss(sweep):
+    config, output = sweep
+    board = compare_runs.compare(config, output)
+    assert [row["run"] for row in board["rows"]] == ["b", "d", "c", "a"]
+    assert [row["run"] for row in board_of(output)] == ["b", "d", "c", "a"]
+
+
+def test_a_metric_that_is_better_when_lower(sweep):
+    config, output = sweep
+    config["eval"]["metric"] = "loss"
+    board = compare_runs.compare(config, output)
+    assert [row["run"] for row in board["rows"]] == ["a", "b", "d", "c"]
+    assert next(name for name in board["rows"][0] if name.startswith("test_")) == "test_loss"
+
+
+def test_columns(sweep):
+    config, output = sweep
+    compare_runs.compare(config, output)
+    row = board_of(output)[0]
+    columns = [
+        *("run", "train.learning_rate", "adapter.r"),
+        *("test_accuracy", "test_f1", "test_generated_accuracy", "test_exact_match", "test_loss"),
+        *(
+            "base_test_accuracy",
+            "base_test_f1",
+            "base_test_generated_accuracy",
+            "base_test_exact_match",
+            "base_test_loss",
+        ),
+        *("train_seconds", "tokens_per_second", "peak_memory_bytes", "trainable_parameters"),
+        *("test_accuracy_low", "test_accuracy_high"),
+    ]
+    assert list(row) == columns
+    assert (row["train.learning_rate"], row["adapter.r"], row["test_accuracy"]) == ("0.0001", "16", "0.95")
+    assert (row["base_test_accuracy"], row["train_seconds"]) == ("0.5", "90")
+
+
+def test_a_run_without_a_report_is_left_out_and_named(sweep, capsys):
+    config, output = sweep
+    config["runs"].append(
+        {"name": "failed\x1b[2J", "point": {"train.learning_rate": 1.0, "adapter.r": 4}, "report": "nowhere"}
+    )
+    compare_runs.main(["--config", json.dumps(config), "--output", str(output)])
+    said = capsys.readouterr()
+    assert "left out: failed\\x1b[2J has no report (nowhere)" in said.err
+    assert "4 of 5 runs" in said.err
+    assert "partial: 1 run(s) without a report: failed\\x1b[2J" in said.out
+    assert "\x1b" not in said.err + said.out
+    assert "Partial:" in (output / "report.html").read_text()
+    assert len(board_of(output)) == 4
+
+
+def test_no_report_at_all(sweep):
+    config, output = sweep
+    for run in config["runs"]:
+        run["report"] = "nowhere"
+    with pytest.raises(UserError, match="none of the sweep's 4 run"):
+        compare_runs.compare(config, output)
+    assert not (output / "leaderboard.csv").exists()
+
+
+def test_made_again_in_place_from_its_own_config(sweep, capsys):
+    config, output = sweep
+    compare_runs.main(["--config", json.dumps(config), "--output", str(output)])
+    first = capsys.readouterr().out
+    write_report(output.parents[1] / "reports" / "e", 0.99, 0.1)
+    (output / "config.yaml").write_text((output / "config.yaml").read_text().replace("reports/a", "reports/e"))
+    compare_runs.main(["--config", str(output / "config.yaml"), "--output", str(output)])
+    assert capsys.readouterr().out != first
+    assert board_of(output)[0]["test_accuracy"] == "0.99"
+    left = sorted(path.name for path in output.iterdir())
+    assert left == ["config.yaml", "leaderboard.csv", "leaderboard.json", "provenance.json", "report.html"]
+
+
+def test_show_prints_the_leaderboard(sweep, capsys):
+    config, output = sweep
+    compare_runs.compare(config, output)
+    command("leaderboard")([str(output)])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "sweep rates, best accuracy first"
+    assert lines[2].split()[:4] == ["learning_rate", "r", "accuracy", "f1"]
+    assert lines[3].split()[:4] == ["1", "0.0001", "16", "0.950"]
+    assert lines[7].split() == ["0.500", "0.800", "0.750", "0.700", "3.000", "(base", "model)"]
+    assert f"page: {output / 'report.html'}" in lines
+
+
+def test_show_without_a_leaderboard(tmp_path, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        command("leaderboard")([str(tmp_path)])
+    assert stopped.value.code == 2
+    assert capsys.readouterr().err.startswith("error: ")
+
+
+def test_the_page(sweep):
+    config, output = sweep
+    compare_runs.compare(config, output)
+    page = (output / "report.html").read_text()
+    assert page.count("<svg") == 3  # one per swept key, and the loss curves
+    assert 'href="../../reports/b/report.html"' in page
+    assert "experiment=demo sweep=none overrides=&#34;train.learning_rate=0.0001 adapter.r=16&#34;" in page
+    assert "overlap" not in page  # 0.95 is clear of 0.90 at intervals of 0.02
+
+
+def test_the_page_admits_that_the_order_may_be_chance(sweep):
+    config, output = sweep
+    write_report(output.parents[1] / "reports" / "near", 0.94, 0.3)
+    config["runs"].append({**config["runs"][0], "name": "near", "report": str(output.parents[1] / "reports" / "near")})
+    compare_runs.compare(config, output)
+    assert "one other run overlaps" in (output / "report.html").read_text()
+
+
+def test_the_page_shows_html_as_text(sweep):
+    config, output = sweep
+    for run in config["runs"]:
+        run["point"]["prompt.system"] = f"{NASTY} {run['name']}"
+    compare_runs.compare(config, output)
+    page = (output / "report.html").read_text()
+    assert NASTY not in page
+    assert "&lt;img src=x" in page
+
+
+def test_a_single_run_without_a_base_model(tmp_path, capsys):
+    report = write_report(tmp_path / "results" / "reports" / "only", 0.9, 0.2, base=None)
+    settings = Eval(task="labels", labels=["negative", "positive"]).model_dump(mode="json")
+    runs = [{"name": "only", "point": {}, "report": report}]
+    output = tmp_path / "results" / "sweeps" / "single"
+    compare_runs.compare({"eval": settings, "sweep": {"name": "single", "axes": {}}, "runs": runs}, output)
+    assert board_of(output)[0]["base_test_accuracy"] == ""
+    page = (output / "report.html").read_text()
+    assert "Best of 1 run: " in page and "What each swept value does" not in page
+    leaderboard.print_leaderboard(output)
+    assert re.search(r"^1 +0.900 .*  only$", capsys.readouterr().out, re.MULTILINE)
+
+
+def test_a_diverged_run_stands_below_the_others_without_figures(sweep, capsys):
+    config, output = sweep
+    folder = output.parents[1] / "reports" / "a"
+    facts = {"task": "labels", "metric": "accuracy", "diverged_at_step": 7, "train": {"train_seconds": 3.0}}
+    (folder / "metrics.json").write_text(json.dumps(facts))
+    board = compare_runs.compare(config, output)
+    assert board["rows"][-1]["run"] == config["runs"][0]["name"]
+    row = board_of(output)[-1]
+    assert (row["test_accuracy"], row["train_seconds"], row["diverged_at_step"]) == ("", "3", "7")
+    leaderboard.print_leaderboard(output)
+    assert "diverged, step 7" in capsys.readouterr().out
+    assert "<strong>Diverged:</strong>" in (output / "report.html").read_text()
+
+
+def change(run: dict, **figures) -> None:
+    """Change figures of a run's report."""
+    file = Path(run["report"]) / "metrics.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | plots))
+
+
+@pytest.mark.parametrize("metric", ["accuracy", "loss"])
+def test_figures_that_are_not_finite_stand_below_all_others(sweep, capsys, metric):
+    config, output = sweep
+    config["eval"]["metric"] = metric
+    a, b, c, d = config["runs"]
+    for run, broken in ((a, {metric: math.nan}), (b, {"loss": -math.inf}), (c, {"f1": math.nan})):
+        change(run, test={**FIGURES, "accuracy": 0.99, "loss": 0.1, **broken})
+    change(d, interval=[math.nan, 1.0])
+    assert compare_runs.compare(config, output)["rows"][0]["run"] == "c"
+    text = (output / "leaderboard.json").read_text()
+    rows = json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))["rows"]
+    assert [row[f"test_{metric}"] is None for row in rows] == [False, True, True, True]
+    assert not {"nan", "inf", "-inf"} & {cell for row in board_of(output) for cell in row.values()}
+    leaderboard.print_leaderboard(output)
+    assert capsys.readouterr().out.count("no finite figures") == 3
+    assert (output / "report.html").read_text().count("figures that are not finite") == 3
+
+
+@pytest.mark.parametrize("runs", [1, 4])
+def test_a_sweep_whose_runs_all_diverged_is_one_line_and_no_leaderboard(sweep, capsys, runs):
+    config, output = sweep
+    for step, run in enumerate(config["runs"], 3):
+        change(run, diverged_at_step=step)
+    config["runs"] = config["runs"][:runs]
+    with pytest.raises(SystemExit) as stopped:
+        compare_runs.main(["--config", json.dumps(config), "--output", str(output)])
+    assert stopped.value.code == 2
+    steps = ", ".join(str(step) for step in range(3, 3 + runs))
+    message = f"error: every run with a report diverged (at steps {steps}): lower train.learning_rate\n"
+    assert capsys.readouterr().err.endswith(message)
+    assert not output.exists()
+
+
+def test_another_experiments_page_over_the_same_sweep_is_kept(sweep, monkeypatch):
+    config, output = sweep
+    compare_runs.compare(config, output)
+    before = (output / "leaderboard.csv").read_text()
+    fewer = {**config, "experiment": "other", "runs": config["runs"][:2]}
+    compare_runs.compare(fewer, output)
+    assert (output / "leaderboard.csv").read_text() != before
+    assert (output.with_name("rates@demo") / "leaderboard.csv").read_text() == before
+    monkeypatch.chdir(output.parents[2])
+    assert str(runs._best(None)) == config["runs"][1]["report"], "the kept one is not asked for"
+    assert runs._best("rates@demo") == runs._best("rates")
+    with pytest.raises(UserError, match="did you mean 'rates'"):
+        runs._best("rate")
+
+
+def test_the_kept_page_takes_the_place_of_no_other_sweep(sweep):
+    config, output = sweep
+    named_alike = output.with_name("rates-demo")
+    compare_runs.compare({**config, "sweep": {"name": "rates-demo", "axes": {}}}, named_alike)
+    before = {path.name: path.read_bytes() for path in named_alike.iterdir()}
+    compare_runs.compare(config, output)
+    (output / "left.over").touch()
+    for experiment in ("other", "demo", "other"):
+        compare_runs.compare({**config, "experiment": experiment, "runs": config["runs"][:2]}, output)
+        (output / "left.over").unlink(missing_ok=True)
+    assert {path.name: path.read_bytes() for path in named_alike.iterdir()} == before
+    kept = {path.name for path in output.parent.iterdir() if not path.name.startswith(".")}
+    assert kept == {"rates", "rates-demo", "rates@demo", "rates@other"}
+    assert not (output.with_name("rates@demo") / "left.over").exists(), "of the first time"
+
+
+def test_another_sweeps_folder_is_not_overwritten(sweep):
+    config, output = sweep
+    compare_runs.compare(config, output)
+    before = {path.name: path.read_bytes() for path in output.iterdir()}
+    with pytest.raises(UserError, match="has the sweep 'rates', not 'mine': name another folder"):
+        compare_runs.compare({**config, "sweep": {"name": "mine", "axes": {}}}, output)
+    assert {path.name: path.read_bytes() for path in output.iterdir()} == before
+
+
+# --- anybody's text ------------------------------------------------------------------------------
+
+TEXTS = [
+    r"Put it in $\boxed{}$.",
+    "$x$ and $",
+    "_hidden",
+    "100% sure {x} %s",
+    "two\nlines\tand\r a tab",
+    "x" * 5000,
+    "x" * 5000 + "y",
+    "\u202eright to left\u202c \u05e9\u05dc\u05d5\u05dd \U0001f600",
+    "\x00 \x1b[31mred \ud83d half",
+    "</text></svg><script>alert(1)</script>",
+    "]]> --> &amp; #010101 <!--",
+    "",
+]
+
+
+def with_texts(config: dict, output, texts: list[str]) -> dict:
+    """The sweep's config with a run for each text."""
+    runs = []
+    for index, text in enumerate(texts):
+        report = write_report(output.parents[1] / "reports" / f"t{index}", 0.5 + index / 1000, 0.4)
+        runs.append(
+            {"name": f"_t{index}", "point": {"prompt.system": text, "adapter.r": 4 + index % 2}, "report": report}
+        )
+    return {**config, "runs": runs}
+
+
+def test_texts_that_mean_something_to_matplotlib_or_a_page_are_shown_as_they_are(sweep, recwarn):
+    from html.parser import HTMLParser
+
+    config, output = sweep
+    texts = [text.replace("\ud83d", "") for text in TEXTS]  # a config with half a character is refused
+    compare_runs.compare(with_texts(config, output, texts), output)
+    page = (output / "report.html").read_text(encoding="utf-8")
+    tags, shown = [], []
+
+    class Reader(HTMLParser):
+        def handle_starttag(self, tag, attrs):
+            tags.append(tag)
+
+        def handle_data(self, data):
+            shown.append(data)
+
+    Reader().feed(page)
+    assert tags.count("script") == 1, "the page's own"
+    text = "".join(shown)
+    assert r"Put it in $\boxed{}$." in text and "100% sure {x} %s" in text and "#010101" in text
+    assert not any(char in page for char in "\x00\x1b")
+    assert not [str(warning.message) for warning in recwarn if "Glyph" in str(warning.message)]
+
+
+@pytest.mark.parametrize("texts", [[text, "other"] for text in TEXTS], ids=range(len(TEXTS)))
+def test_each_text_is_in_the_legend_and_on_the_axis(sweep, texts):
+    lines = [{"step": step, "loss": 1.0 / step} for step in (1, 2, 3)]
+    svg = plots.sweep_curves([(text, lines) for text in texts])
+    legend = ElementTree.fromstring(svg)
+    words = ["".join(node.itertext()) for node in legend.iter() if node.tag.endswith("text")]
+    assert html.short(texts[0], 60) in words and "other" in words
+    points = [{"x": text, "y": 0.5, "interval": None, "others": text, "best": False} for text in texts]
+    axis = ElementTree.fromstring(plots.axis_effect(points, "prompt.system", "accuracy"))
+    words = ["".join(node.itertext()) for node in axis.iter() if node.tag.endswith("text")]
+    assert html.short(texts[0], plots.LONGEST_TICK) in words
+
+
+def test_long_texts_that_differ_at_their_end_do_not_look_the_same():
+    first, second = html.distinct(["x" * 5000 + "y", "x" * 5000 + "z"], 60)
+    assert first != second
+    assert html.distinct(["x" * 5000, "x" * 5001], 60) == ["x" * 40 + "…" + "x" * 19 + f" ({i})" for i in (1, 2)]
+
+
+def test_figures_of_numbers_that_are_none():
+    lines = [{"step": 1, "loss": float("nan")}, {"step": 2, "loss": float("inf")}, {"step": 3, "loss": 1e308}]
+    assert plots.loss_curves(lines) is None
+    assert "<svg" in plots.loss_curves([*lines, {"step": 4, "loss": 0.5}])
+    points = [{"x": x, "y": 0.5, "interval": None, "others": "", "best": False} for x in (10**400, 1, float("inf"))]
+    assert "<svg" in plots.axis_effect(points, "train.seed", "accuracy")
+
+
+def test_a_thousand_runs_make_a_page_that_opens(sweep):
+    config, output = sweep
+    report = config["runs"][0]["report"]
+    runs = [
+        {"name": f"run-{n}", "point": {"train.learning_rate": n * 1e-5, "adapter.r": n % 7}, "report": report}
+        for n in range(1, 1001)
+    ]
+    started = time.monotonic()
+    compare_runs.compare({**config, "runs": runs}, output)
+    assert time.monotonic() - started < 60  # 3 where nothing else runs
+    page = (output / "report.html").read_text()
+    assert len(page) < 2_000_000
+    assert "The best 50 runs." in page
+    assert len(board_of(output)) == 1000
+
+
+def test_curves_are_read_of_the_runs_that_are_drawn(sweep, monkeypatch):
+    config, output = sweep
+    Path(config["runs"][0]["report"], "curves.jsonl").write_text("cut off")
+    with pytest.raises(UserError, match="curves.jsonl: damaged"):
+        compare_runs.compare(config, output)
+    monkeypatch.setattr(plots, "MOST_CURVES", 3)
+    assert len(compare_runs.compare(config, output)["rows"]) == 4
+
+
+def test_a_text_is_no_formula_in_a_spreadsheet_and_a_number_stays_one(sweep):
+    config, output = sweep
+    texts = [
+        "=cmd|' /C calc'!A0",
+        "＝1+1",
+        "＋1",
+        "－1",
+        "＠SUM(A1)",
+        "+1+1",
+        "-2+3+cmd",
+        "@SUM(A1)",
+        "\t=1",
+        "\r=1",
+        " =1",
+        "-0.5",
+        "-1e-4",
+        "plain",
+    ]
+    compare_runs.compare(with_texts(config, output, texts), output)
+    found = {row["run"]: row["prompt.system"] for row in board_of(output)}
+    for index, text in enumerate(texts):
+        assert found[f"_t{index}"] == (text if index > 10 else f"'{text}".replace("\r", "\\r")), text
+    exact = {row["run"]: row["prompt.system"] for row in json.loads((output / "leaderboard.json").read_text())["rows"]}
+    assert list(map(exact.get, found)) == [texts[int(name[2:])] for name in found]
+    config["runs"] = [{**run, "point": {"train.seed": -index}} for index, run in enumerate(config["runs"])]
+    compare_runs.compare(config, output)
+    assert {row["train.seed"] for row in board_of(output)} == {"0", "-1", "-2", "-3"}
+
+
+def test_a_text_does_not_steer_the_terminal_or_fill_it(sweep, capsys):
+    config, output = sweep
+    compare_runs.compare(with_texts(config, output, ["\x1b]0;title\x07\x1b[2J", "x" * 5000, "\x9b31m"]), output)
+    leaderboard.print_leaderboard(output)
+    said = capsys.readouterr().out
+    assert not any(char in said for char in "\x1b\x07\x9b") and "\\x1b[2J" in said
+    assert max(map(len, said.splitlines())) < 300
+
+
+def test_the_command_has_what_was_given_beside_the_sweep(workspace):
+    from temper.planning import planner
+
+    texts = "adapter.r=8 adapter=dora,lora train.learning_rate=1e-4,1e-3 eval.samples=3 sweep.name=mine tracking=none"
+    made = planner.build("smoke", None, texts)
+    config = made.comparison.config
+    assert config["overrides"] == ["adapter.r=8", "eval.samples=3", "sweep.name=mine", "tracking=none"]
+    for run in made.runs:
+        words = shlex.split(sweep_page._command_for({"point": run.point}, config))[4:]
+        assert "sweep.name" not in " ".join(words), "this sweep's page stays"
+        [again] = planner.build(**dict(word.split("=", 1) for word in words)).runs
+        assert (again.name, again.config["eval"]["samples"]) == (run.name, 3)

@@ -1,0 +1,261 @@
+"""tokenize_splits: preference pairs, and what the length limit does to them."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from datasets import load_from_disk
+
+from steps import tokenize_splits
+from tests.support.tiny import CHAT_TEMPLATE, tiny_rows
+
+LONG = "a film that goes on and on and on and on and on"
+
+
+def tokenize(model, *overrides, pairs: bool = True):
+    """The splits of 6 rows each; in every split the second chosen and the third rejected answer are long."""
+    Path("prompts").mkdir(exist_ok=True)
+    for start, split in enumerate(("train", "validation", "test")):
+        lines = []
+        for number, (prompt, label) in enumerate(tiny_rows(6, 6 * start), 1):
+            other = {"positive": "negative", "negative": "positive"}[label]
+            chosen, rejected = LONG if number == 2 else label, LONG if number == 3 else other
+            turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": chosen}]
+            lines.append({"id": number, "messages": turns, **({"rejected": rejected} if pairs else {})})
+        Path(f"prompts/{split}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    arguments = ["--prompts", "prompts", "--model", str(model), "--output", "splits", "sweep=none", *overrides]
+    tokenize_splits.main(arguments)
+    return load_from_disk("splits"), json.loads(Path("splits/audit.json").read_text())["splits"]
+
+
+def test_both_answers_follow_the_prompt(workspace, tiny_model):
+    splits, audit = tokenize(tiny_model)
+    for row in splits["train"]:
+        start = row["prompt_length"]
+        assert row["input_ids"][:start] == row["rejected_input_ids"][:start]
+        assert row["labels"] == [-100] * start + row["input_ids"][start:]
+        assert row["rejected_labels"] == [-100] * start + row["rejected_input_ids"][start:]
+        assert row["input_ids"][start:] != row["rejected_input_ids"][start:]
+    assert splits["train"][0]["rejected"] == "negative"
+    assert audit["train"]["learned_tokens"] > 0
+    assert audit["train"]["rejected_tokens"] > 0
+    text = Path("splits/audit.txt").read_text()
+    assert ">>>positive<|im_end|><<<" in text.split("--- row 1, chosen")[1].split("---")[0]
+    assert ">>>negative<|im_end|><<<" in text.split("--- row 1, rejected")[1].split("---")[0]
+
+
+def test_rows_without_pairs_are_as_they_were(workspace, tiny_model):
+    splits, audit = tokenize(tiny_model, pairs=False)
+    assert splits["train"].column_names == ["id", "input_ids", "labels", "prompt_length", "prompt", "reference"]
+    assert "rejected_tokens" not in audit["train"]
+    assert "chosen" not in Path("splits/audit.txt").read_text()
+
+
+def limit(model) -> int:
+    """A length that holds every row but those with a long answer."""
+    rows = tokenize(model)[0]["train"]
+    lengths = [max(len(row["input_ids"]), len(row["rejected_input_ids"])) for row in rows if row["id"] not in (2, 3)]
+    Path("splits").rename("unlimited")
+    return max(lengths)
+
+
+def test_a_pair_is_dropped_when_one_of_its_answers_is_too_long(workspace, tiny_model):
+    splits, audit = tokenize(tiny_model, f"tokenize.max_length={limit(tiny_model)}")
+    assert splits["train"]["id"][:] == [1, 4, 5, 6]
+    assert (audit["train"]["read"], audit["train"]["dropped"], audit["train"]["longer_than_max_length"]) == (6, 2, 2)
+
+
+def test_truncating_cuts_each_answer_by_itself(workspace, tiny_model):
+    length = limit(tiny_model)
+    splits, _ = tokenize(tiny_model, f"tokenize.max_length={length}", "tokenize.max_length_policy=truncate")
+    second, third = splits["train"][1], splits["train"][2]
+    assert (len(second["input_ids"]), len(third["rejected_input_ids"])) == (length, length)
+    assert len(second["rejected_input_ids"]) < length
+    assert len(second["labels"]) == length
+
+
+def test_a_prompt_that_fills_the_row_leaves_no_pair(workspace, tiny_model):
+    prompts = [row["prompt_length"] for row in tokenize(tiny_model)[0]["train"]]
+    Path("splits").rename("unlimited")
+    options = [f"tokenize.max_length={max(prompts)}", "tokenize.max_length_policy=truncate", "prompt.loss_on=all"]
+    splits, audit = tokenize(tiny_model, *options)
+    kept = [length for length in prompts if length < max(prompts)]
+    assert splits["train"]["prompt_length"][:] == kept
+    assert audit["train"]["answer_cut_off_entirely"] == len(prompts) - len(kept) > 0
+
+
+def test_an_error_names_the_longer_text(workspace, tiny_model, capsys):
+    length = limit(tiny_model)
+    longest = len(load_from_disk("unlimited")["train"][1]["input_ids"])
+    with pytest.raises(SystemExit) as stopped:
+        tokenize(tiny_model, f"tokenize.max_length={length}", "tokenize.max_length_policy=error")
+    assert stopped.value.code == 2
+    assert f"row 2 has {longest} tokens, tokenize.max_length is {length}" in capsys.readouterr().err
+
+
+def files(folder: str) -> dict[str, bytes]:
+    """All that `tokenize_splits` writes, but for what says when."""
+    paths = [path for path in Path(folder).rglob("*") if path.is_file() and path.name != "provenance.json"]
+    return {str(path.relative_to(folder)): path.read_bytes() for path in paths}
+
+
+@pytest.mark.parametrize("pairs", [True, False])
+@pytest.mark.parametrize("policy", ["drop", "truncate"])
+def test_the_size_of_a_batch_changes_nothing(workspace, tiny_model, monkeypatch, pairs, policy):
+    options = [f"tokenize.max_length={limit(tiny_model)}", f"tokenize.max_length_policy={policy}"]
+    made = []
+    for size in (2**18, 300, 1):  # characters: all rows, two, one
+        monkeypatch.setattr(tokenize_splits, "BATCH", size)
+        tokenize(tiny_model, *options, pairs=pairs)
+        made.append(files("splits"))
+        Path("splits").rename(f"splits-{size}")
+    assert made[0] == made[1] == made[2]
+
+
+@pytest.mark.parametrize("size", [2**18, 300, 1])
+@pytest.mark.parametrize(("first", "message"), [("long", "row 1 has "), ("refused", "refuses messages of the roles")])
+def test_the_first_row_at_fault_ends_it(workspace, tiny_model, monkeypatch, capsys, size, first, message):
+    """A row that is too long and one that the template refuses, in one batch and in two, and both ways round."""
+    monkeypatch.setattr(tokenize_splits, "BATCH", size)
+    shutil.copytree(tiny_model, "model")
+    template = "{{ raise_exception('no') if messages[0]['content'] == 'refused' }}" + CHAT_TEMPLATE
+    Path("model/chat_template.jinja").write_text(template)
+    contents = {"long": [LONG * 9, "refused"], "refused": ["refused", LONG * 9]}[first]
+    Path("prompts").mkdir()
+    lines = [
+        json.dumps(
+            {"id": number, "messages": [{"role": "user", "content": text}, {"role": "assistant", "content": "a"}]}
+        )
+        for number, text in enumerate(contents, 1)
+    ]
+    for split in tokenize_splits.SPLITS:
+        Path(f"prompts/{split}.jsonl").write_text("\n".join(lines) + "\n")
+    options = ["tokenize.max_length=64", "tokenize.max_length_policy=error", "sweep=none"]
+    with pytest.raises(SystemExit) as stopped:
+        tokenize_splits.main(["--prompts", "prompts", "--model", "model", "--output", "splits", *options])
+    assert stopped.value.code == 2
+    assert message in capsys.readouterr().err
+    assert not Path("splits").exists()
+    assert not Path(".tmp-splits").exists()
+
+
+def made(workspace, model, records: list[dict], *overrides) -> tuple[dict, dict]:
+    """(splits, audit) where all three splits have the same records."""
+    Path("prompts").mkdir()
+    lines = [json.dumps({"id": number, **record}) + "\n" for number, record in enumerate(records, 1)]
+    for split in tokenize_splits.SPLITS:
+        Path(f"prompts/{split}.jsonl").write_text("".join(lines))
+    tokenize_splits.main(
+        ["--prompts", "prompts", "--model", str(model), "--output", "splits", "sweep=none", *overrides]
+    )
+    return load_from_disk("splits"), json.loads(Path("splits/audit.json").read_text())["splits"]
+
+
+def chat(*texts: str) -> dict:
+    roles = ("user", "assistant")
+    return {"messages": [{"role": roles[at % 2], "content": text} for at, text in enumerate(texts)]}
+
+
+def test_answers_with_an_end_token_inside_are_left_out_and_counted(workspace, tiny_model, capsys):
+    rows = [chat("a", "It is <|im_end|> or"), chat("b", "answer<|im_end|>"), chat("c", "answer")]
+    splits, audit = made(workspace, tiny_model, rows)
+    for split in tokenize_splits.SPLITS:
+        assert splits[split]["id"][:] == [2, 3]
+        assert splits[split]["reference"][:] == ["answer", "answer"]
+        assert (audit[split]["answer_with_end_token"], audit[split]["dropped"]) == (1, 1)
+    assert "1 of 3 rows of test are left out: an answer holds a token that ends answers" in capsys.readouterr().err
+
+
+def test_pairs_of_the_same_tokens_are_left_out_and_counted(workspace, tiny_model, capsys):
+    shutil.copytree(tiny_model, "model")
+    Path("model/chat_template.jinja").write_text(
+        CHAT_TEMPLATE.replace("message['content']", "message['content'] | trim")
+    )
+    rows = [{**chat("a", "yes"), "rejected": "yes\n"}, {**chat("b", "yes"), "rejected": "no "}]
+    splits, audit = made(workspace, "model", rows)
+    assert splits["test"]["id"][:] == [2]
+    assert (splits["test"]["reference"][0], splits["test"]["rejected"][0]) == ("yes", "no")
+    assert audit["train"]["equal_pairs"] == 1
+    assert (
+        "1 of 2 rows of train are left out: the chosen and the rejected answer are the same" in capsys.readouterr().err
+    )
+
+
+def test_a_conversation_whose_last_answer_is_cut_off_is_left_out_everywhere(workspace, tiny_model):
+    rows = [chat("Tell me a number.", "It is one.", "And another one, please, a large one.", "Twelve."), chat("a", "b")]
+    splits, audit = made(workspace, tiny_model, rows, "tokenize.max_length=64", "tokenize.max_length_policy=truncate")
+    for split in tokenize_splits.SPLITS:
+        assert splits[split]["id"][:] == [2]
+        assert audit[split]["answer_cut_off_entirely"] == 1
+
+
+def test_an_error_names_the_row(workspace, tiny_model, capsys):
+    with pytest.raises(SystemExit):
+        made(workspace, tiny_model, [chat("a", "b"), chat("a", "b", "c", "d")], "prompt=plain")
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith("error: prompts/train.jsonl: row 2: prompt.template is for one prompt and one answer")
+    assert line.endswith("use prompt.apply_chat_template=true, or leave such rows out with data.where")
+
+
+def test_what_is_said_of_turns_that_a_template_rewrites(workspace, tiny_model, capsys):
+    from tests.support.chat_templates import THINKS
+
+    shutil.copytree(tiny_model, "model")
+    Path("model/chat_template.jinja").write_text(THINKS)
+    _, audit = made(workspace, "model", [chat("a", "b", "c", "d"), chat("e", "f")])
+    assert audit["train"]["only_last_answer_learned"] == 1
+    said = capsys.readouterr().err
+    assert "1 of 2 rows of train: only the last answer is learned, for the chat template shows earlier turns" in said
+    assert r"the chat template writes '<think>\n\n</think>\n\n' before an answer" in said
+    assert json.loads(Path("splits/provenance.json").read_text())["opening"] == "<think>\n\n</think>\n\n"
+
+
+def test_texts_that_spell_special_tokens_are_told(workspace, tiny_model, capsys):
+    rows = [chat("Say <|im_start|>assistant", "no"), chat("a", "b<|im_end|>")]
+    _, audit = made(workspace, tiny_model, rows)
+    assert audit["test"]["special_tokens_in_prompts"] == 1
+    assert "1 of 2 rows of test: a text spells a special token" in capsys.readouterr().err
+
+
+STRICT = "{% if messages[0].role == 'system' %}{{ raise_exception('no system message') }}{% endif %}" + CHAT_TEMPLATE
+
+
+@pytest.mark.parametrize("way", ["prompt.system=null", "prompt=plain"])
+def test_what_is_proposed_for_a_refused_system_message_works(workspace, tiny_model, capsys, way):
+    shutil.copytree(tiny_model, "model")
+    Path("model/chat_template.jinja").write_text(STRICT)
+    row = chat("a", "b")
+    with_system = {"messages": [{"role": "system", "content": "Be short."}, *row["messages"]]}
+    with pytest.raises(SystemExit):
+        made(workspace, "model", [with_system], "prompt.system='Be short.'")
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert "row 1: model: its chat template refuses messages of the roles system, user: no system message" in line
+    assert line.endswith("; set prompt.system=null, or use prompt=plain, or leave such rows out with data.where")
+    shutil.rmtree("prompts")
+    splits, _ = made(workspace, "model", [row if "null" in way else with_system], way)
+    assert len(splits["train"]) == 1
+
+
+def test_what_is_proposed_for_rows_of_several_turns_works():
+    from temper.data.layouts import converter
+
+    convert = converter({"layout": "messages", "where": "messages | length == 2"}, None)
+    assert convert(chat("a", "b", "c", "d")) is None
+    assert convert(chat("a", "b")).messages == chat("a", "b")["messages"]
+
+
+def test_what_other_programs_do_not_know_is_told(workspace, tiny_model, capsys):
+    from tests.support.chat_templates import CLOCK
+
+    shutil.copytree(tiny_model, "model")
+    Path("model/chat_template.jinja").write_text(CLOCK + CHAT_TEMPLATE)
+    splits, _ = made(workspace, "model", [chat("a", "b")], "prompt.date=2031-01-02")
+    assert "here that is always prompt.date=2031-01-02, but other programs" in capsys.readouterr().err
+    assert json.loads(Path("splits/provenance.json").read_text())["opening"] == ""
+    assert "date: '2031-01-02'" in Path("splits/config.yaml").read_text()
+
+
+def test_a_date_that_nothing_asks_for_is_told(workspace, tiny_model, capsys):
+    made(workspace, tiny_model, [chat("a", "b")], "prompt.date=2031-01-02")
+    assert "prompt.date=2031-01-02 changes nothing" in capsys.readouterr().err

@@ -1,0 +1,59 @@
+"""."""
+
+import json
+
+import pytest
+
+from temper.config.schema import Eval
+from tests.steps.test_compare_runs import FIGURES
+
+
+def write_report(folder, accuracy: float, loss: float, base: float | None = 0.5) -> str:
+    """A report folder as evaluate_model leaves it."""
+    folder.mkdir(parents=True)
+    delta = {"value": accuracy - (base or 0), "interval": [0.1, 0.2]}
+    facts = {
+        "task": "labels",
+        "metric": "accuracy",
+        "rows": 100,
+        "test": {"accuracy": accuracy, "loss": loss, **FIGURES},
+        "base": None if base is None else {"accuracy": base, "loss": 3.0, **FIGURES},
+        "interval": [accuracy - 0.02, accuracy + 0.02],
+        "delta": None if base is None else delta,
+        "train": {
+            "train_seconds": 90.0,
+            "tokens_per_second": 1400.0,
+            "peak_memory_bytes": 2**31,
+            "trainable_parameters": 4096,
+        },
+        "loss_seconds": 1.0,
+        "generate_seconds": 2.0,
+    }
+    (folder / "metrics.json").write_text(json.dumps(facts))
+    curves = [
+        {"step": 1, "epoch": 0.5, "loss": 2.0},
+        {"step": 2, "epoch": 1.0, "loss": loss},
+        {"step": 2, "epoch": 1.0, "eval_loss": loss},
+    ]
+    (folder / "curves.jsonl").write_text("".join(json.dumps(line) + "\n" for line in curves))
+    return str(folder)
+
+
+@pytest.fixture
+def sweep(tmp_path):
+    """(config of a 2 x 2 sweep, its folder). c and d share their accuracy, d has the lower loss; a has the lowest."""
+    reports = tmp_path / "results" / "reports"
+    figures = {"a": (0.8, 0.2), "b": (0.95, 0.3), "c": (0.9, 0.45), "d": (0.9, 0.4)}
+    points = [(1e-4, 4), (1e-4, 16), (1e-3, 4), (1e-3, 16)]
+    runs = [
+        {
+            "name": name,
+            "point": {"train.learning_rate": rate, "adapter.r": rank},
+            "report": write_report(reports / name, *figures[name]),
+        }
+        for name, (rate, rank) in zip(figures, points, strict=True)
+    ]
+    settings = Eval(task="labels", labels=["negative", "positive"]).model_dump(mode="json")
+    axes = {"train.learning_rate": ["1e-4", "1e-3"], "adapter.r": ["4", "16"]}
+    config = {"experiment": "demo", "eval": settings, "sweep": {"name": "rates", "axes": axes}, "runs": runs}
+    return config, tmp_path / "results" / "sweeps" / "rates"

@@ -1,0 +1,77 @@
+"""Trainings by hand, in this process or as a command, and whether two of them are equal."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+from steps import train_adapter
+from temper.config.stages import load_stage_config
+from tests.conftest import ROOT
+
+SAVE_STEPS = 3
+OPTIONS = [
+    "experiment=smoke",
+    "adapter.r=4",
+    "adapter.lora_dropout=0.1",
+    "train.per_device_train_batch_size=4",
+    "train.num_train_epochs=8",
+    "train.save_strategy=steps",
+    f"train.save_steps={SAVE_STEPS}",
+    "train.logging_steps=1",
+    "model.load.dtype=float32",
+]
+
+
+def start(splits, model, output, config) -> subprocess.Popen:
+    command = [sys.executable, "-m", "steps.train_adapter", "--splits", splits, "--model", model]
+    command += ["--output", output, "--config", json.dumps(config)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    return subprocess.Popen([str(part) for part in command], stderr=subprocess.PIPE, text=True, env=environment)
+
+
+def steps_done(state: Path) -> int:
+    lines = (state / "metrics.jsonl").read_text().splitlines() if (state / "metrics.jsonl").is_file() else []
+    return max((json.loads(line)["step"] for line in lines if line.endswith("}")), default=0)
+
+
+BEST = [
+    "train.load_best_model_at_end=true",
+    "train.metric_for_best_model=eval_loss",
+    "train.early_stopping_patience=2",
+    "train.learning_rate=10",  # which is reached late: the validation loss falls, then rises
+    "train.warmup_steps=60",
+    "train.early_stopping_threshold=100",  # no evaluation is better by that much, so the third one ends it
+    "train.num_train_epochs=8",
+    "adapter.lora_dropout=0",
+]
+SMALL = [
+    "experiment=smoke",
+    "adapter.r=4",
+    "adapter.lora_dropout=0.1",
+    "train.per_device_train_batch_size=4",
+    "model.load.dtype=float32",
+    "train.warmup_steps=2",
+]
+
+
+def train(tiny_splits, tiny_model, output, *overrides, trunk=None) -> dict[str, torch.Tensor]:
+    """One training by hand; returns the adapter's weights."""
+    arguments = ["--splits", str(tiny_splits), "--model", str(tiny_model), "--output", str(output)]
+    if trunk is None:
+        train_adapter.main([*arguments, *SMALL, *overrides])
+    else:
+        config = load_stage_config("train_adapter", None, [*SMALL, *overrides]) | {"trunk": trunk}
+        train_adapter.main([*arguments, "--config", json.dumps(config)])
+    return load_file(Path(output) / "adapter_model.safetensors")
+
+
+def assert_equal(one, other):
+    assert one.keys() == other.keys()
+    assert one, "no weights to compare"
+    for name, weight in one.items():
+        assert torch.equal(weight, other[name]), name
