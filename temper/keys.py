@@ -13,8 +13,8 @@ from pathlib import Path
 from temper.hashing import digest
 
 PACKAGE_ROOT = Path(__file__).resolve().parents[1]
-# The rooms whose code decides what an artefact holds. What planning decides is in a key by its value: the config that is
-# hashed is filled in. Checks, pages, tracking and commands change no artefact.
+# The rooms whose code decides what an artefact holds. What planning decides is in a key by its value: the config that
+# is hashed is filled in. Checks, pages, tracking and commands change no artefact.
 COMPUTING = tuple(f"temper.{room}." for room in ("sources", "data", "model", "training", "evaluation"))
 
 

@@ -10,6 +10,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test that reaches for the hub 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # test processes run side by side
 
 from tests.support import tiny  # noqa: E402
+from tests.support.sweeps import sweep  # noqa: E402, F401
 
 # A suite in the background (nohup, `&` in a script) inherits signals as ignored, and its children would leave them so.
 for number, default in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):

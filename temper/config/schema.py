@@ -343,14 +343,6 @@ class Eval(Section):
     def _settings_belong_to_their_task(self):
         if self.task == "labels" and (not self.labels or len(self.labels) < 2):
             raise ValueError("task 'labels' needs the list 'labels' with at least two of them")
-        if self.task != "labels" and self.labels:
-            raise ValueError(f"'labels' are for task 'labels', and task '{self.task}' ignores them: set labels to null")
-        if self.task != "tags" and self.separator != ",":
-            raise ValueError(f"'separator' is for task 'tags', and task '{self.task}' ignores it: leave it out")
-        return self
-
-    @model_validator(mode="after")
-    def _options_of_other_tasks(self):
         if self.task != "labels" and self.labels is not None:
             raise ValueError(f"'labels' is for task 'labels'; '{self.task}' reads none: leave it out (~eval.labels)")
         if self.task != "tags" and self.separator != ",":

@@ -75,7 +75,7 @@ def _rivals(runs: list[dict]) -> int:
 
 def _effects(runs: list[dict], keys: list[str], metric: str) -> list[str]:
     """One plot per swept key that takes more than one value."""
-    plots = []
+    effects = []
     for key in keys:
         points = [
             {
@@ -88,8 +88,8 @@ def _effects(runs: list[dict], keys: list[str], metric: str) -> list[str]:
             for run in runs
         ]
         if len({point["x"] for point in points}) > 1:
-            plots.append(plots.axis_effect(points, key, html.metric_name(metric)))
-    return plots
+            effects.append(plots.axis_effect(points, key, html.metric_name(metric)))
+    return effects
 
 
 def _plain(value):

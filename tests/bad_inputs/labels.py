@@ -84,8 +84,6 @@ CASES = [
     _plan("one label", r"at least two of them", "eval.labels=[good]"),
     _plan("no labels", r"needs the list 'labels'", "eval.labels=null"),
     _plan("labels that YAML reads as truth values", r"'eval\.labels.*in quotes", "eval.labels=[true,false]"),
-    _plan("labels of a text", r"'labels' are for task 'labels', .*: set labels to null", "eval.task=text"),
-    _plan("a separator of labels", r"'separator' is for task 'tags', .*: leave it out", "eval.separator=';'"),
     # metrics
     _plan("accuracy without labels", r"task 'text' has no metric 'accuracy'", "eval=text", "eval.metric=accuracy"),
     _plan("ROUGE of labels", r"task 'labels' has no metric 'rouge_l'", "eval.metric=rouge_l"),

@@ -90,7 +90,7 @@ def test_any_text_in_any_field_of_a_runs_page_is_text(project, tmp_path):
     assert found == [plain] * len(TEXTS)
 
 
-def test_any_text_in_any_field_of_a_sweeps_page_is_text(sweep):  # noqa: F811
+def test_any_text_in_any_field_of_a_sweeps_page_is_text(sweep):
     config, output = sweep
     pages = [
         sweep_page_of(config, output.with_name(str(number)), text) for number, text in enumerate(("plain", *TEXTS))

@@ -17,16 +17,8 @@ from temper.errors import UserError
 from temper.reports import html, leaderboard, plots, sweep_page
 from temper.runs import find as runs
 from tests.support.asking import command
-from tests.support.sweeps import write_report
+from tests.support.sweeps import FIGURES, write_report
 
-FIGURES = {
-    "f1": 0.8,
-    "generated_accuracy": 0.75,
-    "exact_match": 0.7,
-    "perplexity": 1.5,
-    "unparsed": 0.0,
-    "unfinished": 0.0,
-}
 NASTY = "<img src=x onerror=alert(1)>"
 
 
@@ -186,7 +178,7 @@ def test_a_diverged_run_stands_below_the_others_without_figures(sweep, capsys):
 def change(run: dict, **figures) -> None:
     """Change figures of a run's report."""
     file = Path(run["report"]) / "metrics.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | plots))
+    file.write_text(json.dumps(json.loads(file.read_text()) | figures))
 
 
 @pytest.mark.parametrize("metric", ["accuracy", "loss"])
