@@ -3,6 +3,17 @@
     snakemake --cores all --config experiment=demo
     snakemake --cores 2 --config experiment=smoke overrides="train.learning_rate=1e-4,3e-4 adapter.r=8"
 
+    fetch_data          ->  data/raw/<data>/pin-<key>.json
+    fetch_model         ->  results/models/
+    format_prompts      raw                                     ->  results/prompts/
+    tokenize_splits     prompts, model                          ->  results/splits/
+    sample_answers      splits, model                           ->  results/pairs/        (method.own_answers)
+    reference_logprobs  splits, model                           ->  results/references/   (method=dpo)
+    train_adapter       splits, model, references               ->  results/adapters/
+    merge_adapter       model, adapter                          ->  results/merged/
+    evaluate_model      model, splits, adapter, base_report     ->  results/reports/      (evaluate_base: model, splits)
+    compare_runs        reports                                 ->  results/sweeps/
+
 Every path below results/ ends in a key that hashes whatever made it (see temper/planning/plan.py), so a path
 that exists is right, and nothing is made twice. The rules hold no logic: what to make is in the plan. A job reads
 its config there ($TEMPER_PLAN), so no command line grows with the sweep; and as names end in keys, no name of a
@@ -22,8 +33,13 @@ min_version("9.0")
 PLAN = temper.load_plan(config, workflow.config_settings.config_args)
 SWEEP = PLAN.comparison.path
 
+# (stage, input's name) -> where the plan has that input of a job; nothing where the job has none.
+path_of = temper.inputs(PLAN, workflow)
+
 # A step that is asked to end says so: the shell waits for it, and what writes its log goes on to the last line.
-shell.prefix("trap : INT TERM HUP; log_to() {{ trap '' INT TERM HUP; exec tee \"$1\"; }}; ")
+shell.prefix(
+    "trap : INT TERM HUP; log_to() {{ trap '' INT TERM HUP; exec tee \"$1\"; }}; "
+)
 
 
 wildcard_constraints:
@@ -55,7 +71,7 @@ rule fetch_data:
         name="[^/]+/pin-[^/]+",
     shell:
         "python -m steps.fetch_data"
-        " --plan \"$TEMPER_PLAN\""
+        ' --plan "$TEMPER_PLAN"'
         " --output {output:q}"
         " 2>&1 | log_to {log:q}"
 
@@ -63,14 +79,14 @@ rule fetch_data:
 rule fetch_model:
     "The base model, in Hugging Face layout."
     input:
-        unpack(temper.inputs_of(PLAN, "fetch_model", workflow)),
+        source=path_of("fetch_model", "source"),  # nothing yet: so that a folder that is not whole is found
     output:
         update(directory("results/models/{name}")),
     log:
         "results/logs/fetch_model/{name}.log",
     shell:
         "python -m steps.fetch_model"
-        " --plan \"$TEMPER_PLAN\""
+        ' --plan "$TEMPER_PLAN"'
         " --output {output:q}"
         " 2>&1 | log_to {log:q}"
 
@@ -78,7 +94,7 @@ rule fetch_model:
 rule format_prompts:
     "Raw rows to conversations, assigned to train, validation and test."
     input:
-        unpack(temper.inputs_of(PLAN, "format_prompts", workflow)),
+        raw=path_of("format_prompts", "raw"),
     output:
         update(directory("results/prompts/{name}")),
     log:
@@ -86,7 +102,7 @@ rule format_prompts:
     shell:
         "python -m steps.format_prompts"
         " --raw {input.raw:q}"
-        " --plan \"$TEMPER_PLAN\""
+        ' --plan "$TEMPER_PLAN"'
         " --output {output:q}"
         " 2>&1 | log_to {log:q}"
 
@@ -94,7 +110,8 @@ rule format_prompts:
 rule tokenize_splits:
     "Conversations to token ids and labels, with an audit of what is learned."
     input:
-        unpack(temper.inputs_of(PLAN, "tokenize_splits", workflow)),
+        prompts=path_of("tokenize_splits", "prompts"),
+        model=path_of("tokenize_splits", "model"),
     output:
         update(directory("results/splits/{name}")),
     log:
@@ -104,7 +121,7 @@ rule tokenize_splits:
         "RAYON_NUM_THREADS={threads} python -m steps.tokenize_splits"
         " --prompts {input.prompts:q}"
         " --model {input.model:q}"
-        " --plan \"$TEMPER_PLAN\""
+        ' --plan "$TEMPER_PLAN"'
         " --output {output:q}"
         " 2>&1 | log_to {log:q}"
 
@@ -112,7 +129,8 @@ rule tokenize_splits:
 rule sample_answers:
     "On-policy preference pairs: what the model itself answers wrongly is rejected."
     input:
-        unpack(temper.inputs_of(PLAN, "sample_answers", workflow)),
+        splits=path_of("sample_answers", "splits"),
+        model=path_of("sample_answers", "model"),
     output:
         update(directory("results/pairs/{name}")),
     log:
@@ -125,7 +143,7 @@ rule sample_answers:
         "python -m steps.sample_answers"
         " --splits {input.splits:q}"
         " --model {input.model:q}"
-        " --plan \"$TEMPER_PLAN\""
+        ' --plan "$TEMPER_PLAN"'
         " --output {output:q}"
         " 2>&1 | log_to {log:q}"
 
@@ -133,7 +151,8 @@ rule sample_answers:
 rule reference_logprobs:
     "How likely the model finds both answers of each preference pair before it is trained."
     input:
-        unpack(temper.inputs_of(PLAN, "reference_logprobs", workflow)),
+        splits=path_of("reference_logprobs", "splits"),
+        model=path_of("reference_logprobs", "model"),
     output:
         update(directory("results/references/{name}")),
     log:
@@ -146,7 +165,7 @@ rule reference_logprobs:
         "python -m steps.reference_logprobs"
         " --splits {input.splits:q}"
         " --model {input.model:q}"
-        " --plan \"$TEMPER_PLAN\""
+        ' --plan "$TEMPER_PLAN"'
         " --output {output:q}"
         " 2>&1 | log_to {log:q}"
 
@@ -154,11 +173,12 @@ rule reference_logprobs:
 rule train_adapter:
     "One training, or one epoch of a trunk that several runs share."
     input:
-        unpack(temper.inputs_of(PLAN, "train_adapter", workflow)),
+        splits=path_of("train_adapter", "splits"),
+        model=path_of("train_adapter", "model"),
+        references=path_of("train_adapter", "references"),
+        previous=path_of("train_adapter", "previous"),
     output:
         update(directory("results/adapters/{name}")),
-    params:
-        references=temper.flags_of(PLAN, "train_adapter", "references"),
     log:
         "results/logs/train_adapter/{name}.log",
     benchmark:
@@ -167,12 +187,14 @@ rule train_adapter:
     threads: temper.threads_of(PLAN, "train_adapter")
     resources:
         gpu=temper.gpus_per_job(),
+    params:
+        references=temper.flags_of(PLAN, "train_adapter", "references"),
     shell:
         "python -m steps.train_adapter"
         " --splits {input.splits:q}"
         " --model {input.model:q}"
         " {params.references}"
-        " --plan \"$TEMPER_PLAN\""
+        ' --plan "$TEMPER_PLAN"'
         " --output {output:q}"
         " 2>&1 | log_to {log:q}"
 
@@ -180,7 +202,8 @@ rule train_adapter:
 rule merge_adapter:
     "Adapter and base model to one model that plain transformers loads."
     input:
-        unpack(temper.inputs_of(PLAN, "merge_adapter", workflow)),
+        model=path_of("merge_adapter", "model"),
+        adapter=path_of("merge_adapter", "adapter"),
     output:
         update(directory("results/merged/{name}")),
     log:
@@ -189,7 +212,7 @@ rule merge_adapter:
         "python -m steps.merge_adapter"
         " --model {input.model:q}"
         " --adapter {input.adapter:q}"
-        " --plan \"$TEMPER_PLAN\""
+        ' --plan "$TEMPER_PLAN"'
         " --output {output:q}"
         " 2>&1 | log_to {log:q}"
 
@@ -197,7 +220,8 @@ rule merge_adapter:
 rule evaluate_base:
     "The untouched model on the test split: what every run is compared with."
     input:
-        unpack(temper.inputs_of(PLAN, "evaluate_model", workflow)),
+        model=path_of("evaluate_model", "model"),
+        splits=path_of("evaluate_model", "splits"),
     output:
         update(directory("results/reports/{name}")),
     log:
@@ -212,7 +236,7 @@ rule evaluate_base:
         "python -m steps.evaluate_model"
         " --model {input.model:q}"
         " --splits {input.splits:q}"
-        " --plan \"$TEMPER_PLAN\""
+        ' --plan "$TEMPER_PLAN"'
         " --output {output:q}"
         " 2>&1 | log_to {log:q}"
 
@@ -220,11 +244,14 @@ rule evaluate_base:
 rule evaluate_model:
     "A tuned model on the test split, beside the untouched one."
     input:
-        unpack(temper.inputs_of(PLAN, "evaluate_model", workflow)),
+        model=path_of("evaluate_model", "model"),
+        splits=path_of("evaluate_model", "splits"),
+        adapter=path_of("evaluate_model", "adapter"),
+        base_report=path_of("evaluate_model", "base_report"),
+        references=path_of("evaluate_model", "references"),
+        start_report=path_of("evaluate_model", "start_report"),
     output:
         update(directory("results/reports/{name}")),
-    params:
-        references=temper.flags_of(PLAN, "evaluate_model", "references", "start_report"),
     log:
         "results/logs/evaluate_model/{name}.log",
     wildcard_constraints:
@@ -232,6 +259,8 @@ rule evaluate_model:
     threads: temper.threads_of(PLAN, "evaluate_model")
     resources:
         gpu=temper.gpus_per_job(),
+    params:
+        references=temper.flags_of(PLAN, "evaluate_model", "references", "start_report"),
     shell:
         "python -m steps.evaluate_model"
         " --model {input.model:q}"
@@ -239,7 +268,7 @@ rule evaluate_model:
         " --adapter {input.adapter:q}"
         " --base-report {input.base_report:q}"
         " {params.references}"
-        " --plan \"$TEMPER_PLAN\""
+        ' --plan "$TEMPER_PLAN"'
         " --output {output:q}"
         " 2>&1 | log_to {log:q}"
 
@@ -253,14 +282,14 @@ rule compare_runs:
         update(f"{SWEEP}/leaderboard.json"),
         update(f"{SWEEP}/report.html"),
         update(PLAN.complete),
+    log:
+        PLAN.comparison.log,
     params:
         folder=lambda _: SWEEP,
         key=PLAN.comparison.key,  # its path has none, and an edit to its code is a reason to rerun
-    log:
-        PLAN.comparison.log,
     shell:
         "python -m steps.compare_runs"
-        " --plan \"$TEMPER_PLAN\""
+        ' --plan "$TEMPER_PLAN"'
         " --output {params.folder:q}"
         " 2>&1 | log_to {log:q}"
 

@@ -71,19 +71,23 @@ def _without_quotes(text: str) -> str:
     return text[1:-1] if quoted else text
 
 
-def inputs_of(plan: planning.Plan, stage: str, workflow):
-    """Input function of a stage's rule: wildcards -> {input name: path}.
+def inputs(plan: planning.Plan, workflow):
+    """What rules name their inputs with: (stage, input's name) -> input function of the rule.
 
-    Snakemake takes a folder that is there for made. It hears here of one that is not whole, whatever was asked for.
+    It gives nothing for a job that has no such input. Snakemake takes a folder that is there for made; it hears here of
+    one that is not whole, whatever was asked for.
     """
 
-    def inputs(wildcards) -> dict[str, str]:
-        job = plan.job(stage, wildcards.name)
-        if Path(job.path).exists() and not plan.is_made(job):
-            workflow.dag.forcefiles.add(job.path)
-        return job.inputs
+    def named(stage: str, name: str):
+        def path(wildcards) -> str | list:
+            job = plan.job(stage, wildcards.name)
+            if Path(job.path).exists() and not plan.is_made(job):
+                workflow.dag.forcefiles.add(job.path)
+            return job.inputs.get(name, [])
 
-    return inputs
+        return path
+
+    return named
 
 
 def one_of(names: list[str]) -> str:

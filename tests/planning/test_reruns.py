@@ -1,6 +1,6 @@
 """What an edit reruns: the matrix, planned in the fast suite and executed in the slow one.
 
-    python -m tests.test_reruns     # execute all edits, and write docs/reruns.md
+    python -m tests.planning.test_reruns     # execute all edits, and write docs/reruns.md
 
 The project is copied to a folder of its own, with a tiny model and data set, so that an edit is what it is for a user:
 a file with another text, or another override on the command line.
@@ -41,6 +41,14 @@ prompt: {system: Judge the review.}
 data: {limit: {train: 24, validation: 8, test: 8}}
 train: {num_train_epochs: 1, per_device_train_batch_size: 8, warmup_steps: 2, adam_beta1: 0.9, adam_beta2: 0.95}
 """,
+    "experiment/own_answers.yaml": """# @package _global_
+defaults:
+  - mine
+  - override /method: dpo
+  - _self_
+method: {own_answers: {max_new_tokens: 4, do_sample: false}}
+sweep: {name: own_answers}
+""",
 }
 STEPS_AN_EPOCH = 3  # 24 rows in batches of 8
 
@@ -51,7 +59,7 @@ def row(question: str, answer: str) -> str:
 
 def make_project(folder: Path) -> Path:
     """A copy of the project as a user has it, with a data set, a model and a sweep of two runs of their own."""
-    for name in ("steps", "conf", "profiles"):
+    for name in ("steps", "temper", "conf", "profiles"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("Snakefile", "pyproject.toml"):
         shutil.copy(ROOT / name, folder)
@@ -62,9 +70,9 @@ def make_project(folder: Path) -> Path:
     return folder
 
 
-def run(project: Path, overrides: str = "", *arguments: str) -> dict[str, int]:
+def run(project: Path, overrides: str = "", *arguments: str, experiment: str = "mine") -> dict[str, int]:
     """Run the sweep in the project; rule -> executed jobs."""
-    config = ["experiment=mine", *([f"overrides={overrides}"] if overrides else [])]
+    config = [f"experiment={experiment}", *([f"overrides={overrides}"] if overrides else [])]
     return executed(snakemake(project, *arguments, "--config", *config, project=project))
 
 
@@ -77,6 +85,8 @@ TRAIN = {"train_adapter": 2, **MERGE}
 TOKENIZE = {"tokenize_splits": 1, "train_adapter": 2, "merge_adapter": 2, **EVALUATE}
 FORMAT = {"format_prompts": 1, **TOKENIZE}
 ALL_BUT_DATA = {"fetch_model": 1, **FORMAT}
+REFERENCES = {"reference_logprobs": 1, **TRAIN}
+OWN_ANSWERS = {"sample_answers": 1, **REFERENCES}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,12 +99,14 @@ class Edit:
     files: tuple[tuple[str, str, str], ...] = ()  # (file, a text that is in it once, the text in its place)
     fast: bool = True  # False: left to the slow suite; another edit is planned in the same way, in less time
     back: dict[str, int] | None = None  # None: the comparison if anything ran
+    experiment: str = "mine"
 
     @property
     def runs_back(self) -> dict[str, int]:
         return (COMPARE if self.runs else {}) if self.back is None else self.back
 
 
+LOG, OTHER_LOG = 'log = logging.getLogger("temper")', 'log = logging.getLogger("temper.x")'
 MERGE_CODE, LOSS_CODE = "steps/merge_adapter.py", "temper/model/predictions.py"
 USED_ROW, UNUSED_ROW = "The acting works.", "The plot is a joy."
 MATRIX = (
@@ -210,19 +222,20 @@ MATRIX = (
     Edit(
         "a statement in `steps/compare_runs.py`",
         COMPARE,
-        files=(("steps/compare_runs.py", 'log = logging.getLogger("temper")', 'log = logging.getLogger("temper.x")'),),
+        files=(("steps/compare_runs.py", LOG, OTHER_LOG),),
     ),
     Edit(
-        "a statement in `temper/config/schema.py`, which all stages import",
-        ALL_BUT_DATA,
+        "a check in `temper/config/schema.py`, a message in `config/validate.py`, a `--help` in `temper/step.py`",
+        {},
         files=(
             (
                 "temper/config/schema.py",
                 "samples: Annotated[int, Field(ge=0)]",
                 "samples: Annotated[int, Field(gt=-1)]",
             ),
+            ("temper/config/validate.py", "method=dpo needs preference pairs", "method=dpo wants pairs"),
+            ("temper/step.py", "also write the log lines to this file", "copy the log lines to this file"),
         ),
-        fast=False,
     ),
     Edit(
         "comments, docstrings and formatting of `steps/merge_adapter.py` and `temper/model/predictions.py`",
@@ -248,10 +261,42 @@ MATRIX = (
         files=(("temper/tracking.py", "import getpass\n", "import getpass\nimport math\n"),),
     ),
     Edit(
-        "a template of the report pages",
+        "a template of the report pages, and a name in `temper/reports/run_page.py`",
         {},
-        files=(("steps/templates/report.html", "<h1", "<p>Mine.</p><h1"),),
+        files=(
+            ("temper/reports/templates/report.html", "<h1", "<p>Mine.</p><h1"),
+            ("temper/reports/run_page.py", '"tuned" if facts', '"fine-tuned" if facts'),
+        ),
     ),
+    Edit(
+        "of a DPO sweep on the model's own answers: `method.own_answers.max_new_tokens=3`",
+        OWN_ANSWERS,
+        "method.own_answers.max_new_tokens=3",
+        fast=False,
+        experiment="own_answers",
+    ),
+    Edit(
+        "of the same: a statement in `steps/sample_answers.py`",
+        OWN_ANSWERS,
+        files=(("steps/sample_answers.py", LOG, OTHER_LOG),),
+        fast=False,
+        experiment="own_answers",
+    ),
+    Edit(
+        "of the same: a statement in `steps/reference_logprobs.py`",
+        REFERENCES,
+        files=(("steps/reference_logprobs.py", LOG, OTHER_LOG),),
+        fast=False,
+        experiment="own_answers",
+    ),
+    Edit(
+        "of the same: a statement in `temper/evaluation/generation.py`",
+        {**OWN_ANSWERS, **EVALUATE},
+        files=(("temper/evaluation/generation.py", LOG, OTHER_LOG),),
+        fast=False,
+        experiment="own_answers",
+    ),
+    Edit("of the same: `method.beta=0.2`", TRAIN, "method.beta=0.2", fast=False, experiment="own_answers"),
 )
 
 
@@ -276,11 +321,12 @@ def measure(project: Path, edit: Edit) -> tuple[dict[str, int], dict[str, int]]:
 
     The leaderboard is then the one from before, and no training did more than its one epoch.
     """
-    first = leaderboard(project, "mine")
+    run(project, experiment=edit.experiment)
+    first = leaderboard(project, edit.experiment)
     with applied(project, edit) as overrides:
-        ran = run(project, overrides)
-    back = run(project)
-    assert leaderboard(project, "mine") == first
+        ran = run(project, overrides, experiment=edit.experiment)
+    back = run(project, experiment=edit.experiment)
+    assert leaderboard(project, edit.experiment) == first
     adapters = [json.loads(path.read_text()) for path in project.glob("results/adapters/*/provenance.json")]
     assert {adapter["trained_steps"] for adapter in adapters} == {STEPS_AN_EPOCH}
     return ran, back
@@ -384,7 +430,7 @@ def table(rows: list[tuple[Edit, dict[str, int], dict[str, int]]]) -> str:
 
 
 def _jobs(counts: dict[str, int]) -> str:
-    order = list(ALL_BUT_DATA)
+    order = ["fetch_model", "format_prompts", "tokenize_splits", *list(OWN_ANSWERS)[:2], *list(TOKENIZE)[1:]]
     return ", ".join(f"{rule} {counts[rule]}" for rule in sorted(counts, key=order.index)) or "none"
 
 

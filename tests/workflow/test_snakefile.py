@@ -8,6 +8,7 @@ import sys
 
 import pytest
 
+from temper.planning import planner
 from tests.conftest import ROOT
 from tests.support import tiny
 from tests.support.workflow_tools import environment, executed, own_sources, snakemake
@@ -42,6 +43,18 @@ def test_a_query_needs_no_cores(sources, query):
     done = subprocess.run(command, capture_output=True, text=True, env=environment(), cwd=ROOT)
     assert done.returncode == (1 if query == "--lint" else 0), done.stderr  # it has advice: see lint_workflow.py
     assert "Error" not in done.stderr
+
+
+def test_rules_name_all_that_their_jobs_read(sources):
+    """An input that a rule does not name would be made by nobody, or too late."""
+    named = set(re.findall(r'(\w+)=path_of\("(\w+)", "(\w+)"\)', (ROOT / "Snakefile").read_text()))
+    assert all(flag == name for flag, _, name in named)
+    own = f"{sources[1]} method.own_answers={{max_new_tokens: 8}} ~data.rejected_from"
+    plans = [planner.build("demo"), planner.build("sft_dpo"), planner.build("sft_dpo", overrides=own)]
+    plans.append(planner.build("smoke", overrides="train.num_train_epochs=1,2 train.lr_scheduler_type=constant"))
+    read = {(job.stage, name) for plan in plans for job in plan.jobs.values() for name in job.inputs}
+    read = {(stage, name) for stage, name in read if stage != "compare_runs"}
+    assert read == {(stage, name) for _, stage, name in named} - {("fetch_model", "source")}
 
 
 JOBS = {
