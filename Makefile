@@ -14,7 +14,7 @@ demo: .venv/installed  ## set up, then train and compare 8 runs of the embedded 
 	$(BIN)/snakemake --cores $(CORES) --config experiment=demo
 
 test: .venv/installed  ## set up, then run the test suite
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder tests/workflow/test_workflow.py tests/planning/test_reruns.py tests
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test-slow: .venv/installed  ## the test suite and the proofs that take minutes
 	$(BIN)/python -m pytest --run-slow

@@ -25,12 +25,21 @@ def pytest_addoption(parser):
     parser.addoption("--run-slow", action="store_true", help="also run the proofs that take minutes")
 
 
+LONGEST = ("test_workflow.py", "test_reruns.py")  # minutes each: begun last, they would leave a core without work
+
+
 def pytest_collection_modifyitems(config, items):
+    items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
     if config.getoption("--run-slow"):
         return
     for item in items:
         if "slow" in item.keywords:
             item.add_marker(pytest.mark.skip(reason="slow: `make test-slow` runs it"))
+
+
+def rarely(names, rare):
+    """The names as parameters of a test, those in `rare` for the slow suite only."""
+    return [pytest.param(name, marks=pytest.mark.slow) if name in rare else name for name in names]
 
 
 @pytest.fixture

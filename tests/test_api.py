@@ -25,7 +25,7 @@ OPTIONS = {"r": 4, "num_train_epochs": 1, "per_device_train_batch_size": 8, "war
 def test_the_lines_of_the_readme(workspace):
     """As they stand there, in a folder that has what they name."""
     readme = (PACKAGE_ROOT / "README.md").read_text(encoding="utf-8")
-    [code] = [code for code in re.findall(r"```python\n(.*?)```", readme, re.DOTALL) if "temper.api" in code]
+    [code] = [code for code in re.findall(r"```python\n(.*?)```", readme, re.DOTALL) if "from temper import" in code]
     model, rows = re.search(r'model="(.+?)"', code)[1], re.search(r'load_rows\("(.+?)"\)', code)[1]
     config = tiny.make_tiny_model(workspace / model) / "config.json"
     longer = json.loads(config.read_text()) | {"max_position_embeddings": 1024}  # room for an answer of 256 tokens

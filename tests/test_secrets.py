@@ -81,7 +81,9 @@ def test_a_run_from_end_to_end_leaves_no_secret_of_the_environment(planted, work
     assert files_with(workspace, PASSWORD) == []
 
 
-@pytest.mark.parametrize("uri", [f"http://alice:{PASSWORD}@127.0.0.1:9", "${oc.env:MYURI}"])
+@pytest.mark.parametrize(
+    "uri", ["${oc.env:MYURI}", pytest.param(f"http://alice:{PASSWORD}@127.0.0.1:9", marks=pytest.mark.slow)]
+)
 def test_a_login_in_the_config_is_refused_before_snakemake_writes_it_down(planted, workspace, uri):
     command = [
         *snakemake_command(workspace),

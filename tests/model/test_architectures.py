@@ -25,6 +25,7 @@ from temper.model.adapters import add_adapter, attention_projections
 from temper.model.predictions import SupervisedLoss, flat_way, plain_way, short_way
 from temper.training.preferences import chosen_of, rejected_of
 from tests.commands.test_publish import code_of
+from tests.conftest import rarely
 from tests.support.asking import command
 from tests.support.networks import ENCODER_DECODERS, FAMILIES, network_of, tokenizer_of
 from tests.support.tiny import gradients, tiny_rows
@@ -108,7 +109,10 @@ def own_answer(network, row: dict, tokenizer) -> list[int]:
     return ids[: ids.index(tokenizer.eos_token_id) + 1] if tokenizer.eos_token_id in ids else ids
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+OLDER = ("qwen2", "gemma2")  # their successors differ in little of what Temper sees
+
+
+@pytest.mark.parametrize("family", rarely(FAMILIES, OLDER))
 def test_the_whole_chain(workspace, family):
     write_inputs(family)
     run_chain(family)

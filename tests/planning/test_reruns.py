@@ -122,7 +122,7 @@ MATRIX = (
         files=(("rows.jsonl", row(UNUSED_ROW, "positive"), row(UNUSED_ROW, "negative")),),
         fast=False,
     ),
-    Edit("`prompt.system=...`", FORMAT, "prompt.system=Well"),
+    Edit("`prompt.system=...`", FORMAT, "prompt.system=Well", fast=False),
     Edit(
         "the prompt's template in `conf/prompt/plain.yaml`",
         TOKENIZE,
@@ -133,6 +133,7 @@ MATRIX = (
         "`max_length: 256` in `conf/tokenize/default.yaml`",
         TOKENIZE,
         files=(("conf/tokenize/default.yaml", "max_length: 1024", "max_length: 256"),),
+        fast=False,
     ),
     Edit(
         "edit a file of a base model of one's own",
@@ -163,8 +164,9 @@ MATRIX = (
                 "adam_beta1: 0.95, adam_beta2: 0.9",
             ),
         ),
+        fast=False,
     ),
-    Edit("`merge.dtype=bfloat16`", MERGE, "merge.dtype=bfloat16"),
+    Edit("`merge.dtype=bfloat16`", MERGE, "merge.dtype=bfloat16", fast=False),
     Edit("`eval.max_new_tokens=4`", EVALUATE, "eval.max_new_tokens=4"),
     Edit(
         "add a value to an axis of `conf/sweep/mine.yaml`",
@@ -175,6 +177,7 @@ MATRIX = (
         "remove a value from it",
         COMPARE,
         files=(("conf/sweep/mine.yaml", "1e-3,1e-2", "1e-3"),),
+        fast=False,
     ),
     Edit("rename the sweep: `sweep.name=other`", COMPARE, "sweep.name=other", fast=False, back={}),
     Edit(
@@ -203,6 +206,7 @@ MATRIX = (
         "a statement in `steps/tokenize_splits.py`",
         TOKENIZE,
         files=(("steps/tokenize_splits.py", "ROWS = 1000", "ROWS = 500"),),
+        fast=False,
     ),
     Edit(
         "a statement in `temper/training/checkpoints.py`, which only the training imports",
@@ -213,11 +217,12 @@ MATRIX = (
         "a statement in `steps/merge_adapter.py`",
         MERGE,
         files=((MERGE_CODE, "PROBE_TOKENS = 64", "PROBE_TOKENS = 32"),),
+        fast=False,
     ),
     Edit(
         "a statement in `temper/evaluation/metrics.py`, which only evaluation and comparison import",
         EVALUATE,
-        files=(("temper/evaluation/metrics.py", "import logging\n", "import logging\nimport json\n"),),
+        files=(("temper/evaluation/metrics.py", "import dataclasses\n", "import dataclasses\nimport json\n"),),
     ),
     Edit(
         "a statement in `steps/compare_runs.py`",
@@ -265,7 +270,7 @@ MATRIX = (
         {},
         files=(
             ("temper/reports/templates/report.html", "<h1", "<p>Mine.</p><h1"),
-            ("temper/reports/run_page.py", '"tuned" if facts', '"fine-tuned" if facts'),
+            ("temper/reports/run_page.py", 'ours = "tuned" if', 'ours = "fine-tuned" if'),
         ),
     ),
     Edit(

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from steps import format_prompts
 from steps.format_prompts import main
-from temper.data import splitting
+from temper.data import layouts, splitting
 from temper.data.layouts import Example
 from temper.data.splitting import Splits, prompt_hash, split_of
 from temper.errors import UserError
@@ -268,12 +268,12 @@ def test_raw_files_that_changed_since_the_plan_are_refused(project, capsys):
 
 @pytest.mark.usefixtures("project")
 def test_raw_files_that_change_while_they_are_read_are_refused(tmp_path, monkeypatch):
-    def convert_and_edit(data, system, converter=format_prompts.layouts.converter):
+    def convert_and_edit(data, system, converter=layouts.converter):
         with Path("rows.jsonl").open("a") as file:
             file.write("\n")
         return converter(data, system)
 
-    monkeypatch.setattr(format_prompts.layouts, "converter", convert_and_edit)
+    monkeypatch.setattr(layouts, "converter", convert_and_edit)
     config = {"data": {"layout": "question_answer", "splits": SHARES, "limit": NO_LIMIT}, "prompt": {"system": None}}
     with pytest.raises(UserError, match="rows.jsonl: the raw files changed"):
         format_prompts.run(config, raw=Path("rows.jsonl"), output=tmp_path)

@@ -28,7 +28,7 @@ def kill_at_random(process: subprocess.Popen, state: Path, rng: random.Random) -
     return True
 
 
-@pytest.mark.parametrize("kills", [3, pytest.param(30, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kills", [2, pytest.param(30, marks=pytest.mark.slow)])
 def test_killed_trainings_end_as_undisturbed_ones(workspace, tiny_splits, tiny_model, kills):
     config = load_stage_config("train_adapter", None, OPTIONS)
     undisturbed = start(tiny_splits, tiny_model, "undisturbed", {**config, "trunk": "undisturbed"})

@@ -24,7 +24,7 @@ from temper.model.adapters import add_adapter
 from temper.model.loading import load_model, load_tokenizer
 from temper.planning import planner
 from temper.training.callbacks import read_metrics
-from tests.conftest import ROOT
+from tests.conftest import ROOT, rarely
 from tests.support import tiny
 from tests.support.trainings import SMALL, assert_equal, train
 
@@ -92,7 +92,7 @@ ENDS = {
 }
 
 
-@pytest.mark.parametrize("name", ENDS)
+@pytest.mark.parametrize("name", rarely(ENDS, ("half an epoch", "whole epochs", "the last model")))
 def test_evaluates_and_chooses_as_a_plain_trainer(workspace, tiny_splits, tiny_model, name):
     options = [*PLAIN, *ENDS[name]]
     train(tiny_splits, tiny_model, "out", *options)
@@ -381,7 +381,8 @@ def test_the_peak_of_memory_is_what_was_said(workspace, adapter):
 
 HOARD = """
 import sys, torch
-from temper.step import bound_shape_caches, peak_memory
+from temper.model.threads import bound_shape_caches
+from temper.provenance import peak_memory
 if sys.argv[1] == "bound": bound_shape_caches()
 weight, inputs = torch.randn(256, 256).to_mkldnn(), torch.randn(900, 256)
 before = peak_memory()
@@ -414,7 +415,10 @@ OTHERS = {
 }
 
 
-@pytest.mark.parametrize("name", OTHERS)
+RARER = ("states in 8 bits", "a falling rate", "whole batches only", "autocast")
+
+
+@pytest.mark.parametrize("name", rarely(OTHERS, RARER))
 def test_options_leave_a_shared_trunk_equal_to_separate_runs(workspace, tiny_splits, tiny_model, name):
     options = [*SMALL, *OTHERS[name]]
     if "adapter=full" in options:

@@ -13,7 +13,7 @@ import pytest
 from temper.config.stages import load_stage_config
 from tests.conftest import ROOT
 from tests.support.finished import RUN
-from tests.support.trainings import OPTIONS, start, steps_done
+from tests.support.trainings import OPTIONS, start
 
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT)}
 
@@ -34,9 +34,9 @@ def test_a_training_that_is_asked_to_end_says_so_and_goes_on(workspace, tiny_spl
     assert not Path("adapter").exists()
     if number == signal.SIGHUP:
         again = start(tiny_splits, tiny_model, "adapter", config)
-        assert again.wait(timeout=200) == 0
-        assert "continuing from" in again.stderr.read()
-        assert steps_done(state) == 240
+        assert any("continuing from" in line for line in again.stderr)  # to the end: see test_kill.py
+        again.kill()
+        again.wait()
 
 
 SLEEPER = """

@@ -79,6 +79,7 @@ def test_touching_the_raw_file_reruns_nothing(smoke):
     assert executed(snakemake(folder, "--config", "experiment=smoke")) == {}
 
 
+@pytest.mark.slow  # test_reruns.py executes the same on a tiny model
 def test_a_changed_eval_section_reruns_evaluation_and_comparison_only(smoke):
     folder, _ = smoke
     done = snakemake(folder, "--config", "experiment=smoke", "overrides=eval.max_new_tokens=4")
