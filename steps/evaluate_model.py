@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from temper.config import evaluation as checks
+from temper.config.stages import EvaluateModel
 from temper.errors import UserError
 from temper.evaluation import metrics
 from temper.evaluation.judge import ask, figures_of, judge, prediction_rows, score_answers
@@ -43,7 +44,7 @@ log = logging.getLogger("temper")
 
 
 def run(
-    config: dict,
+    config: EvaluateModel,
     model: Path,
     splits: Path,
     output: Path,
@@ -59,15 +60,15 @@ def run(
             report or references of other rows.
     """
     quiet_libraries()
-    settings = config["eval"]
+    settings = config.eval.model_dump()
     metric = metrics.check_metric(settings)
     if (model / DIVERGED).is_file():
         return _report_divergence(read_json(model / DIVERGED, {"step": int})["step"], settings, metric, adapter, output)
     tokenizer = load_tokenizer(model)
     rows, test = _rows(model, splits, settings, tokenizer)
     base = _base(base_report, settings, test) if base_report else None
-    with computing_threads(config["num_threads"]):
-        asked = ask(model, config, rows, test, tokenizer)
+    with computing_threads(config.num_threads):
+        asked = ask(model, config.model_dump(), rows, test, tokenizer)
     judged = judge(settings, metric, test, asked, base)
     train = read_json(adapter / "training.json") if adapter else None
     if references:
@@ -80,7 +81,7 @@ def run(
     html.write_whole(output / "predictions.jsonl", html.json_lines(predictions))
     if curves:
         html.write_whole(output / "curves.jsonl", html.json_lines(curves))
-    write_page(output, facts, predictions, curves, settings, configs_shown(config, model, splits, adapter))
+    write_page(output, facts, predictions, curves, settings, configs_shown(config.model_dump(), model, splits, adapter))
     log.info("%s", headline(facts))
     return {"metric": metric, "value": facts["test"][metric], "rows": len(test)}
 

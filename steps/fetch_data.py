@@ -35,8 +35,8 @@ OUTPUT_HELP = "data folder, or the pin to write in it (data/raw/NAME/pin-KEY.jso
 log = logging.getLogger("temper")
 
 
-def run(config: dict, output: Path) -> None:
-    """Fetch `data.source` into the folder of the pin `output`, then write the pin.
+def run(source: dict, output: Path) -> None:
+    """Fetch `source` (the config's data.source) into the folder of the pin `output`, then write the pin.
 
     The files appear under their names when they are whole. Pins and files of earlier fetches are removed once the
     new pin is in place.
@@ -45,7 +45,7 @@ def run(config: dict, output: Path) -> None:
         UserError: the source cannot be fetched, or the folder has files that somebody edited or put there.
     """
     started = time.time()
-    source, folder = config["data"]["source"], output.parent
+    folder = output.parent
     fetch = {"package": _fetch_package, "hub": _fetch_hub, "files": _fetch_files}[source["kind"]]
     earlier = [read_pin(path) | {"path": path} for path in folder.glob("pin-*.json")]
     with _scratch(folder) as scratch:
@@ -121,14 +121,14 @@ def _fetch_files(source: dict, folder: Path) -> dict:
 def _command(_step, arguments, _inputs) -> None:
     """As temper.step.execute, for an output that is a file in a folder which others share."""
     config = config_and_settings(STAGE, arguments)[0]
-    config["data"]["source"] = revisions.pinned(config["data"]["source"], "dataset", SECTION)
-    output = _pin(Path(arguments.output), config["data"]["source"])
+    source = revisions.pinned(config["data"]["source"], "dataset", SECTION)
+    output = _pin(Path(arguments.output), source)
     with locked(output.parent):
         if _is_there(output):
             log.info("%s is there already: nothing to do", output)
             return
         started = time.time()
-        run(config, output)
+        run(source, output)
         log.info("%s: wrote %s in %.1f s", STAGE, output, time.time() - started)
 
 

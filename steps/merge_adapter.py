@@ -22,6 +22,7 @@ import shutil
 import sys
 from pathlib import Path
 
+from temper.config.stages import MergeAdapter
 from temper.errors import UserError
 from temper.files import read_json
 from temper.model.adapters import DIVERGED, can_be_merged, is_adapter, put_on
@@ -40,7 +41,7 @@ NOTABLE = 0.1  # rounding by more than this share of what the adapter does is wo
 log = logging.getLogger("temper")
 
 
-def run(config: dict, model: Path, adapter: Path, output: Path) -> dict:
+def run(config: MergeAdapter, model: Path, adapter: Path, output: Path) -> dict:
     """Merge and check.
 
     Raises:
@@ -58,8 +59,8 @@ def run(config: dict, model: Path, adapter: Path, output: Path) -> dict:
         return _bundle(model, adapter, output)
     with computing_threads(1):  # a few products: the weights' bits are the same on every number of cores
         network, facts = _merged(config, model, adapter)
-    if config["merge"]["dtype"] != "auto":
-        network = network.to(resolve_dtype(config["merge"]["dtype"]))
+    if config.merge.dtype != "auto":
+        network = network.to(resolve_dtype(config.merge.dtype))
     # What was read packed cannot be packed again: the weights are plain now.
     network.save_pretrained(output, save_original_format=not is_stored_quantized(load_config(model)))
     load_tokenizer(model).save_pretrained(output)
@@ -76,16 +77,16 @@ def _bundle(model: Path, adapter: Path, output: Path) -> dict:
     return {"bundled": True}
 
 
-def _merged(config: dict, model: Path, adapter: Path):
+def _merged(config: MergeAdapter, model: Path, adapter: Path):
     """(merged model, facts)."""
-    dtype = "float32" if config["merge"]["dtype"] == "float32" else stored_dtype(model)
+    dtype = "float32" if config.merge.dtype == "float32" else stored_dtype(model)
     load = {"dtype": dtype, "attn_implementation": "auto"}
     if not is_adapter(adapter):  # passes through in the precision it was trained in
-        return load_model(adapter, {**load, "dtype": "float32"}), {"fully_trained": config["merge"]["dtype"] == "auto"}
-    if not (config["merge"]["dequantized_base"] or is_stored_quantized(load_config(model))):
+        return load_model(adapter, {**load, "dtype": "float32"}), {"fully_trained": config.merge.dtype == "auto"}
+    if not (config.merge.dequantized_base or is_stored_quantized(load_config(model))):
         network, facts = _merge(load_model(model, load), adapter)
         return network, {"base": "as stored", **facts}
-    base = load_model(model, load, config["quantization"]).dequantize()
+    base = load_model(model, load, config.quantization.model_dump()).dequantize()
     network, facts = _merge(base, adapter)
     return network, {"base": "dequantized", **facts}
 

@@ -22,6 +22,7 @@ import sys
 import time
 from pathlib import Path
 
+from temper.config.stages import ReferenceLogprobs
 from temper.data.batches import collate, padded
 from temper.errors import UserError
 from temper.files import load_rows
@@ -43,7 +44,7 @@ SAVE_SECONDS = 30.0
 log = logging.getLogger("temper")
 
 
-def run(config: dict, splits: Path, model: Path, output: Path) -> dict:
+def run(config: ReferenceLogprobs, splits: Path, model: Path, output: Path) -> dict:
     """Compute what is not known yet.
 
     Raises:
@@ -72,7 +73,7 @@ def run(config: dict, splits: Path, model: Path, output: Path) -> dict:
         if key not in known
     }
     if missing:
-        with computing_threads(config["num_threads"]):
+        with computing_threads(config.num_threads):
             known |= _compute(missing, model, config, path)
     figures = {split: _columns(part["id"], [known[key] for key in keys[split]]) for split, part in pairs.items()}
     DatasetDict(figures).save_to_disk(output)
@@ -91,14 +92,14 @@ def _columns(ids: list[int], logps: list[float]):
     return Dataset.from_dict(columns, features=Features({"id": Value("int64"), **numbers}))
 
 
-def _compute(missing: dict[str, dict], model: Path, config: dict, path: Path) -> dict[str, float]:
+def _compute(missing: dict[str, dict], model: Path, config: ReferenceLogprobs, path: Path) -> dict[str, float]:
     """The figures of answers (key -> tokens and labels), which are also appended to `path` while they come."""
     import torch
 
     from temper.model.loading import load_model, load_tokenizer
     from temper.model.predictions import SupervisedLoss
 
-    network = load_model(model, config["model"]["load"], config["quantization"]).eval()
+    network = load_model(model, config.model.load.model_dump(), config.quantization.model_dump()).eval()
     loss = SupervisedLoss(share=False)  # an answer's figure must not depend on what else is missing
     padding = load_tokenizer(model).pad_token_id
     figures, waiting, saved = {}, {}, time.monotonic()
@@ -130,20 +131,20 @@ def _batches(answers: dict[str, dict]) -> list[list[str]]:
 # --- what is known -------------------------------------------------------------------------------
 
 
-def _identity(model: Path, config: dict) -> str:
+def _identity(model: Path, config: ReferenceLogprobs) -> str:
     """What, beside its tokens, an answer's figure depends on: the model's files, how it is loaded, where, our code."""
     from temper.model import loading
 
     files = [path for path in sorted(model.iterdir()) if path.is_file() and not path.name.startswith(".")]
     content = {path.name: file_sha256(path) for path in files if path.name not in ("provenance.json", "config.yaml")}
-    load = config["model"]["load"]
+    load = config.model.load.model_dump()
     resolved = {
         **load,
-        **config["quantization"],
+        **config.quantization.model_dump(),
         "dtype": str(loading.resolve_dtype(load["dtype"])),
         "attn_implementation": loading.resolve_attention(load["attn_implementation"]),
     }
-    return digest([content, resolved, config["num_threads"], loading.device().type, code_key(f"steps.{STAGE}")])
+    return digest([content, resolved, config.num_threads, loading.device().type, code_key(f"steps.{STAGE}")])
 
 
 def _key(answer: dict) -> str:

@@ -20,6 +20,8 @@ import logging
 import sys
 from pathlib import Path
 
+from temper.config.schema import Dpo
+from temper.config.stages import SampleAnswers
 from temper.data.columns import IGNORED, features
 from temper.errors import UserError
 from temper.files import load_rows, read_json
@@ -35,7 +37,7 @@ SAMPLED = ("train", "validation")
 log = logging.getLogger("temper")
 
 
-def run(config: dict, splits: Path, model: Path, output: Path) -> dict:
+def run(config: SampleAnswers, splits: Path, model: Path, output: Path) -> dict:
     """Let the model answer, and keep what it answers wrongly.
 
     Raises:
@@ -46,19 +48,19 @@ def run(config: dict, splits: Path, model: Path, output: Path) -> dict:
     from temper.model import loading
 
     quiet_libraries()
-    settings = config["method"].get("own_answers")
-    if not settings:
+    if not (isinstance(config.method, Dpo) and config.method.own_answers):
         raise UserError("config: 'method.own_answers' is not set, and it says how the model answers: see method=dpo")
+    settings = config.method.own_answers.model_dump()
     refuse_diverged(model)
     rows = load_rows(splits)
     limits.check(model, rows, SAMPLED, settings["max_new_tokens"], "method.own_answers.max_new_tokens")
     tokenizer = loading.load_tokenizer(model)
-    network = loading.load_model(model, config["model"]["load"]).eval()
+    network = loading.load_model(model, config.model.load.model_dump()).eval()
     stop_ids = loading.stop_token_ids(model, tokenizer)
     counts = {}
     with (output / "answers.jsonl").open("w", encoding="utf-8") as file:
         for split in [split for split in SAMPLED if split in rows]:
-            with computing_threads(config["num_threads"]):
+            with computing_threads(config.num_threads):
                 pairs = _pairs(network, tokenizer, list(rows[split]), settings, stop_ids, file)
             counts[split] = {"read": len(rows[split]), "rows": len(pairs), "right": len(rows[split]) - len(pairs)}
             if not pairs:

@@ -27,6 +27,7 @@ import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from temper.config.stages import TokenizeSplits
 from temper.data.audit import Audit, report, shown_rows
 from temper.data.columns import features
 from temper.data.encoder import DATE, Encoded, Encoder
@@ -42,7 +43,7 @@ ROWS = 1000  # that are written at once
 log = logging.getLogger("temper")
 
 
-def run(config: dict, prompts: Path, model: Path, output: Path) -> dict:
+def run(config: TokenizeSplits, prompts: Path, model: Path, output: Path) -> dict:
     """Tokenize all splits.
 
     Raises:
@@ -55,13 +56,15 @@ def run(config: dict, prompts: Path, model: Path, output: Path) -> dict:
 
     quiet_libraries()
     tokenizer = load_tokenizer(model)
-    encoder = Encoder(tokenizer, stop_token_ids(model, tokenizer), config["prompt"], is_encoder_decoder(model))
+    encoder = Encoder(
+        tokenizer, stop_token_ids(model, tokenizer), config.prompt.model_dump(), is_encoder_decoder(model)
+    )
     _find_opening(encoder, prompts / "train.jsonl")
-    _tell_what_others_do_not_know(encoder, config["prompt"].get("date") or DATE)
+    _tell_what_others_do_not_know(encoder, config.prompt.date)
     audits, splits = {}, {}
     with _frozen(), tempfile.TemporaryDirectory(dir=output) as scratch:
         for split in SPLITS:
-            rows = _Rows(prompts / f"{split}.jsonl", encoder, config["tokenize"])
+            rows = _Rows(prompts / f"{split}.jsonl", encoder, config.tokenize.model_dump())
             made = rows.dataset(Path(scratch) / f"{split}.arrow")
             audits[split] = rows.audit.summary()
             if len(made):  # `datasets` cannot read back a split without rows
@@ -69,7 +72,7 @@ def run(config: dict, prompts: Path, model: Path, output: Path) -> dict:
         limits.check(model, splits)
         DatasetDict(splits).save_to_disk(output)
         shown = shown_rows(splits["train"], encoder)
-    audit = {"max_length": config["tokenize"]["max_length"], "splits": audits}
+    audit = {"max_length": config.tokenize.max_length, "splits": audits}
     (output / "audit.json").write_text(json.dumps(audit, indent=2) + "\n", encoding="utf-8")
     (output / "audit.txt").write_text(shown, encoding="utf-8")
     report(audits)

@@ -23,6 +23,7 @@ from pathlib import Path
 
 from temper.config import evaluation as checks
 from temper.config.libraries import ignores_warmup, refuse_without_validation
+from temper.config.stages import NOT_PLANNED, PLATEAU, Planned, TrainAdapter
 from temper.errors import UserError, told_by_library
 from temper.files import load_rows
 from temper.folders import locked
@@ -42,7 +43,14 @@ STATE = Path("results/.state")
 log = logging.getLogger("temper")
 
 
-def run(config: dict, splits: Path, model: Path, output: Path, references: Path | None = None) -> dict:
+def run(
+    config: TrainAdapter,
+    splits: Path,
+    model: Path,
+    output: Path,
+    references: Path | None = None,
+    planned: Planned = NOT_PLANNED,
+) -> dict:
     """Train, or continue training, up to ``train.num_train_epochs`` (or ``train.max_steps``).
 
     Raises:
@@ -52,12 +60,13 @@ def run(config: dict, splits: Path, model: Path, output: Path, references: Path 
     quiet_libraries()
     refuse_diverged(model)
     inputs = [splits, model, *([references] if references else [])]
-    state = STATE / (config.get("trunk") or _by_hand(config, inputs))
-    with locked(state), computing_threads(config["num_threads"]):
-        return _train(config, _rows(config, splits, model, references), model, output, state)
+    state = STATE / (planned.trunk or _by_hand(config, inputs))
+    with locked(state), computing_threads(config.num_threads):
+        rows = _rows(config, planned, splits, model, references)
+        return _train(config, planned, rows, model, output, state)
 
 
-def _by_hand(config: dict, inputs: list[Path]) -> str:
+def _by_hand(config: TrainAdapter, inputs: list[Path]) -> str:
     """A name for the checkpoints of a training that no plan named: by all that they come of, as a key is.
 
     The paths of the inputs are not enough: what stands there may have been made anew.
@@ -68,7 +77,7 @@ def _by_hand(config: dict, inputs: list[Path]) -> str:
         for folder in inputs
     ]
     hashes.save()
-    return f"by-hand-{digest([config, made_of, code_key(f'steps.{STAGE}')])}"
+    return f"by-hand-{digest([config.model_dump(), made_of, code_key(f'steps.{STAGE}')])}"
 
 
 def _counts(path: Path) -> bool:
@@ -76,17 +85,17 @@ def _counts(path: Path) -> bool:
     return path.is_file() and path.name not in ("provenance.json", ".snakemake_timestamp")
 
 
-def _rows(config: dict, splits: Path, model: Path, references: Path | None):
+def _rows(config: TrainAdapter, planned: Planned, splits: Path, model: Path, references: Path | None):
     """The splits, all within the model's limits and fit to be judged; for DPO with the reference's figures."""
     from datasets import DatasetDict, concatenate_datasets
 
     rows = load_rows(splits)
-    answered = ["test"] if config.get("max_new_tokens") else []  # what the evaluation will ask for
-    virtual_tokens = config["adapter"].get("num_virtual_tokens") or 0
-    limits.check(model, rows, answered, config.get("max_new_tokens"), virtual_tokens=virtual_tokens)
-    for evaluation in config.get("evaluations", []):
+    answered = ["test"] if planned.max_new_tokens else []  # what the evaluation will ask for
+    virtual_tokens = config.adapter.get("num_virtual_tokens") or 0
+    limits.check(model, rows, answered, planned.max_new_tokens, virtual_tokens=virtual_tokens)
+    for evaluation in planned.evaluations:
         checks.check(evaluation, splits, rows, load_tokenizer(model))
-    if config["method"]["name"] != "dpo":
+    if config.method.name != "dpo":
         return rows
     if references is None:
         raise UserError("--references is missing: method=dpo needs the folder of reference_logprobs for these splits")
@@ -98,40 +107,40 @@ def _rows(config: dict, splits: Path, model: Path, references: Path | None):
     return DatasetDict(pairs)
 
 
-def _train(config: dict, rows, model: Path, output: Path, state: Path) -> dict:
+def _train(config: TrainAdapter, planned: Planned, rows, model: Path, output: Path, state: Path) -> dict:
     from temper import tracking
     from temper.model.adapters import parameter_counts, save_adapter
     from temper.training import arguments, callbacks, checkpoints, estimates
 
     before = peak_memory()
     with told_by_library("train"):
-        args = arguments.training_arguments(_without_validation(config["train"], rows), config["seed"], state)
+        args = arguments.training_arguments(_without_validation(config.train, rows), config.seed, state)
     epoch_steps = _epoch_steps(rows, args)
     total = args.max_steps if args.max_steps > 0 else math.ceil(epoch_steps * args.num_train_epochs)
-    end = _plateau_end(args, total) if _is_plateau(config) else total
-    plateau = [Path(config["plateau"])] if config.get("plateau") else []
+    end = _plateau_end(args, total) if planned.part == PLATEAU else total
+    plateau = [Path(planned.plateau)] if planned.plateau else []
     checkpoint = checkpoints.last_whole([state, *plateau], end)
     trainer = _trainer(config, rows, model, args, total)
     sizes = parameter_counts(trainer.model)
-    log.info("%s", _headline(rows, sizes, args, end, checkpoint, config["num_threads"]))
+    log.info("%s", _headline(rows, sizes, args, end, checkpoint, config.num_threads))
     needs = estimates.estimate(trainer, trainer.sampler.lengths, before)
     log.info("%s", needs.text())
     if end <= args.warmup_steps:
         log.info("note: %d steps end within train.warmup_steps=%g: lower it", end, args.warmup_steps)
     if args.warmup_steps and ignores_warmup(args):
         log.info("note: lr_scheduler_type=%s takes no notice of train.warmup_steps", args.lr_scheduler_type.value)
-    with tracking.follow(config.get("follow")) as listener:
-        recorded = callbacks.Recorded(trainer, state, checkpoint, config["train"], listener, _is_plateau(config))
+    with tracking.follow(planned.follow) as listener:
+        recorded = callbacks.Recorded(trainer, state, checkpoint, config.train, listener, planned.part == PLATEAU)
         if end > 0:
             args.max_steps = end
             args.eval_on_start &= checkpoint is None  # the start of training, not of each of its parts
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         facts = recorded.facts() | sizes | needs.facts()
-    if _is_plateau(config):
+    if planned.part == PLATEAU:
         _keep_checkpoint(checkpoints.last_whole([state], end), output)
     else:
         save_adapter(trainer.model, output)
-    return _write_facts(config, recorded, facts, output)
+    return _write_facts(config, recorded, facts, output) | {"part": planned.part}
 
 
 def _without_validation(train: dict, rows) -> dict:
@@ -158,21 +167,21 @@ def _epoch_steps(rows, args) -> int:
     return steps
 
 
-def _trainer(config: dict, rows, model: Path, args, total: int):
+def _trainer(config: TrainAdapter, rows, model: Path, args, total: int):
     """The trainer of this config's method, for a schedule over `total` steps."""
     from temper.model.adapters import add_adapter, load_for_training
     from temper.model.fast_layers import use_fast_layers
     from temper.model.loading import load_model
     from temper.training.trainers import trainer_for
 
-    load = load_for_training(config["adapter"], config["model"]["load"])
-    base = load_model(model, load, config["quantization"])
-    network = add_adapter(base, config["adapter"], config["seed"])
+    load = load_for_training(config.adapter, config.model.load.model_dump())
+    base = load_model(model, load, config.quantization.model_dump())
+    network = add_adapter(base, config.adapter, config.seed)
     use_fast_layers(network)
     pad_token_id = load_tokenizer(model).pad_token_id
     with told_by_library("train"):
         trainer = trainer_for(
-            config["method"],
+            config.method.model_dump(),
             model=network,
             args=args,
             train_dataset=rows["train"],
@@ -184,7 +193,7 @@ def _trainer(config: dict, rows, model: Path, args, total: int):
     return trainer
 
 
-def _write_facts(config: dict, recorded, facts: dict, output: Path) -> dict:
+def _write_facts(config: TrainAdapter, recorded, facts: dict, output: Path) -> dict:
     """Write metrics.jsonl and training.json; returns what provenance.json gets."""
     from temper.training import callbacks
     from temper.training.estimates import mebibytes
@@ -194,8 +203,8 @@ def _write_facts(config: dict, recorded, facts: dict, output: Path) -> dict:
         "peak_memory_bytes": peak_memory(),
         "gflop_per_second": round(facts["flops_per_step"] / 1e9 * facts["steps_per_second"], 3),
     }
-    if config["method"]["name"] == "dpo":
-        facts["beta"] = config["method"]["beta"]
+    if config.method.name == "dpo":
+        facts["beta"] = config.method.beta
     (output / "training.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
     log.info(
         "trained %d steps, %.0f tokens/s, %.1f GFLOP/s; peak memory %s (estimated %s)",
@@ -206,12 +215,7 @@ def _write_facts(config: dict, recorded, facts: dict, output: Path) -> dict:
         mebibytes(facts["estimated_peak_memory_bytes"]),
     )
     trained = facts["global_step"] - facts["resumed_from_step"]
-    return {"trained_steps": trained, "trained_epochs": trained / recorded.epoch_steps, "part": config.get("part")}
-
-
-def _is_plateau(config: dict) -> bool:
-    """Whether this job ends where the schedule's decay would begin (the plan says so)."""
-    return config.get("part") == "plateau"
+    return {"trained_steps": trained, "trained_epochs": trained / recorded.epoch_steps}
 
 
 def _plateau_end(args, total: int) -> int:

@@ -185,12 +185,14 @@ def _hint(name: str, known: dict[str, set[str]]) -> str:
 
 def _made(step, name: str, config: dict, inputs: dict[str, Path], root: Path = Path()) -> Path:
     """The folder `name` of a step, made unless it is there."""
+    from temper.config.stages import typed
+
     output = root / FOLDERS[step.STAGE] / name
     with locked(output):
         if not is_complete(output):
             started = time.time()
             with temporary_folder(output) as part:
-                facts = step.run(config, output=part, **inputs) or {}
+                facts = step.run(typed(step.STAGE, config), output=part, **inputs) or {}
                 write_provenance(part, step.STAGE, config, inputs, time.time() - started, facts)
     return output
 

@@ -13,6 +13,7 @@ import argparse
 import atexit
 import contextlib
 import gc
+import inspect
 import logging
 import os
 import sys
@@ -116,10 +117,22 @@ def execute(step, arguments, names: list[str]) -> None:
             return
         started = time.time()
         with temporary_folder(output) as folder:
-            facts = step.run(_deep_merge(config, settings), output=folder, **inputs) or {}
+            facts = _run(step, _deep_merge(config, settings), inputs, folder)
             _readable_weights(folder)
             write_provenance(folder, step.STAGE, config, inputs, time.time() - started, facts)
         log.info("%s: wrote %s in %.0f s", step.STAGE, output, time.time() - started)
+
+
+def _run(step, view: dict, inputs: dict[str, Path | None], folder: Path) -> dict:
+    """Run the step with its config as an object, and what the planner knows beside it where the step asks for that."""
+    from temper.config.stages import Planned, typed
+
+    sections, known = Planned.apart(view)
+    if "planned" in inspect.signature(step.run).parameters:
+        inputs = {**inputs, "planned": Planned(**known)}
+    elif known:
+        raise UserError(f"config: {step.STAGE} takes no '{next(iter(known))}': leave it out")
+    return step.run(typed(step.STAGE, sections), output=folder, **inputs) or {}
 
 
 def _refuse_other_config(output: Path, config: dict) -> None:

@@ -388,6 +388,11 @@ class Sweep(Section):
     axes: dict[str, Any] = {}
 
 
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
+# Of each training and evaluation on a CPU. Sums are cut by their number, so that the bits depend on it.
+NumThreads = Annotated[int, Field(gt=0, le=1024)]
+
+
 class Config(Section):
     """One run's whole config."""
 
@@ -403,6 +408,5 @@ class Config(Section):
     eval: Eval
     tracking: Tracking
     sweep: Sweep
-    seed: Annotated[int, Field(ge=0, lt=2**32)]
-    # Of each training and evaluation on a CPU. Sums are cut by their number, so that the bits depend on it.
-    num_threads: Annotated[int, Field(gt=0, le=1024)] = 1
+    seed: Seed
+    num_threads: NumThreads = 1

@@ -1,66 +1,186 @@
 """The part of a config that one stage sees: what is hashed into its key and what it is run with."""
 
-import functools
+import dataclasses
 import json
-import typing
 from pathlib import Path
+from typing import Any
 
 from temper import yaml_files
 from temper.config.compose import expand, parse_overrides, to_container
 from temper.config.libraries import check_library_sections
-from temper.config.schema import Config, Data, Section, Source
-from temper.config.validate import model_dump
+from temper.config.schema import (
+    Data,
+    Eval,
+    Merge,
+    Method,
+    ModelLoad,
+    NumThreads,
+    Prompt,
+    Quantization,
+    Section,
+    Seed,
+    Source,
+    Sweep,
+    Tokenize,
+)
+from temper.config.validate import checked
 from temper.errors import UserError
 from temper.files import read_yaml
 from temper.hashing import canonical_json
 from temper.keys import flat
+
+# --- what each stage may see ---------------------------------------------------------------------
+
+
+class Part(Section):
+    """Of a section just what its fields name."""
+
+
+class DataView(Data):
+    """`data` as format_prompts gets it from the workflow: the raw files' identity stands for name and source."""
+
+    name: str | None = None
+    source: Source | None = None
+
+
+class DataSource(Part):
+    source: Source
+
+
+class ModelSource(Part):
+    source: Source
+
+
+class Loaded(Part):
+    load: ModelLoad
+
+
+class System(Part):
+    system: str | None
+
+
+class FetchData(Section):
+    data: DataSource
+
+
+class FetchModel(Section):
+    model: ModelSource
+
+
+class FormatPrompts(Section):
+    data: DataView
+    prompt: System
+
+
+class TokenizeSplits(Section):
+    prompt: Prompt
+    tokenize: Tokenize
+
+
+class SampleAnswers(Section):
+    method: Method
+    model: Loaded
+    num_threads: NumThreads = 1
+
+
+class ReferenceLogprobs(Section):
+    model: Loaded
+    quantization: Quantization
+    num_threads: NumThreads = 1
+
+
+class TrainAdapter(Section):
+    method: Method
+    quantization: Quantization
+    adapter: dict[str, Any]
+    train: dict[str, Any]
+    seed: Seed
+    model: Loaded
+    num_threads: NumThreads = 1
+
+
+class MergeAdapter(Section):
+    merge: Merge
+    quantization: Quantization
+
+
+class EvaluateModel(Section):
+    eval: Eval
+    model: Loaded
+    num_threads: NumThreads = 1
+
+
+class CompareRuns(Section):
+    experiment: str | None = None
+    eval: Eval
+    sweep: Sweep
+    runs: list[dict[str, Any]] = []
+    overrides: list[str] = []
+
+
+# A stage's key hashes just what its class names, so a key of the config that is not there can never rerun it.
+CONFIGS: dict[str, type[Section]] = {
+    "fetch_data": FetchData,
+    "fetch_model": FetchModel,
+    "format_prompts": FormatPrompts,
+    "tokenize_splits": TokenizeSplits,
+    "sample_answers": SampleAnswers,
+    "reference_logprobs": ReferenceLogprobs,
+    "train_adapter": TrainAdapter,
+    "merge_adapter": MergeAdapter,
+    "evaluate_model": EvaluateModel,
+    "compare_runs": CompareRuns,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Planned:
+    """What the planner tells a stage beside its config. By hand, `--config` may give it too."""
+
+    raw: dict | None = None  # format_prompts: the identity of the raw data; in the key
+    files: dict[str, str] | None = None  # fetch_model: name -> sha256 of a model of one's own; in the key
+    trunk: str | None = None  # train_adapter, as all below: the name of its checkpoints' folder
+    part: str | None = None  # PLATEAU: up to the decay, which belongs to another job
+    plateau: str | None = None  # the adapter whose end it goes on from
+    follow: dict | None = None  # the MLflow run that gets its curves
+    evaluations: tuple | list = ()  # sections `eval` of the runs that it will be judged in
+    max_new_tokens: int | None = None  # the longest answer that these ask for
+
+    @classmethod
+    def apart(cls, view: dict) -> tuple[dict, dict]:
+        """(the sections of a stage's config, what is said beside them)."""
+        names = {field.name for field in dataclasses.fields(cls)}
+        planned = {name: value for name, value in view.items() if name in names}
+        return {name: value for name, value in view.items() if name not in names}, planned
+
+
+NOT_PLANNED = Planned()
+PLATEAU = "plateau"
 
 # --- what a stage sees ---------------------------------------------------------------------------
 
 
 def stage_config(stage: str, config: dict) -> dict:
     """The part of a whole config that a stage may see, nested as in the whole."""
-    view: dict = {}
-    for path in STAGE_SECTIONS[stage]:
-        source, target = config, view
-        *parents, name = path.split(".")
-        for parent in parents:
-            source, target = source[parent], target.setdefault(parent, {})
-        target[name] = source[name]
+    view = {}
+    for name, field in CONFIGS[stage].model_fields.items():
+        part = isinstance(field.annotation, type) and issubclass(field.annotation, Part)
+        view[name] = {key: config[name][key] for key in field.annotation.model_fields} if part else config[name]
     return json.loads(canonical_json(view))
 
 
-def _annotation(model, name: str):
-    """The type of a field; of a union with its tag, without which a fault would be told of all its members."""
-    from pydantic import Field
-
-    field = model.model_fields[name]
-    if field.discriminator:
-        return typing.Annotated[field.annotation, Field(discriminator=field.discriminator)]
-    return typing.Annotated[field.annotation, *field.metadata] if field.metadata else field.annotation
-
-
-@functools.cache
-def _stage_model(stage: str):
-    """A pydantic model of what the stage may see. Other keys at the top are facts the planner adds (identities)."""
-    from pydantic import create_model
-
-    fields: dict = {}
-    for path in STAGE_SECTIONS[stage]:
-        section, _, name = path.partition(".")
-        annotation = _annotation(Config, section)
-        if name:
-            annotation = create_model(section, __base__=Section, **{name: (_annotation(annotation, name), ...)})
-        fields[section] = (DataView if path == "data" else annotation, Config.model_fields[section].default)
-    return create_model(stage, __config__={"extra": "allow"}, **fields)
+def typed(stage: str, view: dict) -> Section:
+    """The config of one stage as its class in `CONFIGS`, checked, with defaults filled in."""
+    found = checked(CONFIGS[stage], view, "")
+    if isinstance(found, TrainAdapter):
+        check_library_sections(found.train, found.adapter, found.method.name)
+    return found
 
 
 def validated_stage(stage: str, view: dict) -> dict:
-    """Check the config of one stage and fill in defaults."""
-    filled = model_dump(_stage_model(stage), view, "")
-    if "train" in filled:
-        check_library_sections(filled["train"], filled["adapter"], filled["method"]["name"])
-    return filled
+    """The same as plain values, with what the planner knew beside it."""
+    sections, planned = Planned.apart(view)
+    return {**typed(stage, sections).model_dump(), **planned}
 
 
 def stored_config(folder: Path) -> dict[str, str]:
@@ -104,27 +224,6 @@ def _config_file(path: str) -> dict:
     return found
 
 
-class DataView(Data):
-    """`data` as format_prompts gets it from the workflow: the raw files' identity stands for name and source."""
-
-    name: str | None = None
-    source: Source | None = None
-
-
-# What each stage may see, dotted paths into Config. A stage's key hashes just these, so a key that is
-# not listed for a stage can never rerun it.
-STAGE_SECTIONS: dict[str, tuple[str, ...]] = {
-    "fetch_data": ("data.source",),
-    "fetch_model": ("model.source",),
-    "format_prompts": ("data", "prompt.system"),
-    "tokenize_splits": ("prompt", "tokenize"),
-    "sample_answers": ("method", "model.load", "num_threads"),
-    "reference_logprobs": ("model.load", "quantization", "num_threads"),
-    "train_adapter": ("method", "quantization", "adapter", "train", "seed", "model.load", "num_threads"),
-    "merge_adapter": ("merge", "quantization"),
-    "evaluate_model": ("eval", "model.load", "num_threads"),
-    "compare_runs": ("eval", "sweep"),
-}
 # Fields of a section that a stage needs to know but that make no difference to what it writes.
 NOT_IN_KEY: dict[str, frozenset[str]] = {
     "data": frozenset({"name", "source"}),  # the raw files' identity stands for the source

@@ -17,7 +17,7 @@ UNIONS = {"source": SOURCE_KINDS, "method": METHODS}  # sections that are one of
 def validated(config: dict) -> dict:
     """Check a whole config and fill in defaults. Raises UserError for the first fault found."""
     config = _normalised(config)
-    filled = model_dump(Config, config, "")
+    filled = checked(Config, config, "").model_dump()
     check_library_sections(filled["train"], filled["adapter"], filled["method"]["name"])
     _check_together(filled)
     _check_method(filled)
@@ -122,11 +122,16 @@ def _without_other_kinds(config: dict) -> dict:
     return config
 
 
-def model_dump(model, values: dict, prefix: str) -> dict:
+def checked(model, values: dict, prefix: str):
+    """The values as an object of this class.
+
+    Raises:
+        UserError: they do not fit it; the first complaint, in one line.
+    """
     from pydantic import ValidationError
 
     try:
-        return model.model_validate(values).model_dump()
+        return model.model_validate(values)
     except ValidationError as error:
         raise UserError(explain(error, model, prefix)) from None
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from temper import tracking
 from temper.config.compose import chosen_experiment, expand, parse_overrides, split_overrides
 from temper.config.schema import Data
-from temper.config.stages import NOT_IN_KEY, stage_config
+from temper.config.stages import NOT_IN_KEY, PLATEAU, stage_config
 from temper.config.validate import sft_config
 from temper.errors import UserError
 from temper.evaluation.metrics import check_metric
@@ -223,7 +223,7 @@ class _Planner:
         trunk = self._key("train_adapter", trunk_config, inputs)[0]
         decays = config["train"]["lr_scheduler_type"] == DECAYING_AT_THE_END
         # Up to the decay of so many epochs, which for the next epoch's segment never happened.
-        part, suffix = ({"part": "plateau"}, "-plateau") if decays else ({}, "")
+        part, suffix = ({"part": PLATEAU}, "-plateau") if decays else ({}, "")
         segments: list[Job] = []
         for epoch in range(1, int(epochs) + 1):
             train = {**config["train"], "num_train_epochs": epoch}

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from steps import format_prompts
 from steps.format_prompts import main
+from temper.config.stages import typed
 from temper.data import layouts, splitting
 from temper.data.layouts import Example
 from temper.data.splitting import Splits, prompt_hash, split_of
@@ -276,7 +277,7 @@ def test_raw_files_that_change_while_they_are_read_are_refused(tmp_path, monkeyp
     monkeypatch.setattr(layouts, "converter", convert_and_edit)
     config = {"data": {"layout": "question_answer", "splits": SHARES, "limit": NO_LIMIT}, "prompt": {"system": None}}
     with pytest.raises(UserError, match="rows.jsonl: the raw files changed"):
-        format_prompts.run(config, raw=Path("rows.jsonl"), output=tmp_path)
+        format_prompts.run(typed("format_prompts", config), raw=Path("rows.jsonl"), output=tmp_path)
 
 
 # --- preference pairs ----------------------------------------------------------------------------
