@@ -19,12 +19,13 @@ import time
 from pathlib import Path
 
 from temper.config.schema import Prompt, Tokenize
+from temper.config.stages import FOLDERS
 from temper.data.rows import RawFile
 from temper.errors import UserError, suggest
 from temper.folders import is_complete, locked, temporary_folder
 from temper.hashing import digest, file_sha256
 from temper.keys import PACKAGE_ROOT, stage_key
-from temper.planning.plan import FOLDERS, RESULTS
+from temper.planning.plan import RESULTS
 from temper.provenance import write_provenance
 from temper.runs import find as runs
 from temper.runs import prompting

@@ -157,27 +157,19 @@ def _readable_weights(folder: Path) -> None:
         weights.chmod(0o666 & ~mask)
 
 
-# What a folder must hold to be what a flag asks for, and the stages that make such a folder.
-MARKERS = {
-    "prompts": (("train.jsonl",), "format_prompts"),
-    "splits": (("dataset_dict.json",), "tokenize_splits"),
-    "model": (("config.json", "diverged.json"), "fetch_model or merge_adapter"),
-    "references": (("references.json",), "reference_logprobs"),
-    "adapter": (("training.json",), "train_adapter"),
-    "base_report": (("metrics.json",), "evaluate_model"),
-    "start_report": (("metrics.json",), "evaluate_model"),
-}
-
-
 def _input_path(name: str, value: str | None) -> Path | None:
+    from temper.config.stages import makers_of
+
     if value is None:
         return None
     path, flag = Path(value), "--" + name.replace("_", "-")
     if not path.exists():
         raise UserError(f"{flag} {value}: no such file or folder; run the stage that makes it first")
-    files, stage = MARKERS.get(name, ((), ""))
+    makers = makers_of(name)
+    files = dict.fromkeys(file for stage in makers for file in stage.holds)
     if files and not any((path / file).is_file() for file in files):
-        raise UserError(f"{flag} {value}: not a folder of {stage}: it has no {' or '.join(files)}")
+        names = " or ".join(stage.name for stage in makers)
+        raise UserError(f"{flag} {value}: not a folder of {names}: it has no {' or '.join(files)}")
     refuse_damaged(path, f"{flag} ")
     return path
 

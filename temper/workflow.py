@@ -15,6 +15,7 @@ import time
 from pathlib import Path
 
 from temper import signals, tracking
+from temper.config.stages import FOLDERS
 from temper.errors import UserError, one_line_errors, suggest, visible
 from temper.files import read_json
 from temper.folders import is_complete, remove_leftovers
@@ -204,7 +205,7 @@ def on_start(plan: planning.Plan, workflow) -> None:
 
 
 def _remove_leftovers() -> None:
-    for folder in planning.FOLDERS.values():
+    for folder in FOLDERS.values():
         remove_leftovers(planning.RESULTS / folder)
 
 

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from temper import hashing, keys
-from temper.config.stages import CONFIGS
+from temper.config.stages import STAGES
 from tests.conftest import ROOT
 
 json_values = st.recursive(
@@ -135,7 +135,7 @@ COMPUTING = ["data", "evaluation", "model", "sources", "training"]
 
 def test_keys_hash_the_step_and_the_computing_rooms_and_nothing_else():
     assert {room.split(".")[1] for room in keys.COMPUTING} == set(COMPUTING) < set(ROOMS)
-    for stage in CONFIGS:
+    for stage in STAGES:
         hashed = set(keys.code_hashes(f"steps.{stage}")) - {f"steps.{stage}"}
         assert {name.split(".")[1] for name in hashed} <= set(COMPUTING)
     assert "temper.training.trainers" in keys.code_hashes("steps.train_adapter")

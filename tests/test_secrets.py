@@ -10,9 +10,8 @@ from hypothesis import strategies as st
 
 from temper import secrets, tracking
 from temper.commands import explain
-from temper.config.stages import load_stage_config
+from temper.config.stages import FOLDERS, load_stage_config
 from temper.errors import UserError
-from temper.planning import plan as planning
 from temper.planning import planner
 from tests.support import finished
 from tests.support.asking import command
@@ -64,7 +63,7 @@ def test_a_run_from_end_to_end_leaves_no_secret_of_the_environment(planted, work
             "tokenize_splits": "reviews-tiny-00000000a2",
         }
         for stage, name in places.items():
-            run.artefacts[stage] = f"results/{planning.FOLDERS[stage]}/{name}"
+            run.artefacts[stage] = f"results/{FOLDERS[stage]}/{name}"
     rows = [{"run": run.name, "test_accuracy": 0.5} for run in plan.runs]
     plan.tracking["tracking_uri"] = None
     Path(plan.leaderboard).parent.mkdir(parents=True)

@@ -15,6 +15,7 @@ import os
 from pathlib import Path
 
 from temper.commands import flags
+from temper.config.stages import STAGES
 from temper.errors import visible
 from temper.files import read_json, read_json_lines
 from temper.keys import changed_keys, code_hashes, flat
@@ -52,7 +53,7 @@ def explain(plan: planning.Plan, cores: int = 1) -> str:
         groups.setdefault((job.stage, "; ".join(wrong)), []).append(Path(job.path).name)
         forecast.add(job, like)
     lines = [f"sweep {plan.sweep}: {len(missing)} job(s) to run, and the comparison"]
-    for (stage, reason), names in sorted(groups.items(), key=lambda group: planning.STAGES.index(group[0][0])):
+    for (stage, reason), names in sorted(groups.items(), key=lambda group: list(STAGES).index(group[0][0])):
         lines.append(f"  {stage}: {reason}")
         lines += [f"      {name}" for name in names[:MOST_JOBS]]
         if len(names) > MOST_JOBS:

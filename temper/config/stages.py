@@ -118,19 +118,39 @@ class CompareRuns(Section):
     overrides: list[str] = []
 
 
-# A stage's key hashes just what its class names, so a key of the config that is not there can never rerun it.
-CONFIGS: dict[str, type[Section]] = {
-    "fetch_data": FetchData,
-    "fetch_model": FetchModel,
-    "format_prompts": FormatPrompts,
-    "tokenize_splits": TokenizeSplits,
-    "sample_answers": SampleAnswers,
-    "reference_logprobs": ReferenceLogprobs,
-    "train_adapter": TrainAdapter,
-    "merge_adapter": MergeAdapter,
-    "evaluate_model": EvaluateModel,
-    "compare_runs": CompareRuns,
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """One step of the pipeline: what it is made with, where what it makes stands, and how others know it."""
+
+    name: str
+    config: type[Section]  # its key hashes just what this names, so that no other key of the config can rerun it
+    folder: str | None = None  # of results/; raw data stands in data/raw
+    read_as: tuple[str, ...] = ()  # the flags under which other stages read what it makes
+    holds: tuple[str, ...] = ()  # one of these files is in each of its folders
+
+
+# In the order of the pipeline.
+STAGES = {
+    stage.name: stage
+    for stage in (
+        Stage("fetch_data", FetchData),
+        Stage("fetch_model", FetchModel, "models", ("model",), ("config.json",)),
+        Stage("format_prompts", FormatPrompts, "prompts", ("prompts",), ("train.jsonl",)),
+        Stage("tokenize_splits", TokenizeSplits, "splits", ("splits",), ("dataset_dict.json",)),
+        Stage("sample_answers", SampleAnswers, "pairs", ("splits",), ("dataset_dict.json",)),
+        Stage("reference_logprobs", ReferenceLogprobs, "references", ("references",), ("references.json",)),
+        Stage("train_adapter", TrainAdapter, "adapters", ("adapter",), ("training.json",)),
+        Stage("merge_adapter", MergeAdapter, "merged", ("model",), ("config.json", "diverged.json")),
+        Stage("evaluate_model", EvaluateModel, "reports", ("base_report", "start_report"), ("metrics.json",)),
+        Stage("compare_runs", CompareRuns, "sweeps"),
+    )
 }
+FOLDERS = {name: stage.folder for name, stage in STAGES.items() if stage.folder}
+
+
+def makers_of(flag: str) -> list[Stage]:
+    """The stages that make what another one reads under this flag."""
+    return [stage for stage in STAGES.values() if flag in stage.read_as]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -163,15 +183,15 @@ PLATEAU = "plateau"
 def stage_config(stage: str, config: dict) -> dict:
     """The part of a whole config that a stage may see, nested as in the whole."""
     view = {}
-    for name, field in CONFIGS[stage].model_fields.items():
+    for name, field in STAGES[stage].config.model_fields.items():
         part = isinstance(field.annotation, type) and issubclass(field.annotation, Part)
         view[name] = {key: config[name][key] for key in field.annotation.model_fields} if part else config[name]
     return json.loads(canonical_json(view))
 
 
 def typed(stage: str, view: dict) -> Section:
-    """The config of one stage as its class in `CONFIGS`, checked, with defaults filled in."""
-    found = checked(CONFIGS[stage], view, "")
+    """The config of one stage as its class in `STAGES`, checked, with defaults filled in."""
+    found = checked(STAGES[stage].config, view, "")
     if isinstance(found, TrainAdapter):
         check_library_sections(found.train, found.adapter, found.method.name)
     return found

@@ -5,6 +5,7 @@ import json
 import os
 from pathlib import Path
 
+from temper.config.stages import FOLDERS
 from temper.errors import UserError
 from temper.files import read_json, write_whole
 from temper.folders import fault, is_complete
@@ -13,18 +14,6 @@ from temper.hashing import digest
 RESULTS = Path("results")
 STATE = RESULTS / ".state"
 PLANS = RESULTS / ".plans"
-FOLDERS = {
-    "fetch_model": "models",
-    "format_prompts": "prompts",
-    "tokenize_splits": "splits",
-    "sample_answers": "pairs",
-    "reference_logprobs": "references",
-    "train_adapter": "adapters",
-    "merge_adapter": "merged",
-    "evaluate_model": "reports",
-    "compare_runs": "sweeps",
-}
-STAGES = ("fetch_data", *FOLDERS)  # in the order of the pipeline
 
 
 @dataclasses.dataclass

@@ -7,7 +7,7 @@ from pathlib import Path
 from temper import tracking
 from temper.config.compose import chosen_experiment, expand, parse_overrides, split_overrides
 from temper.config.schema import Data
-from temper.config.stages import NOT_IN_KEY, PLATEAU, stage_config
+from temper.config.stages import FOLDERS, NOT_IN_KEY, PLATEAU, stage_config
 from temper.config.validate import sft_config
 from temper.errors import UserError
 from temper.evaluation.metrics import check_metric
@@ -16,7 +16,7 @@ from temper.hashing import HashCache, canonical_json
 from temper.keys import stage_key
 from temper.model.adapters import load_for_training
 from temper.model.layout import model_files
-from temper.planning.plan import FOLDERS, RESULTS, STATE, Job, Plan, PlannedRun
+from temper.planning.plan import RESULTS, STATE, Job, Plan, PlannedRun
 from temper.planning.trunks import DECAYING_AT_THE_END, shares_trunk
 from temper.sources import pins as raw_data
 from temper.sources.revisions import pinned

@@ -8,12 +8,12 @@ import shlex
 from pathlib import Path
 from urllib.parse import quote
 
+from temper.config.stages import FOLDERS
 from temper.errors import visible
 from temper.evaluation.metrics import LOSS_METRICS, METRICS
 from temper.files import read_json
 from temper.keys import flat
 from temper.model.loading import is_encoder_decoder
-from temper.planning.plan import FOLDERS
 from temper.reports import markdown
 from temper.reports.html import METRIC_NAMES, METRIC_NOTES
 from temper.reports.markdown import Markdown, code, fill

@@ -6,13 +6,14 @@ What belongs together is read from the folders' provenance.json, so a run is fou
 import dataclasses
 from pathlib import Path
 
+from temper.config.stages import FOLDERS
 from temper.errors import UserError, suggest
 from temper.files import read_json, read_yaml
 from temper.folders import made_again, refuse_damaged
 from temper.model.adapters import DIVERGED, is_adapter, load_for_training, put_on
 from temper.model.limits import virtual_tokens_of
 from temper.model.loading import BUNDLED, load_model
-from temper.planning.plan import FOLDERS, RESULTS
+from temper.planning.plan import RESULTS
 
 STAGES = ("evaluate_model", "merge_adapter", "train_adapter")  # folders that stand for a run, the last one first
 BEST = "best"

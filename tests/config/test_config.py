@@ -169,7 +169,7 @@ def test_unbalanced_overrides_are_refused():
 
 
 def test_each_stage_accepts_its_own_config_and_refuses_a_typo(workspace):
-    for stage in stages.CONFIGS:
+    for stage in stages.STAGES:
         if stage != "compare_runs":
             view = stages.load_stage_config(stage, None, ["experiment=smoke"])
             assert stages.validated_stage(stage, view) == view
