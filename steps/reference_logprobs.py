@@ -102,7 +102,9 @@ def _compute(missing: dict[str, dict], model: Path, config: ReferenceLogprobs, p
     network = load_model(model, config.model.load.model_dump(), config.quantization.model_dump()).eval()
     loss = SupervisedLoss(share=False)  # an answer's figure must not depend on what else is missing
     padding = load_tokenizer(model).pad_token_id
-    figures, waiting, saved = {}, {}, time.monotonic()
+    figures: dict[str, float] = {}
+    waiting: dict[str, float] = {}
+    saved = time.monotonic()
     with torch.inference_mode(), Progress(len(missing), "reference", "answers") as progress:
         for keys in _batches(missing):
             batch = collate([missing[key] for key in keys], padding)

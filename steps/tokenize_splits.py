@@ -31,6 +31,7 @@ from temper.config.stages import TokenizeSplits
 from temper.data.audit import Audit, report, shown_rows
 from temper.data.columns import features
 from temper.data.encoder import DATE, Encoded, Encoder
+from temper.data.rendering import ChatTemplate
 from temper.errors import UserError
 from temper.model import limits
 from temper.progress import Progress, quiet_libraries
@@ -83,7 +84,7 @@ def _find_opening(encoder: Encoder, path: Path) -> None:
     """What the template puts between prompt and answer of the first row belongs to the prompt, in all of them."""
     with path.open(encoding="utf-8") as lines:
         record = json.loads(next(lines, "null"))
-    if record is not None and not encoder.free:
+    if record is not None and isinstance(encoder.renderer, ChatTemplate):
         with _named(path, record):
             encoder.renderer.opening = encoder.renderer.opening_of(record["messages"])
 
@@ -231,9 +232,10 @@ class _Rows:
             return None
         texts = [self._text(one.answer) for one in encoded]
         if max(one.length for one in encoded) > self.max_length:
-            encoded = self._shortened(encoded, record["id"])
-            if encoded is None:
+            shortened = self._shortened(encoded, record["id"])
+            if shortened is None:
                 return None
+            encoded = shortened
         if len(encoded) == 2 and encoded[0].answer == encoded[1].answer:
             self.audit.equal += 1
             return None

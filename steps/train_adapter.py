@@ -92,7 +92,7 @@ def _rows(config: TrainAdapter, planned: Planned, splits: Path, model: Path, ref
     rows = load_rows(splits)
     answered = ["test"] if planned.max_new_tokens else []  # what the evaluation will ask for
     virtual_tokens = config.adapter.get("num_virtual_tokens") or 0
-    limits.check(model, rows, answered, planned.max_new_tokens, virtual_tokens=virtual_tokens)
+    limits.check(model, rows, answered, planned.max_new_tokens or 0, virtual_tokens=virtual_tokens)
     for evaluation in planned.evaluations:
         checks.check(evaluation, splits, rows, load_tokenizer(model))
     if config.method.name != "dpo":
@@ -231,12 +231,12 @@ def _keep_checkpoint(checkpoint: Path | None, output: Path) -> None:
 
 def _headline(rows, sizes: dict, args, target: int, checkpoint: Path | None, threads: int) -> str:
     share = sizes["trainable_parameters"] / sizes["total_parameters"]
-    threads = f", {threads} thread(s)" if args.device.type == "cpu" else ""
+    computed = f", {threads} thread(s)" if args.device.type == "cpu" else ""
     start = f", continuing from {checkpoint}" if checkpoint else ""
     return (
         f"training {sizes['trainable_parameters']:,} of {sizes['total_parameters']:,} parameters ({share:.2%}) on "
         f"{len(rows['train'])} rows, to step {target}, "
-        f"batch {args.train_batch_size} x {args.gradient_accumulation_steps}{threads}{start}"
+        f"batch {args.train_batch_size} x {args.gradient_accumulation_steps}{computed}{start}"
     )
 
 

@@ -80,7 +80,7 @@ def train(
         UserError: an option, a row or a model that cannot be used.
     """
     temporary = tempfile.TemporaryDirectory(prefix="temper-") if output is None else None
-    folder = Path(temporary.name if temporary else output)
+    folder = Path(temporary.name if temporary else str(output))
     folder.mkdir(parents=True, exist_ok=True)
     if model is not None and Path(model).is_dir():
         model = Path(model).absolute()
@@ -257,6 +257,8 @@ def _records(rows: list[dict], name: str, config: dict, first: int) -> list[dict
             example = converter({"layout": _layout(row)}, config["prompt"]["system"])(row)
         except UserError as error:
             raise UserError(f"{name}[{index}]: {error}") from None
+        if example is None:  # of a layout with `where` only
+            continue
         if pairs != (example.rejected is not None):
             has, method = ("a rejected answer", "dpo") if example.rejected else ("no rejected answer", "sft")
             raise UserError(f'{name}[{index}]: has {has}, which goes with method="{method}"')

@@ -65,7 +65,7 @@ def _print_any_text() -> None:
     """Let a terminal of another encoding show what it can, rather than end the command."""
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(AttributeError, ValueError):  # of a test, or closed
-            stream.reconfigure(errors="backslashreplace")
+            stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
 
 
 def _nobody_reads() -> bool:
@@ -161,10 +161,11 @@ def lack(error: BaseException, output: str, stage: str | None = None) -> UserErr
         stage: the step or command at work, which decides what takes less memory; None: it is not known.
     """
     said, wrong = "", None
-    while error is not None:
-        said += f"{type(error).__name__}: {error}\n"
-        wrong = wrong or _wrong_path(error)
-        error = error.__cause__ or error.__context__
+    cause: BaseException | None = error
+    while cause is not None:
+        said += f"{type(cause).__name__}: {cause}\n"
+        wrong = wrong or _wrong_path(cause)
+        cause = cause.__cause__ or cause.__context__
     again = "then run the same command again"
     if stage is None or stage in RESUMED:
         again += ": it goes on where this one stopped"

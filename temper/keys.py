@@ -21,7 +21,7 @@ COMPUTING = tuple(f"temper.{room}." for room in ("sources", "data", "model", "tr
 def flat(value, prefix: str = "") -> dict[str, str]:
     """Dotted names and values of a nested config, for a table."""
     if isinstance(value, dict) and value:
-        rows = {}
+        rows: dict[str, str] = {}
         for name, item in value.items():
             rows |= flat(item, f"{prefix}.{name}" if prefix else name)
         return rows
@@ -80,7 +80,7 @@ def _tree(module: str) -> tuple[str, frozenset[str]]:
 
 def imports_of(tree: ast.Module) -> set[str]:
     """Names of all modules that a syntax tree imports, and of what it imports from them, which may be modules too."""
-    imports = set()
+    imports: set[str] = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             imports.update(alias.name for alias in node.names)

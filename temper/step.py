@@ -86,7 +86,7 @@ class _OneLine(logging.Formatter):
 def logging_to(path: str | None):
     """Log to the terminal and, when `path` is given, to that file."""
     logging.getLogger().addHandler(logging.NullHandler())  # or a library's basicConfig shows every line twice
-    handlers = [logging.StreamHandler(sys.stderr)]
+    handlers: list[logging.Handler] = [logging.StreamHandler(sys.stderr)]
     if path:
         try:
             Path(path).parent.mkdir(parents=True, exist_ok=True)
@@ -128,11 +128,10 @@ def _run(step, view: dict, inputs: dict[str, Path | None], folder: Path) -> dict
     from temper.config.stages import Planned, typed
 
     sections, known = Planned.apart(view)
-    if "planned" in inspect.signature(step.run).parameters:
-        inputs = {**inputs, "planned": Planned(**known)}
-    elif known:
+    asked = {"planned": Planned(**known)} if "planned" in inspect.signature(step.run).parameters else {}
+    if known and not asked:
         raise UserError(f"config: {step.STAGE} takes no '{next(iter(known))}': leave it out")
-    return step.run(typed(step.STAGE, sections), output=folder, **inputs) or {}
+    return step.run(typed(step.STAGE, sections), output=folder, **inputs, **asked) or {}
 
 
 def _refuse_other_config(output: Path, config: dict) -> None:

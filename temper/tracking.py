@@ -121,7 +121,7 @@ def _check_lock(tracking: dict) -> None:
     from sqlalchemy import make_url
 
     file = make_url(uri).database
-    if not Path(file).exists():
+    if not file or not Path(file).exists():
         return
     with contextlib.closing(sqlite3.connect(file, timeout=LOCK_SECONDS)) as database:
         if tracking["tracking_uri"] is None:  # ours: readers (the UI) and writers (jobs) shall not block each other
@@ -209,11 +209,12 @@ def _runs(api, experiment: str, sweep: str, name: str | None = None) -> dict:
     """
     wanted = {SWEEP_TAG: sweep} | ({RUN_TAG: name} if name else {})
     text = " and ".join(f"tags.`{tag}` = '{value}'" for tag, value in wanted.items())
-    found, token = [], None
+    found: list = []
+    token = None
     while token != "":
         page = api.search_runs([experiment], text, max_results=1000, page_token=token)
         found, token = found + page, page.token or ""
-    runs = {}
+    runs: dict = {}
     for run in sorted(found, key=lambda run: (run.info.start_time, run.info.run_id)):
         if runs.setdefault(run.data.tags[RUN_TAG], run) is not run:
             api.delete_run(run.info.run_id)
@@ -353,8 +354,9 @@ class _Sender(threading.Thread):
 
     def __init__(self, target: dict):
         super().__init__(daemon=True)
-        self.target, self.lines, self.over = target, queue.SimpleQueue(), threading.Event()
-        self.curves = None
+        self.target, self.over = target, threading.Event()
+        self.lines: queue.SimpleQueue = queue.SimpleQueue()
+        self.curves: _Curves | None = None
         self.down = False  # whether the last try failed
 
     def run(self) -> None:

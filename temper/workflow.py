@@ -220,7 +220,8 @@ def _end_jobs(number: int, scheduler) -> None:
 
     def tell() -> None:
         scheduler.exit_gracefully()
-        told, again = set(), time.monotonic() + PATIENCE
+        told: set[int] = set()
+        again = time.monotonic() + PATIENCE
         while True:  # one may be starting just now
             if time.monotonic() > again:  # then a step ends at once
                 told, again = set(), time.monotonic() + PATIENCE

@@ -86,7 +86,7 @@ def _check_size(text: str, name: str) -> None:
             opened.append((event.anchor, total))
         elif isinstance(event, yaml.CollectionEndEvent):
             anchor, before = opened.pop()
-            anchored[anchor] = total - before
+            anchored[str(anchor)] = total - before
         total += anchored.get(event.anchor, 1) if isinstance(event, yaml.AliasEvent) else 1
         if len(opened) > MOST_DEPTH:
             raise UserError(f"{place}: is nested more than {MOST_DEPTH} levels deep")

@@ -101,7 +101,7 @@ def changed_rows(job: planning.Job, prompts: Path) -> str:
     raw = Path(job.inputs["raw"])
     if not raw.is_file():
         return f"{raw.parent}: still to be fetched"
-    before = {}
+    before: dict = {}
     for split in SPLITS:
         before |= {made.get("id"): made for made in read_json_lines(prompts / f"{split}.jsonl")}
     rows_now = examples(raw, job.config["data"], job.config["prompt"]["system"])

@@ -72,7 +72,9 @@ def _field_types(cls) -> dict[str, object]:
 
 
 def _check_type(key: str, value, annotation) -> None:
-    choices = [kind for kind in (annotation, *typing.get_args(annotation)) if isinstance(kind, enum.EnumMeta)]
+    choices: list[type[enum.Enum]] = [
+        kind for kind in (annotation, *typing.get_args(annotation)) if isinstance(kind, enum.EnumMeta)
+    ]
     if choices and isinstance(value, str) and value not in (known := [str(choice.value) for choice in choices[0]]):
         raise UserError(f"config: '{key}': {value} is not a valid {choices[0].__name__}; {suggest(value, known)}")
     from pydantic import ConfigDict, TypeAdapter, ValidationError
@@ -228,7 +230,7 @@ def _optimizer(args, **changed):
     return Trainer.get_optimizer_cls_and_kwargs(args)
 
 
-def _line(error: Exception) -> str:
+def _line(error: Exception | str) -> str:
     return " ".join(str(error).split())[:300]
 
 
@@ -273,7 +275,7 @@ def _check_loader(args) -> None:
 
     with told_by_library("train"):
         DataLoader(
-            [0],
+            [0],  # type: ignore[arg-type]
             num_workers=args.dataloader_num_workers,
             persistent_workers=args.dataloader_persistent_workers,
             prefetch_factor=args.dataloader_prefetch_factor,

@@ -63,7 +63,7 @@ class PackageSource(Section):
 
 
 Source = Annotated[HubSource | FilesSource | PackageSource, Field(discriminator="kind")]
-SOURCE_KINDS = {"hub": HubSource, "files": FilesSource, "package": PackageSource}
+SOURCE_KINDS: dict[str, type[Section]] = {"hub": HubSource, "files": FilesSource, "package": PackageSource}
 
 
 # --- data ----------------------------------------------------------------------------------------

@@ -39,8 +39,8 @@ class Part(Section):
 class DataView(Data):
     """`data` as format_prompts gets it from the workflow: the raw files' identity stands for name and source."""
 
-    name: str | None = None
-    source: Source | None = None
+    name: str | None = None  # type: ignore[assignment]
+    source: Source | None = None  # type: ignore[assignment]
 
 
 class DataSource(Part):
@@ -184,8 +184,11 @@ def stage_config(stage: str, config: dict) -> dict:
     """The part of a whole config that a stage may see, nested as in the whole."""
     view = {}
     for name, field in STAGES[stage].config.model_fields.items():
-        part = isinstance(field.annotation, type) and issubclass(field.annotation, Part)
-        view[name] = {key: config[name][key] for key in field.annotation.model_fields} if part else config[name]
+        kind = field.annotation
+        if isinstance(kind, type) and issubclass(kind, Part):
+            view[name] = {key: config[name][key] for key in kind.model_fields}
+        else:
+            view[name] = config[name]
     return json.loads(canonical_json(view))
 
 

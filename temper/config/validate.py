@@ -8,7 +8,7 @@ from temper.evaluation.metrics import refuse_without_pairs
 from temper.keys import flat
 from temper.secrets import has_login, secret_variables
 
-UNIONS = {"source": SOURCE_KINDS, "method": METHODS}  # sections that are one of several models, by their tag
+UNIONS: dict = {"source": SOURCE_KINDS, "method": METHODS}  # sections that are one of several models, by their tag
 
 
 # --- validating ----------------------------------------------------------------------------------
@@ -110,11 +110,11 @@ def _without_other_kinds(config: dict) -> dict:
     ``data.source.kind=files data.source.path=x`` over a hub source leaves ``repository`` behind,
     which is no fault of the user. A key that no kind knows stays, and is refused.
     """
-    known_anywhere = set().union(*(kind.model_fields for kind in SOURCE_KINDS.values()))
+    known_anywhere = set().union(*(set(kind.model_fields) for kind in SOURCE_KINDS.values()))
     for name in ("data", "model"):
         section = config.get(name)
         source = section.get("source") if isinstance(section, dict) else None
-        if isinstance(source, dict) and source.get("kind") in SOURCE_KINDS:
+        if isinstance(section, dict) and isinstance(source, dict) and source.get("kind") in SOURCE_KINDS:
             mine = SOURCE_KINDS[source["kind"]].model_fields
             section["source"] = {
                 key: value for key, value in source.items() if key in mine or key not in known_anywhere

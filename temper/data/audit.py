@@ -87,7 +87,7 @@ def _learned(encoded: Encoded) -> int:
 
 def _histogram(lengths: collections.Counter[int]) -> dict[str, int]:
     """Rows per power of two: ``{"33-64": 12, ...}``."""
-    counts = collections.Counter()
+    counts: collections.Counter[int] = collections.Counter()
     for length, rows in lengths.items():
         counts[max(1, 1 << (length - 1).bit_length())] += rows
     return {f"{top // 2 + 1}-{top}": counts[top] for top in sorted(counts)}

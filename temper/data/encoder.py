@@ -92,7 +92,7 @@ class Encoder:
         self.learn_all = prompt["loss_on"] == "all"
         self.free = not prompt["apply_chat_template"]
         if self.free:
-            self.renderer = FreeTemplate(prompt["template"], bool(tokenizer.chat_template))
+            self.renderer: FreeTemplate | ChatTemplate = FreeTemplate(prompt["template"], bool(tokenizer.chat_template))
         elif not tokenizer.chat_template:
             raise UserError(
                 f"{tokenizer.name_or_path}: this model has no chat template; choose prompt=plain, "

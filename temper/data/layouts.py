@@ -36,7 +36,7 @@ def converter(data: dict, system: str | None) -> Callable[[dict], Example | None
     renamed = _renamed_columns(data)
     ignored = frozenset(data.get("ignore_fields") or ()) | frozenset(renamed.values())
     free = data["layout"] == "template"
-    to_messages, columns = (None, ()) if free else LAYOUTS[data["layout"]]
+    columns = () if free else LAYOUTS[data["layout"]][1]
     evaluate = _templates(data)
 
     def convert(row: dict) -> Example | None:
@@ -46,7 +46,7 @@ def converter(data: dict, system: str | None) -> Callable[[dict], Example | None
         if not made.get("where", True):
             return None
         refuse_unused(row, columns, ignored)
-        messages = _exchange(made["prompt"], made["completion"]) if free else to_messages(row)
+        messages = _exchange(made["prompt"], made["completion"]) if free else LAYOUTS[data["layout"]][0](row)
         rejected = _rejected(data, row, messages, made)
         if system is not None:
             messages = [{"role": "system", "content": system}, *without_system(messages)]

@@ -54,7 +54,8 @@ class RawFile:
             self.csv["delimiter"] = "\t"
 
     def __iter__(self) -> Iterator[tuple[int, dict]]:
-        read = {"json": self._json, "jsonl": self._jsonl, "csv": self._csv, "parquet": self._parquet}[self.format]
+        readers = {"json": self._json, "jsonl": self._jsonl, "csv": self._csv, "parquet": self._parquet}
+        read = readers[str(self.format)]
         number = 0
         try:
             for number, row in read():
@@ -259,7 +260,8 @@ class _Remembered:
     """Lines, with the last one that was taken and how many were."""
 
     def __init__(self, lines: Iterator[str]):
-        self.lines, self.last, self.count, self.back = lines, "", 0, []
+        self.lines, self.last, self.count = lines, "", 0
+        self.back: list[str] = []
 
     def __iter__(self):
         return self
@@ -310,26 +312,31 @@ def _format_by_ending(path: Path) -> str:
     return found
 
 
+def _behind_blanks(text: str, position: int) -> int:
+    found = _BLANK.match(text, position)
+    return found.end() if found else position
+
+
 def _array_elements(text: str) -> Iterator[tuple[int, object]]:
     """(line number, element) of a JSON array, decoded one at a time."""
-    position = _BLANK.match(text).end()
+    position = _behind_blanks(text, 0)
     if not text.startswith("[", position):
         raise _no_array(text, position)
     line, counted, after = 1, 0, "["
     while True:
-        position = _BLANK.match(text, position + 1).end()
+        position = _behind_blanks(text, position + 1)
         if after == "[" and text.startswith("]", position):
             break
         line, counted = line + text.count("\n", counted, position), position
         element, position = DECODER.raw_decode(text, position)
         yield line, element
-        position = _BLANK.match(text, position).end()
+        position = _behind_blanks(text, position)
         after = text[position : position + 1]
         if after == "]":
             break
         if after != ",":
             raise json.JSONDecodeError("Expecting ',' or ']' after an element", text, position)
-    end = _BLANK.match(text, position + 1).end()
+    end = _behind_blanks(text, position + 1)
     if end != len(text):
         raise json.JSONDecodeError("Extra data after the array", text, end)
 

@@ -88,10 +88,10 @@ def prompt_hash(messages: layouts.Messages) -> PromptHash:
 
 def split_of(position: int, shares: dict[str, float]) -> str:
     """The split at a position in the hash space: [0, test) test, [test, test + validation) validation, else train."""
-    position /= 2**64
-    if position < shares["test"]:
+    at = position / 2**64
+    if at < shares["test"]:
         return "test"
-    return "validation" if position < shares["test"] + shares["validation"] else "train"
+    return "validation" if at < shares["test"] + shares["validation"] else "train"
 
 
 def record(number: int, example: layouts.Example) -> dict:

@@ -14,8 +14,10 @@ from collections.abc import Callable
 from temper.data import templates
 
 # Jinja's filters that make text of their value first.
-OF_TEXT = ("capitalize", "center", "indent", "lower", "replace", "string", "striptags", "title", "trim", "truncate")
-OF_TEXT += ("upper", "urlencode", "urlize", "wordcount", "wordwrap", "escape", "e", "forceescape", "safe")
+OF_TEXT = (
+    *("capitalize", "center", "indent", "lower", "replace", "string", "striptags", "title", "trim", "truncate"),
+    *("upper", "urlencode", "urlize", "wordcount", "wordwrap", "escape", "e", "forceescape", "safe"),
+)
 CHOOSING = ("select", "reject", "selectattr", "rejectattr")  # by truth, unless a test is named
 # Texts that mean no, or that nothing is known; so do all that write the number 0.
 NO = ("false", "no", "n", "f", "off", "null", "none", "nan", "na", "n/a", "<na>", "nat")

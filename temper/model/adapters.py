@@ -197,7 +197,7 @@ def put_on(network, adapter: Path):
     from peft import PeftModel, load_peft_weights
 
     with reading(adapter):
-        weights = load_peft_weights(adapter, device="cpu")
+        weights = load_peft_weights(str(adapter), device="cpu")
         model = PeftModel.from_pretrained(network, adapter)
         # PeftModel only warns of what is missing, and says nothing of what is left over; this tells both.
         result = model.load_adapter(adapter, "default")
@@ -247,4 +247,4 @@ def can_be_merged(folder: Path) -> bool:
     from peft import PeftConfig
 
     with reading(folder):
-        return not PeftConfig.from_pretrained(folder).is_prompt_learning
+        return not PeftConfig.from_pretrained(str(folder)).is_prompt_learning

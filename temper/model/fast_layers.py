@@ -9,6 +9,7 @@ RMS norm: with a frozen weight its gradient needs six passes; autograd takes som
 """
 
 import functools
+from typing import Any
 
 import torch
 
@@ -88,7 +89,8 @@ def _use_fast_lora(model) -> int:
 
     layers = [part for part in model.modules() if isinstance(part, LoraLayer) and _is_plain(part, Linear)]
     for layer in layers:
-        layer.forward = functools.partial(_forward, layer, layer.forward)
+        module: Any = layer  # PEFT's class is no torch.nn.Module for a type checker
+        module.forward = functools.partial(_forward, module, module.forward)
     return len(layers)
 
 

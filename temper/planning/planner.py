@@ -41,7 +41,7 @@ def build(experiment: str | None = None, sweep: str | None = None, overrides: st
     tracking.check(configs[0]["tracking"])
     hashes = HashCache(STATE / "hashes.json")
     planner = _Planner(hashes)
-    runs = {}
+    runs: dict[str, PlannedRun] = {}
     for point, config in points:
         check_metric(config["eval"])
         raw_data.check_options(config["data"])

@@ -126,7 +126,8 @@ class _Streamer:
     UNSURE = re.compile("\\s*[!-~]*\ufffd*$")
 
     def __init__(self, encoder: Encoder, say: Callable[[str], None]):
-        self.encoder, self.say, self.ids, self.said = encoder, say, None, ""
+        self.encoder, self.say, self.said = encoder, say, ""
+        self.ids: list[int] | None = None
 
     def put(self, tokens) -> None:
         """Called by transformers: with the prompt, then with each token."""

@@ -15,6 +15,7 @@ import sys
 import tarfile
 import tempfile
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 from temper.errors import UserError
@@ -47,7 +48,7 @@ def package_archive(source: dict, section: str) -> Path:
             return kept
         with temporary_folder(folder) as part:
             _download(source, section, part)
-        return _archive_in(folder)
+        return next(path for path in folder.iterdir() if path.is_file())
 
 
 def _archive_in(folder: Path) -> Path | None:
@@ -101,7 +102,7 @@ def pip_settings(section: str) -> dict[str, str]:
             )
         raise UserError(f"{section}: pip's settings cannot be read: {' '.join(done.stderr.split())[:200]}")
     said = dict(line.split("=", 1) for line in done.stdout.splitlines() if "=" in line)
-    settings = {}
+    settings: dict[str, str] = {}
     for prefix in ("global.", "download.", ":env:."):  # what comes later counts, as for `pip download`
         mine = {key.removeprefix(prefix): value for key, value in said.items() if key.startswith(prefix)}
         settings |= {key.replace("_", "-"): ast.literal_eval(value) for key, value in mine.items()}
@@ -115,7 +116,7 @@ def _client(settings: dict[str, str], section: str):
 
     # unearth's own remarks name indexes, and an address may hold a password.
     logging.getLogger("unearth").setLevel(logging.ERROR)
-    verify = True
+    verify: bool | ssl.SSLContext = True
     if settings.get("cert"):
         try:
             verify = ssl.create_default_context(cafile=settings["cert"])
@@ -160,7 +161,8 @@ def _packages(settings: dict[str, str], client, source: dict) -> tuple[list, lis
     finders += [PackageFinder(find_links=[link], **options) for link in settings.get("find-links", "").split()]
     if "index-url" not in settings and not _no_index(settings):
         finders.insert(0, PackageFinder(**options))  # the default index
-    packages, silent = [], []
+    packages: list = []
+    silent: list = []
     for finder in finders:
         try:
             packages += finder.find_all_packages(name, allow_yanked=True)
@@ -207,7 +209,7 @@ def _fetch(client, link, sha256: str, folder: Path) -> None:
 
     with Progress(None, "download", "B") as progress:
 
-        def report(_link, done: int, total: int | None) -> None:
+        def report(link, done: int, total: int | None) -> None:  # noqa: ARG001 - unearth's names
             progress.total = total
             progress.update(done - progress.count)
 
@@ -260,13 +262,13 @@ def _readable(member: str, key: str):
 def _extract(archive: Path, member: str, target: Path, key: str) -> None:
     with contextlib.ExitStack() as stack:
         if tarfile.is_tarfile(archive):
-            opened = stack.enter_context(tarfile.open(archive))
-            names = [entry.name for entry in opened if entry.isfile()]
-            open_member = opened.extractfile
+            tar = stack.enter_context(tarfile.open(archive))
+            names = [entry.name for entry in tar if entry.isfile()]
+            open_member: Callable = tar.extractfile
         elif zipfile.is_zipfile(archive):
-            opened = stack.enter_context(zipfile.ZipFile(archive))
-            names = [name for name in opened.namelist() if not name.endswith("/")]
-            open_member = opened.open
+            packed = stack.enter_context(zipfile.ZipFile(archive))
+            names = [name for name in packed.namelist() if not name.endswith("/")]
+            open_member = packed.open
         else:
             raise UserError(f"{key}: cannot look for {member}: what it should be in is neither a zip nor a tar archive")
         if member not in names:

@@ -6,6 +6,7 @@ Imported inside `run()` only: it needs torch and transformers.
 import functools
 import logging
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import PeftModel
@@ -28,6 +29,8 @@ class TemperTrainer(Trainer):
     """Trainer with token-exact loss at learned positions and an order that follows from seed and epoch alone."""
 
     ITEMS = "learned_tokens"  # what the loss is a mean over
+    model: Any  # Trainer allows None here, which is no case of ours
+    train_dataset: Any
     collate = staticmethod(collate)
 
     def __init__(self, *, pad_token_id: int, schedule_steps: int, **arguments):
@@ -35,7 +38,7 @@ class TemperTrainer(Trainer):
         super().__init__(data_collator=functools.partial(self.collate, pad_token_id=pad_token_id), **arguments)
         self.remove_callback(PrinterCallback)
         if self.args.gradient_checkpointing:  # train() does it again; the estimate before it must see it too
-            fields = dict(self.args.gradient_checkpointing_kwargs or {})
+            fields: dict = dict(self.args.gradient_checkpointing_kwargs or {})  # type: ignore[arg-type]
             which = {name: fields.pop(name) for name in ("every_n_layers", "offload") if name in fields}
             self.model.gradient_checkpointing_enable(fields or None, **which)
         if self.neftune_noise_alpha is not None:  # likewise; train() would add the noise a second time
@@ -78,7 +81,8 @@ class TemperTrainer(Trainer):
 
     def _has_ended(self) -> bool:
         """Whether training is over before an epoch begins: all steps are done, or early stopping ended it."""
-        control = self.state.stateful_callbacks.get("TrainerControl", {}).get("args", {})
+        kept: Any = self.state.stateful_callbacks
+        control = kept.get("TrainerControl", {}).get("args", {})
         stopped = self.args.load_best_model_at_end and control.get("should_training_stop", False)
         return stopped or self.state.global_step >= self.state.max_steps
 
@@ -137,7 +141,8 @@ class TemperTrainer(Trainer):
             dataset.select(order), batch_size=self.args.per_device_eval_batch_size, collate_fn=self.data_collator
         )
         self.model.eval()
-        sums, items = {}, 0
+        sums: dict[str, float] = {}
+        items = 0
         for batch in loader:
             with self.compute_loss_context_manager():
                 figures, count = self.summed_figures(self._prepare_inputs(batch))
@@ -161,7 +166,7 @@ def _refuse_other_shapes(optimizer) -> None:
                 raise ValueError(f"optimizer.pt has '{name}' of another shape: {shapes}")
 
 
-def _reading_checkpoint(checkpoint: str | None):
+def _reading_checkpoint(checkpoint: str):
     """Nothing of a checkpoint is ever executed: what torch refuses as a program is one line as well."""
     return reading(checkpoint, remedy=f"delete {checkpoint} and run the same command again: the one before it is used")
 
