@@ -80,7 +80,7 @@ def _bundle(model: Path, adapter: Path, output: Path) -> dict:
 def _merged(config: MergeAdapter, model: Path, adapter: Path):
     """(merged model, facts)."""
     dtype = "float32" if config.merge.dtype == "float32" else stored_dtype(model)
-    load = {"dtype": dtype, "attn_implementation": "auto"}
+    load = {"dtype": dtype, "attn_implementation": "fastest"}
     if not is_adapter(adapter):  # passes through in the precision it was trained in
         return load_model(adapter, {**load, "dtype": "float32"}), {"fully_trained": config.merge.dtype == "auto"}
     if not (config.merge.dequantized_base or is_stored_quantized(load_config(model))):

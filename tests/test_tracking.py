@@ -561,7 +561,7 @@ def test_registered_virtual_tokens_load_through_mlflow_and_answer(plan, tiny_mod
     monkeypatch.setenv("MLFLOW_TRACKING_URI", tracking.store_uri(plan.tracking))
     folder = mlflow.artifacts.download_artifacts("models:/movie_reviews@champion", dst_path=str(tmp_path / "got"))
     registered = AutoPeftModelForCausalLM.from_pretrained(folder).eval()
-    bundled = load_model(Path(best["merge_adapter"]), {"dtype": "float32", "attn_implementation": "auto"}).eval()
+    bundled = load_model(Path(best["merge_adapter"]), {"dtype": "float32", "attn_implementation": "fastest"}).eval()
     inputs = AutoTokenizer.from_pretrained(tiny_model)("The plot falls flat.", return_tensors="pt")
     answers = [model.generate(**inputs, max_new_tokens=8, do_sample=False) for model in (registered, bundled)]
     assert torch.equal(*answers) and answers[0].shape[1] > inputs["input_ids"].shape[1]

@@ -184,7 +184,7 @@ def _add_weights(writer, folder: Path, config, outtype: str) -> None:
 
     from temper.model.loading import load_model, stored_dtype
 
-    model = load_model(folder, {"dtype": stored_dtype(folder), "attn_implementation": "auto"})
+    model = load_model(folder, {"dtype": stored_dtype(folder), "attn_implementation": "fastest"})
     stored = {torch.bfloat16: "bf16", torch.float16: "f16"}.get(model.dtype, "f32")
     chosen = (stored if outtype == "auto" else outtype).upper()
     writer.add_file_type(LlamaFileType["ALL_F32" if chosen == "F32" else f"MOSTLY_{chosen}"])

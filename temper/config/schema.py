@@ -206,10 +206,10 @@ class Tokenize(Section):
 
 
 class ModelLoad(Section):
-    """Arguments of `from_pretrained`; ``auto`` is resolved on the machine that trains."""
+    """Arguments of `from_pretrained`; ``fastest`` is resolved on the machine that trains."""
 
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    attn_implementation: Literal["auto", "eager", "sdpa", "flash_attention_2"] = "auto"
+    dtype: Literal["fastest", "float32", "bfloat16", "float16"] = "fastest"
+    attn_implementation: Literal["fastest", "eager", "sdpa", "flash_attention_2"] = "fastest"
 
 
 class Quantization(Section):

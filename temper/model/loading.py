@@ -1,4 +1,4 @@
-"""Loading models and tokenizers, with ``auto`` resolved for this machine."""
+"""Loading models and tokenizers, with ``fastest`` resolved for this machine."""
 
 import json
 import logging
@@ -22,10 +22,10 @@ def device():
 
 
 def resolve_dtype(dtype: str):
-    """The torch dtype for a config value; ``auto`` is bfloat16 where the machine computes in it, else float32."""
+    """The torch dtype for a config value; ``fastest`` is bfloat16 where the machine computes in it, else float32."""
     import torch
 
-    if dtype != "auto":
+    if dtype != "fastest":
         return getattr(torch, dtype)
     return torch.bfloat16 if _has_bfloat16() else torch.float32
 
@@ -42,8 +42,8 @@ def _has_bfloat16() -> bool:
 
 
 def resolve_attention(attn_implementation: str) -> str:
-    """``auto`` is eager on a CPU, where plain attention has the faster backward pass for short rows, else sdpa."""
-    if attn_implementation != "auto":
+    """``fastest`` is eager on a CPU, where plain attention has the faster backward pass for short rows, else sdpa."""
+    if attn_implementation != "fastest":
         return attn_implementation
     return "eager" if device().type == "cpu" else "sdpa"
 
@@ -102,10 +102,10 @@ def load_model(folder: Path, load: dict, quantization: dict | None = None):
 
     Args:
         folder: a model in Hugging Face layout.
-        load: the config section `model.load`: dtype and attn_implementation, each may be ``auto``.
+        load: the config section `model.load`: dtype and attn_implementation, each may be ``fastest``.
         quantization: the config section of that name; None loads the weights as they are stored.
     """
-    dtype = resolve_dtype("float32" if load["dtype"] == "auto" and is_fully_trained(folder) else load["dtype"])
+    dtype = resolve_dtype("float32" if load["dtype"] == "fastest" and is_fully_trained(folder) else load["dtype"])
     arguments = {"dtype": dtype, "attn_implementation": resolve_attention(load["attn_implementation"])}
     config = load_config(folder)
     if quantization and is_quantized(quantization):

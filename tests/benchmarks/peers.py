@@ -251,7 +251,7 @@ def answers(job: dict, folder: Path) -> None:
 
     merged = Path(job["merged"])
     tokenizer = loading.load_tokenizer(merged)
-    model = loading.load_model(merged, {"dtype": "auto", "attn_implementation": "auto"}).eval()
+    model = loading.load_model(merged, {"dtype": "fastest", "attn_implementation": "fastest"}).eval()
     rows = list(load_from_disk(job["splits"])["test"])
     settings = {"batch_size": 32, "max_new_tokens": job["max_new_tokens"], "do_sample": False}
     started = time.monotonic()

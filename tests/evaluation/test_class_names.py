@@ -121,7 +121,7 @@ def test_any_labels_that_are_accepted_are_read_back(labels, answer):
 
 @pytest.fixture(scope="module")
 def model(tiny_model):
-    return load_model(tiny_model, {"dtype": "float32", "attn_implementation": "auto"}).eval()
+    return load_model(tiny_model, {"dtype": "float32", "attn_implementation": "fastest"}).eval()
 
 
 @pytest.fixture(scope="module")

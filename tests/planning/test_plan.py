@@ -98,7 +98,7 @@ def test_all_parameters_are_compared_with_a_reference_in_their_own_precision(wor
         jobs = build(*overrides, experiment="dpo").jobs.values()
         return next(job.config["model"]["load"]["dtype"] for job in jobs if job.stage == "reference_logprobs")
 
-    assert precision() == "auto"
+    assert precision() == "fastest"
     assert precision("adapter=full") == "float32"
 
 

@@ -236,11 +236,11 @@ def test_full_parameter_training_passes_through_the_merge(workspace, tiny_splits
     merge_adapter.main(["--model", str(stored), "--adapter", "full", "--output", "merged"])
     merge_adapter.main(["--model", str(stored), "--adapter", "full", "--output", "small", "merge.dtype=bfloat16"])
     trained = AutoModelForCausalLM.from_pretrained("full", dtype=torch.float32, attn_implementation="eager")
-    auto = {"dtype": "auto", "attn_implementation": "eager"}
-    merged, rounded = (load_model(Path(folder), auto) for folder in ("merged", "small"))
+    fastest = {"dtype": "fastest", "attn_implementation": "eager"}
+    merged, rounded = (load_model(Path(folder), fastest) for folder in ("merged", "small"))
     base = AutoModelForCausalLM.from_pretrained(stored, dtype=torch.float32)
     assert merged.dtype == torch.float32
-    assert rounded.dtype == resolve_dtype("auto")
+    assert rounded.dtype == resolve_dtype("fastest")
     ids = torch.arange(20)[None]
     assert torch.equal(merged(ids).logits, trained(ids).logits)
     assert not torch.equal(merged(ids).logits, base(ids).logits)
