@@ -66,7 +66,7 @@ def tiny_splits(tmp_path_factory, tiny_model) -> Path:
 
 @pytest.fixture(scope="session")
 def finished_run(tmp_path_factory, tiny_model) -> Path:
-    """A project folder whose results/ hold one finished run (tests/finished.py). Do not write into it."""
+    """A project folder whose results/ hold one finished run (tests/support/finished.py). Do not write into it."""
     from tests.support import finished
 
     return finished.make(tmp_path_factory.mktemp("finished"), tiny_model)

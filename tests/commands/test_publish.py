@@ -1,4 +1,4 @@
-"""Publishing: what arrives at the hub, and whether it works from there. The hub is tests/hub.py."""
+"""Publishing: what arrives at the hub, and whether it works from there. The hub is tests/support/hub.py."""
 
 import json
 import os

