@@ -15,8 +15,8 @@ from pathlib import Path
 class World:
     """Where a case happens.
 
-    `folder`: the current folder, empty. `model`, `splits`, `pairs`: the tiny ones of tests/support/tiny.py. `project`: a
-    project with one finished run (tests/support/finished.py). Copy what you damage: all but `folder` are shared.
+    `folder`: the current folder, empty. `model`, `splits`, `pairs`: the tiny ones of tests/support/tiny.py. `project`:
+    a project with one finished run (tests/support/finished.py). Copy what you damage: all but `folder` are shared.
     """
 
     folder: Path
