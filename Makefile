@@ -22,9 +22,11 @@ test-slow: .venv/installed  ## the test suite and the proofs that take minutes
 bench: .venv/installed  ## training and answering beside TRL and a plain Trainer; half an hour, writes docs/speed.md
 	$(BIN)/python -m tests.benchmarks.training
 
-lint: .venv/installed  ## ruff, and Snakemake's own lint less its advice on containers
+lint: .venv/installed  ## ruff, mypy, snakefmt, and Snakemake's own lint less its advice on containers
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/snakefmt --check Snakefile
+	$(BIN)/mypy
 	$(BIN)/python tests/lint_workflow.py
 
 explain: .venv/installed  ## what the next run would make, why, and how long it may take: make explain ARGS="--experiment demo"

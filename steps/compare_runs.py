@@ -40,7 +40,7 @@ def compare(config: dict, output: Path) -> dict:
 
     Args:
         config: {"eval", "sweep": {"name", "axes"}, "runs": [{"name", "point", "report"}]}, and optionally
-            "experiment" and "overrides" (those that are no axis), for the command that makes the best run again.
+            "experiment" and "overrides" (those that are not axes), for the command that makes the best run again.
 
     Returns:
         {"metric", "rows": the leaderboard's rows, best first, "missing": names of runs without a report}
@@ -142,7 +142,8 @@ def _finite(value):
 
 def _without_diverged(runs: list[dict], metric: str) -> tuple[list[dict], list[dict]]:
     """(runs with figures, runs whose training, or whose figures, diverged)."""
-    figured, diverged = [], []
+    figured: list[dict] = []
+    diverged: list[dict] = []
     for run in runs:
         (figured if _has_figures(run["facts"], metric) else diverged).append(run)
     if not figured:

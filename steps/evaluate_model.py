@@ -62,7 +62,10 @@ def run(
     quiet_libraries()
     settings = config.eval.model_dump()
     metric = metrics.check_metric(settings)
-    if (model / DIVERGED).is_file():
+    if adapter is None and (references or (model / DIVERGED).is_file()):
+        why = "--references" if references else f"{model}: a training that diverged"
+        raise UserError(f"--adapter is missing: {why} goes with the folder of its training")
+    if adapter and (model / DIVERGED).is_file():
         return _report_divergence(read_json(model / DIVERGED, {"step": int})["step"], settings, metric, adapter, output)
     tokenizer = load_tokenizer(model)
     rows, test = _rows(model, splits, settings, tokenizer)
@@ -71,7 +74,7 @@ def run(
         asked = ask(model, config.model_dump(), rows, test, tokenizer)
     judged = judge(settings, metric, test, asked, base)
     train = read_json(adapter / "training.json") if adapter else None
-    if references:
+    if train and references:
         judged["scores"].values |= metrics.rewards(train["beta"], asked["rows"], _references(references, test))
     facts = figures_of(settings, metric, _train_references(rows, settings), test, asked, judged, base)
     facts |= {"train": train, "start": _start(start_report, metric), "left_out": _left_out(splits)}
@@ -162,7 +165,8 @@ def _start(folder: Path | None, metric: str) -> dict | None:
 
 def headline(facts: dict) -> str:
     """One line: the ranking figure, how sure it is, and what tuning changed."""
-    metric, low, high = facts["metric"], *facts["interval"]
+    metric = facts["metric"]
+    low, high = facts["interval"]
     name, value = html.metric_name(metric), facts["test"][metric]
     of = " of the likeliest label" if facts["task"] == "labels" and metric in ("accuracy", "f1") else ""
     text = f"test {name}{of} {value:.3f} [{low:.3f}, {high:.3f}] on {facts['rows']} rows"

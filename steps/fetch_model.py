@@ -16,6 +16,7 @@ import shutil
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from temper.config.stages import NOT_PLANNED, FetchModel, Planned
 from temper.errors import UserError
@@ -113,15 +114,16 @@ def _convert(file: Path, output: Path) -> None:
     from transformers.integrations.gguf import read_gguf_metadata
 
     log.info("unpacking %s", file.name)
-    named = {"pretrained_model_name_or_path": file.parent, "gguf_file": file.name}
+    named: dict = {"pretrained_model_name_or_path": file.parent, "gguf_file": file.name}
     quiet_libraries()
     called = f"{SECTION}.member: {file.name}"
     bar = contextlib.nullcontext() if sys.stderr.isatty() else contextlib.redirect_stderr(io.StringIO())
     with reading(file, called), bar:  # This bar has no switch.
-        metadata, _ = read_gguf_metadata(file)
+        metadata, _ = read_gguf_metadata(str(file))
         # dequantize: else the weights stay packed where there is a kernel for them.
-        form = {"dtype": torch.bfloat16, "quantization_config": GgufConfig(dequantize=True)}
-        model, info = AutoModelForCausalLM.from_pretrained(**named, **form, output_loading_info=True)
+        form: dict = {"dtype": torch.bfloat16, "quantization_config": GgufConfig(dequantize=True)}
+        loaded: Any = AutoModelForCausalLM.from_pretrained(**named, **form, output_loading_info=True)
+        model, info = loaded
         tokenizer = AutoTokenizer.from_pretrained(**named)
     refuse_misfits(called, info)
     packed = sorted(name for name, weight in model.named_parameters() if weight.dtype != torch.bfloat16)

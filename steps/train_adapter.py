@@ -128,7 +128,8 @@ def _train(config: TrainAdapter, planned: Planned, rows, model: Path, output: Pa
     if end <= args.warmup_steps:
         log.info("note: %d steps end within train.warmup_steps=%g: lower it", end, args.warmup_steps)
     if args.warmup_steps and ignores_warmup(args):
-        log.info("note: lr_scheduler_type=%s takes no notice of train.warmup_steps", args.lr_scheduler_type.value)
+        name = config.train["lr_scheduler_type"]
+        log.info("note: lr_scheduler_type=%s takes no notice of train.warmup_steps", name)
     with tracking.follow(planned.follow) as listener:
         recorded = callbacks.Recorded(trainer, state, checkpoint, config.train, listener, planned.part == PLATEAU)
         if end > 0:

@@ -181,7 +181,7 @@ def _known_options(peft_type: str | None) -> dict[str, set[str]]:
 def _hint(name: str, known: dict[str, set[str]]) -> str:
     """The closest option, those of training first."""
     hints = [suggest(name, names) for names in known.values() if names]
-    return next((hint for hint in hints if hint.startswith("did you")), "it is no field of TrainingArguments or PEFT")
+    return next((hint for hint in hints if hint.startswith("did you")), "TrainingArguments and PEFT have no such field")
 
 
 def _made(step, name: str, config: dict, inputs: dict[str, Path], root: Path = Path()) -> Path:

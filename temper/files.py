@@ -20,7 +20,7 @@ def read_json(path: Path, shape=dict, remedy: str | None = None):
         remedy: what to do when it is damaged; by itself: to make its folder again.
 
     Raises:
-        UserError: it is not there, cannot be read, is no JSON or of another shape.
+        UserError: it is not there, cannot be read, is not JSON or of another shape.
     """
     return _parsed(path, json.loads, shape, remedy)
 
@@ -98,7 +98,7 @@ def _check(content, shape) -> None:
 
     if isinstance(shape, dict):
         if not isinstance(content, dict):
-            raise ValueError("it is no object of names and values")
+            raise ValueError("it is not an object of names and values")
         for name, kind in shape.items():
             if name not in content:
                 raise ValueError(f"it has no '{name}'")

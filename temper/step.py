@@ -38,7 +38,7 @@ def run_command(step, inputs: dict[str, str], argv=None, work=None) -> None:
         inputs: flag name -> help text, one per input that `run` takes as a keyword. A name that
             ends in ``?`` may be left out; `run` then gets None.
         argv: the arguments, `sys.argv[1:]` unless given.
-        work: what to call in place of `execute`, for a step whose output is no folder.
+        work: what to call in place of `execute`, for a step whose output is not a folder.
     """
     arguments = _parser(step, inputs).parse_intermixed_args(argv)
     spare_the_collector()
@@ -184,7 +184,7 @@ def _output_path(value: str) -> Path:
         raise UserError(f"--output {value!r}: name a new folder")
     check_name(path, f"--output {value[:40]}...")
     if path.is_symlink() or (path.exists() and not path.is_dir()):
-        raise UserError(f"--output {value}: is there already and is no folder; name a new folder")
+        raise UserError(f"--output {value}: is there already and is not a folder; name a new folder")
     if path.is_dir() and not made_by_a_step(path):
         raise UserError(f"--output {value}: has files that no step wrote; name a new folder, or move them away")
     return path

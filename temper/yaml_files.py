@@ -18,7 +18,7 @@ def load(path: Path, name: str):
         name: what the file is called in messages.
 
     Raises:
-        UserError: it cannot be read, is no YAML, or is nested or repeats itself out of all proportion.
+        UserError: it cannot be read, is not YAML, or is nested or repeats itself out of all proportion.
     """
     import yaml
     from omegaconf import OmegaConf

@@ -120,7 +120,7 @@ def _react(line: str, speakers: list[Speaker], prompter: prompting.Prompter, set
             _answer(line, speaker, prompter, settings, name=speaker.name if len(speakers) > 1 else None)
         return
     if command not in COMMANDS:
-        raise UserError(f"{command} is no command; {suggest(command, COMMANDS)}")
+        raise UserError(f"{command} is not a command; {suggest(command, COMMANDS)}")
     if command == "/system":
         prompter.system = text.strip() or None
         print(f"system: {prompter.system or '(none)'}", file=sys.stderr)

@@ -7,6 +7,7 @@ import json
 import math
 import re
 from pathlib import Path
+from typing import Any
 
 from temper import yaml_files
 from temper.config.validate import validated
@@ -142,7 +143,7 @@ def _swept(override, text: str) -> list[str]:
     if getattr(sweep, "shuffle", False):
         raise UserError(f"sweep '{text}': all values of an axis are run, and shuffle would only rename the sweep")
     too_many = f"sweep '{text}': has more than {MOST_POINTS:,} values; a plan takes so many: narrow it"
-    if isinstance(sweep, RangeSweep) and abs((sweep.stop - sweep.start) / (sweep.step or 1)) > MOST_POINTS:
+    if isinstance(sweep, RangeSweep) and _length(sweep) > MOST_POINTS:
         raise UserError(too_many)
     try:
         values = list(itertools.islice(override.sweep_string_iterator(), MOST_POINTS + 1))
@@ -154,6 +155,11 @@ def _swept(override, text: str) -> list[str]:
     if not values:
         raise UserError(f"sweep '{text}': the axis has no values")
     return values
+
+
+def _length(sweep) -> float:
+    """How many values Hydra's range() has, roughly."""
+    return abs((sweep.stop - sweep.start) / (sweep.step or 1))
 
 
 def _known_choice(group: str, choice: str, text: str) -> str:
@@ -304,7 +310,8 @@ def _axes(config, overrides: Overrides) -> dict[str, list[str]]:
     """key -> values as Hydra text, from the sweep file and the command line."""
     from omegaconf import OmegaConf
 
-    in_file = OmegaConf.to_container(config)["sweep"].get("axes") or {}
+    plain: Any = OmegaConf.to_container(config)
+    in_file = plain["sweep"].get("axes") or {}
     if not isinstance(in_file, dict):
         raise UserError("config: 'sweep.axes' must map config keys to values, e.g. {train.learning_rate: '1e-4,3e-4'}")
     fixed = {override.key_or_group for override in overrides.values}
@@ -356,7 +363,8 @@ def to_container(config) -> dict:
     from omegaconf.errors import OmegaConfBaseException
 
     try:
-        return OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+        resolved: Any = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+        return resolved
     except OmegaConfBaseException as error:
         key = f"'{error.full_key}': " if error.full_key else ""
         raise UserError(f"config: {key}{yaml_files.reason(error)}") from None

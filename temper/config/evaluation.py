@@ -20,7 +20,7 @@ def check(settings: dict, splits: Path, rows, tokenizer) -> None:
 
     Raises:
         UserError: no test rows, or nothing supervised in them; a metric that the task or the rows do not have; an
-            answer that is no label; labels whose tokens are the same, or cannot be told; text that ROUGE does not see.
+            answer that is not a label; labels with the same tokens, or with none; text that ROUGE does not see.
     """
     metric = check_metric(settings)
     if "test" not in rows:

@@ -72,7 +72,7 @@ def _field_types(cls) -> dict[str, object]:
 
 
 def _check_type(key: str, value, annotation) -> None:
-    choices: list[type[enum.Enum]] = [
+    choices: list[typing.Any] = [
         kind for kind in (annotation, *typing.get_args(annotation)) if isinstance(kind, enum.EnumMeta)
     ]
     if choices and isinstance(value, str) and value not in (known := [str(choice.value) for choice in choices[0]]):

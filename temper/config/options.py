@@ -141,7 +141,7 @@ TRAIN_REFUSED = {
     "deepspeed": _ONE_PROCESS,
     "local_rank": _ONE_PROCESS,
     "disable_tqdm": "Temper has a bar of its own, and plain lines in a log",
-    "debug": "a loss that is no number ends the training by itself, and says so",
+    "debug": "a loss that is not a number ends the training by itself, and says so",
     "skip_memory_metrics": "training.json has the memory that was used",
 }
 # train.optim -> why not, for all that begin with it or end with it

@@ -28,7 +28,7 @@ class Audit:
     """What happened to the rows of one split."""
 
     def __init__(self):
-        self.lengths = collections.Counter()  # length -> rows, also those that were dropped
+        self.lengths: collections.Counter[int] = collections.Counter()  # length -> rows, also those that were dropped
         self.too_long = self.nothing_left = self.retokenized = self.ended_early = self.equal = 0
         self.last_only = self.special = 0
         self.rows = self.tokens = self.learned = self.rejected = 0
@@ -78,7 +78,9 @@ class Audit:
     def _length_of(self, rank: int) -> int:
         """Of the rows in the order of their lengths, the length of the one with this number, from 0."""
         lengths = sorted(self.lengths)
-        return lengths[bisect.bisect_right(list(itertools.accumulate(map(self.lengths.get, lengths))), rank)]
+        return lengths[
+            bisect.bisect_right(list(itertools.accumulate(self.lengths[length] for length in lengths)), rank)
+        ]
 
 
 def _learned(encoded: Encoded) -> int:

@@ -231,7 +231,7 @@ class RawFile:
         encoding = "utf-16" if number == 1 and start in BOMS_16 else "cp1252"
         what = "UTF-16" if encoding == "utf-16" else "Latin-1 or of Windows"
         return (
-            f"{self._line(number)}: byte 0x{byte:02x} at column {error.start + 1} is no UTF-8: convert the file "
+            f"{self._line(number)}: byte 0x{byte:02x} at column {error.start + 1} is not UTF-8: convert the file "
             f"(iconv -f {encoding} -t utf-8, if it is {what})"
         )
 
@@ -346,7 +346,7 @@ def _no_array(text: str, position: int) -> ValueError:
     expected = "Expecting an array of objects, [{...}, ...]"
     try:
         return _NoRowsError(f"{expected.lower()}, found {_other_json(DECODER.decode(text))}")
-    except (ValueError, RecursionError):  # it is no JSON as a whole
+    except (ValueError, RecursionError):  # it is not JSON as a whole
         hint = "objects one after another: put a comma between them, and brackets around all"
         if not text.startswith("{", position):
             hint = "is it json at all?"

@@ -24,7 +24,7 @@ NO = ("false", "no", "n", "f", "off", "null", "none", "nan", "na", "n/a", "<na>"
 
 
 class NotTextError(ValueError):
-    """A value that is no text stands where a template wants one."""
+    """A value that is not text stands where a template wants one."""
 
     def __init__(self, value):
         super().__init__(f"{shown(value)} is {kind(value)}, not text")
@@ -122,7 +122,7 @@ def kind(value) -> str:
 
 
 def way_on(value, column: str | None) -> str:
-    """What to do about a value that is no text.
+    """What to do about a value that is not text.
 
     Args:
         column: the one that holds it, if any does; else it stands inside of one, or a template made it.
@@ -186,7 +186,7 @@ def _generator() -> type:
 
 
 def _of_text(apply: Callable) -> Callable:
-    """A filter that refuses a value that is no text."""
+    """A filter that refuses a value that is not text."""
     place = 1 if hasattr(apply, "jinja_pass_arg") else 0
 
     @functools.wraps(apply)

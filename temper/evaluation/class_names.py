@@ -47,7 +47,7 @@ def gold_label(text: str, labels: list[str], place: str) -> str:
     if found is not None:
         return found
     near = [label for label in labels if _words(label) == _words(text)]
-    why = f"could be {' or '.join(near)}: write it as the label" if near else "is no label"
+    why = f"could be {' or '.join(near)}: write it as the label" if near else "is not a label"
     raise UserError(
         f"{place}: the answer '{text[:60]}' {why} of eval.labels ({', '.join(labels)[:200]}); correct the row, "
         "data.completion or eval.labels"

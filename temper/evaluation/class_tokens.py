@@ -57,8 +57,9 @@ def _made(label: str, like: dict, known: dict[str, list[int]], tokenizer) -> lis
     wanted = {like["reference"]: _answer_of(like), **known}
     for ways in _ways(like, tokenizer):
         right = [way for way in ways if all(way(text) == answer for text, answer in wanted.items())]
-        if right and all(way(label) == right[0](label) for way in right):
-            return right[0](label)
+        tokens = right[0](label) if right else None
+        if tokens is not None and all(way(label) == tokens for way in right):
+            return tokens
         if right:
             break
     raise UserError(

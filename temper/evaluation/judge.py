@@ -23,7 +23,7 @@ def ask(folder: Path, config: dict, rows: DatasetDict, test: list[dict], tokeniz
     """Loss of each row, an answer to each prompt and, for labels, how likely the model finds each of them.
 
     Raises:
-        UserError: a loss that is no finite number.
+        UserError: a loss that is not finite.
     """
     from temper.evaluation import generation, likelihoods
     from temper.model import loading
@@ -35,7 +35,9 @@ def ask(folder: Path, config: dict, rows: DatasetDict, test: list[dict], tokeniz
     losses = likelihoods.row_losses(model, test, *size)
     loss_seconds = time.perf_counter() - started
     _check_finite(folder, test, losses.sums)
-    asked = [{"loss_sum": total, "tokens": count} for total, count in zip(losses.sums, losses.tokens, strict=True)]
+    asked: list[dict] = [
+        {"loss_sum": total, "tokens": count} for total, count in zip(losses.sums, losses.tokens, strict=True)
+    ]
     choices = chosen_by = None
     if settings["task"] == "labels":
         choices, chosen_by, logps = _likeliest(model, rows, test, settings["labels"], tokenizer, size)

@@ -99,7 +99,7 @@ def answer_logps(model, texts: list, at_once: int, pad_token_id: int, shown: tup
         for place, row in enumerate(members):
             result[row] = tuple(-sums[number * count + place] for number in range(answers))
             if not all(map(math.isfinite, result[row])):
-                raise UserError(f"test row {row + 1}: an answer's log-probability is no finite number; try float32")
+                raise UserError(f"test row {row + 1}: an answer's log-probability is not finite; try float32")
     return result
 
 

@@ -9,7 +9,8 @@ import dataclasses
 import functools
 import math
 import unicodedata
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from typing import Any
 
 from temper.errors import UserError, suggest
 from temper.evaluation.class_names import UNPARSED, check_labels, gold_label, read_label
@@ -38,7 +39,7 @@ LOWER_IS_BETTER = frozenset({*LOSS_METRICS, "unparsed", "unfinished"})
 MOST_UNSEEN = 0.1
 RESAMPLES = 1000
 SEED = 0  # of the bootstrap: the same answers give the same interval
-Statistic = Callable[[Sequence[int]], float]  # row numbers -> the metric on these rows
+Statistic = Callable[[Any], float]  # row numbers -> the metric on these rows
 
 
 # --- what may be asked for -----------------------------------------------------------------------
@@ -219,10 +220,10 @@ def loss_statistics(sums: list[float], tokens: list[int]) -> dict[str, Statistic
     """Loss per token and perplexity from each row's summed loss and number of tokens."""
     import numpy as np
 
-    sums, tokens = np.asarray(sums, dtype=float), np.asarray(tokens, dtype=float)
+    losses, counts = np.asarray(sums, dtype=float), np.asarray(tokens, dtype=float)
 
     def loss(rows) -> float:
-        return float(sums[rows].sum() / max(tokens[rows].sum(), 1.0))
+        return float(losses[rows].sum() / max(counts[rows].sum(), 1.0))
 
     return {"loss": loss, "perplexity": lambda rows: perplexity(loss(rows))}
 

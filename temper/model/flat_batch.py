@@ -11,6 +11,7 @@ interface, puts tokens into rows, attends, and takes the rows apart again. Loss 
 import contextlib
 import dataclasses
 import functools
+from collections.abc import Callable
 
 import torch
 from torch.nn.functional import dropout as drop
@@ -239,7 +240,7 @@ def flat_attention(
     flat.unknown |= {name for name, value in more.items() if value is not None and name not in WITHOUT_MEANING}
     prefix, own = flat.prefix, query.shape[2] - flat.prefix
     short = plain and prefix + flat.branches.shape[1] <= LONGEST_PRODUCTS
-    attend = functools.partial(_products if short else _kernel, scaling=scaling, dropout=dropout)
+    attend: Callable = functools.partial(_products if short else _kernel, scaling=scaling, dropout=dropout)
     window = sliding_window if sliding_window and flat.longest > sliding_window else None
     in_rows, in_prefix = flat.bias(window, query.dtype)
     of_prefix, of_rows = zip(*(part.split([prefix, own], dim=2) for part in (query, key, value)), strict=True)

@@ -14,6 +14,7 @@ import dataclasses
 import logging
 import random
 from collections.abc import Callable
+from typing import Any
 
 import numpy
 import torch
@@ -72,7 +73,7 @@ class SupervisedLoss:
     def __init__(self, share: bool = True):
         self.share = share
         self.ways: dict[bool, Callable] = {}  # of a model in training and one in evaluation: chosen on its first batch
-        self.way = None  # the last one taken
+        self.way: Callable | None = None  # the last one taken
         self.said: set[str] = set()
 
     def __call__(self, model, batch):
@@ -96,8 +97,8 @@ class SupervisedLoss:
         """What the model predicts at a batch's learned positions, and what was to be predicted."""
         if model.training not in self.ways:
             self.ways[model.training] = self._fastest_way(model, batch, answers)
-        self.way = self.ways[model.training]
-        return self.way(model, batch, answers)
+        way = self.way = self.ways[model.training]
+        return way(model, batch, answers)
 
     def _fastest_way(self, model, batch, answers: int) -> Callable:
         way, why = fastest_way(model, batch, answers, self.share)
@@ -196,6 +197,7 @@ def _random_state(device) -> tuple:
     states = [torch.get_rng_state()]
     if device.type != "cpu":
         states.append(torch.get_device_module(device).get_rng_state())
+    numbers: Any
     _, numbers, place, *_ = numpy.random.get_state()
     return (*(bytes(state.numpy()) for state in states), random.getstate(), bytes(numbers), place)
 
@@ -238,7 +240,7 @@ def _head_is_all_there_is(model, batch) -> bool:
 
     To the bit, in one forward pass: caps and scales of logits show in a loss only where these are large.
     """
-    base, seen = _unwrapped(model), {}
+    base, seen = _unwrapped(model), dict[str, Any]()
     hooks = [
         base.base_model.register_forward_hook(lambda _module, _inputs, output: seen.update(hidden=output[0])),
         base.get_output_embeddings().register_forward_hook(

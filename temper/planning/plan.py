@@ -111,7 +111,7 @@ class Plan:
         return Path(job.path).exists() if job.stage == "fetch_data" else is_complete(Path(job.path))
 
     def _kept(self) -> list[Job]:
-        """The jobs that make a folder that stays as it is. Raw data is no such folder, and a sweep's is made anew."""
+        """The jobs whose folder stays as it is: neither raw data nor the sweep's, which is made anew."""
         return [job for job in self.jobs.values() if job.stage not in ("fetch_data", "compare_runs")]
 
     @property
@@ -151,4 +151,4 @@ def load(path: str | os.PathLike) -> Plan:
         content["jobs"] = {name: Job(**job) for name, job in content["jobs"].items()}
         return Plan(**{**content, "path": str(path)})
     except TypeError as error:
-        raise UserError(f"{path}: is no plan of this version ({error}); {remedy}") from None
+        raise UserError(f"{path}: is not a plan of this version ({error}); {remedy}") from None

@@ -66,7 +66,7 @@ def _check_places(plan: Plan) -> None:
         folders.update(path.parents)
     for folder in sorted(folders):
         if os.path.lexists(folder) and not folder.is_dir():
-            raise UserError(f"{folder}: is no folder, and there should be one: move it away")
+            raise UserError(f"{folder}: is not a folder, and there should be one: move it away")
 
 
 def _add_tracking_targets(plan: Plan) -> None:
@@ -78,7 +78,7 @@ def _add_tracking_targets(plan: Plan) -> None:
 
 
 def _add_comparison(plan: Plan, config: dict, overrides: list[str]) -> None:
-    """The last job: compare all reports of the sweep. `overrides`: those that are no axis."""
+    """The last job: compare all reports of the sweep. `overrides`: those that are not axes."""
     for run in plan.runs:
         if run.config["eval"] != config["eval"] and run.config["eval"]["task"] != config["eval"]["task"]:
             raise UserError("sweep: runs with different eval.task cannot be ranked together: sweep them apart")

@@ -65,7 +65,7 @@ def untouched_origin(run: runs.FinishedRun, base_model: str | None) -> Origin:
 
 def _origin(folder: Path | None) -> Origin:
     source = _source(folder)
-    if source.get("kind") == "hub":
+    if folder and source.get("kind") == "hub":
         commit, name = runs.read_provenance(folder).get("commit"), source["repository"]
         return Origin(fill("{} at {}", _link(name), commit or source["revision"]), name, commit)
     return Origin(_words(source) if source else Markdown("a model of its author's own"))

@@ -10,6 +10,7 @@ import io
 import math
 import re
 import warnings
+from typing import Any
 
 from temper.reports.html import distinct, short
 
@@ -25,7 +26,7 @@ THEME = {
 SERIES = 8
 MOST_CURVES, MOST_TICKS = 50, 12  # in one figure; more cannot be told apart
 LONGEST_LABEL, LONGEST_TICK = 60, 24  # characters; a longer text leaves no room for the figure
-RC = {
+RC: Any = {
     "text.parse_math": False,
     "svg.fonttype": "none",
     "font.family": "sans-serif",
@@ -104,7 +105,7 @@ def _legend(owner, handles: list, texts: list[str], **where) -> None:
 
 
 def curve(lines: list[dict], name: str) -> tuple[list[float], list[float]]:
-    """(epochs, values) of one figure in the lines of a metrics.jsonl; values that are no number are left out."""
+    """(epochs, values) of one figure in the lines of a metrics.jsonl; values that are not numbers are left out."""
     points = [(line.get("epoch", line["step"]), line[name]) for line in lines if _is_number(line.get(name))]
     return [x for x, _ in points], [y for _, y in points]
 

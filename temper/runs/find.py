@@ -140,7 +140,7 @@ def _made(stage: str) -> list[Path]:
 def _from_folder(folder: Path) -> FinishedRun:
     stage = read_provenance(folder).get("stage")
     if stage not in STAGES:
-        what = f"a folder of {stage}" if stage else "no folder that a step wrote"
+        what = f"a folder of {stage}" if stage else "not a folder that a step wrote"
         raise UserError(f"--run {folder}: is {what}; name one of {', '.join(FOLDERS[name] for name in STAGES)}")
     parts: dict[str, Path] = {}
     _add(parts, stage, folder)

@@ -61,7 +61,7 @@ def source_files(source: dict) -> dict[str, Path]:
     points to (a blob in a cache, say) may have lost the file's ending.
 
     Raises:
-        UserError: for the first path that is no file, or whose name cannot be told from another's.
+        UserError: for the first path that is not a file, or whose name cannot be told from another's.
     """
     paths = source["path"] if isinstance(source["path"], list) else [source["path"]]
     files = [Path(path).expanduser().absolute() for path in paths]
@@ -69,7 +69,7 @@ def source_files(source: dict) -> dict[str, Path]:
         if not file.is_file():
             found = "is a folder: name the files in it" if file.is_dir() else "no such file"
             if file.exists() and not file.is_dir():
-                found = "is no regular file (a pipe or a device?): write its content to one"
+                found = "is not a regular file (a pipe or a device?): write its content to one"
             raise UserError(f"data.source.path: {path}: {found} (relative paths start at {Path.cwd()})")
     counts = collections.Counter(file.name for file in files)
     named: dict[str, Path] = {}
@@ -78,7 +78,7 @@ def source_files(source: dict) -> dict[str, Path]:
         if name in named:
             raise UserError(f"data.source.path: {named[name]} and {file} would both be called {name}: rename one")
         if is_no_data(name):
-            raise UserError(f"data.source.path: {file}: hidden files and pin-*.json are no data: rename it")
+            raise UserError(f"data.source.path: {file}: hidden files and pin-*.json are not data: rename it")
         named[name] = file
     return dict(sorted(named.items()))
 

@@ -209,9 +209,9 @@ def _fetch(client, link, sha256: str, folder: Path) -> None:
 
     with Progress(None, "download", "B") as progress:
 
-        def report(link, done: int, total: int | None) -> None:  # noqa: ARG001 - unearth's names
+        def report(link, completed: int, total: int | None) -> None:  # noqa: ARG001 - unearth's names
             progress.total = total
-            progress.update(done - progress.count)
+            progress.update(completed - progress.count)
 
         file = download_link(client, link, folder, {"sha256": [sha256]}, download_reporter=report)
     if file.parent != folder:  # a local file is checked where it is

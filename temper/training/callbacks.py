@@ -5,6 +5,7 @@ import logging
 import math
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import EarlyStoppingCallback, TrainerCallback
@@ -69,7 +70,7 @@ class SealedCheckpoints(TrainerCallback):
 
 
 class StopOnDivergence(TrainerCallback):
-    """Ends training when a figure or a weight is no finite number any more. That is a result, and recorded as one.
+    """Ends training when a figure or a weight stopped being finite. That is a result, and recorded as one.
 
     Nothing is saved of it, so that who continues from the last checkpoint finds the same end at the same step.
     """
@@ -164,7 +165,7 @@ class MetricsFile(TrainerCallback):
 
 
 def _json_number(value: float) -> float | None:
-    """JSON has no nan: a loss that is no number becomes null."""
+    """JSON has no nan: a loss that is not a number becomes null."""
     return value if math.isfinite(value) else None
 
 
@@ -190,7 +191,8 @@ class ShowProgress(TrainerCallback):
     """One bar, or plain lines in a log, for the whole run."""
 
     def __init__(self):
-        self.progress, self.note = None, ""
+        self.progress: Any = None  # from the start of training to its end
+        self.note = ""
 
     def on_train_begin(self, args, state, control, **_):  # noqa: ARG002
         self.progress = Progress(state.max_steps, "train", "steps", initial=state.global_step).__enter__()

@@ -66,14 +66,14 @@ class TemperTrainer(Trainer):
     def _get_train_sampler(self, train_dataset=None):  # noqa: ARG002 - Trainer's signature
         return self.sampler
 
-    def _run_epoch(self, **arguments):
+    def _run_epoch(self, **arguments):  # type: ignore[override]
         """Nothing where the checkpoint that training continues from is that of its end: Trainer takes a step more."""
         if not self._has_ended():
             super()._run_epoch(**arguments)
 
     def _load_best_model(self):
         """As Trainer does, if the checkpoint is still what was sealed."""
-        best = Path(self.state.best_model_checkpoint)
+        best = Path(str(self.state.best_model_checkpoint))
         if wrong := checkpoints.fault(best):
             raise UserError(f"{best}: the best model, {wrong}; delete {best.parent}, and train again")
         self.loaded_from = best

@@ -71,7 +71,7 @@ CASES = [
     _fetch("a tar.gz that was cut off", r"rows\.jsonl", _tar(ROWS)[:-200]),
     _fetch("a tar.gz cut off in its first block", r"rows\.jsonl", _tar(ROWS)[:40]),
     _fetch("a member that is not there", r"did you mean 'rows\.jsonl'", ZIP, member="row.jsonl"),
-    _fetch("a member of a member that is no archive", r"neither a zip nor a tar", ZIP, member=["rows.jsonl", "x"]),
+    _fetch("a member of a member that is not an archive", r"neither a zip nor a tar", ZIP, member=["rows.jsonl", "x"]),
     _fetch("no member", r"data\.source", ZIP, member=[]),
     _fetch("an empty member", r"must end in the name of a file", ZIP, member=""),
     _fetch("the folder above", r"must end in the name of a file", ZIP, member="x/.."),

@@ -64,7 +64,7 @@ def _messages(name: str, says: str, messages, *overrides: str) -> Bad:
 
 
 def _special(name: str, says: str, make) -> Bad:
-    """`make(path)` makes something that is no file."""
+    """`make(path)` makes something that is not a file."""
 
     def arguments(world: World) -> list[str]:
         make(world.folder / "rows.jsonl")
@@ -103,7 +103,7 @@ ASK, ANSWER = {"role": "user", "content": "a"}, {"role": "assistant", "content":
 
 CASES = [
     _rows("no JSON", r"rows\.jsonl:1: ", "{"),
-    _rows("not UTF-8", r"rows\.jsonl:1: byte 0xff at column 15 is no UTF-8", b'{"question": "\xff", "answer": "a"}\n'),
+    _rows("not UTF-8", r"rows\.jsonl:1: byte 0xff at column 15 is not UTF-8", b'{"question": "\xff", "answer": "a"}\n'),
     _rows("empty file", r"rows\.jsonl: no rows", ""),
     _rows("blank lines alone", r"rows\.jsonl: no rows", "\n\n \n"),
     _rows("a row that is a list", r"rows\.jsonl:2: expected an object with columns, found a list", LINE + "[1]\n"),

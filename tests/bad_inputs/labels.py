@@ -95,7 +95,9 @@ CASES = [
         _published("preference_accuracy"),
     ),
     # what rows and tokenizer tell
-    *_judged("an answer that is no label", r"(train|test) split, row \d+ .* is no label", "eval.labels=[good,bad]"),
+    *_judged(
+        "an answer that is not a label", r"(train|test) split, row \d+ .* is not a label", "eval.labels=[good,bad]"
+    ),
     *_judged(
         "an answer that could be two labels",
         r"test split, row 9 .*'MAY' could be May or may: write it as the label",

@@ -148,20 +148,20 @@ DAMAGED_MODELS = [
     ("another vocabulary than the config says", r"embed_tokens.* instead of", _entries("config.json", vocab_size=99)),
     ("embeddings are not tied, and one lacks", r"1 missing", _entries("config.json", tie_word_embeddings=False)),
     ("a shard lacks", r"model-00001-of-.*cannot be read", _shard_missing),
-    ("the shards' index is no JSON", r"index\.json: cannot be read", _index_is_no_json),
+    ("the shards' index is not JSON", r"index\.json: cannot be read", _index_is_no_json),
     ("weights are a program", r"pytorch_model\.bin: .*never run", _pickled(raw=False)),
     ("weights are a raw program", r"pytorch_model\.bin: .*never run", _pickled(raw=True)),
-    ("config is no JSON", r"m: cannot be read \(.*valid JSON", _text("config.json", "{")),
+    ("config is not JSON", r"m: cannot be read \(.*valid JSON", _text("config.json", "{")),
     ("config is a list", r": cannot be read", _text("config.json", "[]")),
-    ("config is no text", r": cannot be read", lambda folder: (folder / "config.json").write_bytes(b"\xff\xfe\x00")),
+    ("config is not text", r": cannot be read", lambda folder: (folder / "config.json").write_bytes(b"\xff\xfe\x00")),
     ("unknown architecture", r"model type `newest`", _entries("config.json", model_type="newest")),
     ("sizes that do not divide", r"m: cannot be read|of another shape", _entries("config.json", num_attention_heads=5)),
     ("a size that is a word", r": cannot be read", _entries("config.json", hidden_size="wide")),
-    ("tokenizer is no JSON", r": cannot be read", _text("tokenizer.json", "{")),
+    ("tokenizer is not JSON", r": cannot be read", _text("tokenizer.json", "{")),
     ("tokenizer of nothing", r": cannot be read", _text("tokenizer.json", '{"model": 1}')),
     ("tokenizer config is a list", r": cannot be read", _text("tokenizer_config.json", "[]")),
     ("no end of sequence", r"has no end-of-sequence token", _entries("tokenizer_config.json", eos_token=None)),
-    ("generation config is no JSON", r"generation_config\.json: cannot be read", _text("generation_config.json", "{")),
+    ("generation config is not JSON", r"generation_config\.json: cannot be read", _text("generation_config.json", "{")),
     ("generation config is a list", r"generation_config\.json: cannot be read", _text("generation_config.json", "[]")),
     ("an end that is a word", r"eos_token_id is 'end'", _entries("generation_config.json", eos_token_id="end")),
     ("code of its own", r"never run here", _own_code),
@@ -181,7 +181,7 @@ DAMAGED_ADAPTERS = [
     ("nan", r"holds infinite numbers or nan", _tensors(_with_nan, ADAPTER)),
     ("weights are a program", r"never run", _pickled(False, "adapter_model.bin", ADAPTER)),
     ("no weights", r"cannot be read", lambda folder: (folder / ADAPTER).unlink()),
-    ("config is no JSON", r"cannot be read", _text("adapter_config.json", "{")),
+    ("config is not JSON", r"cannot be read", _text("adapter_config.json", "{")),
     ("unknown kind", r"cannot be read", _entries("adapter_config.json", peft_type="NEWEST")),
     ("layers that the model lacks", r"cannot be read", _entries("adapter_config.json", target_modules=["none"])),
 ]
@@ -280,7 +280,7 @@ def _cases(kind: str, command: str, arguments, damaged: list[tuple], names: list
 
 
 LOADED = ["weights cut short", "tensors of DDP", "a layer lacks", "weights are a program", "code of its own"]
-ASKED = ["weights cut short", "a layer lacks", "code of its own", "tokenizer is no JSON"]
+ASKED = ["weights cut short", "a layer lacks", "code of its own", "tokenizer is not JSON"]
 SHARED = ["weights cut short", "half of its tensors", "nan"]
 NUMBERS = [("nan", r"holds infinite numbers or nan", _tensors(_with_nan))]
 

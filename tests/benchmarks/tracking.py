@@ -2,12 +2,12 @@
 
     python -m tests.benchmarks.tracking --rounds 5
 
-Trains the tiny model of tests/support/tiny.py with `python -m steps.train_adapter`, as the workflow does, each variant
-beside an undisturbed training. Prints a table with the median over the rounds of `train_seconds`, and of the training
-thread's own time: less what it waited for a core that others had (Linux counts that in /proc/<pid>/task/<tid>/schedstat), but
-with all that it computed and waited for otherwise, such as the interpreter's lock. On a machine that does nothing else
-both are the same; on a busy one only the second can be compared. Needs 2 cores and nothing but this repository; writes
-to a temporary folder.
+Trains the tiny model of tests/support/tiny.py with `python -m steps.train_adapter`, as the workflow does, each
+variant beside an undisturbed training. Prints a table with the median over the rounds of `train_seconds`, and of the
+training thread's own time: less what it waited for a core that others had (Linux counts that in
+/proc/<pid>/task/<tid>/schedstat), but with all that it computed and waited for otherwise, such as the interpreter's
+lock. On a machine that does nothing else both are the same; on a busy one only the second can be compared. Needs 2
+cores and nothing but this repository; writes to a temporary folder.
 
 The model is so small that a step takes 10 ms and is mostly Python: the worst case for a thread that shares the
 interpreter.

@@ -78,7 +78,7 @@ def test_the_untouched_model_can_be_asked_as_well(project):
             ["--run", "results/models/tiny-00000000a0"],
             "--run results/models/tiny-00000000a0: is a folder of fetch_model",
         ),
-        (["--run", "."], "--run .: is no folder that a step wrote; name one of reports, merged, adapters"),
+        (["--run", "."], "--run .: is not a folder that a step wrote; name one of reports, merged, adapters"),
     ],
 )
 def test_a_run_that_is_not_there(project, capsys, arguments, message):
@@ -401,7 +401,7 @@ def test_a_chat_in_a_terminal(project):
         assert process.wait() == 0, shown
     os.close(ours)
     assert f"system: {SYSTEM}" in shown
-    assert "error: /sistem is no command; did you mean '/system'?" in shown
+    assert "error: /sistem is not a command; did you mean '/system'?" in shown
     assert "Traceback" not in shown
 
 

@@ -117,7 +117,7 @@ GOOD_LINE = b'{"a": 1}\n'
         (
             "x.jsonl",
             GOOD_LINE + b'{"a": "caf\xe9"}\n',
-            "x.jsonl:2: byte 0xe9 at column 11 is no UTF-8: convert the file",
+            "x.jsonl:2: byte 0xe9 at column 11 is not UTF-8: convert the file",
         ),
         (
             "x.json",
@@ -133,12 +133,12 @@ GOOD_LINE = b'{"a": 1}\n'
             "x.json:1: no valid JSON: expecting an array of objects, [{...}, ...] (one object a line is",
         ),
         ("x.json", b'[\n{"a": 1},\n7]', "x.json:3: expected an object with columns, found a number"),
-        ("x.json", b'[\n"\xff"]', "x.json:2: byte 0xff at column 2 is no UTF-8"),
+        ("x.json", b'[\n"\xff"]', "x.json:2: byte 0xff at column 2 is not UTF-8"),
         ("x.csv", b"a,b\n1,2\n3\n", "x.csv:3: 1 fields, expected 2 (a, b); check data.csv.delimiter (',')"),
         ("x.csv", b'a,b\n1,"2" x\n', "x.csv:2: no valid csv: ',' expected after '\"'; if quotes are plain text"),
         ("x.csv", b'a,b\n1,2\n3,"4\n', "x.csv:3: no valid csv: unexpected end of data"),
         ("x.csv", b"a,b,a\n1,2,3\n", "x.csv:1: the header has column 'a' twice"),
-        ("x.csv", b"a,b\n1,\xff\n", "x.csv:2: byte 0xff at column 3 is no UTF-8"),
+        ("x.csv", b"a,b\n1,\xff\n", "x.csv:2: byte 0xff at column 3 is not UTF-8"),
         ("x.csv", b"a,b\n1,2\r3,4\n", "x.csv:2: no valid csv: new-line character seen in unquoted field"),
         ("x.jsonl.gz", b"plain", "x.jsonl.gz:1: no valid gzip file"),
         ("x.parquet", b"plain text", "x.parquet: cannot be read (Parquet magic bytes not found"),

@@ -83,7 +83,7 @@ def test_each_label_is_itself(labels):
     [("-1", ["0", "1"]), ("C++", ["C", "Java"]), (">50K", ["50K", "10K"]), ("1%", ["1", "2"]), ("²", ["1", "2"])],
 )
 def test_a_sign_that_no_label_has_makes_another_answer(text, labels):
-    with pytest.raises(UserError, match="is no label"):
+    with pytest.raises(UserError, match="is not a label"):
         gold_label(text, labels, "here")
     assert read_label(text, labels) is None
 
@@ -101,7 +101,7 @@ def test_a_gold_answer_is_read_as_strictly_as_the_labels_need():
     assert gold_label("Positive", ["positive", "negative"], "here") == "positive"
     with pytest.raises(UserError, match=r"^test row 7: the answer 'MAY' could be May or may"):
         gold_label("MAY", CASES, "test row 7")
-    with pytest.raises(UserError, match=r"'it is positive' is no label of eval.labels \(positive, negative\)"):
+    with pytest.raises(UserError, match=r"'it is positive' is not a label of eval.labels \(positive, negative\)"):
         gold_label("it is positive", ["positive", "negative"], "here")
 
 

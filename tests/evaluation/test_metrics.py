@@ -152,7 +152,7 @@ def test_with_choices_accuracy_is_theirs_and_free_answers_are_judged_beside_it()
 
 
 def test_a_reference_that_is_no_label_is_named():
-    with pytest.raises(UserError, match="row 2 of the split: the answer 'neutral' is no label of eval.labels"):
+    with pytest.raises(UserError, match="row 2 of the split: the answer 'neutral' is not a label of eval.labels"):
         metrics.score(labels_config(), ["positive", "neutral"], ["positive", "positive"])
 
 

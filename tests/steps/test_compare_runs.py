@@ -191,7 +191,7 @@ def test_figures_that_are_not_finite_stand_below_all_others(sweep, capsys, metri
     change(d, interval=[math.nan, 1.0])
     assert compare_runs.compare(config, output)["rows"][0]["run"] == "c"
     text = (output / "leaderboard.json").read_text()
-    rows = json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))["rows"]
+    rows = json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))["rows"]
     assert [row[f"test_{metric}"] is None for row in rows] == [False, True, True, True]
     assert not {"nan", "inf", "-inf"} & {cell for row in board_of(output) for cell in row.values()}
     leaderboard.print_leaderboard(output)
