@@ -1,3 +1,4 @@
+# PYTHON_ARGCOMPLETE_OK
 """The command `temper`: plan and explain a sweep, find its best run, ask it, publish it.
 
 What a command does is in its module of `temper.commands`: a docstring, `arguments(parser)` and `run(arguments)`.
@@ -7,6 +8,7 @@ Only the one that is called is imported, so that all answer at once.
 import argparse
 import importlib
 import importlib.metadata
+import os
 import sys
 
 from temper.errors import one_line_errors
@@ -24,6 +26,9 @@ COMMANDS = {
 }
 
 
+COMPLETING = "_ARGCOMPLETE" in os.environ  # a shell asks what may come next
+
+
 def main(argv: list[str] | None = None) -> None:
     """Run one command and exit with 0, 2 (user error), or as a signal asked it to.
 
@@ -39,7 +44,12 @@ def main(argv: list[str] | None = None) -> None:
         with one_line_errors(command=words[0]):
             run(arguments)
     else:
-        build_parser().parse_args(words)
+        parser = build_parser()
+        if COMPLETING:
+            import argcomplete
+
+            argcomplete.autocomplete(parser)
+        parser.parse_args(words)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -49,7 +59,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=version)
     commands = parser.add_subparsers(title="commands", metavar="<command>", dest="command", required=True)
     for name, text in COMMANDS.items():
-        commands.add_parser(name, help=text)
+        command = commands.add_parser(name, help=text)
+        if name in os.environ.get("COMP_LINE", "").split() and COMPLETING:
+            _module(name).arguments(command)
     return parser
 
 
