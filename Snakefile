@@ -30,7 +30,7 @@ from temper import workflow as temper
 min_version("9.0")
 
 # A bad config ends here, in one line, before any job.
-PLAN = temper.load_plan(config, workflow.config_settings.config_args)
+PLAN = temper.load_plan(config, workflow)
 SWEEP = PLAN.comparison.path
 
 # (stage, input's name) -> where the plan has that input of a job; nothing where the job has none.

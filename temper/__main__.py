@@ -15,6 +15,7 @@ from temper.errors import one_line_errors
 from temper.step import spare_the_collector
 
 COMMANDS = {
+    "init": "start a project of your own",
     "plan": "the runs and artefacts that a sweep would make",
     "explain": "what the next `snakemake` will make, why, and how long that may take",
     "leaderboard": "the leaderboard of a finished sweep",

@@ -15,6 +15,7 @@ import time
 from pathlib import Path
 
 from temper import signals, tracking
+from temper.config.compose import use_folder
 from temper.config.stages import FOLDERS
 from temper.errors import UserError, one_line_errors, suggest, visible
 from temper.files import read_json
@@ -24,31 +25,40 @@ from temper.planning import plan as planning
 from temper.planning import planner
 
 FROZEN = "TEMPER_PLAN"  # environment variable: jobs that parse the Snakefile again read this plan
+FROZEN_HERE: list[dict[str, str]] = []  # what was asked for when this process froze its plan
 STARTED = time.time()  # logs older than this command are not its failures
-CONFIG_KEYS = ("experiment", "sweep", "overrides")
+CONFIG_KEYS = ("experiment", "sweep", "overrides", "conf_dir")
 
 
-def load_plan(config: dict, arguments: list[str]) -> planning.Plan:
+def load_plan(config: dict, workflow) -> planning.Plan:
     """The plan of this command: frozen once by the main process, then read by every job.
 
     Args:
-        config: what Snakemake made of ``--config`` and of config files.
-        arguments: the ``--config`` arguments as they were written.
+        config: what Snakemake made of ``--config`` and of config files, or a workflow gave us as its module.
+        workflow: Snakemake's own object.
     """
+    is_main = Path(workflow.main_snakefile).resolve() == PACKAGE_ROOT / "Snakefile"
+    asked = _as_written(config, workflow.config_settings.config_args if is_main else [])
+    own_configs = asked.pop("conf_dir", None)
     # Jobs run with our Python, and with the very code that the keys were made of, whatever is installed.
     os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(PACKAGE_ROOT), os.environ.get("PYTHONPATH")]))
     with one_line_errors():
-        for key in config:
+        for key in config if is_main else ():  # of another workflow, the others are that one's
             if key not in CONFIG_KEYS:
                 raise UserError(
                     f'--config {key}=...: {suggest(key, CONFIG_KEYS)} (config values go into overrides="{key}=...")'
                 )
         if not os.environ.get(FROZEN):
-            plan = planner.build(**_as_written(config, arguments))
+            if own_configs:
+                use_folder(own_configs)
+            plan = planner.build(**asked)
+            FROZEN_HERE.append(asked)
             os.environ[FROZEN] = str(plan.freeze())
             for path, wrong in plan.damaged().items():
                 print(f"{path} is not whole ({wrong}): it is made again", file=sys.stderr)
+        elif FROZEN_HERE and asked not in FROZEN_HERE:
+            raise UserError("a workflow can hold one sweep as its module: run the other one by a command of its own")
         return planning.load(os.environ[FROZEN])
 
 

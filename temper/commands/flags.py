@@ -7,6 +7,9 @@ def of_a_sweep(parser) -> None:
     experiment.completer = _choices("experiment")
     sweep = parser.add_argument("--sweep", help="a file of conf/sweep; default: the experiment's own")
     sweep.completer = _choices("sweep")
+    parser.add_argument(
+        "--config-dir", metavar="DIR", help="configs of your own, searched before conf/: or TEMPER_CONF"
+    )
     parser.add_argument("overrides", nargs="*", help="Hydra overrides; a swept value (key=a,b) becomes an axis")
 
 

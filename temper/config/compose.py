@@ -5,6 +5,7 @@ import functools
 import itertools
 import json
 import math
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from temper.errors import short as _short
 from temper.keys import PACKAGE_ROOT
 
 CONF = PACKAGE_ROOT / "conf"
+OWN_CONF = "TEMPER_CONF"  # environment variable: a folder of configs of one's own
 MOST_POINTS = 10_000  # of one sweep: planning them takes a minute
 MOST_DEPTH = 40  # brackets within brackets in an override
 
@@ -23,12 +25,36 @@ MOST_DEPTH = 40  # brackets within brackets in an override
 # --- composing -----------------------------------------------------------------------------------
 
 
+def use_folder(path: str) -> None:
+    """Search this folder before conf/, here and in all that this process starts.
+
+    Raises:
+        UserError: there is no such folder.
+    """
+    if not Path(path).is_dir():
+        raise UserError(f"conf_dir: {path}: no such folder; name one with data/, experiment/, ... as in {CONF}")
+    os.environ[OWN_CONF] = str(Path(path).absolute())
+
+
+def folders() -> list[Path]:
+    """Where configs are searched, the first one first: a folder of one's own, if there is one, and conf/."""
+    own = os.environ.get(OWN_CONF)
+    if own and not Path(own).is_dir():
+        raise UserError(f"{OWN_CONF}={own}: no such folder; correct the variable, or unset it")
+    return [*([Path(own)] if own else []), CONF]
+
+
+def file_of(group: str, choice: str) -> Path:
+    """The file of a choice: the first that there is, else where it would be in conf/."""
+    paths = [folder / group / f"{choice}.yaml" for folder in folders()]
+    return next((path for path in paths if path.is_file()), paths[-1])
+
+
 def groups() -> dict[str, list[str]]:
     """Config groups and their choices: ``{"data": ["english_quotes", ...], ...}``."""
-    found = {}
-    for folder in sorted(path for path in CONF.iterdir() if path.is_dir()):
-        found[folder.name] = sorted(path.stem for path in folder.glob("*.yaml"))
-    return found
+    known = sorted(path.name for path in CONF.iterdir() if path.is_dir())
+    files = {group: [path for folder in folders() for path in (folder / group).glob("*.yaml")] for group in known}
+    return {group: sorted({path.stem for path in found}) for group, found in files.items()}
 
 
 def split_overrides(text: str) -> list[str]:
@@ -90,7 +116,7 @@ def _parsed(text: str):
 
     if _depth(text) > MOST_DEPTH:
         raise UserError(f"override '{_short(text)}': has more than {MOST_DEPTH} brackets within brackets")
-    loader = _config_loader() if "glob(" in text else None
+    loader = _config_loader(tuple(folders())) if "glob(" in text else None
     try:
         return OverridesParser.create(config_loader=loader).parse_overrides([text])[0]
     except (HydraException, ValueError) as error:
@@ -110,12 +136,33 @@ def _depth(text: str) -> int:
 
 
 @functools.cache
-def _config_loader():
-    """Hydra's view of conf/, for ``adapter=glob(*lora)``."""
+def _search_own_folder_first() -> None:
+    """Tell Hydra, once, of a folder that is searched before conf/."""
+    from hydra.core.plugins import Plugins
+    from hydra.plugins.search_path_plugin import SearchPathPlugin
+
+    class OwnFolder(SearchPathPlugin):
+        def manipulate_search_path(self, search_path):
+            for folder in reversed(folders()[:-1]):
+                search_path.prepend("temper", folder.as_uri())
+
+    Plugins.instance().register(OwnFolder)
+
+
+def _hydra():
+    """Hydra over `folders`, as a context."""
     from hydra import initialize_config_dir
+
+    _search_own_folder_first()
+    return initialize_config_dir(str(CONF), version_base="1.3")
+
+
+@functools.lru_cache(maxsize=8)
+def _config_loader(_searched: tuple[Path, ...]):
+    """Hydra's view of the folders, for ``adapter=glob(*lora)``."""
     from hydra.core.global_hydra import GlobalHydra
 
-    with initialize_config_dir(str(CONF), version_base="1.3"):
+    with _hydra():
         return GlobalHydra.instance().config_loader()
 
 
@@ -169,14 +216,14 @@ def _known_choice(group: str, choice: str, text: str) -> str:
 
 
 @functools.lru_cache(maxsize=256)
-def _compose(group_overrides: tuple[str, ...]):
-    from hydra import compose, initialize_config_dir
+def _compose(group_overrides: tuple[str, ...], searched: tuple[Path, ...]):
+    from hydra import compose
 
-    for path in sorted(CONF.rglob("*.yaml")):
+    for path in (path for folder in searched for path in sorted(folder.rglob("*.yaml"))):
         yaml_files.check_size(path, _shown(path))
     try:
         _check_package_lines(group_overrides)
-        with initialize_config_dir(str(CONF), version_base="1.3"):
+        with _hydra():
             return compose("config", overrides=list(group_overrides))
     except UserError:
         raise
@@ -186,13 +233,14 @@ def _compose(group_overrides: tuple[str, ...]):
 
 def _shown(path: Path) -> str:
     """A file of conf/ for a message."""
-    return str(path.relative_to(CONF.parent))
+    return str(path.relative_to(CONF.parent)) if path.is_relative_to(CONF.parent) else str(path)
 
 
 def _why_not(error: Exception, group_overrides: tuple[str, ...]) -> str:
     """Why composing failed: the fault of a file where one is to blame, those that were chosen first."""
-    chosen = [CONF / choice.partition("=")[0] / f"{choice.partition('=')[2]}.yaml" for choice in group_overrides]
-    for path in dict.fromkeys([*chosen, *sorted(CONF.rglob("*.yaml"))]):
+    chosen = [file_of(*choice.split("=", 1)) for choice in group_overrides]
+    others = [path for folder in folders() for path in sorted(folder.rglob("*.yaml"))]
+    for path in dict.fromkeys([*chosen, *others]):
         try:
             yaml_files.load(path, _shown(path))
         except UserError as fault:
@@ -215,17 +263,17 @@ def _check_package_lines(group_overrides: tuple[str, ...]) -> None:
     """Hydra reads ``# @package`` on the first line only, and says something else entirely when it stands lower."""
     for choice in group_overrides:
         group, _, name = choice.partition("=")
-        path = CONF / group / f"{name}.yaml"
+        path = file_of(group, name)
         lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
         if any(line.startswith("# @package") for line in lines[1:]):
-            raise UserError(f"conf/{group}/{name}.yaml: the line '# @package _global_' must be the first of the file")
+            raise UserError(f"{_shown(path)}: the line '# @package _global_' must be the first of the file")
 
 
 def composed(overrides: Overrides):
     """The unresolved OmegaConf config for these overrides (sweep axes left out)."""
     from omegaconf import OmegaConf
 
-    config = _compose(tuple(overrides.groups)).copy()
+    config = _compose(tuple(overrides.groups), tuple(folders())).copy()
     OmegaConf.set_struct(config, False)
     for override in overrides.values:
         if override.is_delete():

@@ -116,6 +116,7 @@ class CompareRuns(Section):
     sweep: Sweep
     runs: list[dict[str, Any]] = []
     overrides: list[str] = []
+    conf_dir: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 
 from temper import tracking
-from temper.config.compose import chosen_experiment, expand, parse_overrides, split_overrides
+from temper.config.compose import chosen_experiment, expand, folders, parse_overrides, split_overrides
 from temper.config.schema import Data
 from temper.config.stages import FOLDERS, NOT_IN_KEY, PLATEAU, stage_config
 from temper.config.validate import sft_config
@@ -94,7 +94,13 @@ def _add_comparison(plan: Plan, config: dict, overrides: list[str]) -> None:
     reports = {run.name: run.artefacts["evaluate_model"] for run in plan.runs}
     # The overrides are words of the page's command: what they change is in the runs, and that is what reruns it.
     key = stage_key("compare_runs", view, {})
-    plan.jobs[path] = Job("compare_runs", path, key, {**view, "overrides": overrides}, reports)
+    plan.jobs[path] = Job("compare_runs", path, key, {**view, "overrides": overrides, **_own_configs()}, reports)
+
+
+def _own_configs() -> dict[str, str]:
+    """Where configs of one's own are, for the page's command."""
+    own = folders()[:-1]
+    return {"conf_dir": os.path.relpath(own[0])} if own else {}
 
 
 class _Planner:

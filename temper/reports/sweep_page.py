@@ -100,7 +100,8 @@ def _plain(value):
 def _command_for(run: dict, config: dict) -> str:
     """The command that makes this run alone, for a shell: fixed values collapse the sweep's axes."""
     # sweep=none: alone, the run gets a page of its own, and this one stays.
-    given = {"experiment": config.get("experiment"), "sweep": "none", "overrides": _overrides(run["point"], config)}
+    given = {"conf_dir": config.get("conf_dir"), "experiment": config.get("experiment"), "sweep": "none"}
+    given["overrides"] = _overrides(run["point"], config)
     words = [f"{name}={_shell_text(text)}" for name, text in given.items() if text]
     return " ".join(["snakemake --cores all --config", *words])
 
