@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from temper.__main__ import COMMANDS
+from temper.commands.reference import PAGE, page
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -51,3 +52,7 @@ def test_module(name):
 @pytest.mark.parametrize("name", _choices())
 def test_choice(name):
     assert name in OWN or (ROOT / "conf" / f"{name}.yaml").is_file()
+
+
+def test_the_page_of_commands_is_fresh():
+    assert PAGE.read_text(encoding="utf-8") == page(), "run: python -m temper.commands.reference"
