@@ -13,7 +13,9 @@ from tests.conftest import ROOT
 
 def test_every_command_is_a_module_with_arguments_and_a_run():
     assert sorted(temper.COMMANDS) == sorted(
-        path.stem for path in (ROOT / "temper" / "commands").glob("*.py") if path.stem not in ("__init__", "flags")
+        path.stem
+        for path in (ROOT / "temper" / "commands").glob("*.py")
+        if path.stem not in ("__init__", "flags", "reference")
     )
     for name in temper.COMMANDS:
         module = importlib.import_module(f"temper.commands.{name}")
