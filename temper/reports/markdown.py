@@ -46,7 +46,7 @@ def _ticks(text: str, least: int) -> str:
 
 
 def render(template: str, **fields) -> str:
-    """A text from a template in steps/templates, with all fields escaped."""
+    """A text from a template in temper/reports/templates, with all fields escaped."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     from temper.reports.html import TEMPLATES

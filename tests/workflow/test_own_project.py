@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -18,7 +19,7 @@ JOBS |= {"merge_adapter": 2, "evaluate_base": 1, "evaluate_model": 2, "compare_r
 OUTER = """
 module temper:
     snakefile: "{root}/Snakefile"
-    config: {{"experiment": "reviews", "conf_dir": "mine/conf"}}
+    config: {{"experiment": "reviews", "conf_dir": "mine/conf", "overrides": "data.source.path=mine/rows.jsonl"}}
 
 use rule * from temper
 
@@ -54,18 +55,19 @@ def test_a_starter_project_is_put_over_nothing(mine, capsys):
     assert complaint(capsys, command("init"), "mine") == "mine: is there already; name a new folder, or an empty one"
 
 
-def test_ones_own_configs_come_first_and_both_are_known(mine, capsys):
+def test_ones_own_configs_come_first_and_both_are_known(mine, capsys, monkeypatch):
+    monkeypatch.chdir(mine)
     (mine / "conf/eval/sentiment.yaml").write_text("task: labels\nlabels: [negative, positive]\nmax_new_tokens: 3\n")
-    command("plan")(["--config-dir", "mine/conf", "--experiment", "reviews"])
+    command("plan")(["--config-dir", "conf", "--experiment", "reviews"])
     assert f"configs: {mine}/conf, then conf/" in capsys.readouterr().out
     chosen = ["experiment=reviews", "eval=sentiment", "adapter=qlora", "sweep=none"]
-    [(_, config)] = compose.expand(compose.parse_overrides(chosen))[1]
+    _, config = compose.expand(compose.parse_overrides(chosen))[1][0]
     assert (config["eval"]["max_new_tokens"], config["eval"]["published"]) == (3, [])
     assert {"reviews", "movie_reviews"} <= set(compose.groups()["data"])
     with pytest.raises(UserError, match="conf/data/review.yaml does not exist; did you mean 'reviews'"):
         compose.parse_overrides(["data=review"])
-    with pytest.raises(UserError, match="conf_dir: mine/config: no such folder"):
-        compose.use_folder("mine/config")
+    with pytest.raises(UserError, match="conf_dir: config: no such folder"):
+        compose.use_folder("config")
 
 
 def test_the_command_of_the_page_names_the_folder(mine, monkeypatch):
@@ -102,10 +104,8 @@ def test_a_starter_project_and_a_module_make_their_leaderboards(mine, workspace,
     rows = leaderboard(mine, "reviews")
     assert len(rows) == 2
     asked = {"experiment": "reviews", "conf_dir": "mine/conf", "overrides": f"{model} data.source.path=mine/rows.jsonl"}
-    outer = OUTER.replace(
-        '{{"experiment": "reviews", "conf_dir": "mine/conf"}}', json.dumps(asked).replace("{", "{{").replace("}", "}}")
-    )
-    (workspace / "Snakefile").write_text(outer.format(root=ROOT))
+    outer = re.sub(r"config: {.*}", lambda _: f"config: {json.dumps(asked)}", OUTER.format(root=ROOT))
+    (workspace / "Snakefile").write_text(outer)
     done = snakemake(workspace, "champion")
     assert done.returncode == 0, done.stderr
     assert (workspace / "champion.csv").read_text().count("\n") == 2
