@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from temper.__main__ import COMMANDS
-from temper.commands.reference import PAGE, page
+from temper.commands.reference import pages
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -54,5 +54,6 @@ def test_choice(name):
     assert name in OWN or (ROOT / "conf" / f"{name}.yaml").is_file()
 
 
-def test_the_page_of_commands_is_fresh():
-    assert PAGE.read_text(encoding="utf-8") == page(), "run: python -m temper.commands.reference"
+@pytest.mark.parametrize("path", pages(), ids=lambda path: path.name)
+def test_what_is_written_from_parsers_and_schema_is_fresh(path):
+    assert path.read_text(encoding="utf-8") == pages()[path], "run: python -m temper.commands.reference"

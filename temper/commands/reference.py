@@ -1,32 +1,129 @@
-"""Writes docs/commands.md from the parsers of `temper`.
+"""Writes what must not drift: docs/commands.md from the parsers, docs/config.md and conf/schema.json from the schema.
 
 python -m temper.commands.reference
 """
 
 import argparse
+import json
 from pathlib import Path
 
 from temper.__main__ import COMMANDS, command_parser
+from temper.config.schema import Config
 
-PAGE = Path(__file__).parents[2] / "docs" / "commands.md"
-HEAD = "# The commands\n\nWritten by `python -m temper.commands.reference`; `temper <command> --help` says the same.\n"
+ROOT = Path(__file__).parents[2]
+WRITTEN = "Written by `python -m temper.commands.reference`"
+CONFIG_HEAD = f"""# The config
+
+{WRITTEN} from `temper/config/schema.py`.
+
+A key of a section is given in a YAML file of `conf/<section>/`, or as `section.key=value`. An unknown key is an error.
+`adapter.*` are the fields of the PEFT config and `train.*` those of `transformers.TrainingArguments`:
+[which of them work](options.md). Editors complete keys from `conf/schema.json`.
+"""
 
 
-def page() -> str:
+def pages() -> dict[Path, str]:
+    """File -> the text that it should have."""
+    schema = Config.model_json_schema()
+    schema |= {"additionalProperties": True, "required": []}  # a file of conf/ holds a part of it, and `defaults`
+    return {
+        ROOT / "docs/commands.md": commands_page(),
+        ROOT / "docs/config.md": config_page(),
+        ROOT / "conf/schema.json": json.dumps(schema, indent=1, ensure_ascii=False) + "\n",
+    }
+
+
+# --- commands ------------------------------------------------------------------------------------
+
+
+def commands_page() -> str:
     """The text of docs/commands.md."""
-    return "\n".join([HEAD, *(_section(name, text) for name, text in COMMANDS.items())])
+    head = f"# The commands\n\n{WRITTEN}; `temper <command> --help` says the same.\n"
+    return "\n".join([head, *(_command(name, text) for name, text in COMMANDS.items())])
 
 
-def _section(name: str, text: str) -> str:
-    rows = [_row(action) for action in command_parser(name)._actions if action.dest != "help"]
+def _command(name: str, text: str) -> str:
+    actions = [action for action in command_parser(name)._actions if action.dest != "help"]
+    rows = [f"| `{_names(action)}` | {_cell(action.help or '')} |" for action in actions]
     return "\n".join([f"## `temper {name}`\n", f"{text}\n", "| argument | what it is |", "|---|---|", *rows, ""])
 
 
-def _row(action: argparse.Action) -> str:
-    names = ", ".join(action.option_strings) or action.metavar or action.dest
-    said = (action.help or "") % {**vars(action), "prog": "temper"}
-    return f"| `{names}` | {said.replace('|', chr(92) + '|')} |"
+def _names(action: argparse.Action) -> str:
+    return ", ".join(action.option_strings) or str(action.metavar or action.dest)
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", r"\|")
+
+
+# --- config --------------------------------------------------------------------------------------
+
+
+def config_page() -> str:
+    """The text of docs/config.md."""
+    schema = Config.model_json_schema()
+    parts = [CONFIG_HEAD]
+    for name, field in schema["properties"].items():
+        for kind in _objects(field, schema["$defs"]):
+            parts.append(_section(name, kind, schema["$defs"]))
+    alone = {name: field for name, field in schema["properties"].items() if field.get("type") == "integer"}
+    parts.append(_table("Without a section", "", "", alone, schema["$defs"]))
+    return "\n".join(parts)
+
+
+def _objects(field: dict, known: dict) -> list[dict]:
+    """The sections that a field may be; none for a plain value, or for one whose keys are a library's."""
+    choices = field.get("oneOf") or field.get("anyOf") or [field]
+    named = [known[choice["$ref"].rpartition("/")[2]] for choice in choices if "$ref" in choice]
+    return [kind for kind in named if "properties" in kind]
+
+
+def _section(name: str, kind: dict, known: dict) -> str:
+    inner = [
+        _section(f"{name}.{key}", inside, known)
+        for key, field in kind["properties"].items()
+        for inside in _objects(field, known)
+    ]
+    said = kind.get("description", "").split("\n\n")[0]
+    told = kind["properties"].get("kind", kind["properties"].get("name", {})).get("const")
+    title = f"`{name}`" + (f": {told}" if told else "")
+    return "\n".join([_table(title, said, f"{name}.", kind["properties"], known), *inner])
+
+
+def _table(title: str, said: str, prefix: str, fields: dict, known: dict) -> str:
+    rows = [
+        f"| `{prefix}{key}` | {_cell(_type(field, known))} | {_default(field)} | {_cell(_text(field))} |"
+        for key, field in fields.items()
+    ]
+    head = ["| key | type | default | |", "|---|---|---|---|"]
+    return "\n".join([f"## {title}\n", *([f"{said}\n"] if said else []), *head, *rows, ""])
+
+
+def _type(field: dict, known: dict) -> str:
+    if "const" in field:
+        return f"`{field['const']}`"
+    if "enum" in field:
+        return ", ".join(f"`{value}`" for value in field["enum"])
+    if choices := field.get("anyOf") or field.get("oneOf"):
+        return " or ".join(dict.fromkeys(_type(choice, known) for choice in choices))
+    if "$ref" in field:
+        return _type(known[field["$ref"].rpartition("/")[2]], known)
+    if field.get("type") == "array":
+        return f"list of {_type(field.get('items', {}), known)}"
+    names = {"object": "keys and values", "boolean": "true or false", "number": "number", "integer": "whole number"}
+    return names.get(field.get("type", ""), "text" if field.get("type") == "string" else field.get("type", "any"))
+
+
+def _default(field: dict) -> str:
+    if "default" not in field:
+        return ""
+    return "" if isinstance(field["default"], dict) and field["default"] else f"`{json.dumps(field['default'])}`"
+
+
+def _text(field: dict) -> str:
+    return " ".join(field.get("description", "").split())
 
 
 if __name__ == "__main__":
-    PAGE.write_text(page(), encoding="utf-8")
+    for path, text in pages().items():
+        path.write_text(text, encoding="utf-8")

@@ -14,7 +14,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 class Section(BaseModel):
     """Base of all sections: an unknown key is an error, never ignored."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True)
 
 
 # --- where data and models come from -------------------------------------------------------------
@@ -27,8 +27,10 @@ class HubSource(Section):
     kind: Literal["hub"]
     repository: str
     revision: str = "main"
-    config: str | None = None  # the data set's configuration ("subset"), for data only
-    split: str = "train"  # for data only
+    config: str | None = None
+    """The data set's configuration ("subset"), for data only."""
+    split: str = "train"
+    """For data only."""
 
 
 class FilesSource(Section):
@@ -58,7 +60,8 @@ class PackageSource(Section):
     kind: Literal["package"]
     requirement: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*==[A-Za-z0-9.!+_-]+$")]
     sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-    sdist: bool = False  # the source distribution instead of the wheel
+    sdist: bool = False
+    """The source distribution instead of the wheel."""
     member: Member | Annotated[list[Member], Field(min_length=1)]
 
 
@@ -78,9 +81,12 @@ class Csv(Section):
     """How to read csv files; the names are those of Python's csv module."""
 
     delimiter: Annotated[str, Field(min_length=1, max_length=1), BeforeValidator(_tab)] = ","
-    quotechar: Annotated[str, Field(min_length=1, max_length=1)] | None = '"'  # null: quotes have no meaning
-    escapechar: Annotated[str, Field(min_length=1, max_length=1)] | None = None  # what stands before a quote in a text
-    fieldnames: list[str] | None = None  # column names when the file has no header line
+    quotechar: Annotated[str, Field(min_length=1, max_length=1)] | None = '"'
+    """null: quotes have no meaning."""
+    escapechar: Annotated[str, Field(min_length=1, max_length=1)] | None = None
+    """What stands before a quote in a text."""
+    fieldnames: list[str] | None = None
+    """Column names when the file has no header line."""
 
 
 class SplitSizes(Section):
@@ -114,21 +120,32 @@ class Data(Section):
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$")]
     source: Source
-    format: Literal["json", "jsonl", "csv", "parquet"] | None = None  # null: by the file's ending
+    format: Literal["json", "jsonl", "csv", "parquet"] | None = None
+    """null: by the file's ending."""
     csv: Csv = Csv()
-    field: str | None = None  # of a json file that is one object: which of its fields holds the rows
+    field: str | None = None
+    """Of a json file that is one object: which of its fields holds the rows."""
     layout: Layout
-    columns: dict[str, str] = {}  # the layout's column -> the file's column, where the names differ
-    ignore_fields: list[str] = []  # fields of messages, and columns, that are left out on purpose (weight, tools, ...)
-    prompt: str | None = None  # layout template: Jinja over the row's columns
+    """Which columns make the conversation."""
+    columns: dict[str, str] = {}
+    """The layout's column -> the file's column, where the names differ."""
+    ignore_fields: list[str] = []
+    """Fields of messages, and columns, that are left out on purpose (weight, tools, ...)."""
+    prompt: str | None = None
+    """Layout template: Jinja over the row's columns."""
     completion: str | None = None
-    rejected: str | None = None  # layout template: the worse answer of a preference pair
+    """Layout template: Jinja over the row's columns; the answer."""
+    rejected: str | None = None
+    """Layout template: the worse answer of a preference pair."""
     rejected_from: Annotated[list[str], Field(min_length=2)] | None = (
         None  # labels: the worse answer is another of them
     )
-    where: str | None = None  # Jinja expression over the row's columns; rows where it is false are left out
+    where: str | None = None
+    """Jinja expression over the row's columns; rows where it is false are left out."""
     splits: SplitSizes = SplitSizes()
+    """Shares of the rows; a hash of each prompt decides."""
     limit: SplitLimits = SplitLimits()
+    """At most so many rows of each split."""
 
     @model_validator(mode="after")
     def _templates_belong_to_their_layout(self):
@@ -167,11 +184,16 @@ class Data(Section):
 class Prompt(Section):
     """How a conversation becomes text."""
 
-    apply_chat_template: bool = True  # the model's own template
-    system: str | None = None  # system message: put first, in place of one in the data
-    template: str | None = None  # Jinja over `system` and `prompt`, when apply_chat_template is false
+    apply_chat_template: bool = True
+    """The model's own template."""
+    system: str | None = None
+    """System message: put first, in place of one in the data."""
+    template: str | None = None
+    """Jinja over `system` and `prompt`, when apply_chat_template is false."""
     loss_on: Literal["assistant", "all"] = "assistant"
-    date: str = "2024-07-26"  # YYYY-MM-DD: what today is, always, for a chat template that asks
+    """Which tokens are learned: the assistant's, or all."""
+    date: str = "2024-07-26"
+    """YYYY-MM-DD: what today is, always, for a chat template that asks."""
 
     @field_validator("date")
     @classmethod
@@ -199,6 +221,7 @@ class Tokenize(Section):
     """
 
     max_length: Annotated[int, Field(gt=1)] = 1024
+    """Of a row, in tokens."""
     max_length_policy: Literal["drop", "truncate", "error"] = "drop"
 
 
@@ -286,11 +309,15 @@ class Dpo(Section):
     """Direct preference optimization: learn to prefer the chosen answer to the rejected one. Names as in TRL."""
 
     name: Literal["dpo"]
-    beta: Annotated[float, Field(gt=0)] = 0.1  # how closely the model is held to the reference
+    beta: Annotated[float, Field(gt=0)] = 0.1
+    """How closely the model is held to the reference."""
     loss_type: Literal["sigmoid", "hinge", "ipo", "robust"] = "sigmoid"
-    label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0  # robust: share of pairs that are the wrong way round
-    sft: SftFirst | None = None  # null: start from the model as it is
-    own_answers: OwnAnswers | None = None  # null: the data's rejected answers
+    label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
+    """robust: share of pairs that are the wrong way round."""
+    sft: SftFirst | None = None
+    """null: start from the model as it is."""
+    own_answers: OwnAnswers | None = None
+    """null: the data's rejected answers."""
 
     @model_validator(mode="after")
     def _smoothing_is_for_robust(self):
@@ -309,7 +336,8 @@ class Merge(Section):
     """The merged model's precision on disk, and what a QLoRA adapter is merged into."""
 
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    dequantized_base: bool = False  # true: the base as quantized for training, made 16-bit again; false: the original
+    dequantized_base: bool = False
+    """true: the base as quantized for training, made 16-bit again; false: the original."""
 
 
 # --- evaluation, tracking, sweep -----------------------------------------------------------------
@@ -328,15 +356,19 @@ class Eval(Section):
     """How a model is judged on the test split."""
 
     task: Literal["labels", "tags", "text"]
-    labels: list[str] | None = None  # task labels: all of them
-    separator: Annotated[str, Field(min_length=1)] = ","  # task tags
-    metric: str | None = None  # the one that ranks runs; null: the task's own
+    labels: list[str] | None = None
+    """Task labels: all of them."""
+    separator: Annotated[str, Field(min_length=1)] = ","
+    """Task tags."""
+    metric: str | None = None
+    """The one that ranks runs; null: the task's own."""
     batch_size: Annotated[int, Field(gt=0)] = 32
     max_new_tokens: Annotated[int, Field(gt=0, le=100_000)] = 64
     do_sample: bool = False
     temperature: Annotated[float, Field(gt=0)] = 1.0
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
-    samples: Annotated[int, Field(ge=0)] = 20  # side-by-side samples in the report
+    samples: Annotated[int, Field(ge=0)] = 20
+    """Side-by-side samples in the report."""
     published: list[Published] = []
 
     @model_validator(mode="after")
@@ -371,13 +403,13 @@ class Tracking(Section):
     """MLflow. In no key: tracking changes what is seen, never what is made."""
 
     enabled: bool = True
-    # null: sqlite, results/mlflow.db; env: each job reads the variable MLFLOW_TRACKING_URI, and nothing stores it
     tracking_uri: Annotated[str, Field(min_length=1)] | None = None
+    """null: sqlite, results/mlflow.db; env: each job reads the variable MLFLOW_TRACKING_URI, and nothing stores it."""
     experiment_name: Annotated[str, Field(max_length=MLFLOW_NAME), AfterValidator(_not_blank)] = "temper"
-    # null: the data set's name
     registered_model_name: (
         Annotated[str, Field(max_length=MLFLOW_NAME), AfterValidator(_model_name_of_mlflow)] | None
     ) = None
+    """null: the data set's name."""
     flush_seconds: Annotated[float, Field(gt=0)] = 5.0
 
 
