@@ -213,7 +213,7 @@ def test_swapped_folders_are_named(workspace, tiny_splits, tiny_model, capsys):
     with pytest.raises(SystemExit) as exit_code:
         train(tiny_model, tiny_splits, "out")
     assert exit_code.value.code == 2
-    assert "not a folder of tokenize_splits: it has no dataset_dict.json" in capsys.readouterr().err
+    assert "not a folder of tokenize_splits or sample_answers: it has no dataset_dict.json" in capsys.readouterr().err
 
 
 def in_bfloat16(tiny_model: Path) -> Path:

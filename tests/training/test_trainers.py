@@ -18,7 +18,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from steps import evaluate_model, merge_adapter, train_adapter
 from temper import workflow
-from temper.config.stages import load_stage_config
+from temper.config.stages import load_stage_config, typed
 from temper.data.batches import EpochSampler, collate
 from temper.model.adapters import add_adapter
 from temper.model.loading import load_model, load_tokenizer
@@ -339,8 +339,8 @@ def test_flops_and_activations_are_those_of_real_batches(workspace, tiny_splits,
     overrides = [*SMALL, "adapter.lora_dropout=0", "train.per_device_train_batch_size=8", *ESTIMATED[name]]
     if "adapter=full" in overrides:
         overrides = [option for option in overrides if not option.startswith("adapter.")]
-    config = load_stage_config("train_adapter", None, overrides)
-    args = arguments.training_arguments(config["train"], 1, workspace / "state")
+    config = typed("train_adapter", load_stage_config("train_adapter", None, overrides))
+    args = arguments.training_arguments(config.train, 1, workspace / "state")
     rows = load_from_disk(tiny_pairs if name == "pairs" else tiny_splits)
     if name == "pairs":
         zeros = [0.0] * len(rows["train"])
