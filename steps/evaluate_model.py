@@ -27,7 +27,7 @@ from temper.config.stages import EvaluateModel
 from temper.errors import UserError
 from temper.evaluation import metrics
 from temper.evaluation.judge import ask, figures_of, judge, prediction_rows, score_answers
-from temper.files import load_rows, read_json, read_json_lines
+from temper.files import json_lines, load_rows, read_json, read_json_lines, write_whole
 from temper.model import limits
 from temper.model.adapters import DIVERGED
 from temper.model.loading import load_tokenizer
@@ -62,11 +62,11 @@ def run(
     quiet_libraries()
     settings = config.eval.model_dump()
     metric = metrics.check_metric(settings)
-    if adapter is None and (references or (model / DIVERGED).is_file()):
-        why = "--references" if references else f"{model}: a training that diverged"
-        raise UserError(f"--adapter is missing: {why} goes with the folder of its training")
-    if adapter and (model / DIVERGED).is_file():
-        return _report_divergence(read_json(model / DIVERGED, {"step": int})["step"], settings, metric, adapter, output)
+    if references:
+        _needed(adapter, "--references")
+    if (model / DIVERGED).is_file():
+        training = _needed(adapter, f"{model}: a training that diverged")
+        return _report_divergence(model, settings, metric, training, output)
     tokenizer = load_tokenizer(model)
     rows, test = _rows(model, splits, settings, tokenizer)
     base = _base(base_report, settings, test) if base_report else None
@@ -80,17 +80,29 @@ def run(
     facts |= {"train": train, "start": _start(start_report, metric), "left_out": _left_out(splits)}
     curves = read_json_lines(adapter / "metrics.jsonl") if adapter else []
     predictions = prediction_rows(test, asked, judged, base)
-    html.write_whole(output / "metrics.json", json.dumps(facts, indent=2, ensure_ascii=False) + "\n")
-    html.write_whole(output / "predictions.jsonl", html.json_lines(predictions))
+    _write_figures(output, facts, predictions)
     if curves:
-        html.write_whole(output / "curves.jsonl", html.json_lines(curves))
+        write_whole(output / "curves.jsonl", json_lines(curves))
     write_page(output, facts, predictions, curves, settings, configs_shown(config.model_dump(), model, splits, adapter))
     log.info("%s", headline(facts))
     return {"metric": metric, "value": facts["test"][metric], "rows": len(test)}
 
 
-def _report_divergence(step: int, settings: dict, metric: str, adapter: Path, output: Path) -> dict:
+def _needed(adapter: Path | None, why: str) -> Path:
+    """The folder of the training, without which there is nothing to compare with, or to show."""
+    if adapter is None:
+        raise UserError(f"--adapter is missing: {why} goes with the folder of its training")
+    return adapter
+
+
+def _write_figures(output: Path, facts: dict, predictions: list[dict]) -> None:
+    write_whole(output / "metrics.json", json.dumps(facts, indent=2, ensure_ascii=False) + "\n")
+    write_whole(output / "predictions.jsonl", json_lines(predictions))
+
+
+def _report_divergence(model: Path, settings: dict, metric: str, adapter: Path, output: Path) -> dict:
     """The report of a training that diverged: its curve, and no figures."""
+    step = read_json(model / DIVERGED, {"step": int})["step"]
     curves = read_json_lines(adapter / "metrics.jsonl")
     facts = {
         "task": settings["task"],
@@ -98,12 +110,10 @@ def _report_divergence(step: int, settings: dict, metric: str, adapter: Path, ou
         "diverged_at_step": step,
         "train": read_json(adapter / "training.json"),
     }
-    html.write_whole(output / "metrics.json", json.dumps(facts, indent=2) + "\n")
-    html.write_whole(output / "predictions.jsonl", "")
-    html.write_whole(output / "curves.jsonl", html.json_lines(curves))
-    name = output.name
+    _write_figures(output, facts, [])
+    write_whole(output / "curves.jsonl", json_lines(curves))
     loss_curves = plots.loss_curves(curves)
-    html.render("diverged.html", output / "report.html", name=name, step=step, loss_curves=loss_curves)
+    html.render("diverged.html", output / "report.html", name=output.name, step=step, loss_curves=loss_curves)
     log.info("the training diverged at step %d: no model to evaluate", step)
     return {"diverged_at_step": step}
 

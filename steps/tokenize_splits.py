@@ -29,7 +29,7 @@ from pathlib import Path
 
 from temper.config.stages import TokenizeSplits
 from temper.data.audit import Audit, report, shown_rows
-from temper.data.columns import features
+from temper.data.columns import SPLITS, features
 from temper.data.encoder import DATE, Encoded, Encoder
 from temper.data.rendering import ChatTemplate
 from temper.errors import UserError
@@ -38,7 +38,6 @@ from temper.progress import Progress, quiet_libraries
 from temper.step import run_command
 
 STAGE = "tokenize_splits"
-SPLITS = ("train", "validation", "test")
 BATCH = 2**18  # characters of the file that are tokenized at once: 1,000 rows of 50 tokens
 ROWS = 1000  # that are written at once
 log = logging.getLogger("temper")
@@ -91,7 +90,7 @@ def _find_opening(encoder: Encoder, path: Path) -> None:
 
 def _tell_what_others_do_not_know(encoder: Encoder, date: str) -> None:
     """Where a program that loads the merged model, and knows nothing of the config, asks in other tokens."""
-    shipped = "what `temper publish` and temper export write does"
+    shipped = "what `temper publish` and `temper export` write does"
     if encoder.renderer.reads_clock:
         log.warning(
             "warning: the chat template asks what day it is; here that is always prompt.date=%s, but other programs "

@@ -93,8 +93,10 @@ def _rows(config: TrainAdapter, planned: Planned, splits: Path, model: Path, ref
     answered = ["test"] if planned.max_new_tokens else []  # what the evaluation will ask for
     virtual_tokens = config.adapter.get("num_virtual_tokens") or 0
     limits.check(model, rows, answered, planned.max_new_tokens or 0, virtual_tokens=virtual_tokens)
-    for evaluation in planned.evaluations:
-        checks.check(evaluation, splits, rows, load_tokenizer(model))
+    if planned.evaluations:
+        tokenizer = load_tokenizer(model)
+        for evaluation in planned.evaluations:
+            checks.check(evaluation, splits, rows, tokenizer)
     if config.method.name != "dpo":
         return rows
     if references is None:

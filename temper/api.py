@@ -13,7 +13,6 @@ nothing. `temper chat`, `temper predict` and `temper publish` take the adapter's
 
 import contextlib
 import dataclasses
-import json
 import tempfile
 import time
 from pathlib import Path
@@ -22,6 +21,7 @@ from temper.config.schema import Prompt, Tokenize
 from temper.config.stages import FOLDERS
 from temper.data.rows import RawFile
 from temper.errors import UserError, suggest
+from temper.files import json_lines
 from temper.folders import is_complete, locked, temporary_folder
 from temper.hashing import digest, file_sha256
 from temper.keys import PACKAGE_ROOT, stage_key
@@ -241,8 +241,7 @@ def _prompts(rows: list[dict], validation: list[dict], config: dict) -> tuple[st
     output = Path(FOLDERS["format_prompts"]) / f"rows-{key}"
     output.mkdir(parents=True, exist_ok=True)
     for name, records in splits.items():
-        lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
-        (output / f"{name}.jsonl").write_text(lines, encoding="utf-8")
+        (output / f"{name}.jsonl").write_text(json_lines(records), encoding="utf-8")
     return key, output
 
 
@@ -257,8 +256,7 @@ def _records(rows: list[dict], name: str, config: dict, first: int) -> list[dict
             example = converter({"layout": _layout(row)}, config["prompt"]["system"])(row)
         except UserError as error:
             raise UserError(f"{name}[{index}]: {error}") from None
-        if example is None:  # of a layout with `where` only
-            continue
+        assert example is not None, "there is no `where` that could leave a row out"
         if pairs != (example.rejected is not None):
             has, method = ("a rejected answer", "dpo") if example.rejected else ("no rejected answer", "sft")
             raise UserError(f'{name}[{index}]: has {has}, which goes with method="{method}"')

@@ -76,6 +76,11 @@ def write_whole(path: Path, text: str) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def json_lines(rows: list[dict]) -> str:
+    """Rows as the text of a JSON lines file."""
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
 def _parsed(path: Path, parse, shape, remedy: str | None, of_each=None):
     remedy = remedy or made_again(path.parent)
     try:

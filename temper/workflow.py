@@ -15,7 +15,6 @@ import time
 from pathlib import Path
 
 from temper import signals, tracking
-from temper.config.compose import use_folder
 from temper.config.stages import FOLDERS
 from temper.errors import UserError, one_line_errors, suggest, visible
 from temper.files import read_json
@@ -39,7 +38,6 @@ def load_plan(config: dict, workflow) -> planning.Plan:
     """
     is_main = Path(workflow.main_snakefile).resolve() == PACKAGE_ROOT / "Snakefile"
     asked = _as_written(config, workflow.config_settings.config_args if is_main else [])
-    own_configs = asked.pop("conf_dir", None)
     # Jobs run with our Python, and with the very code that the keys were made of, whatever is installed.
     os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(PACKAGE_ROOT), os.environ.get("PYTHONPATH")]))
@@ -50,8 +48,6 @@ def load_plan(config: dict, workflow) -> planning.Plan:
                     f'--config {key}=...: {suggest(key, CONFIG_KEYS)} (config values go into overrides="{key}=...")'
                 )
         if not os.environ.get(FROZEN):
-            if own_configs:
-                use_folder(own_configs)
             plan = planner.build(**asked)
             FROZEN_HERE.append(asked)
             os.environ[FROZEN] = str(plan.freeze())
@@ -89,14 +85,16 @@ def inputs(plan: planning.Plan, workflow):
     one that is not whole, whatever was asked for.
     """
 
-    def named(stage: str, name: str):
-        def path(wildcards) -> str | list:
-            job = plan.job(stage, wildcards.name)
-            if Path(job.path).exists() and not plan.is_made(job):
-                workflow.dag.forcefiles.add(job.path)
-            return job.inputs.get(name, [])
+    @functools.cache
+    def job_of(stage: str, name: str) -> planning.Job:
+        """Looked at once, however many inputs it has."""
+        job = plan.job(stage, name)
+        if Path(job.path).exists() and not plan.is_made(job):
+            workflow.dag.forcefiles.add(job.path)
+        return job
 
-        return path
+    def named(stage: str, name: str):
+        return lambda wildcards: job_of(stage, wildcards.name).inputs.get(name, [])
 
     return named
 

@@ -15,7 +15,6 @@ import os
 from pathlib import Path
 
 from temper.commands import flags
-from temper.config.compose import use_folder
 from temper.config.stages import STAGES
 from temper.errors import visible
 from temper.files import read_json, read_json_lines
@@ -37,9 +36,7 @@ def arguments(parser) -> None:
 
 def run(arguments) -> None:
     """Print what would be made."""
-    if arguments.config_dir:
-        use_folder(arguments.config_dir)
-    plan = planner.build(arguments.experiment, arguments.sweep, arguments.overrides)
+    plan = planner.build(arguments.experiment, arguments.sweep, arguments.overrides, arguments.config_dir)
     print("\n".join(map(visible, explain(plan, arguments.cores).split("\n"))))
 
 

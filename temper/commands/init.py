@@ -3,12 +3,12 @@
 temper init my-project
 """
 
-import json
 import shlex
 import sys
 from pathlib import Path
 
 from temper.errors import UserError
+from temper.files import json_lines
 from temper.keys import PACKAGE_ROOT
 
 ASPECTS = ("room", "breakfast", "staff", "view", "pool", "location", "price", "internet")
@@ -74,7 +74,7 @@ def run(arguments) -> None:
     words = [str(Path(sys.executable).parent / "snakemake"), "-s", str(PACKAGE_ROOT / "Snakefile"), "--cores", "all"]
     command = shlex.join([*words, "--config", "conf_dir=conf", "experiment=reviews"])
     files = {
-        "rows.jsonl": "".join(json.dumps(row) + "\n" for row in rows()),
+        "rows.jsonl": json_lines(rows()),
         "conf/data/reviews.yaml": DATA,
         "conf/eval/reviews.yaml": EVAL,
         "conf/experiment/reviews.yaml": EXPERIMENT,

@@ -13,7 +13,7 @@ import json
 from pathlib import Path
 
 from temper.commands import flags
-from temper.config.compose import folders, use_folder
+from temper.config.compose import own_folder
 from temper.errors import visible
 from temper.planning import plan as planning
 from temper.planning import planner
@@ -27,11 +27,9 @@ def arguments(parser) -> None:
 
 def run(arguments) -> None:
     """Print the plan."""
-    if arguments.config_dir:
-        use_folder(arguments.config_dir)
-    plan = planner.build(arguments.experiment, arguments.sweep, arguments.overrides)
-    if len(folders()) > 1 and not arguments.json:
-        print(f"configs: {folders()[0]}, then conf/")
+    plan = planner.build(arguments.experiment, arguments.sweep, arguments.overrides, arguments.config_dir)
+    if (own := own_folder()) and not arguments.json:
+        print(f"configs: {own}, then conf/")
     print(json.dumps(dataclasses.asdict(plan), indent=2, ensure_ascii=False) if arguments.json else describe(plan))
 
 

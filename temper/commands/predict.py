@@ -132,11 +132,8 @@ def _check_column(place: str, name: str, value) -> None:
     except UnicodeEncodeError as error:
         half = error.object[error.start].encode("unicode_escape").decode()
         raise UserError(f"{place}: a text holds half a character ({half}): correct the file") from None
-    except (
-        TypeError,
-        ValueError,
-        RecursionError,
-    ):  # bytes; NaN and infinities; what refers to more than Python follows
+    except (TypeError, ValueError, RecursionError):
+        # bytes; NaN and infinities; what refers to more than Python follows
         raise UserError(
             f"{place}: column '{name}' holds {texts.shown(value)}, which JSON, and so the output, cannot say: "
             "make text or null of it in the file, or leave the column out"

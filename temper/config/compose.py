@@ -36,12 +36,18 @@ def use_folder(path: str) -> None:
     os.environ[OWN_CONF] = str(Path(path).absolute())
 
 
-def folders() -> list[Path]:
-    """Where configs are searched, the first one first: a folder of one's own, if there is one, and conf/."""
+def own_folder() -> Path | None:
+    """The folder of configs of one's own, if there is one."""
     own = os.environ.get(OWN_CONF)
     if own and not Path(own).is_dir():
         raise UserError(f"{OWN_CONF}={own}: no such folder; correct the variable, or unset it")
-    return [*([Path(own)] if own else []), CONF]
+    return Path(own) if own else None
+
+
+def folders() -> list[Path]:
+    """Where configs are searched, the first one first."""
+    own = own_folder()
+    return [own, CONF] if own else [CONF]
 
 
 def file_of(group: str, choice: str) -> Path:
@@ -143,8 +149,8 @@ def _search_own_folder_first() -> None:
 
     class OwnFolder(SearchPathPlugin):
         def manipulate_search_path(self, search_path):
-            for folder in reversed(folders()[:-1]):
-                search_path.prepend("temper", folder.as_uri())
+            if own := own_folder():
+                search_path.prepend("temper", own.as_uri())
 
     Plugins.instance().register(OwnFolder)
 

@@ -195,16 +195,16 @@ def stage_config(stage: str, config: dict) -> dict:
 
 def typed(stage: str, view: dict) -> Section:
     """The config of one stage as its class in `STAGES`, checked, with defaults filled in."""
-    found = checked(STAGES[stage].config, view, "")
-    if isinstance(found, TrainAdapter):
-        check_library_sections(found.train, found.adapter, found.method.name)
-    return found
+    return checked(STAGES[stage].config, view, "")
 
 
 def validated_stage(stage: str, view: dict) -> dict:
-    """The same as plain values, with what the planner knew beside it."""
+    """The same as plain values, with what the planner knew beside it; what libraries get is checked by them, too."""
     sections, planned = Planned.apart(view)
-    return {**typed(stage, sections).model_dump(), **planned}
+    found = typed(stage, sections)
+    if isinstance(found, TrainAdapter):
+        check_library_sections(found.train, found.adapter, found.method.name)
+    return {**found.model_dump(), **planned}
 
 
 def stored_config(folder: Path) -> dict[str, str]:

@@ -78,9 +78,8 @@ class Audit:
     def _length_of(self, rank: int) -> int:
         """Of the rows in the order of their lengths, the length of the one with this number, from 0."""
         lengths = sorted(self.lengths)
-        return lengths[
-            bisect.bisect_right(list(itertools.accumulate(self.lengths[length] for length in lengths)), rank)
-        ]
+        rows_up_to = list(itertools.accumulate(self.lengths[length] for length in lengths))
+        return lengths[bisect.bisect_right(rows_up_to, rank)]
 
 
 def _learned(encoded: Encoded) -> int:

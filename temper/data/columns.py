@@ -1,5 +1,6 @@
 """A split's columns and answers: what tokenize_splits and sample_answers write, and everything below reads."""
 
+SPLITS = ("train", "validation", "test")
 IGNORED = -100  # the label of a token that is not learned: torch's cross_entropy leaves it out
 
 

@@ -12,13 +12,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from temper.data import layouts
+from temper.data.columns import SPLITS
 from temper.data.rows import RawFile
 from temper.errors import UserError
 from temper.sources import pins as raw_data
 
 log = logging.getLogger("temper")
-
-SPLITS = ("train", "validation", "test")
 
 
 # --- reading -------------------------------------------------------------------------------------

@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 
 from temper import tracking
-from temper.config.compose import chosen_experiment, expand, folders, parse_overrides, split_overrides
+from temper.config.compose import chosen_experiment, expand, own_folder, parse_overrides, split_overrides, use_folder
 from temper.config.schema import Data
 from temper.config.stages import FOLDERS, NOT_IN_KEY, PLATEAU, stage_config
 from temper.config.validate import sft_config
@@ -22,17 +22,25 @@ from temper.sources import pins as raw_data
 from temper.sources.revisions import pinned
 
 
-def build(experiment: str | None = None, sweep: str | None = None, overrides: str | list[str] = "") -> Plan:
+def build(
+    experiment: str | None = None,
+    sweep: str | None = None,
+    overrides: str | list[str] = "",
+    conf_dir: str | None = None,
+) -> Plan:
     """Plan an experiment.
 
     Args:
         experiment: a file of conf/experiment; None takes the default of conf/config.yaml.
         sweep: a file of conf/sweep; None takes the experiment's own.
         overrides: Hydra overrides, as one text or a list; a swept value (``a=1,2``) is an axis.
+        conf_dir: a folder of configs that is searched before conf/, from now on.
 
     Raises:
         UserError: for anything in config or raw data that would make a job fail later.
     """
+    if conf_dir:
+        use_folder(conf_dir)
     texts = split_overrides(overrides) if isinstance(overrides, str) else list(overrides)
     chosen = [f"{group}={name}" for group, name in (("experiment", experiment), ("sweep", sweep)) if name]
     parsed = parse_overrides([*chosen, *texts])
@@ -99,8 +107,8 @@ def _add_comparison(plan: Plan, config: dict, overrides: list[str]) -> None:
 
 def _own_configs() -> dict[str, str]:
     """Where configs of one's own are, for the page's command."""
-    own = folders()[:-1]
-    return {"conf_dir": os.path.relpath(own[0])} if own else {}
+    own = own_folder()
+    return {"conf_dir": os.path.relpath(own)} if own else {}
 
 
 class _Planner:

@@ -1,7 +1,6 @@
 """Pages: Jinja templates, names of metrics, and texts cut to fit."""
 
 import functools
-import json
 import re
 from pathlib import Path
 
@@ -62,10 +61,6 @@ def printable(value):
 def render(template: str, output: Path, **context) -> None:
     """Write `output` from a template, whole or not at all."""
     write_whole(output, _environment().get_template(template).render(**context))
-
-
-def json_lines(rows: list[dict]) -> str:
-    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
 @functools.cache

@@ -8,6 +8,7 @@ a file with another text, or another override on the command line.
 
 import contextlib
 import dataclasses
+import functools
 import json
 import re
 import shutil
@@ -107,6 +108,7 @@ class Edit:
 
 
 LOG, OTHER_LOG = 'log = logging.getLogger("temper")', 'log = logging.getLogger("temper.x")'
+PairsEdit = functools.partial(Edit, fast=False, experiment="own_answers")
 MERGE_CODE, LOSS_CODE = "steps/merge_adapter.py", "temper/model/predictions.py"
 USED_ROW, UNUSED_ROW = "The acting works.", "The plot is a joy."
 MATRIX = (
@@ -273,35 +275,27 @@ MATRIX = (
             ("temper/reports/run_page.py", 'ours = "tuned" if', 'ours = "fine-tuned" if'),
         ),
     ),
-    Edit(
+    PairsEdit(
         "of a DPO sweep on the model's own answers: `method.own_answers.max_new_tokens=3`",
         OWN_ANSWERS,
         "method.own_answers.max_new_tokens=3",
-        fast=False,
-        experiment="own_answers",
     ),
-    Edit(
+    PairsEdit(
         "of the same: a statement in `steps/sample_answers.py`",
         OWN_ANSWERS,
         files=(("steps/sample_answers.py", LOG, OTHER_LOG),),
-        fast=False,
-        experiment="own_answers",
     ),
-    Edit(
+    PairsEdit(
         "of the same: a statement in `steps/reference_logprobs.py`",
         REFERENCES,
         files=(("steps/reference_logprobs.py", LOG, OTHER_LOG),),
-        fast=False,
-        experiment="own_answers",
     ),
-    Edit(
+    PairsEdit(
         "of the same: a statement in `temper/evaluation/generation.py`",
         {**OWN_ANSWERS, **EVALUATE},
         files=(("temper/evaluation/generation.py", LOG, OTHER_LOG),),
-        fast=False,
-        experiment="own_answers",
     ),
-    Edit("of the same: `method.beta=0.2`", TRAIN, "method.beta=0.2", fast=False, experiment="own_answers"),
+    PairsEdit("of the same: `method.beta=0.2`", TRAIN, "method.beta=0.2"),
 )
 
 

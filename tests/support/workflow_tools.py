@@ -10,6 +10,18 @@ from pathlib import Path
 
 from tests.conftest import ROOT
 
+JOBS_OF_TWO = {
+    "fetch_data": 1,
+    "fetch_model": 1,
+    "format_prompts": 1,
+    "tokenize_splits": 1,
+    "train_adapter": 2,
+    "merge_adapter": 2,
+    "evaluate_base": 1,
+    "evaluate_model": 2,
+    "compare_runs": 1,
+}  # all of a sweep of two runs
+
 
 def snakemake_command(folder: Path, project: Path = ROOT) -> list[str]:
     """Snakemake on the workflow of `project`, with data/ and results/ in `folder`."""

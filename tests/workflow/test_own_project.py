@@ -12,10 +12,9 @@ from temper.config import compose
 from temper.errors import UserError
 from tests.conftest import ROOT
 from tests.support.asking import command, complaint
-from tests.support.workflow_tools import environment, executed, leaderboard
+from tests.support.workflow_tools import JOBS_OF_TWO, environment, executed, leaderboard
 
-JOBS = {"fetch_data": 1, "fetch_model": 1, "format_prompts": 1, "tokenize_splits": 1, "train_adapter": 4}
-JOBS |= {"merge_adapter": 2, "evaluate_base": 1, "evaluate_model": 2, "compare_runs": 1}
+JOBS = {**JOBS_OF_TWO, "train_adapter": 4}  # of two epochs each
 OUTER = """
 module temper:
     snakefile: "{root}/Snakefile"

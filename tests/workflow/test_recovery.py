@@ -77,12 +77,17 @@ def test_two_commands_at_once_share_the_work(project, monkeypatch):
     assert made == 4, "two trunks of two epochs, each trained once"
 
 
+def wait_for_training(folder: Path, made: str) -> None:
+    """Until a training has left that in its folder of checkpoints."""
+    deadline = time.monotonic() + 200
+    while not list((folder / "results" / ".state").glob(made)) and time.monotonic() < deadline:
+        time.sleep(0.1)
+
+
 def test_after_a_kill_of_snakemake_the_same_command_goes_on(project, monkeypatch):
     folder, command = project
     killed = start(command, folder, "killed")
-    deadline = time.monotonic() + 200
-    while not list((folder / "results" / ".state").glob("*/metrics.jsonl")) and time.monotonic() < deadline:
-        time.sleep(0.1)
+    wait_for_training(folder, "*/metrics.jsonl")
     killed.send_signal(signal.SIGKILL)  # the main process alone: its jobs live on as orphans
     killed.wait()
     again = start(command, folder, "again")
@@ -93,9 +98,7 @@ def test_after_a_kill_of_snakemake_the_same_command_goes_on(project, monkeypatch
 def test_after_everything_was_killed_the_same_command_goes_on(project, monkeypatch):
     folder, command = project
     killed = start(command, folder, "killed")
-    deadline = time.monotonic() + 200
-    while not list((folder / "results" / ".state").glob("*/checkpoint-*")) and time.monotonic() < deadline:
-        time.sleep(0.1)
+    wait_for_training(folder, "*/checkpoint-*")
     os.killpg(killed.pid, signal.SIGKILL)
     killed.wait()
     again = start(command, folder, "again")
@@ -197,9 +200,7 @@ def test_a_sweep_that_is_asked_to_end_leaves_nothing_and_goes_on(project, whom, 
     """`number` None: Ctrl-C twice."""
     folder, command = project
     asked = start(command, folder, "asked")
-    deadline = time.monotonic() + 200
-    while not list((folder / "results" / ".state").glob("*/checkpoint-*")) and time.monotonic() < deadline:
-        time.sleep(0.1)
+    wait_for_training(folder, "*/checkpoint-*")
     for wait in (0,) if number else (0, 1):
         time.sleep(wait)
         (os.killpg if whom == "all" else os.kill)(asked.pid, number or signal.SIGINT)

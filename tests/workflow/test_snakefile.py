@@ -11,7 +11,7 @@ import pytest
 from temper.planning import planner
 from tests.conftest import ROOT, rarely
 from tests.support import tiny
-from tests.support.workflow_tools import environment, executed, own_sources, snakemake
+from tests.support.workflow_tools import JOBS_OF_TWO, environment, executed, own_sources, snakemake
 
 OTHERS = ["--rulegraph", "--filegraph", "--detailed-summary", "--lint", "--report"]
 
@@ -57,19 +57,6 @@ def test_rules_name_all_that_their_jobs_read(sources):
     assert read == {(stage, name) for _, stage, name in named} - {("fetch_model", "source")}
 
 
-JOBS = {
-    "fetch_data": 1,
-    "fetch_model": 1,
-    "format_prompts": 1,
-    "tokenize_splits": 1,
-    "train_adapter": 2,
-    "merge_adapter": 2,
-    "evaluate_base": 1,
-    "evaluate_model": 2,
-    "compare_runs": 1,
-}
-
-
 @pytest.mark.parametrize("name", rarely(["base", "base-line", "a" * 25, "results"], ("base-line", "results")))
 def test_no_name_of_a_users_decides_what_is_made(sources, name):
     """Snakemake drops a rule whose wildcard looks periodic, and would then take an old leaderboard for the new one."""
@@ -80,7 +67,7 @@ def test_no_name_of_a_users_decides_what_is_made(sources, name):
         (sweep / file).write_text('{"key": "of another plan"}')
     named = overrides.replace("data.name=tiny", f"data.name={name}").replace("model.name=tiny", f"model.name={name}")
     done = dry_run(folder, f"{named} sweep.name={name} train.learning_rate=1e-3,1e-2")
-    assert executed(done) == JOBS, done.stdout + done.stderr
+    assert executed(done) == JOBS_OF_TWO, done.stdout + done.stderr
     tuned = [command for command in commands(done.stdout) if "evaluate_model" in command and "--adapter" in command]
     assert len(tuned) == 2
     assert all("--base-report" in command for command in tuned)

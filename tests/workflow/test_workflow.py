@@ -10,7 +10,7 @@ import pytest
 from temper.commands import explain
 from temper.planning import planner
 from tests.conftest import ROOT, SHARED
-from tests.support.workflow_tools import executed, leaderboard, snakemake
+from tests.support.workflow_tools import JOBS_OF_TWO, executed, leaderboard, snakemake
 
 DOWNLOADS = ROOT / "results" / ".state" / "downloads"  # of `make demo`, if it ran: the same wheel need not come again
 
@@ -26,17 +26,7 @@ def smoke(tmp_path_factory):
 
 def test_smoke_goes_from_nothing_to_a_leaderboard(smoke):
     folder, done = smoke
-    assert executed(done) == {
-        "fetch_data": 1,
-        "fetch_model": 1,
-        "format_prompts": 1,
-        "tokenize_splits": 1,
-        "train_adapter": 2,
-        "merge_adapter": 2,
-        "evaluate_base": 1,
-        "evaluate_model": 2,
-        "compare_runs": 1,
-    }
+    assert executed(done) == JOBS_OF_TWO
     rows = leaderboard(folder, "smoke")
     assert len(rows) == 2
     needed = {
@@ -102,15 +92,8 @@ def test_an_edited_row_reruns_format_and_below(smoke, monkeypatch):
     raw.write_bytes(original)
     assert f"data/raw/movie_reviews: row {row['id']} changed" in explained
     assert "forecast: " in explained
-    assert executed(done) == {
-        "format_prompts": 1,
-        "tokenize_splits": 1,
-        "train_adapter": 2,
-        "merge_adapter": 2,
-        "evaluate_base": 1,
-        "evaluate_model": 2,
-        "compare_runs": 1,
-    }
+    fetched = ("fetch_data", "fetch_model")
+    assert executed(done) == {rule: count for rule, count in JOBS_OF_TWO.items() if rule not in fetched}
 
 
 def test_explain_names_what_a_person_changed(smoke, monkeypatch):
