@@ -12,21 +12,31 @@ Writes  leaderboard.csv and leaderboard.json (one row per run, best first), repo
 """
 
 import logging
-import math
 import shutil
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 from temper import tracking
 from temper.errors import UserError
 from temper.evaluation import metrics
-from temper.files import read_json, read_yaml, write_whole
-from temper.folders import locked, made_again, temporary_folder
+from temper.evaluation.comparison import Ranking, rank
+from temper.evaluation.figures import finite
+from temper.files import read_yaml, write_whole
+from temper.folders import locked, temporary_folder
 from temper.keys import stage_key
 from temper.planning import plan
 from temper.provenance import provenance
-from temper.reports.leaderboard import csv_text, json_text, leaderboard_row, print_leaderboard, shown_metrics
+from temper.reports.leaderboard import (
+    Board,
+    csv_text,
+    diverged_row,
+    json_text,
+    leaderboard_row,
+    print_leaderboard,
+    shown_metrics,
+)
 from temper.reports.sweep_page import write_page
 from temper.step import config_and_settings, run_command
 
@@ -35,38 +45,45 @@ OUTPUT_HELP = "folder of the sweep; its files are replaced"
 log = logging.getLogger("temper")
 
 
-def compare(config: dict, output: Path) -> dict:
+def compare(config: dict, output: Path) -> Board:
     """Rank the runs and write the sweep's folder.
 
     Args:
         config: {"eval", "sweep": {"name", "axes"}, "runs": [{"name", "point", "report"}]}, and optionally
             "experiment" and "overrides" (those that are not axes), for the command that makes the best run again.
 
-    Returns:
-        {"metric", "rows": the leaderboard's rows, best first, "missing": names of runs without a report}
-
     Raises:
         UserError: no run has a report.
     """
     from yaml import safe_dump
 
-    metric = metrics.check_metric(config["eval"])
-    reports, missing = _reports(config["runs"], metric)
-    runs, diverged = _without_diverged(reports, metric)
-    runs.sort(key=lambda run: _rank(run, metric))
-    names = shown_metrics(runs, config["eval"]["task"], metric)
-    rows = [leaderboard_row(run, names, metric) for run in runs]
-    rows += [_diverged_row(run, rows[0]) for run in diverged]
-    board = {"sweep": config["sweep"]["name"], "metric": metric, "rows": rows, "missing": missing}
+    ranking = rank(config["runs"], metrics.check_metric(config["eval"]))
+    _say_missing(config["runs"], ranking)
+    sweep, metric = config["sweep"]["name"], ranking.metric
+    names = shown_metrics(ranking, config["eval"]["task"])
+    rows = [leaderboard_row(run, names, metric) for run in ranking.runs]
+    rows += [diverged_row(run, rows[0]) for run in ranking.diverged]
+
     output.mkdir(parents=True, exist_ok=True)
-    _keep_other_experiment(output, config["sweep"]["name"], config.get("experiment"))
+    _keep_other_experiment(output, sweep, config.get("experiment"))
     write_whole(output / "config.yaml", safe_dump(config, sort_keys=False, allow_unicode=True))
     write_whole(output / "leaderboard.csv", csv_text(rows))
-    write_page(output, config, metric, names, runs, rows, missing, diverged)
-    linked = [{**row, "report": run["report"]} for row, run in zip(rows, [*runs, *diverged], strict=True)]
-    base = runs[0]["facts"]["base"]
-    write_whole(output / "leaderboard.json", json_text({**board, "base": base, "rows": linked}))
+    write_page(output, config, names, ranking, rows)
+
+    runs = [*ranking.runs, *ranking.diverged]
+    linked = [{**row, "report": run.report} for row, run in zip(rows, runs, strict=True)]
+    base = ranking.best.figures.base
+    board = Board(sweep=sweep, metric=metric, rows=linked, missing=ranking.missing, base=base)
+    write_whole(output / "leaderboard.json", json_text(finite(board.model_dump())))
     return board
+
+
+def _say_missing(planned: list[dict], ranking: Ranking) -> None:
+    for run in planned:
+        if run["name"] in ranking.missing:
+            log.info("left out: %s has no report (%s)", run["name"], Path(run["report"]))
+    if ranking.missing:
+        log.info("the leaderboard is partial: %d of %d runs", len(planned) - len(ranking.missing), len(planned))
 
 
 def _keep_other_experiment(output: Path, sweep: str, experiment: str | None) -> None:
@@ -92,83 +109,6 @@ def _keep_other_experiment(output: Path, sweep: str, experiment: str | None) -> 
         log.info("%s was of experiment=%s: kept as %s", output, other, kept)
 
 
-# --- reading the reports -------------------------------------------------------------------------
-
-
-def _reports(planned: list[dict], metric: str) -> tuple[list[dict], list[str]]:
-    """(runs with the figures of their report, names of runs that have none)."""
-    runs, missing = [], []
-    for run in planned:
-        folder = Path(run["report"])
-        if (folder / "metrics.json").is_file():
-            runs.append({**run, "facts": read_report(folder, metric)})
-        else:
-            missing.append(run["name"])
-            log.info("left out: %s has no report (%s)", run["name"], folder)
-    if not runs:
-        raise UserError(
-            f"none of the sweep's {len(planned)} run(s) has a report: see their logs, and run snakemake again"
-        )
-    if missing:
-        log.info("the leaderboard is partial: %d of %d runs", len(runs), len(planned))
-    return runs, missing
-
-
-def read_report(folder: Path, metric: str) -> dict:
-    """A run's metrics.json, with what the comparison reads of it; a figure that is not finite is None.
-
-    Raises:
-        UserError: it is damaged, or lacks a figure.
-    """
-    facts = read_json(folder / "metrics.json", {"train": dict | None})
-    if facts.get("diverged_at_step") is None:
-        figures = {"test": dict[str, float | None], "base": dict[str, float | None] | None}
-        read_json(folder / "metrics.json", {**figures, "interval": list[float]})
-        lacking = [name for name in (metric, "loss") if not isinstance(facts["test"].get(name), int | float)]
-        if lacking or len(facts["interval"]) != 2:
-            what = f"figure '{lacking[0]}'" if lacking else "interval of two ends"
-            raise UserError(f"{folder / 'metrics.json'}: damaged (it has no {what}); {made_again(folder)}")
-    return _finite(facts)
-
-
-def _finite(value):
-    """The same with None for nan and inf: JSON and MLflow have no such numbers, and none is better than another."""
-    if isinstance(value, dict):
-        return {name: _finite(item) for name, item in value.items()}
-    if isinstance(value, list):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _without_diverged(runs: list[dict], metric: str) -> tuple[list[dict], list[dict]]:
-    """(runs with figures, runs whose training, or whose figures, diverged)."""
-    figured: list[dict] = []
-    diverged: list[dict] = []
-    for run in runs:
-        (figured if _has_figures(run["facts"], metric) else diverged).append(run)
-    if not figured:
-        steps = ", ".join(str(run["facts"].get("diverged_at_step") or "its end") for run in diverged)
-        raise UserError(f"every run with a report diverged (at steps {steps}): lower train.learning_rate")
-    return figured, diverged
-
-
-def _has_figures(facts: dict, metric: str) -> bool:
-    if facts.get("diverged_at_step") is not None:
-        return False
-    return None not in (facts["test"][metric], facts["test"]["loss"], *facts["interval"])
-
-
-def _diverged_row(run: dict, like: dict) -> dict:
-    """A line of the leaderboard without figures; it stands below all others."""
-    known = {"run": run["name"], **run["point"], "train_seconds": (run["facts"]["train"] or {}).get("train_seconds")}
-    return {name: known.get(name) for name in like} | {"diverged_at_step": run["facts"].get("diverged_at_step")}
-
-
-def _rank(run: dict, metric: str) -> tuple:
-    value = run["facts"]["test"][metric]
-    return (value if metric in metrics.LOWER_IS_BETTER else -value, run["facts"]["test"]["loss"], run["name"])
-
-
 # --- the command ---------------------------------------------------------------------------------
 
 
@@ -184,7 +124,7 @@ def _work(_step, arguments, _inputs) -> None:
         started = time.time()
         board = compare(config, output)
         # Whoever finds the folder can tell which comparison it is.
-        facts = {"missing": board["missing"], "mirrored": None, "key": stage_key(STAGE, config, {})}
+        facts: dict[str, Any] = {"missing": board.missing, "mirrored": None, "key": stage_key(STAGE, config, {})}
         if arguments.plan:
             planned = plan.load(arguments.plan)
             facts["key"] = planned.comparison.key

@@ -7,7 +7,7 @@ By hand::
     python -m steps.evaluate_model --model results/merged/Z --splits results/splits/X --adapter results/adapters/Z \\
         --base-report results/reports/base --output results/reports/Z eval=sentiment
 
-Reads   the test split (and, for the majority baseline, the training split's references); a merged or an untouched
+Reads   the test split (and, for the majority baseline, the training split's gold answers); a merged or an untouched
         model; of the adapter only its curves and its config; the untouched model's report, to compare with; after
         preference optimization the reference's log-probabilities, and the report of the model that it started from.
 Writes  metrics.json (all figures, see `figures_of`); predictions.jsonl (one answer a line); curves.jsonl (the
@@ -16,7 +16,6 @@ Writes  metrics.json (all figures, see `figures_of`); predictions.jsonl (one ans
 
 from __future__ import annotations
 
-import json
 import logging
 import sys
 from pathlib import Path
@@ -26,7 +25,9 @@ from temper.config import evaluation as checks
 from temper.config.stages import EvaluateModel
 from temper.errors import UserError
 from temper.evaluation import metrics
-from temper.evaluation.judge import ask, figures_of, judge, prediction_rows, score_answers
+from temper.evaluation.class_names import UNPARSED
+from temper.evaluation.figures import Diverged, Figures, Start, read_figures, write_figures
+from temper.evaluation.judge import BaseReport, ask, evidence_of, figures_of, judge, prediction_rows
 from temper.files import json_lines, load_rows, read_json, read_json_lines, write_whole
 from temper.model import limits
 from temper.model.adapters import DIVERGED
@@ -67,25 +68,35 @@ def run(
     if (model / DIVERGED).is_file():
         training = _needed(adapter, f"{model}: a training that diverged")
         return _report_divergence(model, settings, metric, training, output)
+
     tokenizer = load_tokenizer(model)
     rows, test = _rows(model, splits, settings, tokenizer)
     base = _base(base_report, settings, test) if base_report else None
     with computing_threads(config.num_threads):
         asked = ask(model, config.model_dump(), rows, test, tokenizer)
-    judged = judge(settings, metric, test, asked, base)
+
+    evidence = asked.evidence(settings, test)
     train = read_json(adapter / "training.json") if adapter else None
     if train and references:
-        judged["scores"].values |= metrics.rewards(train["beta"], asked["rows"], _references(references, test))
-    facts = figures_of(settings, metric, _train_references(rows, settings), test, asked, judged, base)
-    facts |= {"train": train, "start": _start(start_report, metric), "left_out": _left_out(splits)}
+        evidence.start_logps, evidence.beta = _start_logps(references, test), train["beta"]
+    judged = judge(metric, evidence, base)
+    found = figures_of(
+        metric,
+        _train_gold(rows, settings),
+        asked,
+        judged,
+        base,
+        train=train,
+        start=_start(start_report, metric),
+        left_out=_left_out(splits),
+    )
+
     curves = read_json_lines(adapter / "metrics.jsonl") if adapter else []
     predictions = prediction_rows(test, asked, judged, base)
-    _write_figures(output, facts, predictions)
-    if curves:
-        write_whole(output / "curves.jsonl", json_lines(curves))
-    write_page(output, facts, predictions, curves, settings, configs_shown(config.model_dump(), model, splits, adapter))
-    log.info("%s", headline(facts))
-    return {"metric": metric, "value": facts["test"][metric], "rows": len(test)}
+    _write_files(output, found, predictions, curves)
+    write_page(output, found, predictions, curves, settings, configs_shown(config.model_dump(), model, splits, adapter))
+    log.info("%s", headline(found))
+    return {"metric": metric, "value": found.test[metric], "rows": len(test)}
 
 
 def _needed(adapter: Path | None, why: str) -> Path:
@@ -95,23 +106,20 @@ def _needed(adapter: Path | None, why: str) -> Path:
     return adapter
 
 
-def _write_figures(output: Path, facts: dict, predictions: list[dict]) -> None:
-    write_whole(output / "metrics.json", json.dumps(facts, indent=2, ensure_ascii=False) + "\n")
+def _write_files(output: Path, found: Figures | Diverged, predictions: list[dict], curves: list[dict]) -> None:
+    write_figures(output, found)
     write_whole(output / "predictions.jsonl", json_lines(predictions))
+    if curves:
+        write_whole(output / "curves.jsonl", json_lines(curves))
 
 
 def _report_divergence(model: Path, settings: dict, metric: str, adapter: Path, output: Path) -> dict:
     """The report of a training that diverged: its curve, and no figures."""
     step = read_json(model / DIVERGED, {"step": int})["step"]
     curves = read_json_lines(adapter / "metrics.jsonl")
-    facts = {
-        "task": settings["task"],
-        "metric": metric,
-        "diverged_at_step": step,
-        "train": read_json(adapter / "training.json"),
-    }
-    _write_figures(output, facts, [])
-    write_whole(output / "curves.jsonl", json_lines(curves))
+    train = read_json(adapter / "training.json")
+    found = Diverged(task=settings["task"], metric=metric, diverged_at_step=step, train=train)
+    _write_files(output, found, [], curves)
     loss_curves = plots.loss_curves(curves)
     html.render("diverged.html", output / "report.html", name=output.name, step=step, loss_curves=loss_curves)
     log.info("the training diverged at step %d: no model to evaluate", step)
@@ -129,8 +137,8 @@ def _rows(model: Path, splits: Path, settings: dict, tokenizer) -> tuple[Dataset
     return loaded, list(loaded["test"])
 
 
-def _train_references(rows: DatasetDict, settings: dict) -> list[str]:
-    """The training split's references, where a baseline needs them."""
+def _train_gold(rows: DatasetDict, settings: dict) -> list[str]:
+    """The training split's gold answers, where a baseline needs them."""
     wanted = settings["task"] in ("labels", "tags") and "train" in rows
     return list(rows["train"]["reference"]) if wanted else []
 
@@ -143,48 +151,48 @@ def _left_out(splits: Path) -> dict:
     }
 
 
-def _base(folder: Path, settings: dict, test: list[dict]) -> dict:
+def _base(folder: Path, settings: dict, test: list[dict]) -> BaseReport:
     """The untouched model's figures and answers, scored again so that differences can be judged row by row."""
-    facts = read_json(folder / "metrics.json", {"task": str, "test": dict, "intervals": dict})
+    found = read_figures(folder)
     rows = read_json_lines(folder / "predictions.jsonl", dict)
-    if facts["task"] != settings["task"] or [row["id"] for row in rows] != [row["id"] for row in test]:
+    same = found.task == settings["task"] and [row["id"] for row in rows] == [row["id"] for row in test]
+    if isinstance(found, Diverged) or not same:
         raise UserError(
             f"--base-report {folder}: other test rows or another task; evaluate the base model on these splits"
         )
-    answers = [row["prediction"] for row in rows]
-    choices = [row["choice"] for row in rows] if "choice" in rows[0] else None
-    return {"facts": facts, "rows": rows, "scores": score_answers(settings, rows, answers, rows, choices)}
+    return BaseReport(found, rows, metrics.score(evidence_of(settings, rows)))
 
 
-def _references(folder: Path, test: list[dict]) -> list[dict]:
-    """The test split's figures of the model that preference optimization started from."""
-    figures = load_rows(folder)
-    rows = list(figures["test"]) if "test" in figures else []
+def _start_logps(folder: Path, test: list[dict]) -> list[tuple[float, float]]:
+    """Log-probabilities of the test pairs, by the model that preference optimization started from."""
+    found = load_rows(folder)
+    rows = list(found["test"]) if "test" in found else []
     if [row["id"] for row in rows] != [row["id"] for row in test]:
         raise UserError(f"--references {folder}: of other test rows; run reference_logprobs on these splits")
-    return rows
+    return [(row["ref_chosen_logps"], row["ref_rejected_logps"]) for row in rows]
 
 
-def _start(folder: Path | None, metric: str) -> dict | None:
+def _start(folder: Path | None, metric: str) -> Start | None:
     """Figures of the model that this training started from, when that was trained itself."""
     if folder is None:
         return None
-    facts = read_json(folder / "metrics.json", {"test": dict, "intervals": dict})
-    return {"name": "after fine-tuning", "test": facts["test"], "intervals": facts["intervals"], "metric": metric}
+    found = read_figures(folder)
+    if isinstance(found, Diverged):
+        raise UserError(f"--start-report {folder}: its training diverged, so nothing could have started from it")
+    return Start(name="after fine-tuning", test=found.test, intervals=found.intervals, metric=metric)
 
 
-def headline(facts: dict) -> str:
+def headline(found: Figures) -> str:
     """One line: the ranking figure, how sure it is, and what tuning changed."""
-    metric = facts["metric"]
-    low, high = facts["interval"]
-    name, value = html.metric_name(metric), facts["test"][metric]
-    of = " of the likeliest label" if facts["task"] == "labels" and metric in ("accuracy", "f1") else ""
-    text = f"test {name}{of} {value:.3f} [{low:.3f}, {high:.3f}] on {facts['rows']} rows"
-    if facts["delta"]:
-        gain, (low, high) = facts["delta"]["value"], facts["delta"]["interval"]
-        text += f"; base model {facts['base'][metric]:.3f}, tuning {gain:+.3f} [{low:+.3f}, {high:+.3f}]"
-    if facts["test"].get(metrics.UNPARSED):
-        text += f"; {facts['test'][metrics.UNPARSED]:.1%} of the free answers name no label"
+    metric, value = found.metric, found.test[found.metric]
+    low, high = found.interval
+    of = " of the likeliest label" if found.task == "labels" and metric in ("accuracy", "f1") else ""
+    text = f"test {html.metric_name(metric)}{of} {value:.3f} [{low:.3f}, {high:.3f}] on {found.rows} rows"
+    if found.delta and found.base:
+        gain, (low, high) = found.delta.value, found.delta.interval
+        text += f"; base model {found.base[metric]:.3f}, tuning {gain:+.3f} [{low:+.3f}, {high:+.3f}]"
+    if unparsed := found.test.get(UNPARSED):
+        text += f"; {unparsed:.1%} of the free answers name no label"
     return text
 
 

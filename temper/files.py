@@ -16,7 +16,8 @@ def read_json(path: Path, shape=dict, remedy: str | None = None):
     """The content of a JSON file.
 
     Args:
-        shape: what it must be: a type such as ``dict[str, int]``, or {name: type} for an object with these.
+        shape: what it must be: a type such as ``dict[str, int]``, {name: type} for an object with these, or a pydantic
+            model, which is then returned.
         remedy: what to do when it is damaged; by itself: to make its folder again.
 
     Raises:
@@ -84,8 +85,7 @@ def json_lines(rows: list[dict]) -> str:
 def _parsed(path: Path, parse, shape, remedy: str | None, of_each=None):
     remedy = remedy or made_again(path.parent)
     try:
-        content = parse(path.read_text(encoding="utf-8"))
-        _check(content, shape)
+        content = _check(parse(path.read_text(encoding="utf-8")), shape)
         for each in content if of_each else []:
             _check(each, of_each)
     except FileNotFoundError:
@@ -97,28 +97,42 @@ def _parsed(path: Path, parse, shape, remedy: str | None, of_each=None):
     return content
 
 
-def _check(content, shape) -> None:
-    """Raise ValueError when `content` is not of this shape."""
+def _check(content, shape):
+    """`content`, or what a model makes of it; raises ValueError when it is not of this shape."""
+    if (isinstance(shape, dict) or _is_model(shape)) and not isinstance(content, dict):
+        raise ValueError("it is not an object of names and values")
+    if _is_model(shape):
+        return _checked(shape.model_validate, content)
+    if not isinstance(shape, dict):
+        return _checked(_adapter(shape).validate_python, content, "it")
+    for name, kind in shape.items():
+        if name not in content:
+            raise ValueError(f"it has no '{name}'")
+        _checked(_adapter(kind).validate_python, content[name], f"'{name}'")
+    return content
+
+
+def _is_model(shape) -> bool:
+    from pydantic import BaseModel
+
+    return isinstance(shape, type) and issubclass(shape, BaseModel)
+
+
+def _checked(validate, value, name: str | None = None):
+    """What `validate` returns. `name`: of the value, for the message; None where the place of the fault tells it."""
     from pydantic import ValidationError
 
-    if isinstance(shape, dict):
-        if not isinstance(content, dict):
-            raise ValueError("it is not an object of names and values")
-        for name, kind in shape.items():
-            if name not in content:
-                raise ValueError(f"it has no '{name}'")
-            _check_value(f"'{name}'", content[name], kind, ValidationError)
-    else:
-        _check_value("it", content, shape, ValidationError)
-
-
-def _check_value(name: str, value, kind, invalid) -> None:
     try:
-        _adapter(kind).validate_python(value)
-    except invalid as error:
+        return validate(value)
+    except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
-        where = ".".join(map(str, first["loc"]))
-        raise ValueError(f"{name}{f' at {where}' if where else ''}: {first['msg']}") from None
+        where = [str(part) for part in first["loc"]]
+        if name is None:
+            if first["type"] == "missing":
+                raise ValueError(f"it has no '{'.'.join(where)}'") from None
+            name = f"'{where.pop(0)}'"
+        place = f" at {'.'.join(where)}" if where else ""
+        raise ValueError(f"{name}{place}: {first['msg']}") from None
 
 
 @functools.cache

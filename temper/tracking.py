@@ -22,16 +22,21 @@ import sqlite3
 import sys
 import threading
 from pathlib import Path
+from typing import TYPE_CHECKING
 from urllib.parse import unquote, urlsplit
 
 from temper.errors import UserError, lack
-from temper.evaluation.metrics import LOWER_IS_BETTER
+from temper.evaluation.figures import FILE, Diverged, Figures, finite, read_figures
+from temper.evaluation.metrics import lower_is_better
 from temper.files import read_json, read_json_lines
 from temper.folders import locked
 from temper.hashing import digest
 from temper.keys import flat
 from temper.provenance import git_commit
 from temper.secrets import redacted
+
+if TYPE_CHECKING:
+    from temper.reports.leaderboard import Board
 
 log = logging.getLogger("temper")
 SWEEP_TAG, RUN_TAG, MIRRORED_TAG = "temper.sweep", "temper.run", "temper.mirrored"
@@ -397,12 +402,12 @@ class _Sender(threading.Thread):
 # --- after training, from the files --------------------------------------------------------------
 
 
-def mirror(plan, board: dict | None, unfinished: str = "FAILED") -> tuple[bool | None, str]:
+def mirror(plan, board: "Board | None", unfinished: str = "FAILED") -> tuple[bool | None, str]:
     """Complete the MLflow run of every sweep point that has a report, end all others, and name the champion.
 
     Args:
         plan: a `temper.planning.plan.Plan`.
-        board: {"metric", "rows": the leaderboard's rows, best first; `run` is the run's name}; None: there is none.
+        board: the leaderboard; None: there is none.
         unfinished: status of the runs that have no report.
 
     Returns:
@@ -431,7 +436,7 @@ def _mirror_runs(api, experiment: str, plan) -> tuple[dict[str, str], list[str]]
     """
     ids, refused = {}, []
     for run in plan.runs:
-        if not (Path(run.artefacts["evaluate_model"]) / "metrics.json").is_file():
+        if not (Path(run.artefacts["evaluate_model"]) / FILE).is_file():
             continue
         try:
             ids[run.name] = _mirror_run(api, experiment, plan.sweep, run)
@@ -454,13 +459,13 @@ def _mirror_run(api, experiment: str, sweep: str, run) -> str:
         api.delete_run(run_id)
         run_id = _child_run(api, experiment, sweep, run.name, run.title)
     report, adapter = Path(run.artefacts["evaluate_model"]), Path(run.artefacts["train_adapter"])
-    metrics = read_json(report / "metrics.json")
+    figures = read_figures(report)
     _log_params(api, run_id, params)
     _log_dataset(api, run_id, run)
     lines = read_json_lines(adapter / "metrics.jsonl")
-    _Curves(api, run_id).send([*lines, _results(metrics)])
-    if metrics.get("diverged_at_step") is not None:
-        api.set_tag(run_id, "temper.diverged_at_step", str(metrics["diverged_at_step"]))
+    _Curves(api, run_id).send([*lines, _results(figures)])
+    if isinstance(figures, Diverged):
+        api.set_tag(run_id, "temper.diverged_at_step", str(figures.diverged_at_step))
     for file in (
         report / "report.html",
         report / "predictions.jsonl",
@@ -524,20 +529,21 @@ def _log_dataset(api, run_id: str, run) -> None:
     api.log_inputs(run_id, datasets=[DatasetInput(dataset, [InputTag("mlflow.data.context", "training")])])
 
 
-def _results(metrics: dict) -> dict:
-    """The figures of a report's metrics.json as one line for `_Curves.send`."""
-    training = metrics["train"] or {}
+def _results(figures: Figures | Diverged) -> dict:
+    """The figures of a report as one line for `_Curves.send`."""
+    training = figures.train or {}
     values = {
         name: training.get(name)
         for name in ("train_seconds", "tokens_per_second", "peak_memory_bytes", "trainable_parameters")
     }
-    for prefix, scores in (("test_", metrics.get("test")), ("base_test_", metrics.get("base"))):
-        values |= {prefix + name: value for name, value in (scores or {}).items()}
-    numbers = {name: value for name, value in values.items() if isinstance(value, (int, float))}
+    if isinstance(figures, Figures):
+        values |= {f"test_{name}": value for name, value in figures.test.items()}
+        values |= {f"base_test_{name}": value for name, value in (figures.base or {}).items()}
+    numbers = {name: value for name, value in finite(values).items() if isinstance(value, (int, float))}
     return {"step": 0, "seconds": training.get("train_seconds") or 0.0, **numbers}
 
 
-def _finish_sweep(api, experiment: str, plan, board: dict | None, status: str) -> None:
+def _finish_sweep(api, experiment: str, plan, board: "Board | None", status: str) -> None:
     run_id = _sweep_run(api, experiment, plan.sweep)
     for axis, values in plan.axes.items():
         api.set_tag(run_id, valid_name(f"axis.{axis}"), _cut(", ".join(str(value) for value in values), LONGEST_TAG))
@@ -547,14 +553,14 @@ def _finish_sweep(api, experiment: str, plan, board: dict | None, status: str) -
     api.set_terminated(run_id, status=status)
 
 
-def _register_champion(api, plan, board: dict, ids: dict[str, str]) -> str:
+def _register_champion(api, plan, board: "Board", ids: dict[str, str]) -> str:
     """Register the best run under the data set's name, with the alias ``champion``.
 
     A champion that an earlier sweep found on the same splits and by the same metric stays if it is better.
     """
     from mlflow.exceptions import MlflowException
 
-    best, score = board["rows"][0], f"test_{board['metric']}"
+    best, score = board.rows[0], f"test_{board.metric}"
     if best[score] is None:  # nothing that diverged is anybody's champion
         return "no run has figures, so there is no new champion"
     run = next(run for run in plan.runs if run.name == best["run"])
@@ -566,7 +572,7 @@ def _register_champion(api, plan, board: dict, ids: dict[str, str]) -> str:
         if error.error_code != "RESOURCE_ALREADY_EXISTS":
             raise
     holder = _champion(api, name)
-    if holder is not None and _is_there(holder.source) and _holds(holder.tags, measured, best[score], board["metric"]):
+    if holder is not None and _is_there(holder.source) and _holds(holder.tags, measured, best[score], board.metric):
         return f"champion of '{name}' is still version {holder.version}"
     source = _model_source(api, plan.tracking, run, ids[best["run"]])
     tags = {"temper.measured": measured, "temper.score": str(best[score])}
@@ -601,7 +607,7 @@ def _holds(tags: dict, measured: str, score: float, metric: str) -> bool:
     if tags.get("temper.measured") != measured:
         return False
     held = float(tags["temper.score"])
-    return held <= score if metric in LOWER_IS_BETTER else held >= score
+    return held <= score if lower_is_better(metric) else held >= score
 
 
 def _champion(api, name: str):

@@ -1,9 +1,11 @@
 """Numbers, seconds and bytes as texts for people."""
 
+import math
+
 
 def figure(value) -> str:
     """A metric with three decimals; large ones shorter; a dash for none."""
-    if value is None:
+    if value is None or math.isnan(value):
         return "–"
     return f"{value:.3f}" if abs(value) < 100 else f"{value:,.0f}" if abs(value) < 1e6 else f"{value:.1e}"
 

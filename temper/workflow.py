@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from temper import signals, tracking
 from temper.config.stages import FOLDERS
@@ -22,6 +23,9 @@ from temper.folders import is_complete, remove_leftovers
 from temper.keys import PACKAGE_ROOT
 from temper.planning import plan as planning
 from temper.planning import planner
+
+if TYPE_CHECKING:
+    from temper.reports.leaderboard import Board
 
 FROZEN = "TEMPER_PLAN"  # environment variable: jobs that parse the Snakefile again read this plan
 FROZEN_HERE: list[dict[str, str]] = []  # what was asked for when this process froze its plan
@@ -268,7 +272,7 @@ def on_success(plan: planning.Plan) -> None:
     with one_line_errors():
         folder = Path(plan.leaderboard).parent
         print_leaderboard(folder)
-        best = read_board(folder)["rows"][0]["run"]
+        best = read_board(folder).rows[0]["run"]
         print(f"best model: {next(run.artefacts['merge_adapter'] for run in plan.runs if run.name == best)}")
         if plan.tracking["enabled"]:
             print("MLflow: make ui, then http://127.0.0.1:5000")
@@ -323,7 +327,7 @@ def _compare_what_is_there(plan: planning.Plan) -> None:
         leaderboard.print_leaderboard(folder)
 
 
-def _mirror(plan: planning.Plan, board: dict | None, **options) -> None:
+def _mirror(plan: planning.Plan, board: "Board | None", **options) -> None:
     done, said = tracking.mirror(plan, board, **options)
     if done is False:
         print(said, file=sys.stderr)

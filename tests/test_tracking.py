@@ -23,7 +23,9 @@ from temper import tracking, workflow
 from temper.errors import UserError
 from temper.model.loading import load_model
 from temper.planning import planner
+from temper.reports.leaderboard import Board
 from tests.support import stores
+from tests.support.sweeps import report_figures
 
 SETTINGS = {
     "enabled": True,
@@ -54,7 +56,7 @@ def plan(workspace, empty_store):
     for index, run in enumerate(made.runs):
         _write(run, accuracy=0.8 + index / 10)
     rows = [{"run": run.name, "test_accuracy": 0.9 - index / 10} for index, run in enumerate(reversed(made.runs))]
-    board = {"metric": "accuracy", "rows": rows}
+    board = Board(sweep=made.sweep, metric="accuracy", rows=rows, missing=[], base=None)
     folder = Path(made.leaderboard).parent
     folder.mkdir(parents=True)
     for name in ("leaderboard.csv", "report.html"):
@@ -72,7 +74,8 @@ def _write(run, accuracy):
         },
         "evaluate_model": {
             "metrics.json": json.dumps(
-                {
+                report_figures(accuracy, 0.5)
+                | {
                     "test": {"accuracy": accuracy, "loss": 0.5},
                     "base": {"accuracy": 0.6},
                     "train": {"train_seconds": 12.5},
@@ -88,6 +91,10 @@ def _write(run, accuracy):
         folder.mkdir(parents=True, exist_ok=True)
         for name, text in contents.items():
             (folder / name).write_text(text)
+
+
+def of_rows(board: Board, rows: list[dict]) -> Board:
+    return board.model_copy(update={"rows": rows})
 
 
 def runs_of(plan):
@@ -301,7 +308,7 @@ def test_what_has_no_report_is_ended_as_failed(plan):
     lost = plan.runs[1]
     with tracking.follow(plan.jobs[lost.segments[-1]].settings["follow"]):
         (Path(lost.artefacts["evaluate_model"]) / "metrics.json").unlink()
-    tracking.mirror(plan, {**board, "rows": [row for row in board["rows"] if row["run"] != lost.name]})
+    tracking.mirror(plan, of_rows(board, [row for row in board.rows if row["run"] != lost.name]))
     statuses = {run.data.tags[tracking.RUN_TAG]: run.info.status for run in runs_of(plan)[1]}
     assert statuses == {"-": "FAILED", lost.name: "FAILED", plan.runs[0].name: "FINISHED"}
 
@@ -443,7 +450,8 @@ def another_run(plan):
     }
     _write(extra, accuracy=0.99)
     plan.runs.append(extra)
-    return {"metric": "accuracy", "rows": [{"run": extra.name, "test_accuracy": 0.99}]}
+    rows = [{"run": extra.name, "test_accuracy": 0.99}]
+    return Board(sweep=plan.sweep, metric="accuracy", rows=rows, missing=[], base=None)
 
 
 @pytest.mark.parametrize("how", [shutil.copytree, shutil.move])
@@ -552,7 +560,7 @@ def test_registered_virtual_tokens_load_through_mlflow_and_answer(plan, tiny_mod
     from transformers import AutoTokenizer
 
     plan, board = plan
-    best = next(run for run in plan.runs if run.name == board["rows"][0]["run"]).artefacts
+    best = next(run for run in plan.runs if run.name == board.rows[0]["run"]).artefacts
     shutil.rmtree(best["train_adapter"])
     given = ["--model", str(tiny_model), "experiment=smoke", "adapter=prompt_tuning", "model.load.dtype=float32"]
     train_adapter.main(["--splits", str(tiny_splits), "--output", best["train_adapter"], *given])
@@ -573,12 +581,14 @@ def test_a_diverged_run_is_mirrored_and_never_the_champion(plan):
     plan, board = plan
     diverged, sound = plan.runs[1], plan.runs[0]
     report = Path(diverged.artefacts["evaluate_model"], "metrics.json")
-    report.write_text(json.dumps({"diverged_at_step": 2, "train": {"train_seconds": 1.0}}))
+    report.write_text(
+        json.dumps({"task": "labels", "metric": "accuracy", "diverged_at_step": 2, "train": {"train_seconds": 1.0}})
+    )
     Path(diverged.artefacts["train_adapter"], "metrics.jsonl").write_text('{"step": 1, "seconds": 1, "loss": NaN}\n')
     rows = [{"run": diverged.name, "test_accuracy": None, "diverged_at_step": 2}]
-    done, said = tracking.mirror(plan, {**board, "rows": rows})
+    done, said = tracking.mirror(plan, of_rows(board, rows))
     assert done and said.endswith("no run has figures, so there is no new champion")
-    assert "is version 1" in tracking.mirror(plan, {**board, "rows": [board["rows"][1], *rows]})[1]
+    assert "is version 1" in tracking.mirror(plan, of_rows(board, [board.rows[1], *rows]))[1]
     api, runs = runs_of(plan)
     champion = api.get_model_version_by_alias("movie_reviews", "champion")
     assert api.get_run(champion.run_id).data.tags[tracking.RUN_TAG] == sound.name

@@ -31,24 +31,24 @@ def check(settings: dict, splits: Path, rows, tokenizer) -> None:
         raise UserError(f"{splits}: no supervised token in the test split; see audit.json there, and prompt.loss_on")
     refuse_without_pairs(settings, "rejected" in rows["test"].column_names)
     if settings["task"] == "labels":
-        _check_references(rows, settings["labels"])
+        _check_gold(rows, settings["labels"])
         label_answers(settings["labels"], rows, tokenizer)
     if settings["task"] == "text":
         _check_rouge(settings, metric, list(rows["test"]["reference"]))
 
 
-def _check_references(rows, labels: list[str]) -> None:
+def _check_gold(rows, labels: list[str]) -> None:
     """Every answer of a labelling task must be one of its labels."""
     for split, part in rows.items():
         known = set()
-        for number, reference in zip(part["id"], part["reference"], strict=True):
-            if reference not in known:
-                gold_label(reference, labels, f"{split} split, row {number} of the raw data")
-                known.add(reference)
+        for number, gold in zip(part["id"], part["reference"], strict=True):
+            if gold not in known:
+                gold_label(gold, labels, f"{split} split, row {number} of the raw data")
+                known.add(gold)
 
 
-def _check_rouge(settings: dict, metric: str, references: list[str]) -> None:
-    unseen = rouge_unseen(references)
+def _check_rouge(settings: dict, metric: str, gold: list[str]) -> None:
+    unseen = rouge_unseen(gold)
     what = f"ROUGE-L sees the letters a to z and digits only, and {unseen:.1%} of the test split's references is other"
     if unseen > MOST_UNSEEN:
         if metric == "rouge_l":

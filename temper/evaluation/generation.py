@@ -42,7 +42,7 @@ def generate_answers(
         rows: `id`, `input_ids`, `prompt_length`.
         settings: the config section `eval`: batch_size, max_new_tokens, do_sample, temperature, top_p.
         stop_ids: tokens that end an answer.
-        known: row number -> the tokens of its answer, where that is known already (see `greedy_references`).
+        known: row number -> the tokens of its answer, where that is known already (see `greedy_gold`).
     """
     import torch
 
@@ -68,16 +68,14 @@ def generate_answers(
     return answers
 
 
-def greedy_references(
-    rows: list[dict], matched: list[int], settings: dict, stop_ids: list[int]
-) -> dict[int, list[int]]:
-    """Rows whose reference is what greedy generation would answer: row number -> the answer's tokens.
+def greedy_gold(rows: list[dict], matched: list[int], settings: dict, stop_ids: list[int]) -> dict[int, list[int]]:
+    """Rows whose gold answer is what greedy generation would give: row number -> the answer's tokens.
 
-    The loss has been computed from the model's predictions along the reference. Where each of them is the reference's
-    next token, up to the one that ends the answer, generation has nothing to find out.
+    The loss has been computed from the model's predictions along the gold answer. Where each of them is its next token,
+    up to the one that ends the answer, generation has nothing to find out.
 
     Args:
-        matched: of each row, how many tokens of its reference, from the first on, the model finds likeliest.
+        matched: of each row, how many tokens of its gold answer, from the first on, the model finds likeliest.
     """
     if settings["do_sample"]:
         return {}

@@ -2,24 +2,91 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from temper.errors import UserError
-from temper.evaluation import metrics
+from temper.evaluation import intervals, metrics
 from temper.evaluation.class_tokens import label_answers
+from temper.evaluation.figures import Delta, Figures, Start
 from temper.provenance import peak_memory
-
-# --- what the model says -------------------------------------------------------------------------
 
 if TYPE_CHECKING:
     from datasets import DatasetDict
 
+    from temper.evaluation.generation import Answers
+    from temper.evaluation.likelihoods import RowLosses
 
-def ask(folder: Path, config: dict, rows: DatasetDict, test: list[dict], tokenizer) -> dict:
+
+@dataclasses.dataclass
+class Choices:
+    """Task labels: the label that a model finds the likeliest, row by row.
+
+    `chosen_by`: how it was found. `logps`: of each row, the log-probabilities of all labels.
+    """
+
+    labels: list[str]
+    chosen_by: str
+    logps: list[tuple]
+
+
+@dataclasses.dataclass
+class Asked:
+    """What a model said of the test rows.
+
+    `pair_logps`: log-probability of each preference pair's chosen and of its rejected answer.
+    """
+
+    losses: RowLosses
+    loss_seconds: float
+    answers: Answers
+    choices: Choices | None
+    pair_logps: list[tuple[float, float]] | None
+
+    def evidence(self, settings: dict, test: list[dict]) -> metrics.Evidence:
+        """All there is to judge this model by, but for what preference optimization changed."""
+        return metrics.Evidence(
+            settings,
+            gold=[row["reference"] for row in test],
+            predictions=self.answers.texts,
+            choices=self.choices.labels if self.choices else None,
+            loss_sums=self.losses.sums,
+            loss_tokens=self.losses.tokens,
+            pair_logps=self.pair_logps,
+            finished=self.answers.finished,
+        )
+
+
+@dataclasses.dataclass
+class BaseReport:
+    """The untouched model's report: its figures, its lines of predictions.jsonl, and their scores, computed again."""
+
+    figures: Figures
+    rows: list[dict]
+    scores: metrics.Scores
+
+
+@dataclasses.dataclass
+class Judgement:
+    """How good a model is on the test split.
+
+    `intervals`: of the metrics that the page's head shows. `gain`: interval of the gain over the base model.
+    """
+
+    evidence: metrics.Evidence
+    scores: metrics.Scores
+    intervals: dict[str, list[float]]
+    gain: list[float] | None
+
+
+# --- what the model says -------------------------------------------------------------------------
+
+
+def ask(folder: Path, config: dict, rows: DatasetDict, test: list[dict], tokenizer) -> Asked:
     """Loss of each row, an answer to each prompt and, for labels, how likely the model finds each of them.
 
     Raises:
@@ -31,25 +98,21 @@ def ask(folder: Path, config: dict, rows: DatasetDict, test: list[dict], tokeniz
     settings = config["eval"]
     model = loading.load_model(folder, config["model"]["load"]).eval()
     size = settings["batch_size"], tokenizer.pad_token_id
+
     started = time.perf_counter()
     losses = likelihoods.row_losses(model, test, *size)
     loss_seconds = time.perf_counter() - started
     _check_finite(folder, test, losses.sums)
-    asked: list[dict] = [
-        {"loss_sum": total, "tokens": count} for total, count in zip(losses.sums, losses.tokens, strict=True)
-    ]
-    choices = chosen_by = None
-    if settings["task"] == "labels":
-        choices, chosen_by, logps = _likeliest(model, rows, test, settings["labels"], tokenizer, size)
-        for row, of_labels in zip(asked, logps, strict=True):
-            row["label_logps"] = [round(logp, 5) for logp in of_labels]
+
+    labels = settings["task"] == "labels"
+    choices = _likeliest(model, rows, test, settings["labels"], tokenizer, size) if labels else None
+
     stop_ids = loading.stop_token_ids(folder, tokenizer)
-    known = generation.greedy_references(test, losses.matched, settings, stop_ids)
+    known = generation.greedy_gold(test, losses.matched, settings, stop_ids)
     answers = generation.generate_answers(model, tokenizer, test, settings, stop_ids, known)
-    if "rejected_input_ids" in test[0]:
-        for row, both in zip(asked, likelihoods.pair_logps(model, test, *size), strict=True):
-            row["chosen_logp"], row["rejected_logp"] = both
-    return {"rows": asked, "loss_seconds": loss_seconds, "choices": choices, "answers": answers, "chosen_by": chosen_by}
+
+    pairs = likelihoods.pair_logps(model, test, *size) if "rejected_input_ids" in test[0] else None
+    return Asked(losses, loss_seconds, answers, choices, pairs)
 
 
 # How the likeliest label is found; the second way where a label is the beginning of another one.
@@ -58,7 +121,7 @@ WITH_END = "the log-probability of its tokens and of the one that ends an answer
 
 
 def _likeliest(model, rows: DatasetDict, test: list[dict], labels: list[str], tokenizer, size: tuple[int, int]):
-    """(the label that the model finds the likeliest, row by row; by what; the log-probabilities of all).
+    """The label that the model finds the likeliest, row by row.
 
     As lm-eval compares the choices of a question: by their own tokens. Where a label is the beginning of another one
     (``C``, ``C++``), the shorter would always be the likelier: there the end of each counts as well. Elsewhere it does
@@ -70,8 +133,8 @@ def _likeliest(model, rows: DatasetDict, test: list[dict], labels: list[str], to
     alone = [answer[:-1] for answer in ended]
     with_end = _one_begins_another(alone)
     logps = likelihoods.label_logps(model, test, ended if with_end else alone, *size)
-    choices = [labels[max(range(len(labels)), key=of_row.__getitem__)] for of_row in logps]
-    return choices, WITH_END if with_end else ALONE, logps
+    chosen = [labels[max(range(len(labels)), key=of_row.__getitem__)] for of_row in logps]
+    return Choices(chosen, WITH_END if with_end else ALONE, logps)
 
 
 def _one_begins_another(labels: list[list[int]]) -> bool:
@@ -91,103 +154,121 @@ def _check_finite(folder: Path, test: list[dict], sums: list[float]) -> None:
 # --- how good that is ----------------------------------------------------------------------------
 
 
-def score_answers(
-    settings: dict, rows: list[dict], answers: list[str], losses, choices: list[str] | None
-) -> metrics.Scores:
-    """All figures of the task, loss and preferences included.
+def evidence_of(settings: dict, rows: list[dict]) -> metrics.Evidence:
+    """The evidence that lines of predictions.jsonl are."""
 
-    `losses`: rows with `loss_sum` and `tokens` and, of preference pairs, `chosen_logp` and `rejected_logp`.
+    def column(name: str) -> list | None:
+        return [row[name] for row in rows] if name in rows[0] else None
+
+    pairs = [(row["chosen_logp"], row["rejected_logp"]) for row in rows] if "chosen_logp" in rows[0] else None
+    return metrics.Evidence(
+        settings,
+        gold=[row["reference"] for row in rows],
+        predictions=[row["prediction"] for row in rows],
+        choices=column("choice"),
+        loss_sums=column("loss_sum"),
+        loss_tokens=column("tokens"),
+        pair_logps=pairs,
+        finished=column("finished"),
+    )
+
+
+def judge(metric: str, evidence: metrics.Evidence, base: BaseReport | None) -> Judgement:
+    """Scores, the intervals of the figures that the page's head shows, and the interval of the gain by tuning.
+
+    Args:
+        metric: the one that ranks runs.
     """
-    scores = metrics.score(settings, [row["reference"] for row in rows], answers, choices)
-    sums, tokens = [row["loss_sum"] for row in losses], [row["tokens"] for row in losses]
-    scores.statistics |= metrics.loss_statistics(sums, tokens)
-    if "chosen_logp" in losses[0]:
-        chosen, rejected = ([row[name] for row in losses] for name in ("chosen_logp", "rejected_logp"))
-        scores.statistics[metrics.PREFERENCE] = metrics.preference_statistic(chosen, rejected)
-    for name in scores.statistics.keys() - scores.values.keys():
-        scores.values[name] = scores.statistics[name](range(len(rows)))
-    return scores
-
-
-def judge(settings: dict, metric: str, test: list[dict], asked: dict, base: dict | None) -> dict:
-    """Scores, the intervals of the figures that the page's head shows, and the interval of the gain by tuning."""
-    scores = score_answers(settings, test, asked["answers"].texts, asked["rows"], asked["choices"])
-    finished = asked["answers"].finished
-    scores.values["unfinished"] = finished.count(False) / len(finished)
-    shown = dict.fromkeys([metric, *(entry["metric"] for entry in settings["published"])])
+    scores = metrics.score(evidence)
+    shown = dict.fromkeys([metric, *(entry["metric"] for entry in evidence.settings["published"])])
     shown |= dict.fromkeys(name for name in [metrics.PREFERENCE] if name in scores.statistics)
-    intervals = {name: metrics.interval(scores.statistics[name], len(test)) for name in shown}
+    found = {name: intervals.interval(scores.statistics[name], len(evidence)) for name in shown}
     gain = None
     if base:
-        gain = metrics.delta_interval(scores.statistics[metric], base["scores"].statistics[metric], len(test))
-    return {"scores": scores, "intervals": intervals, "gain": gain}
+        both = scores.statistics[metric], base.scores.statistics[metric]
+        gain = intervals.delta_interval(*both, len(evidence))
+    return Judgement(evidence, scores, found, gain)
 
 
-def figures_of(settings, metric, train_references, test, asked, judged, base) -> dict:
+def figures_of(
+    metric: str,
+    train_gold: list[str],
+    asked: Asked,
+    judged: Judgement,
+    base: BaseReport | None,
+    *,
+    train: dict[str, Any] | None,
+    start: Start | None,
+    left_out: dict,
+) -> Figures:
     """The content of metrics.json.
 
-    `test`: metric -> figure of this model, `base`: the same of the untouched one, or None. `interval`: 95% bootstrap
-    interval of the ranking metric; `intervals`: of every metric that has one; `delta`: the gain over the base model in
-    the ranking metric, and its interval. `baselines`: what needs no model. Added by `run`: `train`, the adapter's
-    training.json; `start`, the figures of the model it started from; `left_out`, rows that tokenizing left out.
+    Args:
+        train_gold: the training split's gold answers, for the majority baseline.
+        train, start, left_out: see `Figures`.
     """
-    scores, answers = judged["scores"], asked["answers"]
-    references = [row["reference"] for row in test]
-    facts = {
-        "task": settings["task"],
-        "metric": metric,
-        "rows": len(test),
-        "test": _in_order(scores.values, settings["task"]),
-        "base": base["facts"]["test"] if base else None,
-        "interval": judged["intervals"][metric],
-        "intervals": judged["intervals"],
-        "base_intervals": base["facts"]["intervals"] if base else None,
-        "delta": None,
-        "baselines": [],
-        "published": settings["published"],
-        "loss_seconds": round(asked["loss_seconds"], 3),
-        "generate_seconds": round(answers.seconds, 3),
-        "generated_tokens": sum(answers.tokens),
-        "tokens_per_second": round(sum(answers.tokens) / answers.seconds, 1),
-        "peak_memory_bytes": peak_memory(),
+    evidence, settings, answers = judged.evidence, judged.evidence.settings, asked.answers
+    values, delta = judged.scores.values, None
+    if base and judged.gain:
+        delta = Delta(value=values[metric] - base.scores.values[metric], interval=judged.gain)
+    sets = settings["task"] in ("labels", "tags")
+    return Figures(
+        task=settings["task"],
+        metric=metric,
+        rows=len(evidence),
+        test=values,
+        base=base.figures.test if base else None,
+        interval=judged.intervals[metric],
+        intervals=judged.intervals,
+        base_intervals=base.figures.intervals if base else None,
+        delta=delta,
+        baselines=[metrics.majority_baseline(settings, train_gold, evidence.gold)] if sets else [],
+        published=settings["published"],
+        loss_seconds=round(asked.loss_seconds, 3),
+        generate_seconds=round(answers.seconds, 3),
+        generated_tokens=sum(answers.tokens),
+        tokens_per_second=round(sum(answers.tokens) / answers.seconds, 1),
+        peak_memory_bytes=peak_memory(),
+        train=train,
+        start=start,
+        left_out=left_out,
+        **(_of_labels(asked.choices, evidence, base) if asked.choices else {}),
+    )
+
+
+def _of_labels(choices: Choices, evidence: metrics.Evidence, base: BaseReport | None) -> dict[str, Any]:
+    """What is confused with what."""
+    return {
+        "accuracy_of": choices.chosen_by,
+        "classes": metrics.per_class(evidence),
+        "confusion": metrics.confusion(evidence),
+        "base_confusion": base.figures.confusion if base else None,
     }
-    if base:
-        facts["delta"] = {"value": scores.values[metric] - base["scores"].values[metric], "interval": judged["gain"]}
-    if settings["task"] in ("labels", "tags"):
-        facts["baselines"] = [metrics.majority_baseline(settings, train_references, references)]
-    if settings["task"] == "labels":
-        labels = settings["labels"]
-        facts["accuracy_of"] = asked["chosen_by"]
-        facts["classes"] = metrics.per_class(labels, references, scores.readings)
-        facts["confusion"] = metrics.confusion(labels, references, scores.readings)
-        facts["base_confusion"] = base["facts"].get("confusion") if base else None
-    return facts
 
 
-def _in_order(values: dict, task: str) -> dict:
-    order = (*metrics.METRICS[task], *metrics.LOSS_METRICS, metrics.PREFERENCE, *metrics.REWARDS, metrics.UNPARSED)
-    order = (*order, "unfinished")
-    return {name: values[name] for name in order if name in values}
-
-
-def prediction_rows(test: list[dict], asked: dict, judged: dict, base: dict | None) -> list[dict]:
+def prediction_rows(test: list[dict], asked: Asked, judged: Judgement, base: BaseReport | None) -> list[dict]:
     """The lines of predictions.jsonl, in the order of the test split."""
-    answers, scores = asked["answers"], judged["scores"]
-    lines = []
-    for index, row in enumerate(test):
-        line = {name: row[name] for name in ("id", "prompt", "reference")}
-        line |= {"prediction": answers.texts[index], "score": scores.rows[index]}
-        if scores.readings:
-            line["label"] = scores.readings[index]
-        if asked["choices"]:
-            line["choice"] = asked["choices"][index]
-        if base:
-            line["base_prediction"] = base["rows"][index]["prediction"]
-            line["base_score"] = base["scores"].rows[index]
-            if "choice" in base["rows"][index]:
-                line["base_choice"] = base["rows"][index]["choice"]
-        line |= {"finished": answers.finished[index], **asked["rows"][index]}
-        if "rejected" in row:
-            line["rejected"] = row["rejected"]
-        lines.append(line)
-    return lines
+    return [_prediction_row(index, row, asked, judged, base) for index, row in enumerate(test)]
+
+
+def _prediction_row(index: int, row: dict, asked: Asked, judged: Judgement, base: BaseReport | None) -> dict:
+    answers, choices = asked.answers, asked.choices
+    line = {name: row[name] for name in ("id", "prompt", "reference")}
+    line |= {"prediction": answers.texts[index], "score": judged.scores.rows[index]}
+    if choices:
+        line |= {"label": judged.evidence.readings[index], "choice": choices.labels[index]}
+
+    if base:
+        line |= {"base_prediction": base.rows[index]["prediction"], "base_score": base.scores.rows[index]}
+        if "choice" in base.rows[index]:
+            line["base_choice"] = base.rows[index]["choice"]
+
+    line |= {"finished": answers.finished[index]}
+    line |= {"loss_sum": asked.losses.sums[index], "tokens": asked.losses.tokens[index]}
+    if choices:
+        line["label_logps"] = [round(logp, 5) for logp in choices.logps[index]]
+    if asked.pair_logps:
+        line["chosen_logp"], line["rejected_logp"] = asked.pair_logps[index]
+    if "rejected" in row:
+        line["rejected"] = row["rejected"]
+    return line

@@ -1,4 +1,4 @@
-"""The test loss: how surprised a model is by the reference answers, row by row."""
+"""The test loss: how surprised a model is by the gold answers, row by row."""
 
 import dataclasses
 import math

@@ -1,72 +1,151 @@
-"""Metrics on the test split: which there are per task, how an answer is read, how sure a figure is.
+"""The metrics: what each is called, what it means, how it is computed from what a model said of a split.
 
-All are shares between 0 and 1 (chrF too, which sacrebleu gives from 0 to 100), except loss (nats per token) and
-perplexity. The computing is left to scikit-learn, rouge-score and sacrebleu.
+All are shares between 0 and 1 (chrF too, which sacrebleu gives from 0 to 100), except loss (nats per token),
+perplexity and rewards. ROUGE and chrF are computed by rouge-score and sacrebleu. A new metric is a function here and
+its row in `TASKS` or `ANY_TASK`.
 """
 
 import collections
 import dataclasses
 import functools
+import inspect
 import math
 import unicodedata
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from temper.errors import UserError, suggest
 from temper.evaluation.class_names import UNPARSED, check_labels, gold_label, read_label
 
-
-def refuse_without_pairs(evaluation: dict, has_pairs: bool) -> None:
-    """Raises: UserError: a figure of preference pairs is asked for, and there are none."""
-    asked = [("eval.metric", evaluation["metric"])]
-    asked += [("eval.published", figure["metric"]) for figure in evaluation["published"]]
-    for key, metric in asked:
-        if metric == PREFERENCE and not has_pairs:
-            raise UserError(f"config: '{key}': {PREFERENCE} needs preference pairs, see data.layout=preference")
-
-
-# The task's metrics; the first ranks runs unless eval.metric names another.
-METRICS = {
-    "labels": ("accuracy", "f1", "generated_accuracy", "exact_match"),
-    "tags": ("f1", "precision", "recall", "exact_match"),
-    "text": ("rouge_l", "chrf", "exact_match"),
-}
-LOSS_METRICS = ("loss", "perplexity")
-REWARDS = ("rewards/accuracies", "rewards/margins", "rewards/chosen", "rewards/rejected")  # against a reference
-LOWER_IS_BETTER = frozenset({*LOSS_METRICS, "unparsed", "unfinished"})
-# What ROUGE may miss of the references. Accents are up to 5% of German, French, Spanish or Portuguese text, and cost it
-# little; of Czech or Vietnamese, where it is more than 10%, the pieces of words between them are compared.
+# What ROUGE may miss of the gold answers. Accents are up to 5% of German, French, Spanish or Portuguese text, and cost
+# it little; of Czech or Vietnamese, where it is more than 10%, the pieces of words between them are compared.
 MOST_UNSEEN = 0.1
-RESAMPLES = 1000
-SEED = 0  # of the bootstrap: the same answers give the same interval
 Statistic = Callable[[Any], float]  # row numbers -> the metric on these rows
 
 
-# --- what may be asked for -----------------------------------------------------------------------
+class Mean:
+    """The statistic of a metric that is a mean over rows.
+
+    `values`: (rows,) float64, the figure of each row.
+    """
+
+    def __init__(self, values):
+        import numpy as np
+
+        self.values = np.asarray(values, dtype=float)
+
+    def __call__(self, rows) -> float:
+        return float(self.values[rows].mean())
 
 
-def check_metric(eval_config: dict) -> str:
-    """The metric that ranks runs. Cheap, so that it can be asked before any job starts.
+@dataclasses.dataclass(frozen=True)
+class Metric:
+    """A metric, whole in one row.
+
+    `name`: in configs, files and MLflow. `statistic`: its function of `Evidence`; None where the evidence has nothing
+    to compute it from. `ranks`: whether it may rank runs (eval.metric).
+
+    The function's docstring is "title: note", as pages show them. Docstrings are in no stage's key, so better words
+    evaluate nothing again.
+    """
+
+    name: str
+    statistic: Callable[["Evidence"], Statistic | None]
+    lower_is_better: bool = False
+    ranks: bool = True
+
+    @property
+    def title(self) -> str:
+        return self._text.partition(": ")[0]
+
+    @property
+    def note(self) -> str:
+        return self._text.partition(": ")[2].removesuffix(".")
+
+    @property
+    def _text(self) -> str:
+        return " ".join((inspect.getdoc(self.statistic) or f"{self.name}: ").split())
+
+
+# --- what there is to judge by -------------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class Evidence:
+    """What one model said of a split's rows, and what is right. Lists have one entry for each row.
+
+    Args:
+        settings: the config section `eval`.
+        choices: task labels: the label that the model finds the likeliest. Accuracy and F1 are those of the choices, as
+            is usual for multiple-choice tasks: a model that knows the answer but chats around it is not taken for
+            ignorant, and the gain by tuning not for larger than it is. Without choices they are those of the answers.
+        loss_sums, loss_tokens: cross entropy in nats, summed over the row's supervised tokens, and how many those are.
+        pair_logps: log-probability of a preference pair's chosen and of its rejected answer.
+        start_logps: the same of the model that preference optimization started from, and `beta`, the training's.
+        finished: whether the answer ended by itself.
+    """
+
+    settings: dict
+    gold: Sequence[str]
+    predictions: Sequence[str]
+    choices: Sequence[str] | None = None
+    loss_sums: Sequence[float] | None = None
+    loss_tokens: Sequence[int] | None = None
+    pair_logps: Sequence[tuple[float, float]] | None = None
+    start_logps: Sequence[tuple[float, float]] | None = None
+    beta: float | None = None
+    finished: Sequence[bool] | None = None
+
+    def __len__(self) -> int:
+        return len(self.gold)
+
+    @functools.cached_property
+    def readings(self) -> list[str]:
+        """Task labels: the label that each row is given, or ``unparsed``."""
+        return self.said if self.choices is None else list(self.choices)
+
+    @functools.cached_property
+    def said(self) -> list[str]:
+        """Task labels: the label that each free answer names, or ``unparsed``."""
+        labels = self.settings["labels"]
+        return [read_label(text, labels) or UNPARSED for text in self.predictions]
+
+    @functools.cached_property
+    def gold_labels(self) -> list[str]:
+        """Task labels: the label that each gold answer is.
+
+        Raises:
+            UserError: one is none of them.
+        """
+        return gold_labels(self.gold, self.settings["labels"])
+
+    @functools.cached_property
+    def sets(self) -> list[tuple[frozenset, frozenset]]:
+        """Task tags: the wanted and the given tags."""
+        read = functools.partial(read_tags, separator=self.settings["separator"])
+        return [(read(wanted), read(given)) for wanted, given in zip(self.gold, self.predictions, strict=True)]
+
+    @functools.cached_property
+    def set_scores(self) -> list[tuple[float, float, float]]:
+        return [set_scores(*pair) for pair in self.sets]
+
+    @functools.cached_property
+    def rewards(self):
+        """(rows, 2) of the chosen and of the rejected answer, as TRL defines them; None where nothing was optimized."""
+        import numpy as np
+
+        if self.start_logps is None or self.pair_logps is None:
+            return None
+        return self.beta * (np.array(self.pair_logps) - np.array(self.start_logps))
+
+
+def gold_labels(texts: Sequence[str], labels: list[str]) -> list[str]:
+    """The labels that gold answers are.
 
     Raises:
-        UserError: a metric (the ranking one or a published one) that the task does not have; labels that an answer
-            could not tell apart.
+        UserError: one is none of them.
     """
-    task = eval_config["task"]
-    allowed = (*METRICS[task], *LOSS_METRICS, PREFERENCE)
-    metric = eval_config.get("metric") or METRICS[task][0]
-    if metric not in allowed:
-        raise UserError(f"config: 'eval.metric': task '{task}' has no metric '{metric}'; {suggest(metric, allowed)}")
-    for figure in eval_config.get("published") or []:
-        if figure["metric"] not in allowed:
-            known = suggest(figure["metric"], allowed)
-            raise UserError(f"config: 'eval.published': '{figure['name']}' has metric '{figure['metric']}'; {known}")
-    if task == "labels":
-        check_labels(eval_config["labels"])
-    return metric
-
-
-# --- reading answers -----------------------------------------------------------------------------
+    return [gold_label(text, labels, f"row {row} of the split") for row, text in enumerate(texts, 1)]
 
 
 def read_tags(text: str, separator: str = ",") -> frozenset[str]:
@@ -75,121 +154,109 @@ def read_tags(text: str, separator: str = ",") -> frozenset[str]:
     return frozenset(tag for tag in tags if tag)
 
 
-def set_scores(reference: frozenset, prediction: frozenset) -> tuple[float, float, float]:
+def set_scores(wanted: frozenset, given: frozenset) -> tuple[float, float, float]:
     """(precision, recall, F1) of one set. Nothing wanted and nothing given is right; only one of them empty is 0."""
-    if not reference and not prediction:
+    if not wanted and not given:
         return 1.0, 1.0, 1.0
-    common = len(reference & prediction)
-    precision = common / len(prediction) if prediction else 0.0
-    recall = common / len(reference) if reference else 0.0
-    return precision, recall, 2 * common / (len(reference) + len(prediction))
+    common = len(wanted & given)
+    precision = common / len(given) if given else 0.0
+    recall = common / len(wanted) if wanted else 0.0
+    return precision, recall, 2 * common / (len(wanted) + len(given))
 
 
-# --- scoring -------------------------------------------------------------------------------------
+# --- task labels ---------------------------------------------------------------------------------
 
 
-@dataclasses.dataclass
-class Scores:
-    """Figures for one model on the test split.
-
-    `values`: metric -> figure on all rows. `rows`: one score per row, between 0 and 1, as the samples show it.
-    `statistics`: metric -> function from row numbers to the figure on these rows, for intervals.
-    `readings`: task labels only: the label each row is given, or ``unparsed``.
-    """
-
-    values: dict[str, float]
-    rows: list[float]
-    statistics: dict[str, Statistic]
-    readings: list[str] | None = None
+def _accuracy(evidence: Evidence) -> Statistic:
+    """accuracy: share of rows whose label the model finds the likeliest of all."""
+    return Mean([given == wanted for given, wanted in zip(evidence.readings, evidence.gold_labels, strict=True)])
 
 
-def score(eval_config: dict, references: list[str], predictions: list[str], choices: list[str] | None = None) -> Scores:
-    """Score answers with all metrics of the task.
-
-    Args:
-        choices: task labels: the label that the model finds likeliest of all, row by row. Accuracy and F1 are those of
-            the choices, as is usual for multiple-choice tasks: a model that knows the answer but chats around it is not
-            taken for ignorant, and the gain by tuning not for larger than it is. `generated_accuracy` and ``unparsed``
-            are those of the free answers. Without choices all are.
-
-    Raises:
-        UserError: task labels, and a reference is none of them.
-    """
-    scorer = {"labels": _score_labels, "tags": _score_tags, "text": _score_text}[eval_config["task"]]
-    statistics, rows, readings = scorer(eval_config, references, predictions, choices)
-    exact = [float(given.strip() == wanted.strip()) for given, wanted in zip(predictions, references, strict=True)]
-    statistics.setdefault("exact_match", _mean_of(exact))
-    everything = range(len(references))
-    values = {name: statistic(everything) for name, statistic in statistics.items()}
-    return Scores(values, rows, statistics, readings)
-
-
-def _score_labels(eval_config: dict, references: list[str], predictions: list[str], choices: list[str] | None):
+def _macro_f1(evidence: Evidence) -> Statistic:
+    """F1: mean of the F1 of all labels that occur (macro)."""
     import numpy as np
-    from sklearn.metrics import f1_score
-
-    labels = eval_config["labels"]
-    codes = {label: code for code, label in enumerate([*labels, UNPARSED])}
-    free = [read_label(text, labels) or UNPARSED for text in predictions]
-    readings = free if choices is None else choices
-    columns = (gold_labels(references, labels), readings, free)
-    true, read, said = (np.array([codes[label] for label in column]) for column in columns)
 
     # An unparsed answer counts against its true class, and is no class of its own in the average. Nor is a label that
     # neither the rows nor the answers have: there is nothing to be right or wrong about.
-    def f1(rows):
-        present = np.setdiff1d(np.union1d(true[rows], read[rows]), [codes[UNPARSED]])
-        return float(f1_score(true[rows], read[rows], labels=present, average="macro", zero_division=0))
+    labels = evidence.settings["labels"]
+    codes = {label: code for code, label in enumerate([*labels, UNPARSED])}
+    wanted, given = (
+        np.array([codes[label] for label in column]) for column in (evidence.gold_labels, evidence.readings)
+    )
 
-    right = (true == read).astype(float)
-    unparsed = [float(reading == UNPARSED) for reading in free]
-    statistics = {"accuracy": _mean_of(right), "f1": f1, "generated_accuracy": _mean_of(true == said)}
-    statistics[UNPARSED] = _mean_of(unparsed)
-    return statistics, right.tolist(), readings
+    def f1(rows) -> float:
+        true, read = wanted[rows], given[rows]
+        right, of_true, of_read = (
+            np.bincount(column, minlength=len(codes))[: len(labels)] for column in (true[true == read], true, read)
+        )
+        occurs = of_true + of_read > 0
+        if not occurs.any():
+            return 0.0
+        return float((2 * right[occurs] / (of_true + of_read)[occurs]).mean())
 
-
-def gold_labels(references: list[str], labels: list[str]) -> list[str]:
-    """The labels that references are.
-
-    Raises:
-        UserError: one is none of them.
-    """
-    return [gold_label(text, labels, f"row {row} of the split") for row, text in enumerate(references, 1)]
-
-
-def _score_tags(eval_config: dict, references: list[str], predictions: list[str], _choices):
-    read = functools.partial(read_tags, separator=eval_config["separator"])
-    pairs = [(read(wanted), read(given)) for wanted, given in zip(references, predictions, strict=True)]
-    precision, recall, f1 = zip(*(set_scores(*pair) for pair in pairs), strict=True)
-    statistics = {
-        "f1": _mean_of(f1),
-        "precision": _mean_of(precision),
-        "recall": _mean_of(recall),
-        "exact_match": _mean_of([float(wanted == given) for wanted, given in pairs]),
-    }
-    return statistics, list(f1), None
+    return f1
 
 
-def _score_text(_eval_config: dict, references: list[str], predictions: list[str], _choices):
+def _generated_accuracy(evidence: Evidence) -> Statistic:
+    """accuracy of free answers: share of generated answers that name the right label; one that names none is wrong."""
+    return Mean([said == wanted for said, wanted in zip(evidence.said, evidence.gold_labels, strict=True)])
+
+
+def _exact_match(evidence: Evidence) -> Statistic:
+    """exact match: share of answers equal to the gold answer."""
+    pairs = zip(evidence.predictions, evidence.gold, strict=True)
+    return Mean([given.strip() == wanted.strip() for given, wanted in pairs])
+
+
+def _unparsed(evidence: Evidence) -> Statistic | None:
+    """no label found: share of generated answers with none of the labels in them."""
+    return Mean([said == UNPARSED for said in evidence.said]) if evidence.settings["task"] == "labels" else None
+
+
+# --- task tags -----------------------------------------------------------------------------------
+
+
+def _mean_f1(evidence: Evidence) -> Statistic:
+    """F1: mean F1 of each row's sets."""
+    return Mean([f1 for _, _, f1 in evidence.set_scores])
+
+
+def _precision(evidence: Evidence) -> Statistic:
+    """precision: mean share of given tags that are wanted."""
+    return Mean([precision for precision, _, _ in evidence.set_scores])
+
+
+def _recall(evidence: Evidence) -> Statistic:
+    """recall: mean share of wanted tags that are given."""
+    return Mean([recall for _, recall, _ in evidence.set_scores])
+
+
+def _equal_sets(evidence: Evidence) -> Statistic:
+    """exact match: share of answers with exactly the wanted tags."""
+    return Mean([wanted == given for wanted, given in evidence.sets])
+
+
+# --- task text -----------------------------------------------------------------------------------
+
+
+def _rouge_l(evidence: Evidence) -> Statistic | None:
+    """ROUGE-L: longest common subsequence with the gold answer, F-measure with stemming, mean over rows."""
     from rouge_score.rouge_scorer import RougeScorer
 
-    statistics = {"chrf": _chrf(references, predictions)}
-    if rouge_unseen(references) > MOST_UNSEEN:
-        chrf = statistics["chrf"]
-        return statistics, [chrf([row]) for row in range(len(references))], None
+    if rouge_unseen(evidence.gold) > MOST_UNSEEN:
+        return None
     scorer = RougeScorer(["rougeL"], use_stemmer=True)
-    pairs = zip(references, predictions, strict=True)
-    rows = [scorer.score(wanted, given)["rougeL"].fmeasure for wanted, given in pairs]
-    return {"rouge_l": _mean_of(rows), **statistics}, rows, None
+    pairs = zip(evidence.gold, evidence.predictions, strict=True)
+    return Mean([scorer.score(wanted, given)["rougeL"].fmeasure for wanted, given in pairs])
 
 
-def rouge_unseen(references: list[str]) -> float:
-    """Share of the references' letters and digits that ROUGE does not see, mean over rows as the metric is.
+def rouge_unseen(texts: Sequence[str]) -> float:
+    """Share of the texts' letters and digits that ROUGE does not see, mean over rows as the metric is.
 
     rouge-score drops every character but a to z and 0 to 9. What is left would be compared, and look like a figure:
     two texts that share a digit in front of other words are the same to it.
     """
-    return sum(map(_unseen, references)) / len(references)
+    return sum(map(_unseen, texts)) / len(texts)
 
 
 def _unseen(text: str) -> float:
@@ -199,55 +266,34 @@ def _unseen(text: str) -> float:
     return 1 - sum(map(len, tokenize(text, None))) / written if written else 1.0
 
 
-def _chrf(references: list[str], predictions: list[str]) -> Statistic:
-    """Corpus chrF from the n-gram counts of the rows, counted once, however often rows are resampled."""
+def _chrf(evidence: Evidence) -> Statistic:
+    """chrF: character n-gram F-score over the whole split, 0 to 1."""
     import numpy as np
     from sacrebleu.metrics import CHRF
 
+    # Corpus chrF from the n-gram counts of the rows, counted once, however often rows are resampled.
     chrf = CHRF()
-    counts = np.array(chrf._extract_corpus_statistics(predictions, [references]))
+    counts = np.array(chrf._extract_corpus_statistics(evidence.predictions, [evidence.gold]))
     return lambda rows: chrf._compute_score_from_stats(counts[rows].sum(axis=0).tolist()).score / 100
 
 
-def _mean_of(values) -> Statistic:
+# --- any task ------------------------------------------------------------------------------------
+
+
+def _loss(evidence: Evidence) -> Statistic | None:
+    """loss: cross entropy in nats per supervised token of the gold answers."""
     import numpy as np
 
-    array = np.asarray(values, dtype=float)
-    return lambda rows: float(array[rows].mean())
+    if evidence.loss_sums is None:
+        return None
+    sums, tokens = (np.asarray(column, dtype=float) for column in (evidence.loss_sums, evidence.loss_tokens))
+    return lambda rows: float(sums[rows].sum() / max(tokens[rows].sum(), 1.0))
 
 
-def loss_statistics(sums: list[float], tokens: list[int]) -> dict[str, Statistic]:
-    """Loss per token and perplexity from each row's summed loss and number of tokens."""
-    import numpy as np
-
-    losses, counts = np.asarray(sums, dtype=float), np.asarray(tokens, dtype=float)
-
-    def loss(rows) -> float:
-        return float(losses[rows].sum() / max(counts[rows].sum(), 1.0))
-
-    return {"loss": loss, "perplexity": lambda rows: perplexity(loss(rows))}
-
-
-def preference_statistic(chosen: list[float], rejected: list[float]) -> Statistic:
-    """Share of rows whose chosen answer is likelier than the rejected one, from the log-probabilities of both."""
-    return _mean_of([float(good > bad) for good, bad in zip(chosen, rejected, strict=True)])
-
-
-def rewards(beta: float, rows: list[dict], references: list[dict]) -> dict[str, float]:
-    """What preference optimization changed: means of TRL's figures over the test split.
-
-    Args:
-        beta: the training's.
-        rows: of the tuned model: chosen_logp, rejected_logp.
-        references: of the model it started from: ref_chosen_logps, ref_rejected_logps.
-    """
-    import numpy as np
-
-    logps = np.array([[row["chosen_logp"], row["rejected_logp"]] for row in rows])
-    before = np.array([[row["ref_chosen_logps"], row["ref_rejected_logps"]] for row in references])
-    chosen, rejected = (beta * (logps - before)).T
-    figures = (chosen > rejected, chosen - rejected, chosen, rejected)
-    return {name: float(figure.mean()) for name, figure in zip(REWARDS, figures, strict=True)}
+def _perplexity(evidence: Evidence) -> Statistic | None:
+    """perplexity: exp(loss)."""
+    loss = _loss(evidence)
+    return None if loss is None else lambda rows: perplexity(loss(rows))
 
 
 def perplexity(loss: float) -> float:
@@ -255,63 +301,183 @@ def perplexity(loss: float) -> float:
     return math.exp(min(loss, 700.0))
 
 
-# --- how sure ------------------------------------------------------------------------------------
+def _preference_accuracy(evidence: Evidence) -> Statistic | None:
+    """preference accuracy: share of pairs whose chosen answer the model finds likelier than the rejected one."""
+    pairs = evidence.pair_logps
+    return None if pairs is None else Mean([chosen > rejected for chosen, rejected in pairs])
 
 
-def interval(statistic: Statistic, rows: int) -> list[float]:
-    """95% bootstrap interval: the metric's 2.5% and 97.5% quantiles over 1,000 test splits drawn from this one.
+def _reward_accuracy(evidence: Evidence) -> Statistic | None:
+    """reward accuracy: share of pairs in which training raised the chosen answer more than the rejected one."""
+    rewards = evidence.rewards
+    return None if rewards is None else Mean(rewards[:, 0] > rewards[:, 1])
 
-    It says how much the figure could move with other test rows of the same kind. Training again with another seed moves
-    it too; that is not in here.
+
+def _reward_margin(evidence: Evidence) -> Statistic | None:
+    """reward margin: reward of the chosen less that of the rejected answer, mean over pairs."""
+    rewards = evidence.rewards
+    return None if rewards is None else Mean(rewards[:, 0] - rewards[:, 1])
+
+
+def _reward_chosen(evidence: Evidence) -> Statistic | None:
+    """reward, chosen answers: beta times the change of the chosen answer's log-probability by training."""
+    rewards = evidence.rewards
+    return None if rewards is None else Mean(rewards[:, 0])
+
+
+def _reward_rejected(evidence: Evidence) -> Statistic | None:
+    """reward, rejected answers: beta times the change of the rejected answer's log-probability by training."""
+    rewards = evidence.rewards
+    return None if rewards is None else Mean(rewards[:, 1])
+
+
+def _unfinished(evidence: Evidence) -> Statistic | None:
+    """cut off: share of answers that did not end within eval.max_new_tokens."""
+    return None if evidence.finished is None else Mean([not ended for ended in evidence.finished])
+
+
+# --- the rows ------------------------------------------------------------------------------------
+
+PREFERENCE = "preference_accuracy"
+# A task's own metrics. The first ranks runs unless eval.metric names another, and scores single rows.
+TASKS = {
+    "labels": (
+        Metric("accuracy", _accuracy),
+        Metric("f1", _macro_f1),
+        Metric("generated_accuracy", _generated_accuracy),
+        Metric("exact_match", _exact_match),
+    ),
+    "tags": (
+        Metric("f1", _mean_f1),
+        Metric("precision", _precision),
+        Metric("recall", _recall),
+        Metric("exact_match", _equal_sets),
+    ),
+    "text": (
+        Metric("rouge_l", _rouge_l),
+        Metric("chrf", _chrf),
+        Metric("exact_match", _exact_match),
+    ),
+}
+ANY_TASK = (
+    Metric("loss", _loss, lower_is_better=True),
+    Metric("perplexity", _perplexity, lower_is_better=True),
+    Metric(PREFERENCE, _preference_accuracy),
+    Metric("rewards/accuracies", _reward_accuracy, ranks=False),
+    Metric("rewards/margins", _reward_margin, ranks=False),
+    Metric("rewards/chosen", _reward_chosen, ranks=False),
+    Metric("rewards/rejected", _reward_rejected, ranks=False),
+    Metric(UNPARSED, _unparsed, lower_is_better=True, ranks=False),
+    Metric("unfinished", _unfinished, lower_is_better=True, ranks=False),
+)
+
+
+@functools.cache
+def metrics_of(task: str) -> dict[str, Metric]:
+    """Name -> metric, of all that a task has, in the order in which files and pages show them."""
+    return {metric.name: metric for metric in (*TASKS[task], *ANY_TASK)}
+
+
+@functools.cache
+def lower_is_better(name: str) -> bool:
+    return any(metric.lower_is_better for metric in ANY_TASK if metric.name == name)
+
+
+def check_metric(settings: dict) -> str:
+    """The metric that ranks runs. Cheap, so that it can be asked before any job starts.
+
+    Args:
+        settings: the config section `eval`.
+
+    Raises:
+        UserError: a metric (the ranking one or a published one) that the task does not have; labels that an answer
+            could not tell apart.
     """
-    import numpy as np
+    task = settings["task"]
+    allowed = [name for name, metric in metrics_of(task).items() if metric.ranks]
+    name = settings.get("metric") or allowed[0]
+    if name not in allowed:
+        raise UserError(f"config: 'eval.metric': task '{task}' has no metric '{name}'; {suggest(name, allowed)}")
+    for figure in settings.get("published") or []:
+        if figure["metric"] not in allowed:
+            known = suggest(figure["metric"], allowed)
+            raise UserError(f"config: 'eval.published': '{figure['name']}' has metric '{figure['metric']}'; {known}")
+    if task == "labels":
+        check_labels(settings["labels"])
+    return name
 
-    rng = np.random.default_rng(SEED)
-    values = [statistic(rng.integers(rows, size=rows)) for _ in range(RESAMPLES)]
-    return [float(value) for value in np.quantile(values, [0.025, 0.975])]
+
+def refuse_without_pairs(settings: dict, has_pairs: bool) -> None:
+    """Raises: UserError: a figure of preference pairs is asked for, and there are none."""
+    asked = [("eval.metric", settings["metric"])]
+    asked += [("eval.published", figure["metric"]) for figure in settings["published"]]
+    for key, metric in asked:
+        if metric == PREFERENCE and not has_pairs:
+            raise UserError(f"config: '{key}': {PREFERENCE} needs preference pairs, see data.layout=preference")
 
 
-def delta_interval(ours: Statistic, theirs: Statistic, rows: int) -> list[float]:
-    """95% interval of `ours` - `theirs` on the same rows: narrower than two intervals side by side suggest."""
-    return interval(lambda picked: ours(picked) - theirs(picked), rows)
+# --- scoring -------------------------------------------------------------------------------------
 
 
-# --- label tasks: what is confused with what -------------------------------------------------------
+@dataclasses.dataclass
+class Scores:
+    """Figures for one model on a split.
+
+    `values`: metric -> figure on all rows. `rows`: one score per row, between 0 and 1, as the samples show it.
+    `statistics`: metric -> function from row numbers to the figure on these rows, for intervals.
+    """
+
+    values: dict[str, float]
+    rows: list[float]
+    statistics: dict[str, Statistic]
 
 
-def per_class(labels: list[str], references: list[str], readings: list[str]) -> dict[str, dict[str, float]]:
-    """label -> precision, recall, f1 and how many rows of the test split have it."""
+def score(evidence: Evidence) -> Scores:
+    """Score a model with all metrics that the task has and the evidence allows.
+
+    Raises:
+        UserError: task labels, and a gold answer is none of them.
+    """
+    found = {name: metric.statistic(evidence) for name, metric in metrics_of(evidence.settings["task"]).items()}
+    statistics = {name: statistic for name, statistic in found.items() if statistic is not None}
+    everything = range(len(evidence))
+    values = {name: statistic(everything) for name, statistic in statistics.items()}
+    of_rows = next(iter(statistics.values()))
+    return Scores(values, [of_rows([row]) for row in everything], statistics)
+
+
+# --- label tasks: what is confused with what -----------------------------------------------------
+
+
+def per_class(evidence: Evidence) -> dict[str, dict[str, float]]:
+    """label -> precision, recall, f1 and how many rows of the split have it."""
     from sklearn.metrics import precision_recall_fscore_support
 
-    wanted = gold_labels(references, labels)
-    columns = precision_recall_fscore_support(wanted, readings, labels=labels, zero_division=0)
+    labels = evidence.settings["labels"]
+    columns = precision_recall_fscore_support(evidence.gold_labels, evidence.readings, labels=labels, zero_division=0)
     names = ("precision", "recall", "f1", "rows")
     table = zip(*(column.tolist() for column in columns), strict=True)
     return {label: dict(zip(names, figures, strict=True)) for label, figures in zip(labels, table, strict=True)}
 
 
-def confusion(labels: list[str], references: list[str], readings: list[str]) -> dict:
+def confusion(evidence: Evidence) -> dict:
     """Counts by true label (lines) and read label (columns; ``unparsed`` last, if there is any)."""
     from sklearn.metrics import confusion_matrix
 
-    columns = [*labels, UNPARSED] if UNPARSED in readings else list(labels)
-    wanted = gold_labels(references, labels)
-    counts = confusion_matrix(wanted, readings, labels=columns)[: len(labels)]
-    return {"labels": list(labels), "columns": columns, "counts": counts.tolist()}
+    labels = list(evidence.settings["labels"])
+    columns = [*labels, UNPARSED] if UNPARSED in evidence.readings else labels
+    counts = confusion_matrix(evidence.gold_labels, evidence.readings, labels=columns)[: len(labels)]
+    return {"labels": labels, "columns": columns, "counts": counts.tolist()}
 
 
-def majority_baseline(eval_config: dict, train_references: list[str], references: list[str]) -> dict:
+def majority_baseline(settings: dict, train_gold: Sequence[str], gold: Sequence[str]) -> dict:
     """What always giving the training split's most frequent label, or tag, would score on the test split."""
-    task = eval_config["task"]
+    task, texts = settings["task"], train_gold or gold
     if task == "labels":
-        seen = gold_labels(train_references or references, eval_config["labels"])
+        seen = gold_labels(texts, settings["labels"])
     else:
-        texts = train_references or references
-        seen = [tag for text in texts for tag in sorted(read_tags(text, eval_config["separator"]))]
+        seen = [tag for text in texts for tag in sorted(read_tags(text, settings["separator"]))]
     majority = max(collections.Counter(seen).items(), key=lambda counted: counted[1], default=("", 0))[0]
-    scores = score(eval_config, references, [majority] * len(references))
+    values = score(Evidence(settings, gold, [majority] * len(gold))).values
     name = "majority class" if task == "labels" else "most frequent tag"
-    return {"name": name, "answer": majority, **{metric: scores.values[metric] for metric in METRICS[task]}}
-
-
-PREFERENCE = "preference_accuracy"  # the metric of any task whose splits have preference pairs
+    return {"name": name, "answer": majority, **{metric.name: values[metric.name] for metric in TASKS[task]}}

@@ -5,48 +5,11 @@ import re
 from pathlib import Path
 
 from temper.errors import visible
+from temper.evaluation.metrics import TASKS, metrics_of
 from temper.files import write_whole
 from temper.units import count, figure, seconds, signed, size
 
 TEMPLATES = Path(__file__).resolve().parent / "templates"
-METRIC_NAMES = {
-    "accuracy": "accuracy",
-    "f1": "F1",
-    "exact_match": "exact match",
-    "precision": "precision",
-    "recall": "recall",
-    "rouge_l": "ROUGE-L",
-    "chrf": "chrF",
-    "loss": "loss",
-    "perplexity": "perplexity",
-    "generated_accuracy": "accuracy of free answers",
-    "preference_accuracy": "preference accuracy",
-    "rewards/accuracies": "reward accuracy",
-    "rewards/margins": "reward margin",
-    "rewards/chosen": "reward, chosen answers",
-    "rewards/rejected": "reward, rejected answers",
-    "unparsed": "no label found",
-    "unfinished": "cut off",
-}
-METRIC_NOTES = {
-    "accuracy": "share of rows whose label the model finds the likeliest of all",
-    "f1": "labels: mean of the F1 of all labels that occur (macro); tags: mean F1 of each row's sets",
-    "exact_match": "share of answers equal to the reference",
-    "precision": "tags: mean share of given tags that are wanted",
-    "recall": "tags: mean share of wanted tags that are given",
-    "rouge_l": "longest common subsequence with the reference, F-measure with stemming, mean over rows",
-    "chrf": "character n-gram F-score over the whole split, 0 to 1",
-    "loss": "cross entropy in nats per supervised token of the reference answers",
-    "perplexity": "exp(loss)",
-    "generated_accuracy": "share of generated answers that name the right label; one that names none counts as wrong",
-    "preference_accuracy": "share of pairs whose chosen answer the model finds likelier than the rejected one",
-    "rewards/accuracies": "share of pairs in which training raised the chosen answer more than the rejected one",
-    "rewards/margins": "reward of the chosen less that of the rejected answer, mean over pairs",
-    "rewards/chosen": "beta times the change of the chosen answer's log-probability by training",
-    "rewards/rejected": "beta times the change of the rejected answer's log-probability by training",
-    "unparsed": "share of generated answers with none of the labels in them",
-    "unfinished": "share of answers that did not end within eval.max_new_tokens",
-}
 # What no page and no terminal shows: controls but the ends of lines and tabs, halves of characters.
 CONTROLS = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff]")
 
@@ -84,15 +47,15 @@ def _environment():
         "count": count,
         "cell": cell,
     }
-    environment.globals["METRIC_NOTES"] = METRIC_NOTES
     return environment
 
 
 # --- how figures read ----------------------------------------------------------------------------
 
 
-def metric_name(metric: str) -> str:
-    return METRIC_NAMES.get(metric, metric)
+def metric_name(name: str) -> str:
+    """A metric's title, which is the same in all tasks."""
+    return next((metrics_of(task)[name].title for task in TASKS if name in metrics_of(task)), name)
 
 
 def short(text: str, longest: int) -> str:

@@ -5,39 +5,63 @@ import io
 import json
 import re
 from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
 
 from temper import units
 from temper.errors import UserError, visible
 from temper.evaluation import metrics
+from temper.evaluation.comparison import DivergedRun, RankedRun, Ranking
+from temper.evaluation.figures import Number, finite
 from temper.files import read_json
 from temper.reports import html, plots
 
 FORMULAS = (*"=+-@", *"＝＋－＠", *"\t\r\n ")  # beginnings of what a spreadsheet does not take for a text
 NUMBER = re.compile(r"[+-]?\d+(\.\d*)?([eE][+-]?\d+)?")
+OF_PAIRS = (metrics.PREFERENCE, "rewards/accuracies", "rewards/margins")
 EXTRAS = ("tokens_per_second", "peak_memory_bytes", "trainable_parameters")
 
 
 # --- the leaderboard -----------------------------------------------------------------------------
 
 
-def shown_metrics(runs: list[dict], task: str, metric: str) -> list[str]:
+class Board(BaseModel):
+    """A leaderboard, as leaderboard.json has it: a row for each run, best first, those that diverged below.
+
+    `base`: metric -> figure of the untouched model. `missing`: names of the runs without a report.
+    """
+
+    model_config = ConfigDict(strict=True, extra="ignore")
+    sweep: str
+    metric: str
+    rows: list[dict[str, Any]]
+    missing: list[str]
+    base: dict[str, Number] | None
+
+
+def shown_metrics(ranking: Ranking, task: str) -> list[str]:
     """The leaderboard's figures: the ranking one, the task's, the loss; of preference pairs what any run has."""
-    pairs = [
-        name for name in (metrics.PREFERENCE, *metrics.REWARDS[:2]) if any(name in run["facts"]["test"] for run in runs)
-    ]
-    return list(dict.fromkeys([metric, *metrics.METRICS[task], "loss", *pairs]))
+    pairs = [name for name in OF_PAIRS if any(name in run.figures.test for run in ranking.runs)]
+    return list(dict.fromkeys([ranking.metric, *(metric.name for metric in metrics.TASKS[task]), "loss", *pairs]))
 
 
-def leaderboard_row(run: dict, names: list[str], metric: str) -> dict:
+def leaderboard_row(run: RankedRun, names: list[str], metric: str) -> dict:
     """One line of the leaderboard: the run, its swept values, its figures, the base model's, what it cost."""
-    facts, train = run["facts"], run["facts"]["train"] or {}
-    row = {"run": run["name"], **run["point"]}
-    row |= {f"test_{name}": facts["test"].get(name) for name in names}
-    row |= {f"base_test_{name}": (facts["base"] or {}).get(name) for name in names}
-    row["train_seconds"] = train.get("train_seconds")
-    row |= {name: train.get(name) for name in EXTRAS}
-    row |= {f"test_{metric}_low": facts["interval"][0], f"test_{metric}_high": facts["interval"][1]}
-    return row
+    figures = run.figures
+    row = {"run": run.name, **run.point}
+    row |= {f"test_{name}": figures.test.get(name) for name in names}
+    row |= {f"base_test_{name}": (figures.base or {}).get(name) for name in names}
+    row["train_seconds"] = run.train.get("train_seconds")
+    row |= {name: run.train.get(name) for name in EXTRAS}
+    row |= {f"test_{metric}_low": figures.interval[0], f"test_{metric}_high": figures.interval[1]}
+    return finite(row)
+
+
+def diverged_row(run: DivergedRun, like: dict) -> dict:
+    """A line of the leaderboard without figures; it stands below all others."""
+    known = {"run": run.name, **run.point, "train_seconds": run.train.get("train_seconds")}
+    return {name: known.get(name) for name in like} | {"diverged_at_step": run.at_step}
 
 
 def csv_text(rows: list[dict]) -> str:
@@ -72,7 +96,7 @@ def print_leaderboard(path: Path) -> None:
     print(leaderboard_text(read_board(Path(path)), Path(path)))
 
 
-def read_board(folder: Path) -> dict:
+def read_board(folder: Path) -> Board:
     """The leaderboard.json of a sweep's folder.
 
     Raises:
@@ -81,40 +105,43 @@ def read_board(folder: Path) -> dict:
     file, remedy = folder / "leaderboard.json", f"delete {folder} and run snakemake again, which compares anew"
     if not file.is_file():
         raise UserError(f"{file}: no such file; run the sweep first")
-    shape = {"metric": str, "sweep": str, "base": dict | None, "missing": list[str], "rows": list[dict]}
-    board = read_json(file, shape, remedy)
-    figures = [f"test_{board['metric']}", f"test_{board['metric']}_low", f"test_{board['metric']}_high"]
+    board = read_json(file, Board, remedy)
+    figures = [f"test_{board.metric}", f"test_{board.metric}_low", f"test_{board.metric}_high"]
     needed = {"run", "report", "train_seconds", *figures}
-    if not board["rows"] or any(needed - row.keys() for row in board["rows"]):
+    if not board.rows or any(needed - row.keys() for row in board.rows):
         raise UserError(f"{file}: damaged (a row lacks one of {', '.join(sorted(needed))}); {remedy}")
     return board
 
 
-def leaderboard_text(board: dict, folder: Path) -> str:
+def leaderboard_text(board: Board, folder: Path) -> str:
     """The leaderboard as text: a run a line, best first, and the base model below."""
-    metric, rows = board["metric"], board["rows"]
+    metric, rows = board.metric, board.rows
     keys = swept_keys(rows)
     shown = [name for name in rows[0] if name.startswith("test_") and not name.endswith(("_low", "_high"))]
     head = ["", *short_names(keys).values()]
     head += [name.removeprefix("test_") for name in shown] + ["95% interval", "train", "key"]
-    table = [head]
-    for rank, row in enumerate(rows, 1):
-        if row[f"test_{metric}"] is None:
-            step = row.get("diverged_at_step")
-            what = "no finite figures" if step is None else f"diverged, step {step}"
-            table.append(["", *(cell_text(row[key]) for key in keys), *("" for _ in shown), what, "", key_of(row)])
-            continue
-        ends = (row[f"test_{metric}_low"], row[f"test_{metric}_high"])
-        line = [str(rank), *(cell_text(row[key]) for key in keys), *(units.figure(row[name]) for name in shown)]
-        table.append([*line, "{:.3f} to {:.3f}".format(*ends), units.seconds(row["train_seconds"]), key_of(row)])
-    if board["base"]:
-        base = [units.figure(board["base"].get(name.removeprefix("test_"))) for name in shown]
+
+    table = [head, *(_text_cells(rank, row, keys, shown, metric) for rank, row in enumerate(rows, 1))]
+    if board.base:
+        base = [units.figure(board.base.get(name.removeprefix("test_"))) for name in shown]
         table.append(["", *("" for _ in keys), *base, "", "", "(base model)"])
-    lines = [f"sweep {board['sweep']}, best {metric} first", "", *_aligned(table), ""]
-    if board["missing"]:
-        lines.append(f"partial: {len(board['missing'])} run(s) without a report: {', '.join(board['missing'])}")
+
+    lines = [f"sweep {board.sweep}, best {metric} first", "", *_aligned(table), ""]
+    if board.missing:
+        lines.append(f"partial: {len(board.missing)} run(s) without a report: {', '.join(board.missing)}")
     lines += [f"page: {folder / 'report.html'}", f"table: {folder / 'leaderboard.csv'}"]
     return "\n".join(map(visible, [*lines, "each run: results/reports/*-<key>/report.html"]))
+
+
+def _text_cells(rank: int, row: dict, keys: list[str], shown: list[str], metric: str) -> list[str]:
+    swept = [cell_text(row[key]) for key in keys]
+    if row[f"test_{metric}"] is None:
+        step = row.get("diverged_at_step")
+        what = "no finite figures" if step is None else f"diverged, step {step}"
+        return ["", *swept, *("" for _ in shown), what, "", key_of(row)]
+    ends = "{:.3f} to {:.3f}".format(row[f"test_{metric}_low"], row[f"test_{metric}_high"])
+    figures = [units.figure(row[name]) for name in shown]
+    return [str(rank), *swept, *figures, ends, units.seconds(row["train_seconds"]), key_of(row)]
 
 
 def key_of(row: dict) -> str:

@@ -10,12 +10,12 @@ from urllib.parse import quote
 
 from temper.config.stages import FOLDERS
 from temper.errors import visible
-from temper.evaluation.metrics import LOSS_METRICS, METRICS
+from temper.evaluation.figures import FILE, Figures, read_figures
+from temper.evaluation.metrics import metrics_of
 from temper.files import read_json
 from temper.keys import flat
 from temper.model.loading import is_encoder_decoder
 from temper.reports import markdown
-from temper.reports.html import METRIC_NAMES, METRIC_NOTES
 from temper.reports.markdown import Markdown, code, fill
 from temper.runs import find as runs
 from temper.runs.prompting import Generation
@@ -116,22 +116,21 @@ def model_card(run: runs.FinishedRun, card: Card) -> str:
     made = {stage: run.parts[stage] for stage in CONFIGS if run.has(stage)}
     made = {stage: folder for stage, folder in made.items() if (folder / "config.yaml").is_file()}
     configs = {stage: runs.read_config(folder) for stage, folder in made.items()}
-    facts = _json(made.get("evaluate_model"), "metrics.json")
+    figures = _figures(made.get("evaluate_model"))
     training = configs.get("train_adapter", {})
     latest = runs.read_provenance(next(made[stage] for stage in reversed(CONFIGS) if stage in made))
     data = data_origin(run)
     hyperparameters = {name: training.get(name) for name in SHOWN if name in training}
     return markdown.render(
         "model_card.md",
-        card_data=Markdown(_metadata(card, data, facts, training).to_yaml()),
+        card_data=Markdown(_metadata(card, data, figures, training).to_yaml()),
         title=card.repository.partition("/")[2],
         what=f"A {_peft_type(training)} adapter" if not card.merged else "A model",
         base=card.base,
         data=data,
         method=training.get("method", {}).get("name", "sft"),
-        facts=facts,
-        metric_names=METRIC_NAMES,
-        metric_notes=METRIC_NOTES,
+        figures=figures,
+        metrics=metrics_of(figures.task) if figures else {},
         span=_span,
         number=_number,
         code=code,
@@ -145,11 +144,11 @@ def model_card(run: runs.FinishedRun, card: Card) -> str:
         commands=markdown.block("\n".join(_command(stage, folder) for stage, folder in made.items())),
         config=markdown.block(safe_dump(_without_sources(configs), sort_keys=False, allow_unicode=True), "yaml"),
         packages=", ".join(f"{name} {version}" for name, version in latest.get("packages", {}).items()),
-        limits=_limits(run, card, facts, data),
+        limits=_limits(run, card, figures, data),
     )
 
 
-def _metadata(card: Card, data: Origin, facts: dict, training: dict):
+def _metadata(card: Card, data: Origin, figures: Figures | None, training: dict):
     from huggingface_hub import ModelCardData
 
     kind = _peft_type(training).lower()
@@ -161,28 +160,28 @@ def _metadata(card: Card, data: Origin, facts: dict, training: dict):
         pipeline_tag="text-generation",
         tags=[*([] if card.merged else [kind, "peft"]), training.get("method", {}).get("name", "sft"), "temper"],
         model_name=card.repository.partition("/")[2],
-        eval_results=_eval_results(data, facts) or None,
+        eval_results=_eval_results(data, figures) if figures else None,
     )
 
 
-def _eval_results(data: Origin, facts: dict) -> list:
+def _eval_results(data: Origin, figures: Figures) -> list:
     """The test figures in the hub's own form."""
     from huggingface_hub import EvalResult
 
-    name = data.name or "own data"
+    name, metrics = data.name or "own data", metrics_of(figures.task)
     return [
         EvalResult(
-            task_type=TASKS[facts["task"]],
+            task_type=TASKS[figures.task],
             dataset_type=name,
             dataset_name=name,
             dataset_split="test",
             metric_type=metric,
             metric_value=round(value, 6),
-            metric_name=METRIC_NAMES[metric],
-            metric_args={"interval_95": interval} if (interval := facts["intervals"].get(metric)) else None,
+            metric_name=metrics[metric].title,
+            metric_args={"interval_95": interval} if (interval := figures.intervals.get(metric)) else None,
         )
-        for metric, value in facts.get("test", {}).items()
-        if metric in (*METRICS[facts["task"]], *LOSS_METRICS)
+        for metric, value in figures.test.items()
+        if value is not None and metrics[metric].ranks
     ]
 
 
@@ -231,14 +230,14 @@ def _template_lines(prompt: dict) -> list[str]:
     ]
 
 
-def _limits(run: runs.FinishedRun, card: Card, facts: dict, data: Origin) -> list[str]:
+def _limits(run: runs.FinishedRun, card: Card, figures: Figures | None, data: Origin) -> list[str]:
     limits: list[str] = []
-    if facts:
+    if figures:
         limits.append(
-            f"The figures are those of one test split ({facts['rows']} rows) of the data set that it was trained on; "
+            f"The figures are those of one test split ({figures.rows} rows) of the data set that it was trained on; "
             "on other texts they may be quite different."
         )
-    if facts.get("task") == "labels":
+    if figures and figures.task == "labels":
         labels = runs.read_config(run.parts["evaluate_model"])["eval"]["labels"]
         limits.append(f"It was trained, and judged, to answer with one of these labels: {', '.join(labels)}.")
     limits.append("What holds for the base model (its licence, its biases, what it does not know) holds here as well.")
@@ -255,6 +254,12 @@ def _limits(run: runs.FinishedRun, card: Card, facts: dict, data: Origin) -> lis
     if not data.repository:
         limits.append("The training data is not on the hub.")
     return limits
+
+
+def _figures(report: Path | None) -> Figures | None:
+    """None without a report, or where the training diverged."""
+    found = read_figures(report) if report and (report / FILE).is_file() else None
+    return found if isinstance(found, Figures) else None
 
 
 def _json(folder: Path | None, name: str) -> dict:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from temper.evaluation import metrics
+from temper.evaluation.figures import Figures
+from temper.evaluation.metrics import lower_is_better, metrics_of
 from temper.files import read_json, read_yaml
 from temper.keys import flat
 from temper.reports import html, plots
@@ -12,20 +13,21 @@ from temper.reports import html, plots
 # --- the page ------------------------------------------------------------------------------------
 
 
-def write_page(output: Path, facts: dict, predictions: list, curves: list, settings: dict, configs: dict) -> None:
+def write_page(output: Path, figures: Figures, predictions: list, curves: list, settings: dict, configs: dict) -> None:
     """Write report.html. `configs`: heading -> table of dotted keys and values."""
     groups = sample_groups(predictions, settings["task"])
     html.render(
         "report.html",
         output / "report.html",
         name=output.name,
-        facts=facts,
-        metric=facts["metric"],
-        lower_is_better=metrics.LOWER_IS_BETTER,
-        panels=plots.comparison(_panels(facts)),
+        figures=figures,
+        metric=figures.metric,
+        metrics=metrics_of(figures.task),
+        lower_is_better=lower_is_better,
+        panels=plots.comparison(_panels(figures)),
         loss_curves=plots.loss_curves(curves),
         reward_curves=plots.reward_curves(curves),
-        confusions=_confusions(facts),
+        confusions=_confusions(figures),
         groups=choose_samples(groups, settings["samples"]),
         counts={name: len(rows) for name, rows in groups.items()},
         settings=settings,
@@ -33,37 +35,38 @@ def write_page(output: Path, facts: dict, predictions: list, curves: list, setti
     )
 
 
-def _panels(facts: dict) -> list[dict]:
+def _panels(figures: Figures) -> list[dict]:
     """What the dot plots show: per metric this model, the base model, baselines and published figures."""
-    panels = []
-    for metric, interval in facts["intervals"].items():
-        ours = "tuned" if facts["base"] or facts["train"] else "this model"
-        entries = [{"name": ours, "value": facts["test"][metric], "interval": interval, "kind": "tuned"}]
-        if facts["base"]:
-            low_high = facts["base_intervals"].get(metric)
-            entries.append({"name": "base model", "value": facts["base"][metric], "interval": low_high, "kind": "base"})
-        if facts["start"]:
-            start = facts["start"]
-            low_high = start["intervals"].get(metric)
-            entries.append(
-                {"name": start["name"], "value": start["test"][metric], "interval": low_high, "kind": "other"}
-            )
-        others = [(entry["name"], entry.get(metric)) for entry in facts["baselines"]]
-        others += [(entry["name"], entry["value"]) for entry in facts["published"] if entry["metric"] == metric]
-        entries += [_without_interval(name, value) for name, value in others if value is not None]
-        panels.append({"title": html.metric_name(metric), "entries": entries})
-    return panels
+    return [
+        {"title": html.metric_name(metric), "entries": _panel_entries(figures, metric)} for metric in figures.intervals
+    ]
+
+
+def _panel_entries(figures: Figures, metric: str) -> list[dict]:
+    def entry(name: str, values: dict, intervals: dict | None, kind: str) -> dict:
+        return {"name": name, "value": values[metric], "interval": (intervals or {}).get(metric), "kind": kind}
+
+    ours = "tuned" if figures.base or figures.train else "this model"
+    entries = [entry(ours, figures.test, figures.intervals, "tuned")]
+    if figures.base:
+        entries.append(entry("base model", figures.base, figures.base_intervals, "base"))
+    if figures.start:
+        entries.append(entry(figures.start.name, figures.start.test, figures.start.intervals, "other"))
+
+    others = [(baseline["name"], baseline.get(metric)) for baseline in figures.baselines]
+    others += [
+        (published["name"], published["value"]) for published in figures.published if published["metric"] == metric
+    ]
+    return entries + [_without_interval(name, value) for name, value in others if value is not None]
 
 
 def _without_interval(name: str, value: float) -> dict:
     return {"name": name, "value": value, "interval": None, "kind": "other"}
 
 
-def _confusions(facts: dict) -> list[tuple[str, dict]]:
-    if "confusion" not in facts:
-        return []
-    tables = [("tuned" if facts["base"] else "this model", facts["confusion"])]
-    return tables + ([("base model", facts["base_confusion"])] if facts["base_confusion"] else [])
+def _confusions(figures: Figures) -> list[tuple[str, dict]]:
+    tables = [("tuned" if figures.base else "this model", figures.confusion), ("base model", figures.base_confusion)]
+    return [(title, table) for title, table in tables if table]
 
 
 # (what a score is, is there a base model?) -> (the groups, worth reading first; which of them a row belongs to)

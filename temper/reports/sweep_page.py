@@ -9,6 +9,7 @@ from urllib.parse import quote
 
 from temper.config.compose import groups, hydra_text
 from temper.errors import visible
+from temper.evaluation.comparison import ComparedRun, RankedRun, Ranking
 from temper.files import read_json_lines
 from temper.reports import html, plots
 from temper.reports.leaderboard import cell_text, short_names, swept_keys
@@ -16,73 +17,69 @@ from temper.reports.leaderboard import cell_text, short_names, swept_keys
 # --- the page ------------------------------------------------------------------------------------
 
 
-def write_page(
-    output: Path,
-    config: dict,
-    metric: str,
-    names: list[str],
-    runs: list,
-    rows: list,
-    missing: list,
-    diverged: list,
-) -> None:
-    keys = swept_keys(rows)
-    best = runs[0]
+def write_page(output: Path, config: dict, names: list[str], ranking: Ranking, rows: list[dict]) -> None:
+    """Write report.html.
+
+    Args:
+        names: of the figures that the table shows.
+        rows: of the leaderboard.
+    """
+    keys, runs = swept_keys(rows), ranking.runs
     html.render(
         "sweep.html",
         output / "report.html",
         sweep=config["sweep"]["name"],
-        metric=metric,
+        metric=ranking.metric,
         keys=short_names(keys),
         runs=[_shown(run, output) for run in runs],
-        best=best,
+        best=ranking.best,
         names=names,
-        missing=missing,
-        diverged=[_shown(run, output) for run in diverged],
+        missing=ranking.missing,
+        diverged=[_shown(run, output) for run in ranking.diverged],
         planned=len(config["runs"]),
         rivals=_rivals(runs),
         published=config["eval"]["published"],
-        effects=_effects(runs, keys, metric),
+        effects=_effects(runs, keys, ranking.metric),
         curves=plots.sweep_curves([(_label(run), curves_of(run)) for run in runs[: plots.MOST_CURVES]]),
         most_curves=plots.MOST_CURVES,
-        command=_command_for(best, config),
+        command=_command_for(ranking.best.point, config),
     )
 
 
-def _shown(run: dict, output: Path) -> dict:
+def _shown(run: ComparedRun, output: Path) -> dict:
     """What the table shows of a run; `page` is relative, so that results/ can be moved or sent as a whole."""
-    page = os.path.relpath(Path(run["report"]) / "report.html", output)
-    return {**run, "page": quote(Path(page).as_posix()), "train": run["facts"]["train"] or {}, "label": _label(run)}
+    page = os.path.relpath(Path(run.report) / "report.html", output)
+    return {**vars(run), "page": quote(Path(page).as_posix()), "label": _label(run)}
 
 
-def curves_of(run: dict) -> list[dict]:
-    path = Path(run["report"]) / "curves.jsonl"
+def curves_of(run: ComparedRun) -> list[dict]:
+    path = Path(run.report) / "curves.jsonl"
     return read_json_lines(path) if path.is_file() else []
 
 
-def _label(run: dict) -> str:
+def _label(run: ComparedRun) -> str:
     """A run's swept values, or its name when nothing is swept."""
-    names = short_names(list(run["point"]))
-    return ", ".join(f"{names[key]}={cell_text(value)}" for key, value in run["point"].items()) or run["name"]
+    names = short_names(list(run.point))
+    return ", ".join(f"{names[key]}={cell_text(value)}" for key, value in run.point.items()) or run.name
 
 
-def _rivals(runs: list[dict]) -> int:
+def _rivals(runs: list[RankedRun]) -> int:
     """How many other runs' intervals overlap with the best one's: their order may be chance."""
-    low, high = runs[0]["facts"]["interval"]
-    others = (run["facts"]["interval"] for run in runs[1:])
+    low, high = runs[0].figures.interval
+    others = (run.figures.interval for run in runs[1:])
     return sum(other_low <= high and low <= other_high for other_low, other_high in others)
 
 
-def _effects(runs: list[dict], keys: list[str], metric: str) -> list[str]:
+def _effects(runs: list[RankedRun], keys: list[str], metric: str) -> list[str]:
     """One plot per swept key that takes more than one value."""
     effects = []
     for key in keys:
         points = [
             {
-                "x": _plain(run["point"][key]),
-                "y": run["facts"]["test"][metric],
-                "interval": run["facts"]["interval"],
-                "others": json.dumps({other: run["point"][other] for other in keys if other != key}, default=str),
+                "x": _plain(run.point[key]),
+                "y": run.figures.test[metric],
+                "interval": run.figures.interval,
+                "others": json.dumps({other: run.point[other] for other in keys if other != key}, default=str),
                 "best": run is runs[0],
             }
             for run in runs
@@ -97,11 +94,11 @@ def _plain(value):
     return value if isinstance(value, int | float | str) and not isinstance(value, bool) else json.dumps(value)
 
 
-def _command_for(run: dict, config: dict) -> str:
-    """The command that makes this run alone, for a shell: fixed values collapse the sweep's axes."""
+def _command_for(point: dict, config: dict) -> str:
+    """The command that makes the run at this point alone, for a shell: fixed values collapse the sweep's axes."""
     # sweep=none: alone, the run gets a page of its own, and this one stays.
     given = {"conf_dir": config.get("conf_dir"), "experiment": config.get("experiment"), "sweep": "none"}
-    given["overrides"] = _overrides(run["point"], config)
+    given["overrides"] = _overrides(point, config)
     words = [f"{name}={_shell_text(text)}" for name, text in given.items() if text]
     return " ".join(["snakemake --cores all --config", *words])
 

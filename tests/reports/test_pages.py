@@ -6,6 +6,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from steps import compare_runs
+from temper.evaluation.figures import Figures
 from temper.files import read_json, read_json_lines
 from temper.reports import html, run_page
 from temper.runs.find import read_config
@@ -70,7 +71,7 @@ def run_page_of(report: Path, folder: Path, text: str) -> Path:
     facts["published"] = [{"name": f"{text} p", "metric": "accuracy", "value": 0.5, "source": text}]
     facts["baselines"] = [{"name": f"{text} b", "accuracy": 0.5}]
     facts |= {
-        "start": {"name": f"{text} s", "test": facts["test"], "intervals": facts["intervals"]},
+        "start": {"name": f"{text} s", "test": facts["test"], "intervals": facts["intervals"], "metric": "accuracy"},
         "accuracy_of": text,
     }
     facts["train"] |= {"dtype": text, "device": text}
@@ -80,7 +81,7 @@ def run_page_of(report: Path, folder: Path, text: str) -> Path:
     output.mkdir(parents=True)
     settings = read_config(report)["eval"]
     curves = read_json_lines(report / "curves.jsonl")
-    run_page.write_page(output, facts, rows, curves, settings, {text: {text: text}})
+    run_page.write_page(output, Figures(**facts), rows, curves, settings, {text: {text: text}})
     return output / "report.html"
 
 
@@ -113,7 +114,7 @@ def sweep_page_of(config: dict, output: Path, text: str) -> Path:
         }
         runs.append({"name": f"{text} {name}", "point": point, "report": str(report)})
     (output / f"{text} a".replace("/", "") / "metrics.json").write_text(
-        json.dumps({"diverged_at_step": 3, "train": None})
+        json.dumps({"task": "labels", "metric": "accuracy", "diverged_at_step": 3, "train": None})
     )
     published = [{"name": text, "metric": "accuracy", "value": 0.5, "source": text}]
     evaluated = {**config["eval"], "published": published}

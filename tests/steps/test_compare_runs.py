@@ -30,7 +30,7 @@ def board_of(folder) -> list[dict]:
 def test_best_first_and_ties_by_loss(sweep):
     config, output = sweep
     board = compare_runs.compare(config, output)
-    assert [row["run"] for row in board["rows"]] == ["b", "d", "c", "a"]
+    assert [row["run"] for row in board.rows] == ["b", "d", "c", "a"]
     assert [row["run"] for row in board_of(output)] == ["b", "d", "c", "a"]
 
 
@@ -38,8 +38,8 @@ def test_a_metric_that_is_better_when_lower(sweep):
     config, output = sweep
     config["eval"]["metric"] = "loss"
     board = compare_runs.compare(config, output)
-    assert [row["run"] for row in board["rows"]] == ["a", "b", "d", "c"]
-    assert next(name for name in board["rows"][0] if name.startswith("test_")) == "test_loss"
+    assert [row["run"] for row in board.rows] == ["a", "b", "d", "c"]
+    assert next(name for name in board.rows[0] if name.startswith("test_")) == "test_loss"
 
 
 def test_columns(sweep):
@@ -167,7 +167,7 @@ def test_a_diverged_run_stands_below_the_others_without_figures(sweep, capsys):
     facts = {"task": "labels", "metric": "accuracy", "diverged_at_step": 7, "train": {"train_seconds": 3.0}}
     (folder / "metrics.json").write_text(json.dumps(facts))
     board = compare_runs.compare(config, output)
-    assert board["rows"][-1]["run"] == config["runs"][0]["name"]
+    assert board.rows[-1]["run"] == config["runs"][0]["name"]
     row = board_of(output)[-1]
     assert (row["test_accuracy"], row["train_seconds"], row["diverged_at_step"]) == ("", "3", "7")
     leaderboard.print_leaderboard(output)
@@ -188,8 +188,8 @@ def test_figures_that_are_not_finite_stand_below_all_others(sweep, capsys, metri
     a, b, c, d = config["runs"]
     for run, broken in ((a, {metric: math.nan}), (b, {"loss": -math.inf}), (c, {"f1": math.nan})):
         change(run, test={**FIGURES, "accuracy": 0.99, "loss": 0.1, **broken})
-    change(d, interval=[math.nan, 1.0])
-    assert compare_runs.compare(config, output)["rows"][0]["run"] == "c"
+    change(d, interval=[math.nan, 1.0], intervals={metric: [math.nan, 1.0]})
+    assert compare_runs.compare(config, output).rows[0]["run"] == "c"
     text = (output / "leaderboard.json").read_text()
     rows = json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))["rows"]
     assert [row[f"test_{metric}"] is None for row in rows] == [False, True, True, True]
@@ -356,7 +356,7 @@ def test_curves_are_read_of_the_runs_that_are_drawn(sweep, monkeypatch):
     with pytest.raises(UserError, match="curves.jsonl: damaged"):
         compare_runs.compare(config, output)
     monkeypatch.setattr(plots, "MOST_CURVES", 3)
-    assert len(compare_runs.compare(config, output)["rows"]) == 4
+    assert len(compare_runs.compare(config, output).rows) == 4
 
 
 def test_a_text_is_no_formula_in_a_spreadsheet_and_a_number_stays_one(sweep):
@@ -405,7 +405,7 @@ def test_the_command_has_what_was_given_beside_the_sweep(workspace):
     config = made.comparison.config
     assert config["overrides"] == ["adapter.r=8", "eval.samples=3", "sweep.name=mine", "tracking=none"]
     for run in made.runs:
-        words = shlex.split(sweep_page._command_for({"point": run.point}, config))[4:]
+        words = shlex.split(sweep_page._command_for(run.point, config))[4:]
         assert "sweep.name" not in " ".join(words), "this sweep's page stays"
         [again] = planner.build(**dict(word.split("=", 1) for word in words)).runs
         assert (again.name, again.config["eval"]["samples"]) == (run.name, 3)

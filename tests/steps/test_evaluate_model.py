@@ -7,6 +7,7 @@ import pytest
 from steps import evaluate_model
 from temper.config.schema import Eval
 from temper.evaluation import generation, likelihoods
+from temper.evaluation.figures import read_figures
 from temper.model.loading import load_model, load_tokenizer, stop_token_ids
 from temper.reports import run_page
 from tests.support.tiny import make_tiny_model, make_tiny_splits
@@ -127,12 +128,12 @@ def test_references_that_the_model_would_answer_need_no_generation(model, tokeni
         prompt = row["input_ids"][: row["prompt_length"]]
         own.append({**row, "input_ids": [*prompt, *ids, 7], "labels": [-100] * len(prompt) + [*ids, 7]})
     losses = likelihoods.row_losses(model, own, 4, tokenizer.pad_token_id)
-    known = generation.greedy_references(own, losses.matched, settings, stop_ids)
+    known = generation.greedy_gold(own, losses.matched, settings, stop_ids)
     assert known == {row: ids for row, ids in enumerate(answers.ids) if answers.finished[row]}
     again = generation.generate_answers(model, tokenizer, own, settings, stop_ids, known)
     assert (again.ids, again.texts, again.finished) == (answers.ids, answers.texts, answers.finished)
-    assert generation.greedy_references(own, losses.matched, {**settings, "do_sample": True}, stop_ids) == {}
-    short = generation.greedy_references(own, losses.matched, {**settings, "max_new_tokens": 1}, stop_ids)
+    assert generation.greedy_gold(own, losses.matched, {**settings, "do_sample": True}, stop_ids) == {}
+    short = generation.greedy_gold(own, losses.matched, {**settings, "max_new_tokens": 1}, stop_ids)
     assert all(len(ids) == 1 for ids in short.values())
 
 
@@ -287,7 +288,9 @@ def test_the_page_is_the_same_each_time(reports, tmp_path):
     pages = []
     for name in ("a", "b"):
         (tmp_path / name / "run").mkdir(parents=True)
-        run_page.write_page(tmp_path / name / "run", tuned, predictions, [], config()["eval"], {})
+        run_page.write_page(
+            tmp_path / name / "run", read_figures(made / "tuned"), predictions, [], config()["eval"], {}
+        )
         pages.append((tmp_path / name / "run" / "report.html").read_text())
     assert pages[0] == pages[1]
 

@@ -16,17 +16,18 @@ FIGURES = {
 }
 
 
-def write_report(folder, accuracy: float, loss: float, base: float | None = 0.5) -> str:
-    """A report folder as evaluate_model leaves it."""
-    folder.mkdir(parents=True)
+def report_figures(accuracy: float, loss: float, base: float | None = 0.5) -> dict:
+    """A metrics.json as evaluate_model leaves it."""
     delta = {"value": accuracy - (base or 0), "interval": [0.1, 0.2]}
-    facts = {
+    return {
         "task": "labels",
         "metric": "accuracy",
         "rows": 100,
         "test": {"accuracy": accuracy, "loss": loss, **FIGURES},
         "base": None if base is None else {"accuracy": base, "loss": 3.0, **FIGURES},
         "interval": [accuracy - 0.02, accuracy + 0.02],
+        "intervals": {"accuracy": [accuracy - 0.02, accuracy + 0.02], "loss": [loss - 0.1, loss + 0.1]},
+        "base_intervals": None,
         "delta": None if base is None else delta,
         "train": {
             "train_seconds": 90.0,
@@ -34,10 +35,22 @@ def write_report(folder, accuracy: float, loss: float, base: float | None = 0.5)
             "peak_memory_bytes": 2**31,
             "trainable_parameters": 4096,
         },
+        "baselines": [],
+        "published": [],
+        "start": None,
+        "left_out": {},
         "loss_seconds": 1.0,
         "generate_seconds": 2.0,
+        "generated_tokens": 200,
+        "tokens_per_second": 100.0,
+        "peak_memory_bytes": 2**30,
     }
-    (folder / "metrics.json").write_text(json.dumps(facts))
+
+
+def write_report(folder, accuracy: float, loss: float, base: float | None = 0.5) -> str:
+    """A report folder as evaluate_model leaves it."""
+    folder.mkdir(parents=True)
+    (folder / "metrics.json").write_text(json.dumps(report_figures(accuracy, loss, base)))
     curves = [
         {"step": 1, "epoch": 0.5, "loss": 2.0},
         {"step": 2, "epoch": 1.0, "loss": loss},

@@ -55,14 +55,14 @@ def values_of(command: str) -> dict:
 @example({"a": "1e-4", "b": ["true", "null", True, None, 1e-4, "8"]})
 @example({"a": '"quoted"', "b": "'quoted'"})
 def test_the_command_pasted_into_bash_gives_the_same_values(point):
-    command = sweep_page._command_for({"point": point}, {"experiment": "demo"})
+    command = sweep_page._command_for(point, {"experiment": "demo"})
     assert values_of(command) == point
     assert not any(unicodedata.category(char) == "Cc" for char in command)
 
 
 def test_the_command_of_plain_values_is_easy_to_read():
     point = {"train.learning_rate": 1e-4, "adapter.target_modules": "all-linear", "adapter": "lora"}
-    command = sweep_page._command_for({"point": point}, {})
+    command = sweep_page._command_for(point, {})
     assert command == (
         "snakemake --cores all --config sweep=none "
         "overrides=\"train.learning_rate=0.0001 adapter.target_modules='all-linear' adapter=lora\""

@@ -76,7 +76,7 @@ def test_the_command_of_the_page_names_the_folder(mine, monkeypatch):
     from temper.reports.sweep_page import _command_for
 
     plan = planner.build("reviews")
-    shown = _command_for({"point": plan.runs[0].point}, plan.comparison.config)
+    shown = _command_for(plan.runs[0].point, plan.comparison.config)
     assert "conf_dir=conf experiment=reviews sweep=none" in shown
 
 

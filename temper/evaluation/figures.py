@@ -1,0 +1,118 @@
+"""The figures of an evaluation, as a report's metrics.json has them."""
+
+import json
+import math
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict
+
+from temper.files import read_json, write_whole
+
+FILE = "metrics.json"
+OF_LABELS = ("accuracy_of", "classes", "confusion", "base_confusion")
+
+
+def finite(value):
+    """The same with None for nan and inf, which JSON and MLflow do not have."""
+    if isinstance(value, dict):
+        return {name: finite(item) for name, item in value.items()}
+    if isinstance(value, list):
+        return [finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+# A figure; one that is null in the file is nan.
+Number = Annotated[float, BeforeValidator(lambda value: math.nan if value is None else value)]
+Interval = list[Number]  # its two ends
+
+
+class _Content(BaseModel):
+    """Content of a file. What a later version adds to it is ignored."""
+
+    model_config = ConfigDict(strict=True, extra="ignore")
+
+
+class Delta(_Content):
+    """The gain over the base model in the ranking metric."""
+
+    value: Number
+    interval: Interval
+
+
+class Start(_Content):
+    """Figures of the model that a training started from, when that was trained itself."""
+
+    name: str
+    test: dict[str, Number]
+    intervals: dict[str, Interval]
+    metric: str
+
+
+class Figures(_Content):
+    """The figures of a model on the test split."""
+
+    task: str
+    metric: str
+    """The one that ranks runs."""
+    rows: int
+    test: dict[str, Number]
+    """Metric -> figure of this model."""
+    base: dict[str, Number] | None
+    """The same of the untouched model."""
+    interval: Interval
+    """95% interval of the ranking metric."""
+    intervals: dict[str, Interval]
+    """Of every metric that has one."""
+    base_intervals: dict[str, Interval] | None
+    delta: Delta | None
+    baselines: list[dict[str, Any]]
+    """What needs no model: name, answer, metric -> figure."""
+    published: list[dict[str, Any]]
+    loss_seconds: float
+    generate_seconds: float
+    generated_tokens: int
+    tokens_per_second: float
+    peak_memory_bytes: int
+    accuracy_of: str | None = None
+    """Task labels: by what the likeliest label was found."""
+    classes: dict[str, dict[str, float | int]] | None = None
+    confusion: dict[str, Any] | None = None
+    base_confusion: dict[str, Any] | None = None
+    train: dict[str, Any] | None
+    """The adapter's training.json."""
+    start: Start | None
+    left_out: dict[str, dict[str, int | None]]
+    """Split -> how many of its rows tokenizing left out, and of how many; splits that kept all are not in it."""
+
+    @property
+    def are_finite(self) -> bool:
+        """Whether the figures that rank runs are numbers."""
+        return all(map(math.isfinite, (self.test[self.metric], self.test["loss"], *self.interval)))
+
+
+class Diverged(_Content):
+    """What there is to say of a model whose training diverged: when that was, and no figures."""
+
+    task: str
+    metric: str
+    diverged_at_step: int
+    train: dict[str, Any] | None
+
+
+def write_figures(folder: Path, figures: Figures | Diverged) -> None:
+    """Write metrics.json."""
+    content = finite(figures.model_dump())
+    if figures.task != "labels":
+        content = {name: value for name, value in content.items() if name not in OF_LABELS}
+    write_whole(folder / FILE, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+
+def read_figures(folder: Path) -> Figures | Diverged:
+    """Read the metrics.json of a report.
+
+    Raises:
+        UserError: it is not there, or damaged.
+    """
+    content = read_json(folder / FILE)
+    return read_json(folder / FILE, Figures if content.get("diverged_at_step") is None else Diverged)
