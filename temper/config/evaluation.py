@@ -8,8 +8,8 @@ from pathlib import Path
 
 from temper.data.columns import IGNORED
 from temper.errors import UserError
-from temper.evaluation.class_names import gold_label
-from temper.evaluation.class_tokens import label_answers
+from temper.evaluation.class_names import gold_class
+from temper.evaluation.class_tokens import class_answers
 from temper.evaluation.metrics import MOST_UNSEEN, check_metric, refuse_without_pairs, rouge_unseen
 
 log = logging.getLogger("temper")
@@ -32,18 +32,18 @@ def check(settings: dict, splits: Path, rows, tokenizer) -> None:
     refuse_without_pairs(settings, "rejected" in rows["test"].column_names)
     if settings["task"] == "labels":
         _check_gold(rows, settings["labels"])
-        label_answers(settings["labels"], rows, tokenizer)
+        class_answers(settings["labels"], rows, tokenizer)
     if settings["task"] == "text":
         _check_rouge(settings, metric, list(rows["test"]["reference"]))
 
 
-def _check_gold(rows, labels: list[str]) -> None:
+def _check_gold(rows, class_names: list[str]) -> None:
     """Every answer of a labelling task must be one of its labels."""
     for split, part in rows.items():
         known = set()
         for number, gold in zip(part["id"], part["reference"], strict=True):
             if gold not in known:
-                gold_label(gold, labels, f"{split} split, row {number} of the raw data")
+                gold_class(gold, class_names, f"{split} split, row {number} of the raw data")
                 known.add(gold)
 
 

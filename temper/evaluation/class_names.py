@@ -17,14 +17,14 @@ HYPHEN = re.compile(r"(?<=[^\W\d_])-(?=[^\W\d_])")
 VARIATION = str.maketrans("", "", "\ufe0e\ufe0f")  # whether an emoji is drawn in colour
 
 
-def check_labels(labels: list[str]) -> None:
+def check_class_names(class_names: list[str]) -> None:
     """Refuse labels that no answer could tell apart.
 
     Raises:
         UserError: an empty label, or two that differ in nothing but blanks and how characters are composed.
     """
     seen: dict[str, str] = {}
-    for label in labels:
+    for label in class_names:
         if _without_case(label) == UNPARSED:
             raise UserError(f"config: 'eval.labels': '{label}' is what an answer without a label is called: rename it")
         if not _as_it_is(label):
@@ -34,7 +34,7 @@ def check_labels(labels: list[str]) -> None:
         seen[_as_it_is(label)] = label
 
 
-def gold_label(text: str, labels: list[str], place: str) -> str:
+def gold_class(text: str, class_names: list[str], place: str) -> str:
     """The label that a gold answer is.
 
     Args:
@@ -43,26 +43,26 @@ def gold_label(text: str, labels: list[str], place: str) -> str:
     Raises:
         UserError: it is none of them, or could be several.
     """
-    found = _equal(text, tuple(labels))
+    found = _equal(text, tuple(class_names))
     if found is not None:
         return found
-    near = [label for label in labels if _words(label) == _words(text)]
+    near = [label for label in class_names if _words(label) == _words(text)]
     why = f"could be {' or '.join(near)}: write it as the label" if near else "is not a label"
     raise UserError(
-        f"{place}: the answer '{text[:60]}' {why} of eval.labels ({', '.join(labels)[:200]}); correct the row, "
+        f"{place}: the answer '{text[:60]}' {why} of eval.labels ({', '.join(class_names)[:200]}); correct the row, "
         "data.completion or eval.labels"
     )
 
 
-def read_label(text: str, labels: list[str]) -> str | None:
+def read_class(text: str, class_names: list[str]) -> str | None:
     """The label that a free answer gives, or None.
 
     The whole answer when it is a label (``Positive.``); else the label that occurs first as whole words (``It is a
     positive review``), the longest one where several start at the same place. So ``not positive`` reads as positive:
     the rule looks for words, it does not understand. A label of one letter is looked for in its own case.
     """
-    found = _equal(text, tuple(labels))
-    return found if found is not None else _mentioned(text, tuple(labels))
+    found = _equal(text, tuple(class_names))
+    return found if found is not None else _mentioned(text, tuple(class_names))
 
 
 # --- comparing -----------------------------------------------------------------------------------
@@ -95,17 +95,19 @@ COMPARED = (_as_it_is, _without_case, _bare, _words)
 
 
 @functools.lru_cache(maxsize=64)
-def _apart(labels: tuple[str, ...]) -> list[tuple]:
+def _apart(class_names: tuple[str, ...]) -> list[tuple]:
     """Ways to compare, each with {what it makes of a label: the label} for those that it leaves apart."""
     found = []
     for way in COMPARED:
-        made = [way(label) for label in labels]
-        found.append((way, {text: label for text, label in zip(made, labels, strict=True) if made.count(text) == 1}))
+        made = [way(label) for label in class_names]
+        found.append(
+            (way, {text: label for text, label in zip(made, class_names, strict=True) if made.count(text) == 1})
+        )
     return found
 
 
-def _equal(text: str, labels: tuple[str, ...]) -> str | None:
-    for way, known in _apart(labels):
+def _equal(text: str, class_names: tuple[str, ...]) -> str | None:
+    for way, known in _apart(class_names):
         made = way(text)
         if made and made in known:
             return known[made]
@@ -115,9 +117,9 @@ def _equal(text: str, labels: tuple[str, ...]) -> str | None:
 # --- finding -------------------------------------------------------------------------------------
 
 
-def _mentioned(text: str, labels: tuple[str, ...]) -> str | None:
+def _mentioned(text: str, class_names: tuple[str, ...]) -> str | None:
     """The label that occurs first as whole words."""
-    ways = dict(_apart(labels))
+    ways = dict(_apart(class_names))
     for way, known in (
         (_as_it_is, ways[_as_it_is]),
         (_without_case, {made: label for made, label in ways[_without_case].items() if len(label) > 1}),

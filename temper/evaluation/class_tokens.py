@@ -13,7 +13,7 @@ from temper.errors import UserError
 Way = Callable[[str], list[int] | None]  # a label -> the tokens of an answer that is just it
 
 
-def label_answers(labels: list[str], rows, tokenizer) -> list[list[int]]:
+def class_answers(class_names: list[str], rows, tokenizer) -> list[list[int]]:
     """Of each label the tokens of an answer that is just it, with the token that ends it.
 
     Args:
@@ -22,27 +22,27 @@ def label_answers(labels: list[str], rows, tokenizer) -> list[list[int]]:
     Raises:
         UserError: two labels have the same tokens, or those of a label cannot be told.
     """
-    found, like = _known(labels, rows)
-    for label in [label for label in labels if label not in found]:
+    found, like = _known(class_names, rows)
+    for label in [label for label in class_names if label not in found]:
         found[label] = _made(label, like, found, tokenizer)
     seen: dict[tuple, str] = {}
-    for label in labels:
+    for label in class_names:
         other = seen.setdefault(tuple(found[label]), label)
         if other != label:
             raise UserError(
                 f"config: 'eval.labels': '{other}' and '{label}' have the same tokens in this model: rename one in "
                 "eval.labels and in the data, or leave it out of both"
             )
-    return [found[label] for label in labels]
+    return [found[label] for label in class_names]
 
 
-def _known(labels: list[str], rows) -> tuple[dict[str, list[int]], dict]:
+def _known(class_names: list[str], rows) -> tuple[dict[str, list[int]], dict]:
     """(the answers of labels that rows have, spelled as in `eval.labels`; a row to make the others from)."""
     found: dict[str, list[int]] = {}
     like = None
     for part in rows.values():
         first = {reference: at for at, reference in reversed(list(enumerate(part["reference"])))}
-        for label in [label for label in labels if label in first and label not in found]:
+        for label in [label for label in class_names if label in first and label not in found]:
             like = like or part[first[label]]
             found[label] = _answer_of(part[first[label]])
     return found, like or next(part[0] for part in rows.values() if len(part))

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from temper.errors import UserError
 from temper.evaluation import intervals, metrics
-from temper.evaluation.class_tokens import label_answers
+from temper.evaluation.class_tokens import class_answers
 from temper.evaluation.figures import Delta, Figures, Start
 from temper.provenance import peak_memory
 
@@ -29,7 +29,7 @@ class Choices:
     `chosen_by`: how it was found. `logps`: of each row, the log-probabilities of all labels.
     """
 
-    labels: list[str]
+    chosen: list[str]
     chosen_by: str
     logps: list[tuple]
 
@@ -53,7 +53,7 @@ class Asked:
             settings,
             gold=[row["reference"] for row in test],
             predictions=self.answers.texts,
-            choices=self.choices.labels if self.choices else None,
+            choices=self.choices.chosen if self.choices else None,
             loss_sums=self.losses.sums,
             loss_tokens=self.losses.tokens,
             pair_logps=self.pair_logps,
@@ -104,8 +104,9 @@ def ask(folder: Path, config: dict, rows: DatasetDict, test: list[dict], tokeniz
     loss_seconds = time.perf_counter() - started
     _check_finite(folder, test, losses.sums)
 
-    labels = settings["task"] == "labels"
-    choices = _likeliest(model, rows, test, settings["labels"], tokenizer, size) if labels else None
+    choices = None
+    if settings["task"] == "labels":
+        choices = _likeliest(model, rows, test, settings["labels"], tokenizer, size)
 
     stop_ids = loading.stop_token_ids(folder, tokenizer)
     known = generation.greedy_gold(test, losses.matched, settings, stop_ids)
@@ -120,7 +121,7 @@ ALONE = "the log-probability of its tokens"
 WITH_END = "the log-probability of its tokens and of the one that ends an answer"
 
 
-def _likeliest(model, rows: DatasetDict, test: list[dict], labels: list[str], tokenizer, size: tuple[int, int]):
+def _likeliest(model, rows: DatasetDict, test: list[dict], class_names: list[str], tokenizer, size: tuple[int, int]):
     """The label that the model finds the likeliest, row by row.
 
     As lm-eval compares the choices of a question: by their own tokens. Where a label is the beginning of another one
@@ -129,16 +130,16 @@ def _likeliest(model, rows: DatasetDict, test: list[dict], labels: list[str], to
     """
     from temper.evaluation import likelihoods
 
-    ended = label_answers(labels, rows, tokenizer)
+    ended = class_answers(class_names, rows, tokenizer)
     alone = [answer[:-1] for answer in ended]
     with_end = _one_begins_another(alone)
-    logps = likelihoods.label_logps(model, test, ended if with_end else alone, *size)
-    chosen = [labels[max(range(len(labels)), key=of_row.__getitem__)] for of_row in logps]
+    logps = likelihoods.class_logps(model, test, ended if with_end else alone, *size)
+    chosen = [class_names[max(range(len(class_names)), key=of_row.__getitem__)] for of_row in logps]
     return Choices(chosen, WITH_END if with_end else ALONE, logps)
 
 
-def _one_begins_another(labels: list[list[int]]) -> bool:
-    ordered = sorted(labels)  # a label stands right before those that begin with it
+def _one_begins_another(answers: list[list[int]]) -> bool:
+    ordered = sorted(answers)  # a label stands right before those that begin with it
     return any(after[: len(label)] == label for label, after in itertools.pairwise(ordered))
 
 
@@ -256,7 +257,7 @@ def _prediction_row(index: int, row: dict, asked: Asked, judged: Judgement, base
     line = {name: row[name] for name in ("id", "prompt", "reference")}
     line |= {"prediction": answers.texts[index], "score": judged.scores.rows[index]}
     if choices:
-        line |= {"label": judged.evidence.readings[index], "choice": choices.labels[index]}
+        line |= {"label": judged.evidence.readings[index], "choice": choices.chosen[index]}
 
     if base:
         line |= {"base_prediction": base.rows[index]["prediction"], "base_score": base.scores.rows[index]}

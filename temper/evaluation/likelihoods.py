@@ -58,7 +58,7 @@ def pair_logps(model, rows: list[dict], batch_size: int, pad_token_id: int) -> l
     return answer_logps(model, texts, max(1, batch_size // 2), pad_token_id, ("preferences", "pairs"))
 
 
-def label_logps(model, rows: list[dict], answers: list[list[int]], batch_size: int, pad_token_id: int) -> list[tuple]:
+def class_logps(model, rows: list[dict], answers: list[list[int]], batch_size: int, pad_token_id: int) -> list[tuple]:
     """Log-probability of each of `answers` (tokens) after each row's prompt, which is computed once.
 
     Returns:

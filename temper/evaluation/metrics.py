@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from temper.errors import UserError, suggest
-from temper.evaluation.class_names import UNPARSED, check_labels, gold_label, read_label
+from temper.evaluation.class_names import UNPARSED, check_class_names, gold_class, read_class
 
 # What ROUGE may miss of the gold answers. Accents are up to 5% of German, French, Spanish or Portuguese text, and cost
 # it little; of Czech or Vietnamese, where it is more than 10%, the pieces of words between them are compared.
@@ -107,17 +107,17 @@ class Evidence:
     @functools.cached_property
     def said(self) -> list[str]:
         """Task labels: the label that each free answer names, or ``unparsed``."""
-        labels = self.settings["labels"]
-        return [read_label(text, labels) or UNPARSED for text in self.predictions]
+        class_names = self.settings["labels"]
+        return [read_class(text, class_names) or UNPARSED for text in self.predictions]
 
     @functools.cached_property
-    def gold_labels(self) -> list[str]:
+    def gold_classes(self) -> list[str]:
         """Task labels: the label that each gold answer is.
 
         Raises:
             UserError: one is none of them.
         """
-        return gold_labels(self.gold, self.settings["labels"])
+        return gold_classes(self.gold, self.settings["labels"])
 
     @functools.cached_property
     def sets(self) -> list[tuple[frozenset, frozenset]]:
@@ -139,13 +139,13 @@ class Evidence:
         return self.beta * (np.array(self.pair_logps) - np.array(self.start_logps))
 
 
-def gold_labels(texts: Sequence[str], labels: list[str]) -> list[str]:
+def gold_classes(texts: Sequence[str], class_names: list[str]) -> list[str]:
     """The labels that gold answers are.
 
     Raises:
         UserError: one is none of them.
     """
-    return [gold_label(text, labels, f"row {row} of the split") for row, text in enumerate(texts, 1)]
+    return [gold_class(text, class_names, f"row {row} of the split") for row, text in enumerate(texts, 1)]
 
 
 def read_tags(text: str, separator: str = ",") -> frozenset[str]:
@@ -169,7 +169,7 @@ def set_scores(wanted: frozenset, given: frozenset) -> tuple[float, float, float
 
 def _accuracy(evidence: Evidence) -> Statistic:
     """accuracy: share of rows whose label the model finds the likeliest of all."""
-    return Mean([given == wanted for given, wanted in zip(evidence.readings, evidence.gold_labels, strict=True)])
+    return Mean([given == wanted for given, wanted in zip(evidence.readings, evidence.gold_classes, strict=True)])
 
 
 def _macro_f1(evidence: Evidence) -> Statistic:
@@ -178,16 +178,16 @@ def _macro_f1(evidence: Evidence) -> Statistic:
 
     # An unparsed answer counts against its true class, and is no class of its own in the average. Nor is a label that
     # neither the rows nor the answers have: there is nothing to be right or wrong about.
-    labels = evidence.settings["labels"]
-    codes = {label: code for code, label in enumerate([*labels, UNPARSED])}
+    class_names = evidence.settings["labels"]
+    codes = {label: code for code, label in enumerate([*class_names, UNPARSED])}
     wanted, given = (
-        np.array([codes[label] for label in column]) for column in (evidence.gold_labels, evidence.readings)
+        np.array([codes[label] for label in column]) for column in (evidence.gold_classes, evidence.readings)
     )
 
     def f1(rows) -> float:
         true, read = wanted[rows], given[rows]
         right, of_true, of_read = (
-            np.bincount(column, minlength=len(codes))[: len(labels)] for column in (true[true == read], true, read)
+            np.bincount(column, minlength=len(codes))[: len(class_names)] for column in (true[true == read], true, read)
         )
         occurs = of_true + of_read > 0
         if not occurs.any():
@@ -199,7 +199,7 @@ def _macro_f1(evidence: Evidence) -> Statistic:
 
 def _generated_accuracy(evidence: Evidence) -> Statistic:
     """accuracy of free answers: share of generated answers that name the right label; one that names none is wrong."""
-    return Mean([said == wanted for said, wanted in zip(evidence.said, evidence.gold_labels, strict=True)])
+    return Mean([said == wanted for said, wanted in zip(evidence.said, evidence.gold_classes, strict=True)])
 
 
 def _exact_match(evidence: Evidence) -> Statistic:
@@ -403,7 +403,7 @@ def check_metric(settings: dict) -> str:
             known = suggest(figure["metric"], allowed)
             raise UserError(f"config: 'eval.published': '{figure['name']}' has metric '{figure['metric']}'; {known}")
     if task == "labels":
-        check_labels(settings["labels"])
+        check_class_names(settings["labels"])
     return name
 
 
@@ -453,28 +453,30 @@ def per_class(evidence: Evidence) -> dict[str, dict[str, float]]:
     """label -> precision, recall, f1 and how many rows of the split have it."""
     from sklearn.metrics import precision_recall_fscore_support
 
-    labels = evidence.settings["labels"]
-    columns = precision_recall_fscore_support(evidence.gold_labels, evidence.readings, labels=labels, zero_division=0)
+    class_names = evidence.settings["labels"]
+    columns = precision_recall_fscore_support(
+        evidence.gold_classes, evidence.readings, labels=class_names, zero_division=0
+    )
     names = ("precision", "recall", "f1", "rows")
     table = zip(*(column.tolist() for column in columns), strict=True)
-    return {label: dict(zip(names, figures, strict=True)) for label, figures in zip(labels, table, strict=True)}
+    return {label: dict(zip(names, figures, strict=True)) for label, figures in zip(class_names, table, strict=True)}
 
 
 def confusion(evidence: Evidence) -> dict:
     """Counts by true label (lines) and read label (columns; ``unparsed`` last, if there is any)."""
     from sklearn.metrics import confusion_matrix
 
-    labels = list(evidence.settings["labels"])
-    columns = [*labels, UNPARSED] if UNPARSED in evidence.readings else labels
-    counts = confusion_matrix(evidence.gold_labels, evidence.readings, labels=columns)[: len(labels)]
-    return {"labels": labels, "columns": columns, "counts": counts.tolist()}
+    class_names = list(evidence.settings["labels"])
+    columns = [*class_names, UNPARSED] if UNPARSED in evidence.readings else class_names
+    counts = confusion_matrix(evidence.gold_classes, evidence.readings, labels=columns)[: len(class_names)]
+    return {"labels": class_names, "columns": columns, "counts": counts.tolist()}
 
 
 def majority_baseline(settings: dict, train_gold: Sequence[str], gold: Sequence[str]) -> dict:
     """What always giving the training split's most frequent label, or tag, would score on the test split."""
     task, texts = settings["task"], train_gold or gold
     if task == "labels":
-        seen = gold_labels(texts, settings["labels"])
+        seen = gold_classes(texts, settings["labels"])
     else:
         seen = [tag for text in texts for tag in sorted(read_tags(text, settings["separator"]))]
     majority = max(collections.Counter(seen).items(), key=lambda counted: counted[1], default=("", 0))[0]

@@ -16,8 +16,8 @@ from temper.config.schema import Eval
 from temper.data.encoder import Encoder
 from temper.errors import UserError
 from temper.evaluation import judge, likelihoods
-from temper.evaluation.class_names import check_labels, gold_label, read_label
-from temper.evaluation.class_tokens import label_answers
+from temper.evaluation.class_names import check_class_names, gold_class, read_class
+from temper.evaluation.class_tokens import class_answers
 from temper.files import read_json, read_json_lines
 from temper.model.loading import load_model, load_tokenizer
 from tests.data import test_encoder
@@ -67,15 +67,15 @@ THUMBS, CASES, TOKENS = ["👍", "👎"], ["May", "may"], ["<|yes|>", "<|no|>"]
     ],
 )
 def test_what_an_answer_reads_as(labels, answer, label):
-    assert read_label(answer, labels) == label
+    assert read_class(answer, labels) == label
 
 
 @pytest.mark.parametrize("labels", [NUMBERS, INCOME, CODE, GRADES, HINDI, THAI, THUMBS, CASES, TOKENS, ["दिन", "दान"]])
 def test_each_label_is_itself(labels):
-    check_labels(labels)
+    check_class_names(labels)
     for label in labels:
         for text in (label, f" {label}\n", unicodedata.normalize("NFD", label)):
-            assert read_label(text, labels) == gold_label(text, labels, "here") == label
+            assert read_class(text, labels) == gold_class(text, labels, "here") == label
 
 
 @pytest.mark.parametrize(
@@ -84,36 +84,36 @@ def test_each_label_is_itself(labels):
 )
 def test_a_sign_that_no_label_has_makes_another_answer(text, labels):
     with pytest.raises(UserError, match="is not a label"):
-        gold_label(text, labels, "here")
-    assert read_label(text, labels) is None
+        gold_class(text, labels, "here")
+    assert read_class(text, labels) is None
 
 
 def test_labels_that_nothing_tells_apart_are_refused():
     with pytest.raises(UserError, match="rename it"):
-        check_labels(["parsed", "unparsed"])
+        check_class_names(["parsed", "unparsed"])
     with pytest.raises(UserError, match="are one: leave one out"):
-        check_labels(["café", unicodedata.normalize("NFD", "café")])
+        check_class_names(["café", unicodedata.normalize("NFD", "café")])
     with pytest.raises(UserError, match="an empty label"):
-        check_labels(["a", " "])
+        check_class_names(["a", " "])
 
 
 def test_a_gold_answer_is_read_as_strictly_as_the_labels_need():
-    assert gold_label("Positive", ["positive", "negative"], "here") == "positive"
+    assert gold_class("Positive", ["positive", "negative"], "here") == "positive"
     with pytest.raises(UserError, match=r"^test row 7: the answer 'MAY' could be May or may"):
-        gold_label("MAY", CASES, "test row 7")
+        gold_class("MAY", CASES, "test row 7")
     with pytest.raises(UserError, match=r"'it is positive' is not a label of eval.labels \(positive, negative\)"):
-        gold_label("it is positive", ["positive", "negative"], "here")
+        gold_class("it is positive", ["positive", "negative"], "here")
 
 
 @given(st.lists(st.text(st.characters(codec="utf-8"), min_size=1, max_size=4), min_size=2, max_size=5), st.text())
 def test_any_labels_that_are_accepted_are_read_back(labels, answer):
     try:
-        check_labels(labels)
+        check_class_names(labels)
     except UserError:
         return
     for label in labels:
-        assert read_label(label, labels) == gold_label(label, labels, "here") == label
-    assert read_label(answer, labels) in (*labels, None)
+        assert read_class(label, labels) == gold_class(label, labels, "here") == label
+    assert read_class(answer, labels) in (*labels, None)
 
 
 # --- which label the model finds likeliest ----------------------------------------------------------
@@ -156,7 +156,7 @@ SETS = {
 @pytest.mark.parametrize("batch_size", [1, 4])
 def test_labels_are_judged_whole_with_their_end(model, tokenizer, rows, name, batch_size):
     answers = [tokenizer(label + tokenizer.eos_token, add_special_tokens=False)["input_ids"] for label in SETS[name]]
-    found = likelihoods.label_logps(model, rows, answers, batch_size, tokenizer.pad_token_id)
+    found = likelihoods.class_logps(model, rows, answers, batch_size, tokenizer.pad_token_id)
     for row, logps in zip(rows, found, strict=True):
         assert logps == pytest.approx(one_by_one(model, row, answers), rel=1e-5)
 
@@ -226,7 +226,7 @@ def test_an_answer_that_opens_before_the_label(tokenizer):
     answer = [*head, *ids["positive"], *end]
     row = {"input_ids": [5, 6, *answer], "labels": [-100, -100, *answer], "prompt_length": 2, "reference": "positive"}
     rows = {"train": Dataset.from_list([row])}
-    found = label_answers(["negative", "positive"], rows, tokenizer)
+    found = class_answers(["negative", "positive"], rows, tokenizer)
     assert found == [[*head, *ids["negative"], *end], answer]
 
 
@@ -245,7 +245,7 @@ def test_a_label_without_rows_has_the_tokens_that_training_would_learn(make):
         if [row["reference"] for row in (*rows, unseen)] != labels:
             continue  # the tokenizer does not know its letters
         try:
-            found = label_answers(labels, {"train": Dataset.from_list(rows)}, tokenizer)
+            found = class_answers(labels, {"train": Dataset.from_list(rows)}, tokenizer)
         except UserError as error:
             assert end == ": " and f"no row has '{labels[2]}', and which tokens" in str(error)
         else:

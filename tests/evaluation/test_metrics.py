@@ -74,24 +74,24 @@ def test_labels_that_read_the_same_are_refused():
     ],
 )
 def test_read_label(answer, label):
-    assert class_names.read_label(answer, LABELS) == label
+    assert class_names.read_class(answer, LABELS) == label
 
 
 def test_read_label_prefers_the_longer_label_at_the_same_word():
     labels = ["very good", "very", "good"]
-    assert class_names.read_label("It is very good.", labels) == "very good"
-    assert class_names.read_label("very_good", labels) == "very good"
-    assert class_names.read_label("It is good.", labels) == "good"
+    assert class_names.read_class("It is very good.", labels) == "very good"
+    assert class_names.read_class("very_good", labels) == "very good"
+    assert class_names.read_class("It is good.", labels) == "good"
 
 
 @given(st.sampled_from(LABELS), st.text(string.punctuation + " \n"), st.text(string.punctuation + " \n"))
 def test_case_and_punctuation_never_hide_a_label(label, before, after):
-    assert class_names.read_label(before + label.upper() + after, LABELS) == label
+    assert class_names.read_class(before + label.upper() + after, LABELS) == label
 
 
 @given(st.text())
 def test_an_answer_reads_as_a_label_or_as_none(answer):
-    assert class_names.read_label(answer, LABELS) in (*LABELS, None)
+    assert class_names.read_class(answer, LABELS) in (*LABELS, None)
 
 
 def test_read_tags():
