@@ -138,7 +138,7 @@ def _work(_step, arguments, _inputs) -> None:
 
 
 def main(argv=None) -> None:
-    run_command(sys.modules[__name__], {}, argv, work=_work)
+    run_command(sys.modules[__name__], argv, work=_work)
 
 
 if __name__ == "__main__":

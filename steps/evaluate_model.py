@@ -197,15 +197,7 @@ def headline(found: Figures) -> str:
 
 
 def main(argv=None) -> None:
-    inputs = {
-        "model": "folder of merge_adapter, or of fetch_model for the untouched model",
-        "splits": "folder of tokenize_splits",
-        "adapter?": "folder of train_adapter, for the training's curves and times",
-        "base_report?": "report of the untouched model on the same splits, to compare with",
-        "references?": "folder of reference_logprobs, after preference optimization",
-        "start_report?": "report of the model that the training started from, when that was trained itself",
-    }
-    run_command(sys.modules[__name__], inputs, argv)
+    run_command(sys.modules[__name__], argv)
 
 
 if __name__ == "__main__":

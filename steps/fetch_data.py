@@ -148,7 +148,7 @@ def _is_there(pin: Path) -> bool:
 
 
 def main(argv=None) -> None:
-    run_command(sys.modules[__name__], {}, argv, work=_command)
+    run_command(sys.modules[__name__], argv, work=_command)
 
 
 if __name__ == "__main__":

@@ -147,7 +147,7 @@ def _correct_tokenizer(tokenizer, splits_words: str | None, config) -> None:
 
 
 def main(argv=None) -> None:
-    run_command(sys.modules[__name__], {}, argv)
+    run_command(sys.modules[__name__], argv)
 
 
 if __name__ == "__main__":

@@ -93,7 +93,7 @@ def _summary(stats: dict) -> str:
 
 
 def main(argv=None) -> None:
-    run_command(sys.modules[__name__], {"raw": "data folder, its pin, or one file of rows"}, argv)
+    run_command(sys.modules[__name__], argv)
 
 
 if __name__ == "__main__":

@@ -128,8 +128,7 @@ def _merge(network, adapter: Path):
 
 
 def main(argv=None) -> None:
-    inputs = {"model": "folder of fetch_model", "adapter": "folder of train_adapter"}
-    run_command(sys.modules[__name__], inputs, argv)
+    run_command(sys.modules[__name__], argv)
 
 
 if __name__ == "__main__":

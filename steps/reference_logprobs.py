@@ -173,11 +173,7 @@ def _append(path: Path, figures: dict[str, float]) -> None:
 
 
 def main(argv=None) -> None:
-    inputs = {
-        "splits": "folder of tokenize_splits, with preference pairs",
-        "model": "folder of fetch_model, or of merge_adapter when supervised fine-tuning came first",
-    }
-    run_command(sys.modules[__name__], inputs, argv)
+    run_command(sys.modules[__name__], argv)
 
 
 if __name__ == "__main__":

@@ -96,11 +96,7 @@ def _pairs(network, tokenizer, rows: list[dict], settings: dict, stop_ids: list[
 
 
 def main(argv=None) -> None:
-    inputs = {
-        "splits": "folder of tokenize_splits",
-        "model": "folder of fetch_model, or of merge_adapter when supervised fine-tuning came first",
-    }
-    run_command(sys.modules[__name__], inputs, argv)
+    run_command(sys.modules[__name__], argv)
 
 
 if __name__ == "__main__":

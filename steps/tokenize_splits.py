@@ -298,8 +298,7 @@ def _batches(lines: Iterable[str]) -> Iterator[list[dict]]:
 
 
 def main(argv=None) -> None:
-    inputs = {"prompts": "folder of format_prompts", "model": "folder of fetch_model"}
-    run_command(sys.modules[__name__], inputs, argv)
+    run_command(sys.modules[__name__], argv)
 
 
 if __name__ == "__main__":

@@ -244,12 +244,7 @@ def _headline(rows, sizes: dict, args, target: int, checkpoint: Path | None, thr
 
 
 def main(argv=None) -> None:
-    inputs = {
-        "splits": "folder of tokenize_splits",
-        "model": "folder of fetch_model, or of merge_adapter to start from a trained model",
-        "references?": "folder of reference_logprobs, for method=dpo",
-    }
-    run_command(sys.modules[__name__], inputs, argv)
+    run_command(sys.modules[__name__], argv)
 
 
 if __name__ == "__main__":

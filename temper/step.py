@@ -30,21 +30,20 @@ from temper.provenance import write_provenance
 log = logging.getLogger("temper")
 
 
-def run_command(step, inputs: dict[str, str], argv=None, work=None) -> None:
+def run_command(step, argv=None, work=None) -> None:
     """Run the step module as a command and exit the process with 0, 2 (user error) or as a signal asked it to.
 
     Args:
-        step: the step's module; its `STAGE`, `run` and docstring are used.
-        inputs: flag name -> help text, one per input that `run` takes as a keyword. A name that
-            ends in ``?`` may be left out; `run` then gets None.
+        step: the step's module; its `STAGE`, `run` and docstring are used. `run` takes the inputs that the stage has in
+            `temper.config.stages.STAGES` as keywords; one that was left out is None.
         argv: the arguments, `sys.argv[1:]` unless given.
         work: what to call in place of `execute`, for a step whose output is not a folder.
     """
-    arguments = _parser(step, inputs).parse_intermixed_args(argv)
     spare_the_collector()
     bound_shape_caches()
+    arguments = step_parser(step).parse_intermixed_args(argv)
     with one_line_errors(arguments.output, step.STAGE, arguments.log), logging_to(arguments.log):
-        (work or execute)(step, arguments, [name.rstrip("?") for name in inputs])
+        (work or execute)(step, arguments, [name.rstrip("?") for name in _stage(step).inputs])
 
 
 def spare_the_collector() -> None:
@@ -56,13 +55,20 @@ def spare_the_collector() -> None:
     atexit.register(gc.freeze)
 
 
-def _parser(step, inputs: dict[str, str]) -> argparse.ArgumentParser:
+def _stage(step):
+    from temper.config.stages import STAGES
+
+    return STAGES[step.STAGE]
+
+
+def step_parser(step) -> argparse.ArgumentParser:
+    """The parser of a step's flags."""
     parser = argparse.ArgumentParser(
         prog=f"python -m steps.{step.STAGE}",
         description=step.__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    for name, text in inputs.items():
+    for name, text in _stage(step).inputs.items():
         flag = "--" + name.rstrip("?").replace("_", "-")
         parser.add_argument(flag, required=not name.endswith("?"), help=text)
     output_help = getattr(step, "OUTPUT_HELP", "folder to write; must not exist, or be complete already")

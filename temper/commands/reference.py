@@ -4,11 +4,14 @@ python -m temper.commands.reference
 """
 
 import argparse
+import importlib
 import json
 from pathlib import Path
 
 from temper.__main__ import COMMANDS, command_parser
 from temper.config.schema import Config
+from temper.config.stages import STAGES
+from temper.step import step_parser
 
 ROOT = Path(__file__).parents[2]
 WRITTEN = "Written by `python -m temper.commands.reference`"
@@ -19,6 +22,10 @@ CONFIG_HEAD = f"""# The config
 A key of a section is given in a YAML file of `conf/<section>/`, or as `section.key=value`. An unknown key is an error.
 `adapter.*` are the fields of the PEFT config and `train.*` those of `transformers.TrainingArguments`:
 [which of them work](options.md). Editors complete keys from `conf/schema.json`.
+"""
+STAGES_HEAD = """# The stages
+
+Snakemake runs them; each can be run by hand, too. The docstring of a step says what it reads and writes.
 """
 
 
@@ -39,13 +46,23 @@ def pages() -> dict[Path, str]:
 def commands_page() -> str:
     """The text of docs/commands.md."""
     head = f"# The commands\n\n{WRITTEN}; `temper <command> --help` says the same.\n"
-    return "\n".join([head, *(_command(name, text) for name, text in COMMANDS.items())])
+    commands = [_command(f"temper {name}", text, command_parser(name)) for name, text in COMMANDS.items()]
+    steps = [importlib.import_module(f"steps.{name}") for name in STAGES]
+    stages = [
+        _command(f"python -m steps.{step.STAGE}", (step.__doc__ or "").split("\n")[0], step_parser(step))
+        for step in steps
+    ]
+    return "\n".join([head, *commands, STAGES_HEAD, *stages])
 
 
-def _command(name: str, text: str) -> str:
-    actions = [action for action in command_parser(name)._actions if action.dest != "help"]
+def _command(name: str, text: str, parser: argparse.ArgumentParser) -> str:
+    actions = [action for action in parser._actions if action.dest != "help"]
     rows = [f"| `{_names(action)}` | {_cell(action.help or '')} |" for action in actions]
-    return "\n".join([f"## `temper {name}`\n", f"{text}\n", "| argument | what it is |", "|---|---|", *rows, ""])
+    return "\n".join([f"## `{name}`\n", f"{text}\n", "| argument | what it is |", "|---|---|", *rows, ""])
+
+
+def _first_line(module) -> str:
+    return (module.__doc__ or "").split("\n")[0]
 
 
 def _names(action: argparse.Action) -> str:

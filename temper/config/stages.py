@@ -128,7 +128,10 @@ class Stage:
     folder: str | None = None  # of results/; raw data stands in data/raw
     read_as: tuple[str, ...] = ()  # the flags under which other stages read what it makes
     holds: tuple[str, ...] = ()  # one of these files is in each of its folders
+    inputs: dict[str, str] = dataclasses.field(default_factory=dict)  # its flags, and what each is; ? may be left out
 
+
+START = "folder of fetch_model, or of merge_adapter when supervised fine-tuning came first"
 
 # In the order of the pipeline.
 STAGES = {
@@ -136,13 +139,73 @@ STAGES = {
     for stage in (
         Stage("fetch_data", FetchData),
         Stage("fetch_model", FetchModel, "models", ("model",), ("config.json",)),
-        Stage("format_prompts", FormatPrompts, "prompts", ("prompts",), ("train.jsonl",)),
-        Stage("tokenize_splits", TokenizeSplits, "splits", ("splits",), ("dataset_dict.json",)),
-        Stage("sample_answers", SampleAnswers, "pairs", ("splits",), ("dataset_dict.json",)),
-        Stage("reference_logprobs", ReferenceLogprobs, "references", ("references",), ("references.json",)),
-        Stage("train_adapter", TrainAdapter, "adapters", ("adapter",), ("training.json",)),
-        Stage("merge_adapter", MergeAdapter, "merged", ("model",), ("config.json", "diverged.json")),
-        Stage("evaluate_model", EvaluateModel, "reports", ("base_report", "start_report"), ("metrics.json",)),
+        Stage(
+            "format_prompts",
+            FormatPrompts,
+            "prompts",
+            ("prompts",),
+            ("train.jsonl",),
+            {"raw": "data folder, its pin, or one file of rows"},
+        ),
+        Stage(
+            "tokenize_splits",
+            TokenizeSplits,
+            "splits",
+            ("splits",),
+            ("dataset_dict.json",),
+            {"prompts": "folder of format_prompts", "model": "folder of fetch_model"},
+        ),
+        Stage(
+            "sample_answers",
+            SampleAnswers,
+            "pairs",
+            ("splits",),
+            ("dataset_dict.json",),
+            {"splits": "folder of tokenize_splits", "model": START},
+        ),
+        Stage(
+            "reference_logprobs",
+            ReferenceLogprobs,
+            "references",
+            ("references",),
+            ("references.json",),
+            {"splits": "folder of tokenize_splits, with preference pairs", "model": START},
+        ),
+        Stage(
+            "train_adapter",
+            TrainAdapter,
+            "adapters",
+            ("adapter",),
+            ("training.json",),
+            {
+                "splits": "folder of tokenize_splits",
+                "model": "folder of fetch_model, or of merge_adapter to start from a trained model",
+                "references?": "folder of reference_logprobs, for method=dpo",
+            },
+        ),
+        Stage(
+            "merge_adapter",
+            MergeAdapter,
+            "merged",
+            ("model",),
+            ("config.json", "diverged.json"),
+            {"model": "folder of fetch_model", "adapter": "folder of train_adapter"},
+        ),
+        Stage(
+            "evaluate_model",
+            EvaluateModel,
+            "reports",
+            ("base_report", "start_report"),
+            ("metrics.json",),
+            {
+                "model": "folder of merge_adapter, or of fetch_model for the untouched model",
+                "splits": "folder of tokenize_splits",
+                "adapter?": "folder of train_adapter, for the training's curves and times",
+                "base_report?": "report of the untouched model on the same splits, to compare with",
+                "references?": "folder of reference_logprobs, after preference optimization",
+                "start_report?": "report of the model that the training started from, when that was trained itself",
+            },
+        ),
         Stage("compare_runs", CompareRuns, "sweeps"),
     )
 }
