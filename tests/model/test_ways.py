@@ -13,7 +13,7 @@ import transformers
 from peft import LoraConfig, get_peft_model
 from transformers.integrations import activate_neftune
 
-from temper.data.batches import collate
+from temper.data.batches import Batch, collate
 from temper.data.columns import IGNORED
 from temper.errors import UserError
 from temper.model.fast_layers import use_fast_layers
@@ -26,7 +26,7 @@ EXPERTS = {"num_local_experts": 4, "sliding_window": None}
 
 @pytest.fixture
 def batch():
-    return collate(rows_of([5, 9, 3, 7], prefix=12), 0)
+    return Batch(rows_of([5, 9, 3, 7], prefix=12), 0)
 
 
 def way_of(model, batch):
@@ -44,7 +44,7 @@ def assert_the_models_own(model, batch):
     total, count = loss(model, batch)
     found = gradients(model, total)
     torch.manual_seed(1)
-    expected_total = model(**batch, use_cache=False).loss * count
+    expected_total = model(**batch.padded(), use_cache=False).loss * count
     torch.testing.assert_close(total, expected_total)
     for name, gradient in gradients(model, expected_total).items():
         torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-5, msg=name)
@@ -92,7 +92,7 @@ def test_noise_of_neftune_is_transformers_own(batch):
     handle.remove()
     ids, noisy_states = seen[-1]
     noise = noisy_states - torch.nn.functional.embedding(ids, model.model.embed_tokens.weight)
-    rows, length = batch["input_ids"].shape
+    rows, length = batch.padded()["input_ids"].shape
     limit = 5.0 / (length * 16) ** 0.5
     assert ids.shape == (rows, length), "each row by itself"
     assert 0.95 * limit < noise.abs().max().item() <= limit
@@ -183,7 +183,7 @@ def test_what_starts_without_effect_is_seen_too(batch):
 
 def test_a_window_that_only_the_mask_knows():
     fields = {"use_sliding_window": True, "sliding_window": 64, "max_window_layers": 1}
-    model, batch = network("Qwen2", **fields), collate(rows_of([5, 9], prefix=12), 0)
+    model, batch = network("Qwen2", **fields), Batch(rows_of([5, 9], prefix=12), 0)
     assert way_of(model, batch) is flat_way
     model.model.layers[1].self_attn.sliding_window = None
     assert way_of(model, batch) is short_way
@@ -210,9 +210,9 @@ def test_a_hook_inside_a_lora_layer_is_called(part):
 
 @pytest.mark.parametrize("rows", [1, 2])
 def test_few_rows(rows):
-    batch = collate(rows_of([5, 9][:rows]), 0)
+    batch = Batch(rows_of([5, 9][:rows]), 0)
     assert way_of(network(), batch) is flat_way
-    assert (batch["labels"] != IGNORED).sum() == 3 * rows
+    assert (batch.padded()["labels"] != IGNORED).sum() == 3 * rows
 
 
 def test_training_with_neftune_equals_trainers_own(tmp_path):
