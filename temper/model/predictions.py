@@ -397,7 +397,11 @@ def _read(padded: dict) -> dict:
 
 def _learned(model, batch: Batch) -> Learned:
     """What the logits predict: of a causal model each position's next token, of an encoder-decoder the labels."""
-    return batch.learned(ahead=0 if model.config.is_encoder_decoder else 1)
+    return batch.learned(_ahead(model))
+
+
+def _ahead(model) -> int:
+    return 0 if model.config.is_encoder_decoder else 1
 
 
 def _at_learned(outputs, learned: Learned):
@@ -419,7 +423,7 @@ def tokens_of(model, batch) -> int:
     """Real tokens (no padding) that go through the model."""
     tokens = sum(len(row["input_ids"]) for row in batch.rows)
     if model.config.is_encoder_decoder:
-        tokens += len(_learned(model, batch).targets)
+        tokens += batch.learned_count(ahead=_ahead(model))
     return tokens
 
 

@@ -55,12 +55,10 @@ class PreferenceLoss:
         Returns:
             (losses: (pairs,) with gradient, figures: name -> (pairs,) without)
         """
-        import torch
-
-        references = tensor_on(logps.device, [row["reference"] for row in batch.rows], torch.float32)
+        references = tensor_on(logps.device, [row["reference"] for row in batch.rows], "float32")
         (chosen, rejected), (chosen_ratio, rejected_ratio) = logps.chunk(2), (logps - references).chunk(2)
         if self.loss_type == "ipo":  # mean per token: the squared loss would grow with the answers' lengths
-            lengths = [max(1, sum(label != IGNORED for label in row["labels"])) for row in batch.rows]
+            lengths = [max(1, len(row["labels"]) - row["labels"].count(IGNORED)) for row in batch.rows]
             chosen_length, rejected_length = tensor_on(logps.device, lengths).chunk(2)
             losses = (chosen_ratio / chosen_length - rejected_ratio / rejected_length - 1 / (2 * self.beta)) ** 2
         else:

@@ -61,7 +61,7 @@ class TemperTrainer(Trainer):
 
     def _get_num_items_in_batch(self, batch_samples, device):
         """As Trainer counts them, which asks for no more of labels than how many of them are learned."""
-        counts = [len(batch.learned(ahead=int(self._loss_shifts_labels)).targets) for batch in batch_samples]
+        counts = [batch.learned_count(ahead=int(self._loss_shifts_labels)) for batch in batch_samples]
         marks = [torch.zeros(count, dtype=torch.int64, device=device) for count in counts]
         return super()._get_num_items_in_batch([{"labels": mark, "shift_labels": mark} for mark in marks], device)
 

@@ -11,13 +11,14 @@ import pytest
 import torch
 import transformers
 from peft import LoraConfig, get_peft_model
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.integrations import activate_neftune
 
 from temper.data.batches import Batch, collate
 from temper.data.columns import IGNORED
 from temper.errors import UserError
 from temper.model.fast_layers import use_fast_layers
-from temper.model.predictions import SupervisedLoss, flat_way, short_way, unshared_way
+from temper.model.predictions import SupervisedLoss, flat_way, plain_way, short_way, unshared_way
 from tests.support.networks import network, rows_of
 from tests.support.tiny import gradients
 
@@ -213,6 +214,27 @@ def test_few_rows(rows):
     batch = Batch(rows_of([5, 9][:rows]), 0)
     assert way_of(network(), batch) is flat_way
     assert (batch.padded()["labels"] != IGNORED).sum() == 3 * rows
+
+
+class NothingComesBack(TorchDispatchMode):
+    """Refuses what has to wait for a device: numbers for Python, and tensors whose size depends on numbers."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        assert name not in {"_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero"}
+        if name in {"index", "index_put", "index_put_", "_index_put_impl_"}:
+            assert all(index is None or index.dtype != torch.bool for index in args[1])
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("way", [flat_way, unshared_way, short_way, plain_way], ids=lambda way: way.__name__)
+def test_once_the_way_is_chosen_nothing_waits_for_the_device(batch, way):
+    model, loss = network(), SupervisedLoss()
+    loss.ways[True] = way
+    with NothingComesBack():
+        total, count = loss(model, batch)
+        (total / count).backward()
+        loss.sequence_logps(model, batch, answers=2).sum().backward()
 
 
 def test_training_with_neftune_equals_trainers_own(tmp_path):
