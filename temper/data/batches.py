@@ -1,4 +1,4 @@
-"""Which rows train together, in which order, and how they become tensors. A pure function of seed and epoch."""
+"""Which rows train together, in which order (a pure function of seed and epoch), and how they become tensors."""
 
 import dataclasses
 import random

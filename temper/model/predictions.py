@@ -377,12 +377,12 @@ def short_way(model, batch: Batch, answers: int = 1) -> Predictions:  # noqa: AR
 
 def plain_way(model, batch: Batch, answers: int = 1) -> Predictions:  # noqa: ARG001 - as the flat way
     """The model's own logits at all positions."""
-    inputs, learned = _padded(model, batch), _learned(model, batch)
-    if not model.config.is_encoder_decoder:  # one makes the decoder's inputs of its labels, shifted as it was trained
-        inputs = _read(inputs)
+    padded, learned = _padded(model, batch), _learned(model, batch)
+    # An encoder-decoder makes the decoder's inputs of the labels, shifted as it was trained.
+    inputs = padded if model.config.is_encoder_decoder else _read(padded)
     logits = model(**inputs, use_cache=False).logits
-    of_labels = logits[:, -padded_shape(batch.rows, "labels")[1] :]  # prompt methods put virtual tokens in front
-    states, targets = _at_learned(of_labels, learned)
+    logits = logits[:, -padded["labels"].shape[1] :]  # prompt methods put virtual tokens in front
+    states, targets = _at_learned(logits, learned)
     return Predictions(lambda part: part, states, targets, learned)
 
 
