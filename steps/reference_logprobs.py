@@ -23,7 +23,7 @@ import time
 from pathlib import Path
 
 from temper.config.stages import ReferenceLogprobs
-from temper.data.batches import collate, padded
+from temper.data.batches import Batch, padded
 from temper.errors import UserError
 from temper.files import load_rows
 from temper.folders import locked
@@ -107,8 +107,7 @@ def _compute(missing: dict[str, dict], model: Path, config: ReferenceLogprobs, p
     saved = time.monotonic()
     with torch.inference_mode(), Progress(len(missing), "reference", "answers") as progress:
         for keys in _batches(missing):
-            batch = collate([missing[key] for key in keys], padding)
-            batch = {name: value.to(network.device) for name, value in batch.items()}
+            batch = Batch([missing[key] for key in keys], padding)
             waiting |= zip(keys, loss.sequence_logps(network, batch).tolist(), strict=True)
             if time.monotonic() - saved > SAVE_SECONDS:
                 _append(path, waiting)

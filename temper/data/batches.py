@@ -1,6 +1,8 @@
-"""Which rows train together, in which order, padded how. A pure function of seed and epoch."""
+"""Which rows train together, in which order (a pure function of seed and epoch), and how they become tensors."""
 
+import dataclasses
 import random
+from typing import NamedTuple
 
 from temper.data.columns import IGNORED
 
@@ -46,6 +48,78 @@ class EpochSampler:
         return len(self.lengths)
 
 
+class Learned(NamedTuple):
+    """The learned tokens of a batch, row after row; three lists of one length.
+
+    Args:
+        rows: the number of each token's row.
+        positions: the position in the row whose output predicts it.
+        targets: the token.
+    """
+
+    rows: list[int]
+    positions: list[int]
+    targets: list[int]
+
+
+@dataclasses.dataclass
+class Batch:
+    """Rows that go through a model together: lists, until a way of computing lays tensors of them.
+
+    They are laid on the CPU and then sent (`tensor_on`), so that no step waits for its device. Trainer and its loader
+    hand a batch through as it is.
+
+    Args:
+        rows: `input_ids` and `labels` of each, whatever else it has.
+    """
+
+    rows: list[dict]
+    pad_token_id: int
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def padded(self, device="cpu") -> dict:
+        """The tensors of `collate`, on a device."""
+        return {name: _sent(part, device) for name, part in collate(self.rows, self.pad_token_id).items()}
+
+    def learned(self, ahead: int) -> Learned:
+        """The tokens that count in the loss.
+
+        Args:
+            ahead: how far before a token's own position it is predicted: 1 in a causal model, 0 in a decoder that has
+                its labels apart.
+        """
+        found = Learned([], [], [])
+        for number, row in enumerate(self.rows):
+            labels = row["labels"][ahead:]
+            positions = [position for position, label in enumerate(labels) if label != IGNORED]
+            found.rows.extend([number] * len(positions))
+            found.positions.extend(positions)
+            found.targets.extend([labels[position] for position in positions])
+        return found
+
+    def learned_count(self, ahead: int) -> int:
+        """How many tokens `learned` finds."""
+        labels = [row["labels"][ahead:] for row in self.rows]
+        return sum(len(row) - row.count(IGNORED) for row in labels)
+
+
+def tensor_on(device, numbers: list, dtype: str = "int64"):
+    """A list as a tensor on its way to a device. What is computed there waits for it; we do not."""
+    import numpy
+    import torch
+
+    return _sent(torch.from_numpy(numpy.array(numbers, dtype)), device)  # torch.tensor takes five times as long
+
+
+def _sent(tensor, device):
+    import torch
+
+    # CUDA has copied the tensor's memory when this returns; another device may not have, and the memory is freed here.
+    return tensor.to(device, non_blocking=torch.device(device).type == "cuda")
+
+
 def collate(rows: list[dict], pad_token_id: int) -> dict:
     """Rows (input_ids, labels) to right-padded int64 tensors.
 
@@ -55,7 +129,7 @@ def collate(rows: list[dict], pad_token_id: int) -> dict:
     """
     import torch
 
-    shape, labels_shape = ((len(rows), padded(max(len(row[name]) for row in rows))) for name in ("input_ids", "labels"))
+    shape, labels_shape = (padded_shape(rows, name) for name in ("input_ids", "labels"))
     batch = {
         "input_ids": torch.full(shape, pad_token_id),
         "attention_mask": torch.zeros(shape, dtype=torch.int64),
@@ -67,6 +141,11 @@ def collate(rows: list[dict], pad_token_id: int) -> dict:
         batch["attention_mask"][index, :size] = 1
         batch["labels"][index, : len(row["labels"])] = torch.as_tensor(row["labels"])
     return batch
+
+
+def padded_shape(rows: list[dict], name: str) -> tuple[int, int]:
+    """(rows, length) of what `collate` makes of the rows' `input_ids` or `labels`."""
+    return len(rows), padded(max(len(row[name]) for row in rows))
 
 
 def padded(length: int) -> int:

@@ -132,7 +132,7 @@ def _batch(model, rows: list[dict], settings: dict, pad_token_id: int) -> list[l
     import torch
 
     in_encoder = model.config.is_encoder_decoder
-    prompts = [torch.as_tensor(row["input_ids"][: row["prompt_length"]]) for row in rows]
+    prompts = [row["input_ids"][: row["prompt_length"]] for row in rows]
     longest = max(map(len, prompts))
     common = _common_start(model, prompts)
     ids = torch.full((len(rows), longest), pad_token_id)
@@ -140,7 +140,7 @@ def _batch(model, rows: list[dict], settings: dict, pad_token_id: int) -> list[l
     for index, prompt in enumerate(prompts):
         start = 0 if in_encoder else longest - len(prompt)
         for part, at in ((prompt[:common], 0), (prompt[common:], start + common)):
-            ids[index, at : at + len(part)] = part
+            ids[index, at : at + len(part)] = torch.as_tensor(part)
             mask[index, at : at + len(part)] = 1
     ids, mask = ids.to(model.device), mask.to(model.device)
     cache = {"past_key_values": _read(model, ids[:1, :common], len(rows))} if common else {}

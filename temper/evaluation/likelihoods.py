@@ -3,7 +3,7 @@
 import dataclasses
 import math
 
-from temper.data.batches import collate
+from temper.data.batches import Batch
 from temper.data.columns import IGNORED
 from temper.errors import UserError
 from temper.model.predictions import SupervisedLoss
@@ -39,7 +39,7 @@ def row_losses(model, rows: list[dict], batch_size: int, pad_token_id: int) -> R
 
     result = RowLosses([0.0] * len(rows), [0] * len(rows), [0] * len(rows))
     loss, in_decoder = SupervisedLoss(), model.config.is_encoder_decoder
-    for members, batch in _in_batches(model, rows, batch_size, collate, pad_token_id, ("test loss", "rows")):
+    for members, batch in _in_batches(rows, batch_size, Batch, pad_token_id, ("test loss", "rows")):
         # What predicts the answer's first token: the decoder's first position, or that of the prompt's last token.
         places = [0 if in_decoder else rows[row]["prompt_length"] - 1 for row in members]
         with torch.inference_mode():
@@ -90,11 +90,11 @@ def answer_logps(model, texts: list, at_once: int, pad_token_id: int, shown: tup
     result, loss, answers = [()] * len(texts), SupervisedLoss(), len(texts[0])
 
     def together(rows, pad_token_id):
-        return collate([row[number] for number in range(answers) for row in rows], pad_token_id)
+        return Batch([row[number] for number in range(answers) for row in rows], pad_token_id)
 
-    for members, batch in _in_batches(model, texts, at_once, together, pad_token_id, shown):
+    for members, batch in _in_batches(texts, at_once, together, pad_token_id, shown):
         with torch.inference_mode():
-            sums, *_ = _batch_losses(loss.predictions(model, batch, answers=answers), [0] * len(batch["input_ids"]))
+            sums, *_ = _batch_losses(loss.predictions(model, batch, answers=answers), [0] * len(batch))
         count = len(members)
         for place, row in enumerate(members):
             result[row] = tuple(-sums[number * count + place] for number in range(answers))
@@ -103,14 +103,13 @@ def answer_logps(model, texts: list, at_once: int, pad_token_id: int, shown: tup
     return result
 
 
-def _in_batches(model, rows, batch_size, collated, pad_token_id, shown):
-    """(which rows, their batch on the model's device): rows of similar length together, the longest first."""
+def _in_batches(rows, batch_size, batch_of, pad_token_id, shown):
+    """(which rows, their batch): rows of similar length together, the longest first."""
     order = sorted(range(len(rows)), key=lambda row: _length(rows[row]), reverse=True)
     with Progress(len(rows), *shown) as progress:
         for start in range(0, len(order), batch_size):
             members = order[start : start + batch_size]
-            batch = collated([rows[row] for row in members], pad_token_id)
-            yield members, {name: value.to(model.device) for name, value in batch.items()}
+            yield members, batch_of([rows[row] for row in members], pad_token_id)
             progress.update(len(members))
 
 
@@ -134,13 +133,13 @@ def _batch_losses(found, places: list[int]):
         logits = found.logits(part)
         losses.append(cross_entropy(logits, found.targets[part], reduction="none").cpu())
         likeliest.append((logits.argmax(dim=1) == found.targets[part]).cpu())
-    rows = len(found.learned)
-    sums, matched = [0.0] * rows, [0] * rows
+    sums, counts, matched = [0.0] * len(places), [0] * len(places), [0] * len(places)
     if losses:
-        positions = found.learned.nonzero().tolist()
+        learned = found.learned.rows, found.learned.positions
         figures = torch.cat(losses).tolist(), torch.cat(likeliest).tolist()
-        for (row, position), loss, is_likeliest in zip(positions, *figures, strict=True):
+        for row, position, loss, is_likeliest in zip(*learned, *figures, strict=True):
             sums[row] += loss
+            counts[row] += 1
             if is_likeliest and position == places[row] + matched[row]:
                 matched[row] += 1
-    return sums, found.learned.sum(dim=1).tolist(), matched
+    return sums, counts, matched

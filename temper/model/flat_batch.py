@@ -11,11 +11,14 @@ interface, puts tokens into rows, attends, and takes the rows apart again. Loss 
 import contextlib
 import dataclasses
 import functools
+import itertools
 from collections.abc import Callable
 
 import torch
 from torch.nn.functional import dropout as drop
 from torch.nn.functional import scaled_dot_product_attention
+
+from temper.data.batches import Batch, Learned, tensor_on
 
 NAME = "temper_flat"  # of the attention function, for transformers
 SHORTEST_PREFIX = 8  # tokens; attention of a prefix of its own costs more than a few tokens computed again
@@ -102,93 +105,106 @@ def _sees(query, key, window: int | None):
     return (key <= query) if window is None else (key <= query) & (query - key < window)
 
 
-def flatten(batch: dict, learned: torch.Tensor, *, answers: int = 1, share: bool = True) -> FlatBatch:
-    """A right-padded batch as one row of tokens.
+def flatten(batch: Batch, learned: Learned, *, answers: int = 1, share: bool = True, device="cpu") -> FlatBatch:
+    """A batch as one row of tokens, laid from its lists.
 
     Args:
-        batch: `input_ids` and `attention_mask`, (rows, length), as `collate` makes them.
-        learned: (rows, length - 1) whether the token at the next position is learned.
+        learned: the tokens to predict.
         answers: how many texts each row has that share a prompt; the batch holds the first of all rows, then the second
-            of all rows, and so on (`collate_pairs`: chosen, then rejected).
+            of all rows, and so on (`pairs_batch`: chosen, then rejected).
         share: compute common tokens once. With dropout every row wants draws of its own.
+        device: where its tensors go.
     """
-    ids, lengths = batch["input_ids"].cpu(), batch["attention_mask"].sum(dim=1).tolist()
-    texts = [row[:length] for row, length in zip(ids, lengths, strict=True)]
+    texts = [row["input_ids"] for row in batch.rows]
     prefix = worth_sharing(texts) if share else 0
     count = len(texts) // answers if share else len(texts)
-    rows = zip(*(texts[at : at + count] for at in range(0, len(texts), count)), strict=True)
-    end, parts, of_rows = prefix, [], []
-    for row in rows:
-        part, starts = _own_tokens(row, prefix, end)
-        parts.append(part)
-        of_rows.append(starts)
-        end += len(part[0])
+    end, parts = prefix, []
+    for row in range(count):
+        parts.append(_own_tokens(texts[row::count], prefix, end))
+        end += len(parts[-1].tokens)
     if end % 2:  # oneDNN's products of an odd number of rows take 4% longer, of some 20%
-        parts[-1] = _with_filler(*parts[-1])
-    tokens, positions, branches = (torch.cat(kind) for kind in zip(*parts, strict=True))
-    sizes = torch.tensor([len(part[0]) for part in parts])
-    filled = torch.arange(int(sizes.max())) < sizes[:, None]
-    of_texts = [starts for side in zip(*of_rows, strict=True) for starts in side]
-    device = batch["input_ids"].device
+        parts[-1].add_filler()
+    sizes = [len(part.tokens) for part in parts]
+    token_at, place_of = _places(sizes)
+    branches = [part.branches + [NOWHERE] * (max(sizes) - size) for part, size in zip(parts, sizes, strict=True)]
+    of_texts = [places for side in zip(*(part.of_texts for part in parts), strict=True) for places in side]
+    on_device = functools.partial(tensor_on, device)
     return FlatBatch(
-        input_ids=torch.cat([texts[0][:prefix], tokens])[None].to(device),
-        position_ids=torch.cat([torch.arange(prefix), positions])[None].to(device),
+        input_ids=on_device([texts[0][:prefix] + _joined(part.tokens for part in parts)]),
+        position_ids=on_device([[*range(prefix), *_joined(part.positions for part in parts)]]),
         prefix=prefix,
-        longest=max(lengths),
-        token_at=(filled.flatten().cumsum(0) - 1).clamp(min=0).to(device),
-        place_of=filled.flatten().nonzero()[:, 0].to(device),
-        branches=torch.full(filled.shape, NOWHERE).masked_scatter(filled, branches).to(device),
-        predicting=torch.cat([_tokens_at(*pair) for pair in zip(learned.cpu(), of_texts, strict=True)]).to(device),
+        longest=max(map(len, texts)),
+        token_at=on_device(token_at),
+        place_of=on_device(place_of),
+        branches=on_device(branches),
+        predicting=on_device([of_texts[row][at] for row, at in zip(learned.rows, learned.positions, strict=True)]),
     )
 
 
-def worth_sharing(texts) -> int:
+def worth_sharing(texts: list[list[int]]) -> int:
     """How many tokens at the beginning of all texts are computed once: the common ones, unless those are few."""
     common = common_start(texts)
     return common if common >= SHORTEST_PREFIX else 0
 
 
-def common_start(texts) -> int:
+def common_start(texts: list[list[int]]) -> int:
     """How many tokens all texts begin with alike. The last token of each is left out: a row is never empty."""
     shortest = min(map(len, texts)) - 1
-    stacked = torch.stack([text[:shortest] for text in texts])
-    return int((stacked == stacked[:1]).all(dim=0).cumprod(0).sum())
+    first, last = min(texts), max(texts)  # in the order of a dictionary; what these two share, all between them do
+    return next((at for at in range(shortest) if first[at] != last[at]), shortest)
 
 
-def _own_tokens(texts, prefix: int, end: int):
+@dataclasses.dataclass
+class _Row:
     """The part of a row (one text, or several that share their prompt) that comes after the prefix.
 
-    Returns:
-        ((tokens, positions, branches), of each text [(first position, which token that is), ...])
+    Args:
+        tokens, positions, branches: of each own token.
+        of_texts: of each text, which of the batch's tokens stands at each of its positions.
     """
-    first = texts[0]
-    fork = common_start(texts) if len(texts) > 1 else len(first)
-    positions = [torch.arange(prefix, len(first)), *(torch.arange(fork, len(text)) for text in texts[1:])]
-    tokens = [first[prefix:], *(text[fork:] for text in texts[1:])]
-    starts, token = [[(0, 0), (prefix, end)]], end + len(tokens[0])
-    for part in tokens[1:]:
-        starts.append([(0, 0), (prefix, end), (fork, token)])
-        token += len(part)
-    branches = [torch.full((len(part),), number + 1) for number, part in enumerate(tokens)]
-    branches[0][: fork - prefix] = 0
-    return tuple(map(torch.cat, (tokens, positions, branches))), starts
+
+    tokens: list[int]
+    positions: list[int]
+    branches: list[int]
+    of_texts: list[list[int]]
+
+    def add_filler(self) -> None:
+        self.tokens.append(self.tokens[-1])
+        self.positions.append(self.positions[-1])
+        self.branches.append(FILLER)
 
 
-def _with_filler(tokens, positions, branches):
-    return (
-        torch.cat([tokens, tokens[-1:]]),
-        torch.cat([positions, positions[-1:]]),
-        torch.cat([branches, torch.tensor([FILLER])]),
+def _own_tokens(texts: list[list[int]], prefix: int, end: int) -> _Row:
+    """The row of some texts, where `end` tokens of the batch come before its own."""
+    first, others = texts[0], texts[1:]
+    fork = common_start(texts) if others else len(first)
+    row = _Row(
+        tokens=first[prefix:],
+        positions=[*range(prefix, len(first))],
+        branches=[0] * (fork - prefix) + [1] * (len(first) - fork),
+        of_texts=[[*range(prefix), *range(end, end + len(first) - prefix)]],
     )
+    for branch, text in enumerate(others, start=2):
+        start, size = end + len(row.tokens), len(text) - fork
+        row.tokens += text[fork:]
+        row.positions += range(fork, len(text))
+        row.branches += [branch] * size
+        row.of_texts.append([*row.of_texts[0][:fork], *range(start, start + size)])
+    return row
 
 
-def _tokens_at(places, starts: list[tuple[int, int]]):
-    """Which tokens stand at the places of a text that are marked."""
-    positions = places.nonzero()[:, 0]
-    tokens = positions
-    for position, token in starts:
-        tokens = torch.where(positions >= position, positions - position + token, tokens)
-    return tokens
+def _places(sizes: list[int]) -> tuple[list[int], list[int]]:
+    """(`token_at`, `place_of`) of rows with so many tokens of their own."""
+    token_at, place_of, width = list[int](), list[int](), max(sizes)
+    for row, size in enumerate(sizes):
+        start = len(place_of)
+        token_at += [*range(start, start + size), *[start + size - 1] * (width - size)]
+        place_of += range(row * width, row * width + size)
+    return token_at, place_of
+
+
+def _joined(lists) -> list[int]:
+    return list(itertools.chain.from_iterable(lists))
 
 
 # --- attention -----------------------------------------------------------------------------------

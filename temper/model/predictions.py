@@ -12,6 +12,7 @@ The plain way: the model's own logits at all positions. An encoder-decoder model
 import contextlib
 import dataclasses
 import logging
+import math
 import random
 from collections.abc import Callable
 from typing import Any
@@ -20,7 +21,7 @@ import numpy
 import torch
 from torch.nn.functional import cross_entropy
 
-from temper.data.columns import IGNORED
+from temper.data.batches import Batch, Learned, padded_shape, tensor_on
 from temper.errors import UserError
 from temper.model.adapters import is_prompt_learning
 from temper.model.flat_batch import flat_attention_in, flatten
@@ -41,13 +42,13 @@ class Predictions:
         head: makes logits of `states`.
         states: (learned tokens, width), row after row.
         targets: (learned tokens,) what was to be predicted.
-        learned: (rows, positions) whether the token that a position predicts is learned.
+        learned: whose these are.
     """
 
     head: Callable
     states: torch.Tensor
     targets: torch.Tensor
-    learned: torch.Tensor
+    learned: Learned
 
     def logits(self, part=slice(None)):
         """(learned tokens, vocabulary) float32, of all or of a part."""
@@ -76,31 +77,31 @@ class SupervisedLoss:
         self.way: Callable | None = None  # the last one taken
         self.said: set[str] = set()
 
-    def __call__(self, model, batch):
-        """Args: a model (PEFT or not) and a batch with input_ids, attention_mask and labels as `collate` makes it.
+    def __call__(self, model, batch: Batch):
+        """Args: a model (PEFT or not) and a `Batch`.
 
         Returns:
             (loss sum: 0-dim float32 tensor with gradient, learned tokens: int)
         """
         return self.predictions(model, batch).sum_and_count()
 
-    def sequence_logps(self, model, batch, answers: int = 1):
+    def sequence_logps(self, model, batch: Batch, answers: int = 1):
         """Log-probability of each row's learned tokens, summed: (rows,) float32 with gradient.
 
         `answers`: see `flat_batch.flatten`.
         """
         found = self.predictions(model, batch, answers)
         logps = -found.losses()
-        return logps.new_zeros(len(found.learned)).index_add(0, found.learned.nonzero()[:, 0], logps)
+        return logps.new_zeros(len(batch)).index_add(0, tensor_on(logps.device, found.learned.rows), logps)
 
-    def predictions(self, model, batch, answers: int = 1) -> Predictions:
+    def predictions(self, model, batch: Batch, answers: int = 1) -> Predictions:
         """What the model predicts at a batch's learned positions, and what was to be predicted."""
         if model.training not in self.ways:
             self.ways[model.training] = self._fastest_way(model, batch, answers)
         way = self.way = self.ways[model.training]
         return way(model, batch, answers)
 
-    def _fastest_way(self, model, batch, answers: int) -> Callable:
+    def _fastest_way(self, model, batch: Batch, answers: int) -> Callable:
         way, why = fastest_way(model, batch, answers, self.share)
         if why and why not in self.said:
             self.said.add(why)
@@ -111,7 +112,7 @@ class SupervisedLoss:
 # --- which way -----------------------------------------------------------------------------------
 
 
-def fastest_way(model, batch: dict, answers: int = 1, share: bool = True) -> tuple[Callable, str | None]:
+def fastest_way(model, batch: Batch, answers: int = 1, share: bool = True) -> tuple[Callable, str | None]:
     """(the first of flat, short and plain way that predicts what the model itself does; why it is not the flat one)
 
     To be sure, the way is tried on some rows of the batch: without randomness, and for a model in training also in
@@ -137,12 +138,12 @@ def fastest_way(model, batch: dict, answers: int = 1, share: bool = True) -> tup
     return plain_way, f"logits at all positions: {obstacle}"
 
 
-def _some_rows(batch: dict, answers: int) -> tuple[dict, int]:
+def _some_rows(batch: Batch, answers: int) -> tuple[Batch, int]:
     """(a few rows, each with a few of its answers; how many)."""
-    rows, kept = len(batch["input_ids"]) // answers, min(answers, 3)
+    rows, kept = len(batch) // answers, min(answers, 3)
     of_each = range(min(rows, 4 if answers == 1 else 2))
     wanted = [answer * rows + row for answer in range(kept) for row in of_each]
-    return {name: batch[name][wanted] for name in ("input_ids", "attention_mask", "labels")}, kept
+    return dataclasses.replace(batch, rows=[batch.rows[row] for row in wanted]), kept
 
 
 @contextlib.contextmanager
@@ -204,15 +205,16 @@ def _random_state(device) -> tuple:
 
 def _draws(model, batch, answers: int) -> bool:
     """Whether a forward pass draws random numbers (dropout): then no two rows may share a state."""
-    before = _random_state(batch["input_ids"].device)
+    device = _unwrapped(model).device
+    before = _random_state(device)
     unshared_way(model, batch, answers)
-    return _random_state(batch["input_ids"].device) != before
+    return _random_state(device) != before
 
 
 def _refuse_other_loss(model, batch) -> None:
     """Ours is the cross entropy; a model may add to it (how evenly a mixture's experts are used, for instance)."""
     torch.manual_seed(0)
-    own = model(**batch, use_cache=False).loss
+    own = model(**_padded(model, batch), use_cache=False).loss
     torch.manual_seed(0)
     total, count = plain_way(model, batch).sum_and_count()
     if own is None or not count or not torch.isfinite(total):
@@ -248,7 +250,7 @@ def _head_is_all_there_is(model, batch) -> bool:
         ),
     ]
     try:
-        logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits
+        logits = model(**_read(_padded(model, batch)), use_cache=False).logits
     finally:
         for hook in hooks:
             hook.remove()
@@ -270,8 +272,8 @@ def _flat_obstacle(model, batch, answers: int, share: bool) -> str | None:
     known = _known_obstacle(model)
     if known:
         return known
-    base, device = _unwrapped(model), batch["input_ids"].device
-    flat = flatten(batch, batch["labels"][:, 1:] != IGNORED, answers=answers, share=share)
+    base, device = _unwrapped(model), _unwrapped(model).device
+    flat = flatten(batch, _learned(model, batch), answers=answers, share=share, device=device)
     with _evaluating(model):
         expected = plain_way(model, batch, answers)
     before = _random_state(device)
@@ -333,21 +335,21 @@ def _tolerance(base) -> float:
 # --- the ways ------------------------------------------------------------------------------------
 
 
-def flat_way(model, batch, answers: int = 1) -> Predictions:
+def flat_way(model, batch: Batch, answers: int = 1) -> Predictions:
     """One row without padding, common tokens once, logits at learned positions only."""
     return _flat(model, batch, answers, share=True)
 
 
-def unshared_way(model, batch, answers: int = 1) -> Predictions:
+def unshared_way(model, batch: Batch, answers: int = 1) -> Predictions:
     """The flat way, every token of every row computed."""
     return _flat(model, batch, answers, share=False)
 
 
-def _flat(model, batch, answers: int, share: bool) -> Predictions:
-    base, learned = _unwrapped(model), batch["labels"][:, 1:] != IGNORED
-    flat = flatten(batch, learned, answers=answers, share=share)
+def _flat(model, batch: Batch, answers: int, share: bool) -> Predictions:
+    base, learned = _unwrapped(model), _learned(model, batch)
+    flat = flatten(batch, learned, answers=answers, share=share, device=base.device)
     states = _flat_states(base, flat).index_select(0, flat.predicting)
-    return Predictions(base.get_output_embeddings(), states, batch["labels"][:, 1:][learned], learned)
+    return Predictions(base.get_output_embeddings(), states, tensor_on(base.device, learned.targets), learned)
 
 
 def _flat_states(base, flat):
@@ -357,53 +359,71 @@ def _flat_states(base, flat):
         return base.base_model(**inputs, use_cache=False, flat=flat, plain=usual == "eager")[0][0]
 
 
-def tokens_computed(way: Callable | None, model, batch, answers: int = 1) -> int:
+def tokens_computed(way: Callable | None, model, batch: Batch, answers: int = 1) -> int:
     """How many tokens go through a model's layers by a way (None: Trainer's): padding and shared ones count as such."""
     if way in (flat_way, unshared_way):
-        learned = batch["labels"][:, 1:] != IGNORED
-        return flatten(batch, learned, answers=answers, share=way is flat_way).input_ids.numel()
-    return batch["input_ids"].numel() + (batch["labels"].numel() if model.config.is_encoder_decoder else 0)
+        return flatten(batch, _learned(model, batch), answers=answers, share=way is flat_way).input_ids.numel()
+    sides = ("input_ids", "labels") if model.config.is_encoder_decoder else ("input_ids",)
+    return sum(math.prod(padded_shape(batch.rows, side)) for side in sides)
 
 
-def short_way(model, batch, answers: int = 1) -> Predictions:  # noqa: ARG001 - as the flat way
+def short_way(model, batch: Batch, answers: int = 1) -> Predictions:  # noqa: ARG001 - as the flat way
     """Padded rows, logits at learned positions only."""
-    base, learned = _unwrapped(model), batch["labels"][:, 1:] != IGNORED
-    inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
-    hidden = base.base_model(**inputs, use_cache=False)[0]
-    states = hidden[:, :-1][learned]
-    return Predictions(base.get_output_embeddings(), states, batch["labels"][:, 1:][learned], learned)
+    base, learned = _unwrapped(model), _learned(model, batch)
+    hidden = base.base_model(**_read(_padded(model, batch)), use_cache=False)[0]
+    states, targets = _at_learned(hidden, learned)
+    return Predictions(base.get_output_embeddings(), states, targets, learned)
 
 
-def plain_way(model, batch, answers: int = 1) -> Predictions:  # noqa: ARG001 - as the flat way
+def plain_way(model, batch: Batch, answers: int = 1) -> Predictions:  # noqa: ARG001 - as the flat way
     """The model's own logits at all positions."""
-    inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
-    if model.config.is_encoder_decoder:
-        inputs["labels"] = batch["labels"]  # from which the model makes the decoder's inputs, shifted as it was trained
-    logits, targets = model(**inputs, use_cache=False).logits, targets_of(model, batch)
-    learned = targets != IGNORED
-    if not model.config.is_encoder_decoder:
-        logits = logits[:, -targets.shape[1] - 1 : -1]  # prompt methods put virtual tokens in front
-    return Predictions(lambda part: part, logits[learned], targets[learned], learned)
+    padded, learned = _padded(model, batch), _learned(model, batch)
+    # An encoder-decoder makes the decoder's inputs of the labels, shifted as it was trained.
+    inputs = padded if model.config.is_encoder_decoder else _read(padded)
+    logits = model(**inputs, use_cache=False).logits
+    logits = logits[:, -padded["labels"].shape[1] :]  # prompt methods put virtual tokens in front
+    states, targets = _at_learned(logits, learned)
+    return Predictions(lambda part: part, states, targets, learned)
 
 
-def targets_of(model, batch):
+def _padded(model, batch: Batch) -> dict:
+    return batch.padded(_unwrapped(model).device)
+
+
+def _read(padded: dict) -> dict:
+    """What a model reads of a padded batch: all but the labels."""
+    return {name: padded[name] for name in ("input_ids", "attention_mask")}
+
+
+def _learned(model, batch: Batch) -> Learned:
     """What the logits predict: of a causal model each position's next token, of an encoder-decoder the labels."""
-    return batch["labels"] if model.config.is_encoder_decoder else batch["labels"][:, 1:]
+    return batch.learned(_ahead(model))
 
 
-def with_decoder_inputs(model, batch) -> dict:
-    """The batch with an encoder-decoder's decoder inputs. Trainer's label smoothing needs them: it hides the labels."""
+def _ahead(model) -> int:
+    return 0 if model.config.is_encoder_decoder else 1
+
+
+def _at_learned(outputs, learned: Learned):
+    """(outputs (rows, positions, width) where they predict learned tokens: (learned tokens, width); those tokens)."""
+    rows, positions, targets = (tensor_on(outputs.device, numbers) for numbers in learned)
+    return outputs[rows, positions], targets
+
+
+def with_decoder_inputs(model, batch: Batch) -> dict:
+    """The padded batch, of an encoder-decoder with its decoder's inputs: Trainer's label smoothing hides the labels."""
+    inputs = _padded(model, batch)
     if not model.config.is_encoder_decoder:
-        return batch
-    decoder_inputs = _unwrapped(model).prepare_decoder_input_ids_from_labels(labels=batch["labels"])
-    return {**batch, "decoder_input_ids": decoder_inputs}
+        return inputs
+    decoder_inputs = _unwrapped(model).prepare_decoder_input_ids_from_labels(labels=inputs["labels"])
+    return {**inputs, "decoder_input_ids": decoder_inputs}
 
 
 def tokens_of(model, batch) -> int:
     """Real tokens (no padding) that go through the model."""
-    tokens = int(batch["attention_mask"].sum())
+    tokens = sum(len(row["input_ids"]) for row in batch.rows)
     if model.config.is_encoder_decoder:
-        tokens += int((batch["labels"] != IGNORED).sum())
+        tokens += batch.learned_count(ahead=_ahead(model))
     return tokens
 
 

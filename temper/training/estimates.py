@@ -71,7 +71,7 @@ def estimate(trainer, lengths: list[int], program: int) -> Estimate:
 
     args = trainer.args
     typical = sorted(range(len(lengths)), key=lengths.__getitem__)[len(lengths) // 2 :][:PROBE_ROWS]
-    batch = trainer._prepare_inputs(trainer.data_collator([trainer.train_dataset[row] for row in typical]))
+    batch = trainer.data_collator([trainer.train_dataset[row] for row in typical])
     flops, kept = _probe(trainer, batch)
     of_epoch, most = _tokens_to_compute(trainer, lengths)
     tokens = trainer.tokens_computed(typical)

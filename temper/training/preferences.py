@@ -6,7 +6,7 @@ formulas are those of trl.DPOTrainer with log-probabilities of the reference tha
 
 import dataclasses
 
-from temper.data.batches import collate
+from temper.data.batches import Batch, tensor_on
 from temper.data.columns import IGNORED, answer_start
 
 REFERENCES = ("ref_chosen_logps", "ref_rejected_logps")
@@ -28,17 +28,17 @@ def rejected_of(row: dict) -> dict:
     return answer_only(row["rejected_input_ids"], row["rejected_labels"], row["prompt_length"])
 
 
-def collate_answers(rows: list[dict], pad_token_id: int) -> dict:
-    """One batch, as `collate` makes it, of twice as many rows: first all chosen answers, then all rejected ones."""
-    return collate([*map(chosen_of, rows), *map(rejected_of, rows)], pad_token_id)
+def pairs_batch(rows: list[dict], pad_token_id: int) -> Batch:
+    """One batch of twice as many rows: first all chosen answers, then all rejected ones.
 
-
-def collate_pairs(rows: list[dict], pad_token_id: int) -> dict:
-    """The batch of `collate_answers`, and of each pair the reference's log-probabilities, (pairs,) float32."""
-    import torch
-
-    batch = collate_answers(rows, pad_token_id)
-    return batch | {name: torch.tensor([row[name] for row in rows]) for name in REFERENCES}
+    Each has the reference's log-probability of it as `reference`.
+    """
+    answers = [
+        {**answer_of(row), "reference": row[name]}
+        for answer_of, name in zip((chosen_of, rejected_of), REFERENCES, strict=True)
+        for row in rows
+    ]
+    return Batch(answers, pad_token_id)
 
 
 @dataclasses.dataclass
@@ -49,20 +49,17 @@ class PreferenceLoss:
     loss_type: str
     label_smoothing: float = 0.0
 
-    def __call__(self, logps, batch):
-        """Args: log-probability of each row of the batch (chosen first), and the batch of `collate_pairs`.
+    def __call__(self, logps, batch: Batch):
+        """Args: log-probability of each row of the batch (chosen first), and the batch of `pairs_batch`.
 
         Returns:
             (losses: (pairs,) with gradient, figures: name -> (pairs,) without)
         """
-        chosen, rejected = logps.chunk(2)
-        chosen_ratio, rejected_ratio = (
-            ours - reference
-            for ours, reference in zip((chosen, rejected), (batch[name] for name in REFERENCES), strict=True)
-        )
+        references = tensor_on(logps.device, [row["reference"] for row in batch.rows], "float32")
+        (chosen, rejected), (chosen_ratio, rejected_ratio) = logps.chunk(2), (logps - references).chunk(2)
         if self.loss_type == "ipo":  # mean per token: the squared loss would grow with the answers' lengths
-            lengths = (batch["labels"] != IGNORED).sum(dim=1).clamp(min=1)
-            chosen_length, rejected_length = lengths.chunk(2)
+            lengths = [max(1, len(row["labels"]) - row["labels"].count(IGNORED)) for row in batch.rows]
+            chosen_length, rejected_length = tensor_on(logps.device, lengths).chunk(2)
             losses = (chosen_ratio / chosen_length - rejected_ratio / rejected_length - 1 / (2 * self.beta)) ** 2
         else:
             losses = self._of_margin(self.beta * (chosen_ratio - rejected_ratio))

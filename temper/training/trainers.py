@@ -5,6 +5,7 @@ Imported inside `run()` only: it needs torch and transformers.
 
 import functools
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +15,13 @@ from torch.utils.data import DataLoader
 from transformers import PrinterCallback, Trainer
 from transformers.integrations import activate_neftune
 
-from temper.data.batches import EpochSampler, collate
+from temper.data.batches import Batch, EpochSampler, padded_shape
 from temper.errors import UserError
 from temper.model.adapters import refuse_adapter_misfits
 from temper.model.predictions import SupervisedLoss, tokens_computed, tokens_of, with_decoder_inputs
 from temper.model.reading import reading, refuse_tensors
 from temper.training import checkpoints
-from temper.training.preferences import FIGURES, PreferenceLoss, collate_pairs
+from temper.training.preferences import FIGURES, PreferenceLoss, pairs_batch
 
 log = logging.getLogger("temper")
 
@@ -31,11 +32,11 @@ class TemperTrainer(Trainer):
     ITEMS = "learned_tokens"  # what the loss is a mean over
     model: Any  # Trainer allows None here, which is no case of ours
     train_dataset: Any
-    collate = staticmethod(collate)
+    batch_of: Callable = staticmethod(Batch)  # rows and the pad token
 
     def __init__(self, *, pad_token_id: int, schedule_steps: int, **arguments):
         """`schedule_steps`: the total that the learning-rate schedule is made for; the training may end before."""
-        super().__init__(data_collator=functools.partial(self.collate, pad_token_id=pad_token_id), **arguments)
+        super().__init__(data_collator=functools.partial(self.batch_of, pad_token_id=pad_token_id), **arguments)
         self.remove_callback(PrinterCallback)
         if self.args.gradient_checkpointing:  # train() does it again; the estimate before it must see it too
             fields: dict = dict(self.args.gradient_checkpointing_kwargs or {})  # type: ignore[arg-type]
@@ -58,9 +59,20 @@ class TemperTrainer(Trainer):
         self.tokens += sum(tokens_of(self.model, batch) for batch in batches)
         return batches, items
 
+    def _get_num_items_in_batch(self, batch_samples, device):
+        """As Trainer counts them, which asks for no more of labels than how many of them are learned."""
+        counts = [batch.learned_count(ahead=int(self._loss_shifts_labels)) for batch in batch_samples]
+        marks = [torch.zeros(count, dtype=torch.int64, device=device) for count in counts]
+        return super()._get_num_items_in_batch([{"labels": mark, "shift_labels": mark} for mark in marks], device)
+
+    def floating_point_ops(self, inputs):
+        """As Trainer counts them, padding too, which asks for no more of tokens than how many they are."""
+        tokens = torch.empty(padded_shape(inputs.rows, "input_ids"), device="meta")
+        return super().floating_point_ops({"input_ids": tokens})
+
     def tokens_computed(self, rows: list[int]) -> int:
         """How many tokens of a batch of these rows go through the layers, once the way of the loss is chosen."""
-        batch = self.data_collator([self.train_dataset[row] for row in rows])
+        batch: Any = self.data_collator([self.train_dataset[row] for row in rows])
         return tokens_computed(self.supervised_loss.way, self.model, batch, answers=2 if self.ITEMS == "pairs" else 1)
 
     def _get_train_sampler(self, train_dataset=None):  # noqa: ARG002 - Trainer's signature
@@ -114,7 +126,7 @@ class TemperTrainer(Trainer):
         """Mean over the learned tokens of the whole optimizer step, however it is cut into batches."""
         assert not return_outputs, "evaluate() is ours and never asks for outputs"
         if self.label_smoother is not None:
-            inputs = dict(with_decoder_inputs(model, inputs))  # Trainer takes the labels out of it
+            inputs = with_decoder_inputs(model, inputs)
             return super().compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)
         total, count = self.supervised_loss(model, inputs)
         self.loss_is_scaled_for_ga = num_items_in_batch is not None
@@ -145,7 +157,7 @@ class TemperTrainer(Trainer):
         items = 0
         for batch in loader:
             with self.compute_loss_context_manager():
-                figures, count = self.summed_figures(self._prepare_inputs(batch))
+                figures, count = self.summed_figures(batch)
             sums = {name: sums.get(name, 0.0) + value.item() for name, value in figures.items()}
             items += count
         return {name: total / max(items, 1) for name, total in sums.items()}, items
@@ -179,7 +191,7 @@ class PreferenceTrainer(TemperTrainer):
     """
 
     ITEMS = "pairs"
-    collate = staticmethod(collate_pairs)
+    batch_of = staticmethod(pairs_batch)
 
     def __init__(self, *, preference_loss: PreferenceLoss, **arguments):
         super().__init__(**arguments)
@@ -195,8 +207,8 @@ class PreferenceTrainer(TemperTrainer):
         return self.preference_loss(self.supervised_loss.sequence_logps(model, batch, answers=2), batch)
 
     def _get_num_items_in_batch(self, batch_samples, device):
-        pairs = sum(len(batch["input_ids"]) for batch in batch_samples) // 2
-        return torch.tensor(pairs, device=device)
+        pairs = sum(map(len, batch_samples)) // 2
+        return torch.full((), pairs, device=device)  # torch.tensor would wait for the device
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Mean over the pairs of the whole optimizer step, however it is cut into batches."""

@@ -142,12 +142,12 @@ def _computed_tokens(splits: str, order: list[int]) -> float:
     """Tokens per step that are left when what a batch's rows have in common is computed once."""
     from datasets import load_from_disk
 
-    from temper.data.batches import collate
+    from temper.data.batches import Batch
     from temper.model.flat_batch import flatten
 
     rows = load_from_disk(splits)["train"]
-    batches = [collate([rows[row] for row in order[at : at + BATCH]], 0) for at in range(0, len(order), BATCH)]
-    return sum(flatten(batch, batch["labels"][:, 1:] > 0).input_ids.shape[1] for batch in batches) / len(batches)
+    batches = [Batch([rows[row] for row in order[at : at + BATCH]], 0) for at in range(0, len(order), BATCH)]
+    return sum(flatten(batch, batch.learned(ahead=1)).input_ids.shape[1] for batch in batches) / len(batches)
 
 
 def _temper(name: str, job: dict, cores: int | None = None) -> dict:

@@ -13,7 +13,7 @@ from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PeftModel
 
 from temper.config import options
 from temper.config.libraries import check_library_sections
-from temper.data.batches import collate
+from temper.data.batches import Batch
 from temper.errors import UserError
 from temper.model.adapters import add_adapter, save_adapter
 from temper.model.fast_layers import use_fast_layers
@@ -157,7 +157,7 @@ LORA_FIELDS = [
 
 @pytest.fixture
 def batch():
-    return collate(rows_of([5, 9, 3, 7], prefix=12), 0)
+    return Batch(rows_of([5, 9, 3, 7], prefix=12), 0)
 
 
 @pytest.mark.parametrize("kind", options.PEFT_USED)
@@ -178,14 +178,14 @@ def assert_right(folder: Path, batch, adapter: dict) -> None:
     use_fast_layers(ours)
     loss = SupervisedLoss()
     steps(ours, lambda: torch.div(*loss(ours, batch)))
-    steps(theirs, lambda: theirs(**batch, use_cache=False).loss)
+    steps(theirs, lambda: theirs(**batch.padded(), use_cache=False).loss)
     trained = {name: weight for name, weight in theirs.named_parameters() if weight.requires_grad}
     assert trained
     for name, weight in ours.named_parameters():
         if name in trained:
             torch.testing.assert_close(weight, trained[name], rtol=1e-3, atol=1e-4, msg=name)
     save_adapter(ours, folder)
-    inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
+    inputs = {name: batch.padded()[name] for name in ("input_ids", "attention_mask")}
     torch.manual_seed(99)
     with torch.no_grad():
         expected, untouched = ours.eval()(**inputs).logits, base.eval()(**inputs).logits

@@ -5,6 +5,7 @@ import json
 import math
 import shutil
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -15,7 +16,8 @@ from hypothesis import strategies as st
 from peft import PeftModel
 
 from steps import evaluate_model, merge_adapter, reference_logprobs, tokenize_splits, train_adapter
-from temper.data.batches import collate
+from temper.data import batches
+from temper.data.batches import Batch, collate
 from temper.data.columns import IGNORED
 from temper.data.encoder import Encoder
 from temper.errors import UserError
@@ -166,9 +168,9 @@ def test_the_code_of_an_encoder_decoders_card_answers_as_its_evaluation_did(work
 @pytest.mark.parametrize("family", FAMILIES)
 def test_loss_and_gradients_equal_transformers_own(family, caplog):
     network, rows, pad = network_and_rows(family)
-    batch = collate(rows, pad)
-    learned = int((batch["labels"] != IGNORED).sum())
-    expected = gradients(network, reference := network(**batch).loss * learned)
+    batch, padded = Batch(rows, pad), collate(rows, pad)
+    learned = int((padded["labels"] != IGNORED).sum())
+    expected = gradients(network, reference := network(**padded).loss * learned)
     loss = SupervisedLoss()
     with caplog.at_level("INFO", logger="temper"):
         total, count = loss(network, batch)
@@ -191,7 +193,7 @@ def test_a_cap_that_hardly_shows_is_found(tiny_model):
     network.config.final_logit_softcapping = 1000.0
     _, rows, pad = network_and_rows("gemma2")
     loss = SupervisedLoss()
-    loss(network, collate(rows, pad))
+    loss(network, Batch(rows, pad))
     assert loss.way is plain_way
 
 
@@ -208,13 +210,14 @@ def test_padding_is_never_learned_and_the_end_always_is(family, members, extra):
     for row in rows:
         assert row["labels"][-1] == network.config.eos_token_id
         assert row["labels"].count(network.config.eos_token_id) == 1
-    batch = collate(rows, pad)
-    assert int((batch["labels"] == network.config.eos_token_id).sum()) == len(rows)
-    fill = {"input_ids": pad, "attention_mask": 0, "labels": IGNORED}
-    wider = {name: torch.nn.functional.pad(part, (0, extra), value=fill[name]) for name, part in batch.items()}
+    batch = Batch(rows, pad)
+    assert int((batch.padded()["labels"] == network.config.eos_token_id).sum()) == len(rows)
+    width = batch.padded()["input_ids"].shape[1] + extra
     with torch.no_grad():
         total, count = SupervisedLoss()(network, batch)
-        more, same = SupervisedLoss()(network, wider)
+        with mock.patch.object(batches, "PAD_TO", width):
+            assert batch.padded()["input_ids"].shape[1] == width
+            more, same = SupervisedLoss()(network, batch)
     alone, tokens = own_loss(network, rows, pad)
     assert count == same == tokens
     assert more.item() == pytest.approx(total.item(), rel=1e-4)
@@ -238,12 +241,12 @@ def test_label_smoothing_is_transformers_own(tmp_path, family):
         pad_token_id=pad,
         schedule_steps=1,
     )
-    batch = collate(rows, pad)
+    batch, padded = Batch(rows, pad), collate(rows, pad)
     with torch.no_grad():
-        found = trainer.compute_loss(network, dict(batch))
-        expected = LabelSmoother(epsilon=0.1)(network(**batch), batch["labels"])
+        found = trainer.compute_loss(network, batch)
+        expected = LabelSmoother(epsilon=0.1)(network(**padded), padded["labels"])
     torch.testing.assert_close(found, expected)
-    learned = int((batch["labels"] != IGNORED).sum())
+    learned = int((padded["labels"] != IGNORED).sum())
     assert int(trainer._get_num_items_in_batch([batch], torch.device("cpu"))) == learned
 
 

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
-from temper.data.batches import collate
+from temper.data.batches import Batch
 from temper.data.columns import IGNORED
 from temper.model.flat_batch import LONGEST_PRODUCTS, SHORTEST_PREFIX, flatten
 from temper.model.predictions import SupervisedLoss, flat_way, plain_way, short_way, unshared_way
@@ -78,7 +78,7 @@ def batches(draw, answers=1):
         [token if learned else IGNORED for token, learned in zip(text, row, strict=True)]
         for text, row in zip(texts, some, strict=True)
     ]
-    return collate([{"input_ids": i, "labels": o} for i, o in zip(texts, labels, strict=True)], 0)
+    return Batch([{"input_ids": i, "labels": o} for i, o in zip(texts, labels, strict=True)], 0)
 
 
 @settings(max_examples=40, deadline=None)
@@ -107,41 +107,41 @@ def test_layers_that_look_a_few_tokens_back(batch):
 
 @pytest.mark.parametrize("length", [5, LONGEST_PRODUCTS + 50])
 def test_short_and_long_rows(length):
-    assert_same(network(), collate(rows_of([length, length - 2, 3]), 0))
+    assert_same(network(), Batch(rows_of([length, length - 2, 3]), 0))
 
 
 def test_what_is_common_is_computed_once():
-    batch = collate(rows_of([5, 4, 9]), 0)
-    learned = batch["labels"][:, 1:] != IGNORED
-    flat = flatten(batch, learned)
+    batch = Batch(rows_of([5, 4, 9]), 0)
+    flat = flatten(batch, batch.learned(ahead=1))
     assert flat.prefix == 30
     assert flat.input_ids.shape == (1, 30 + 5 + 4 + 9)
     assert flat.position_ids[0].tolist() == [*range(30), *range(30, 35), *range(30, 34), *range(30, 39)]
-    alone = flatten(batch, learned, share=False)
+    alone = flatten(batch, batch.learned(ahead=1), share=False)
     assert alone.prefix == 0
-    assert alone.input_ids.shape == (1, int(batch["attention_mask"].sum()))
-    pairs = flatten(collate([*rows_of([5]), *rows_of([5])], 0), learned[:2], answers=2)
+    assert alone.input_ids.shape == (1, int(batch.padded()["attention_mask"].sum()))
+    pair = Batch([*rows_of([5]), *rows_of([5])], 0)
+    pairs = flatten(pair, pair.learned(ahead=1), answers=2)
     assert pairs.input_ids.shape == (1, 35 + 1), (
         "two equal answers: their last token is not shared, as one may be longer"
     )
 
 
 def test_an_odd_number_of_tokens_gets_one_more_that_nobody_sees():
-    batch = collate(rows_of([5, 4, 8]), 0)
-    flat = flatten(batch, batch["labels"][:, 1:] != IGNORED)
+    batch = Batch(rows_of([5, 4, 8]), 0)
+    flat = flatten(batch, batch.learned(ahead=1))
     assert flat.input_ids.shape == (1, 30 + 5 + 4 + 8 + 1)
     assert_same(network(), batch)
 
 
 def test_a_short_beginning_is_not_worth_an_attention_of_its_own():
-    batch = collate(rows_of([20, 20], prefix=SHORTEST_PREFIX - 1), 0)
-    assert flatten(batch, batch["labels"][:, 1:] != IGNORED).prefix == 0
+    batch = Batch(rows_of([20, 20], prefix=SHORTEST_PREFIX - 1), 0)
+    assert flatten(batch, batch.learned(ahead=1)).prefix == 0
 
 
 def test_with_dropout_no_state_is_shared():
     """Rows that shared a state would share its random draws."""
     model = LlamaForCausalLM._from_config(LlamaConfig(**SIZES, attention_dropout=0.5), attn_implementation="eager")
-    batch, loss = collate(rows_of([5, 5]), 0), SupervisedLoss()
+    batch, loss = Batch(rows_of([5, 5]), 0), SupervisedLoss()
     model.train()
     torch.manual_seed(0)
     one, two = loss(model, batch)[0].item(), loss(model, batch)[0].item()
@@ -153,11 +153,11 @@ def test_with_dropout_no_state_is_shared():
 
 
 def test_the_models_own_attention_is_back_afterwards():
-    model, batch = network(), collate(rows_of([5, 5]), 0)
-    before = model(input_ids=batch["input_ids"]).logits
+    model, batch = network(), Batch(rows_of([5, 5]), 0)
+    before = model(input_ids=batch.padded()["input_ids"]).logits
     flat_way(model, batch)
     assert model.config._attn_implementation == "eager"
-    torch.testing.assert_close(model(input_ids=batch["input_ids"]).logits, before, rtol=0, atol=0)
+    torch.testing.assert_close(model(input_ids=batch.padded()["input_ids"]).logits, before, rtol=0, atol=0)
 
 
 def test_layers_that_run_again_keep_the_padded_way(caplog):
@@ -165,6 +165,6 @@ def test_layers_that_run_again_keep_the_padded_way(caplog):
     model.gradient_checkpointing_enable()
     loss = SupervisedLoss()
     with caplog.at_level("INFO", logger="temper"):
-        loss(model.train(), collate(rows_of([5, 5]), 0))
+        loss(model.train(), Batch(rows_of([5, 5]), 0))
     assert loss.way is short_way
     assert "gradient checkpointing" in caplog.text

@@ -7,7 +7,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
-from temper.data.batches import collate
+from temper.data.batches import Batch
 from temper.model.predictions import SupervisedLoss, flat_way, plain_way, short_way, unshared_way
 from tests.support.tiny import gradients
 
@@ -17,7 +17,7 @@ def batch(tiny_splits):
     from datasets import load_from_disk
 
     rows = load_from_disk(tiny_splits)["train"]
-    return collate([rows[index] for index in range(6)], pad_token_id=0)
+    return Batch([rows[index] for index in range(6)], pad_token_id=0)
 
 
 @pytest.fixture
@@ -28,8 +28,9 @@ def model(tiny_model):
 
 
 def test_loss_and_gradients_equal_transformers_own(model, batch):
-    learned = int((batch["labels"][:, 1:] != -100).sum())
-    reference = model(**batch).loss * learned
+    padded = batch.padded()
+    learned = int((padded["labels"][:, 1:] != -100).sum())
+    reference = model(**padded).loss * learned
     expected = gradients(model, reference)
     for way in (flat_way, unshared_way, short_way, plain_way):
         total, count = way(model, batch).sum_and_count()
@@ -67,7 +68,7 @@ def test_a_head_that_does_more_falls_back_to_the_plain_way(model, batch):
     total, count = loss(odd, batch)
     assert loss.way is plain_way
     torch.testing.assert_close(total, plain_way(odd, batch).sum_and_count()[0])
-    torch.testing.assert_close(total / count, _cross_entropy(odd, batch))
+    torch.testing.assert_close(total / count, _cross_entropy(odd, batch.padded()))
 
 
 def _cross_entropy(model, batch):

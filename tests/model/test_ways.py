@@ -11,13 +11,14 @@ import pytest
 import torch
 import transformers
 from peft import LoraConfig, get_peft_model
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.integrations import activate_neftune
 
-from temper.data.batches import collate
+from temper.data.batches import Batch, collate
 from temper.data.columns import IGNORED
 from temper.errors import UserError
 from temper.model.fast_layers import use_fast_layers
-from temper.model.predictions import SupervisedLoss, flat_way, short_way, unshared_way
+from temper.model.predictions import SupervisedLoss, flat_way, plain_way, short_way, unshared_way
 from tests.support.networks import network, rows_of
 from tests.support.tiny import gradients
 
@@ -26,7 +27,7 @@ EXPERTS = {"num_local_experts": 4, "sliding_window": None}
 
 @pytest.fixture
 def batch():
-    return collate(rows_of([5, 9, 3, 7], prefix=12), 0)
+    return Batch(rows_of([5, 9, 3, 7], prefix=12), 0)
 
 
 def way_of(model, batch):
@@ -44,7 +45,7 @@ def assert_the_models_own(model, batch):
     total, count = loss(model, batch)
     found = gradients(model, total)
     torch.manual_seed(1)
-    expected_total = model(**batch, use_cache=False).loss * count
+    expected_total = model(**batch.padded(), use_cache=False).loss * count
     torch.testing.assert_close(total, expected_total)
     for name, gradient in gradients(model, expected_total).items():
         torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-5, msg=name)
@@ -92,7 +93,7 @@ def test_noise_of_neftune_is_transformers_own(batch):
     handle.remove()
     ids, noisy_states = seen[-1]
     noise = noisy_states - torch.nn.functional.embedding(ids, model.model.embed_tokens.weight)
-    rows, length = batch["input_ids"].shape
+    rows, length = batch.padded()["input_ids"].shape
     limit = 5.0 / (length * 16) ** 0.5
     assert ids.shape == (rows, length), "each row by itself"
     assert 0.95 * limit < noise.abs().max().item() <= limit
@@ -183,7 +184,7 @@ def test_what_starts_without_effect_is_seen_too(batch):
 
 def test_a_window_that_only_the_mask_knows():
     fields = {"use_sliding_window": True, "sliding_window": 64, "max_window_layers": 1}
-    model, batch = network("Qwen2", **fields), collate(rows_of([5, 9], prefix=12), 0)
+    model, batch = network("Qwen2", **fields), Batch(rows_of([5, 9], prefix=12), 0)
     assert way_of(model, batch) is flat_way
     model.model.layers[1].self_attn.sliding_window = None
     assert way_of(model, batch) is short_way
@@ -210,9 +211,30 @@ def test_a_hook_inside_a_lora_layer_is_called(part):
 
 @pytest.mark.parametrize("rows", [1, 2])
 def test_few_rows(rows):
-    batch = collate(rows_of([5, 9][:rows]), 0)
+    batch = Batch(rows_of([5, 9][:rows]), 0)
     assert way_of(network(), batch) is flat_way
-    assert (batch["labels"] != IGNORED).sum() == 3 * rows
+    assert (batch.padded()["labels"] != IGNORED).sum() == 3 * rows
+
+
+class NothingComesBack(TorchDispatchMode):
+    """Refuses what has to wait for a device: numbers for Python, and tensors whose size depends on numbers."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        assert name not in {"_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero"}
+        if name in {"index", "index_put", "index_put_", "_index_put_impl_"}:
+            assert all(index is None or index.dtype != torch.bool for index in args[1])
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("way", [flat_way, unshared_way, short_way, plain_way], ids=lambda way: way.__name__)
+def test_once_the_way_is_chosen_nothing_waits_for_the_device(batch, way):
+    model, loss = network(), SupervisedLoss()
+    loss.ways[True] = way
+    with NothingComesBack():
+        total, count = loss(model, batch)
+        (total / count).backward()
+        loss.sequence_logps(model, batch, answers=2).sum().backward()
 
 
 def test_training_with_neftune_equals_trainers_own(tmp_path):

@@ -13,9 +13,10 @@ from transformers import AutoModelForCausalLM
 
 from steps import evaluate_model, merge_adapter, reference_logprobs, train_adapter
 from temper.config.stages import load_stage_config
+from temper.data.batches import Batch
 from temper.evaluation import likelihoods
 from temper.model.predictions import SupervisedLoss, flat_way, plain_way
-from temper.training.preferences import FIGURES, PreferenceLoss, chosen_of, collate_pairs, rejected_of
+from temper.training.preferences import FIGURES, PreferenceLoss, chosen_of, pairs_batch, rejected_of
 from tests.support.tiny import gradients, make_tiny_splits, tiny_tokenizer
 
 LOAD = {"dtype": "float32", "attn_implementation": "eager"}
@@ -96,11 +97,12 @@ def test_loss_gradients_and_figures_equal_trls(workspace, policy, tiny_model, ro
     tokenizer = tiny_tokenizer()
     theirs = trl_trainer(policy, tiny_model, rows, beta=beta, loss_type=[loss_type], label_smoothing=label_smoothing)
     batch = theirs.data_collator(list(theirs.train_dataset))
-    ours = collate_pairs(rows, tokenizer.pad_token_id)
+    ours = pairs_batch(rows, tokenizer.pad_token_id)
+    padded = ours.padded()
     for index, mask in enumerate(batch["attention_mask"].bool()):
         assert (
             batch["input_ids"][index][mask].tolist()
-            == ours["input_ids"][index][ours["attention_mask"][index].bool()].tolist()
+            == padded["input_ids"][index][padded["attention_mask"][index].bool()].tolist()
         )
     policy.train()
     expected = theirs.compute_loss(policy, batch)
@@ -120,7 +122,7 @@ def test_loss_gradients_and_figures_equal_trls(workspace, policy, tiny_model, ro
 
 
 def test_answers_that_share_their_prompt_give_what_they_give_alone(policy, rows):
-    batch, loss = collate_pairs(rows, 0), SupervisedLoss()
+    batch, loss = pairs_batch(rows, 0), SupervisedLoss()
     shared = loss.sequence_logps(policy, batch, answers=2)
     assert loss.way is flat_way
     found = gradients(policy, shared.square().mean())
@@ -148,10 +150,8 @@ def test_references_are_the_models_own_log_probabilities(references, tiny_pairs,
     assert {split: part["id"][:] for split, part in pairs.items()} == {s: part["id"][:] for s, part in figures.items()}
     for pair, figure in zip(pairs["test"], figures["test"], strict=True):
         for name, side in (("ref_chosen_logps", chosen_of(pair)), ("ref_rejected_logps", rejected_of(pair))):
-            batch = {key: torch.tensor([value]) for key, value in side.items()}
-            batch["attention_mask"] = torch.ones_like(batch["input_ids"])
             with torch.no_grad():
-                found = plain_way(model, batch)
+                found = plain_way(model, Batch([side], 0))
             expected = -found.losses().sum()
             assert figure[name] == pytest.approx(expected.item(), rel=1e-5)
 

@@ -226,6 +226,12 @@ def test_accumulated_steps_are_those_of_one_batch(workspace, tiny_splits, tiny_m
         assert list(found.values()) == pytest.approx(list(expected.values()), rel=1e-4)
 
 
+def test_workers_that_read_ahead_change_no_bit(workspace, tiny_splits, tiny_model):
+    options = [*SMALL, "train.max_steps=3", "train.save_strategy=no", "train.eval_strategy=no"]
+    alone = train(tiny_splits, tiny_model, "alone", *options)
+    assert_equal(alone, train(tiny_splits, tiny_model, "ahead", *options, "train.dataloader_num_workers=2"))
+
+
 DIVERGING = {
     "at each step": ["train.learning_rate=1e30", "train.max_grad_norm=0", "train.logging_steps=1"],
     "between two steps that are logged": [
