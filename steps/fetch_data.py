@@ -27,6 +27,7 @@ from temper.provenance import provenance
 from temper.sources import hub, pypi, revisions
 from temper.sources.pins import is_no_data, is_pin, pin_key, read_pin, source_files
 from temper.step import config_and_settings, run_command
+from temper.units import seconds
 
 STAGE = "fetch_data"
 SECTION = "data.source"
@@ -129,7 +130,7 @@ def _command(_step, arguments, _inputs) -> None:
             return
         started = time.time()
         run(source, output)
-        log.info("%s: wrote %s in %.1f s", STAGE, output, time.time() - started)
+        log.info("%s: wrote %s in %s", STAGE, output, seconds(time.time() - started))
 
 
 def _pin(output: Path, source: dict) -> Path:

@@ -36,6 +36,7 @@ from temper.model.threads import computing_threads
 from temper.progress import quiet_libraries
 from temper.provenance import peak_memory
 from temper.step import run_command
+from temper.units import size
 
 STAGE = "train_adapter"
 STATE = Path("results/.state")
@@ -199,7 +200,6 @@ def _trainer(config: TrainAdapter, rows, model: Path, args, total: int):
 def _write_facts(config: TrainAdapter, recorded, facts: dict, output: Path) -> dict:
     """Write metrics.jsonl and training.json; returns what provenance.json gets."""
     from temper.training import callbacks
-    from temper.training.estimates import mebibytes
 
     callbacks.write_metrics(output / "metrics.jsonl", recorded.metrics.lines)
     facts |= {
@@ -214,8 +214,8 @@ def _write_facts(config: TrainAdapter, recorded, facts: dict, output: Path) -> d
         facts["global_step"],
         facts["tokens_per_second"],
         facts["gflop_per_second"],
-        mebibytes(facts["peak_memory_bytes"]),
-        mebibytes(facts["estimated_peak_memory_bytes"]),
+        size(facts["peak_memory_bytes"]),
+        size(facts["estimated_peak_memory_bytes"]),
     )
     trained = facts["global_step"] - facts["resumed_from_step"]
     return {"trained_steps": trained, "trained_epochs": trained / recorded.epoch_steps}

@@ -34,6 +34,7 @@ from temper.progress import quiet_libraries
 from temper.runs import find as runs
 from temper.runs import prompting
 from temper.step import logging_to
+from temper.units import seconds
 
 ROLES = ("system", "user", "assistant")
 STDIO = "-"
@@ -274,7 +275,7 @@ def _writer(output: Path | None) -> Iterator[Callable[[list[str]], None]]:
 
 def _summarise(answers, settings: prompting.Generation, output: Path | None) -> None:
     count, cut = len(answers.texts), answers.finished.count(False)
-    text = f"{count} answers in {answers.seconds:.1f} s, {sum(answers.tokens) / answers.seconds:.0f} tokens/s"
+    text = f"{count} answers in {seconds(answers.seconds)}, {sum(answers.tokens) / answers.seconds:.0f} tokens/s"
     if cut:
         text += f"; {cut} cut off at max_new_tokens={settings.max_new_tokens}"
     print(f"{text}; wrote {output}" if output else text, file=sys.stderr)

@@ -22,6 +22,7 @@ from temper.errors import UserError
 from temper.folders import locked, temporary_folder
 from temper.hashing import file_sha256
 from temper.progress import Progress
+from temper.units import size
 
 log = logging.getLogger("temper")
 DOWNLOADS = Path("results/.state/downloads")  # archives, each in a folder named by its sha256
@@ -279,7 +280,7 @@ def _extract(archive: Path, member: str, target: Path, key: str) -> None:
                 file.write(chunk)
                 if file.tell() > most:
                     raise UserError(
-                        f"{key}: {member} unpacks to over {most / 2**30:.0f} GiB, {MOST_GROWTH} times its archive: "
+                        f"{key}: {member} unpacks to over {size(most)}, {MOST_GROWTH} times its archive: "
                         "if you trust it, unpack it yourself and use source.kind=files"
                     )
 
