@@ -21,6 +21,7 @@ import time
 from pathlib import Path
 
 from temper.errors import UserError
+from temper.files import write_whole
 from temper.folders import locked
 from temper.hashing import file_sha256
 from temper.provenance import provenance
@@ -56,8 +57,7 @@ def run(source: dict, output: Path) -> None:
         _refuse_to_lose(folder, [pin, *earlier])
         for name in files:
             (scratch / name).replace(folder / name)
-        (scratch / output.name).write_text(json.dumps(pin, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        (scratch / output.name).replace(output)
+        write_whole(output, json.dumps(pin, indent=2, ensure_ascii=False) + "\n")
     for old in earlier:
         for name in {old["path"].name, *old["files"]} - {output.name, *files}:
             (folder / name).unlink(missing_ok=True)

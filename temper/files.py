@@ -3,9 +3,11 @@
 Every such file is read here, so that each fault is one line that names the file and what to do. Writing one whole, too.
 """
 
+import contextlib
 import functools
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 from temper.errors import UserError, lack
@@ -27,11 +29,26 @@ def read_json(path: Path, shape=dict, remedy: str | None = None):
 
 def read_json_lines(path: Path, shape=dict, remedy: str | None = None) -> list:
     """The objects of a JSON lines file. Arguments and errors are those of `read_json`."""
+    return list(each_json_line(path, shape, remedy))
 
-    def parse(text: str) -> list:
-        return [json.loads(line) for line in text.split("\n") if line.strip()]
 
-    return _parsed(path, parse, list, remedy, shape)
+def each_json_line(path: Path, shape=dict, remedy: str | None = None) -> Iterator:
+    """The same one by one, for a file that may be larger than memory."""
+    with _one_line(path, remedy), path.open(encoding="utf-8") as lines:
+        for line in lines:
+            if line.strip():
+                content = json.loads(line)
+                _check(content, shape)
+                yield content
+
+
+def known_json_lines(path: Path) -> list:
+    """What a process wrote line by line until it was killed, perhaps: no file is no line, nor is one that was cut."""
+    lines = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []:
+        with contextlib.suppress(ValueError, RecursionError):
+            lines.append(json.loads(line))
+    return lines
 
 
 def read_yaml(path: Path, shape=dict, remedy: str | None = None):
@@ -66,14 +83,21 @@ def load_rows(folder: Path):
     return rows
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Write a file by way of a temporary one: nobody ever reads half of it, and a failure leaves nothing."""
+@contextlib.contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """A temporary path that becomes `path` when the block ends well: nobody reads half of it, no failure leaves it."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        temporary.write_text(text, encoding="utf-8")
+        yield temporary
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a text by way of `whole_file`."""
+    with whole_file(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 def json_lines(rows: list[dict]) -> str:
@@ -81,20 +105,25 @@ def json_lines(rows: list[dict]) -> str:
     return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
-def _parsed(path: Path, parse, shape, remedy: str | None, of_each=None):
-    remedy = remedy or made_again(path.parent)
-    try:
+def _parsed(path: Path, parse, shape, remedy: str | None):
+    with _one_line(path, remedy):
         content = parse(path.read_text(encoding="utf-8"))
         _check(content, shape)
-        for each in content if of_each else []:
-            _check(each, of_each)
+        return content
+
+
+@contextlib.contextmanager
+def _one_line(path: Path, remedy: str | None):
+    """What is wrong with a file that is read, in one line."""
+    remedy = remedy or made_again(path.parent)
+    try:
+        yield
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; {remedy}") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); make it a readable file") from None
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: damaged ({_short(error)}); {remedy}") from None
-    return content
 
 
 def _check(content, shape) -> None:

@@ -16,7 +16,6 @@ Reads results/; writes to the hub only (HF_ENDPOINT: another one than huggingfac
 
 import contextlib
 import json
-import os
 import shutil
 import sys
 import tempfile
@@ -57,7 +56,7 @@ def run(arguments) -> None:
         _check_name("--base-model", arguments.base_model)
     run = runs.find(arguments.run, arguments.sweep)
     if arguments.dry_run:
-        _check_new(Path(arguments.dry_run))
+        flags.refuse_used(Path(arguments.dry_run), "--dry-run ", "name a new folder")
     else:
         _check_token()
     with tempfile.TemporaryDirectory() as scratch:
@@ -68,11 +67,6 @@ def run(arguments) -> None:
             _write(files, Path(arguments.dry_run))
         else:
             _push(files, run, arguments)
-
-
-def _check_new(folder: Path) -> None:
-    if os.path.lexists(folder) and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"--dry-run {folder}: is there already; name a new folder")
 
 
 def _check_name(flag: str, name: str) -> None:

@@ -11,6 +11,7 @@ import os
 import re
 from pathlib import Path
 
+from temper.files import whole_file
 from temper.hashing import file_sha256
 
 log = logging.getLogger("temper")
@@ -32,10 +33,9 @@ def seal(checkpoint: Path) -> None:
     for path in files:
         _to_disk(path)
     sums = {str(path.relative_to(checkpoint)): file_sha256(path) for path in files}
-    temporary = checkpoint / f".{SEAL}"
-    temporary.write_text(json.dumps(sums, indent=1), encoding="utf-8")
-    _to_disk(temporary)
-    temporary.replace(checkpoint / SEAL)
+    with whole_file(checkpoint / SEAL) as temporary:
+        temporary.write_text(json.dumps(sums, indent=1), encoding="utf-8")
+        _to_disk(temporary)
     _to_disk(checkpoint)
 
 
