@@ -10,7 +10,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from temper.errors import UserError, lack
+from temper.errors import UserError, lack, words
 from temper.folders import made_again
 
 
@@ -25,6 +25,15 @@ def read_json(path: Path, shape=dict, remedy: str | None = None):
         UserError: it is not there, cannot be read, is not JSON or of another shape.
     """
     return _parsed(path, json.loads, shape, remedy)
+
+
+def known_json(path: Path) -> dict:
+    """The entries of an object in a JSON file; none when there is no such thing in it, or no file."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):  # ValueError: no JSON, or no text
+        return {}
+    return content if isinstance(content, dict) else {}
 
 
 def read_json_lines(path: Path, shape=dict, remedy: str | None = None) -> list:
@@ -59,7 +68,7 @@ def read_yaml(path: Path, shape=dict, remedy: str | None = None):
         try:
             return yaml.safe_load(text) or {}
         except yaml.YAMLError as error:
-            raise ValueError(" ".join(str(error).split())) from None
+            raise ValueError(words(error)) from None
 
     return _parsed(path, parse, shape, remedy)
 
@@ -79,7 +88,7 @@ def load_rows(folder: Path):
     except Exception as error:  # whatever Arrow and datasets meet in a damaged file, down to bare Exceptions
         if lack(error, str(folder)):
             raise
-        raise UserError(f"{folder}: cannot be read ({_short(error)}); {made_again(folder)}") from None
+        raise UserError(f"{folder}: cannot be read ({words(error)}); {made_again(folder)}") from None
     return rows
 
 
@@ -123,7 +132,7 @@ def _one_line(path: Path, remedy: str | None):
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); make it a readable file") from None
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: damaged ({_short(error)}); {remedy}") from None
+        raise UserError(f"{path}: damaged ({words(error)}); {remedy}") from None
 
 
 def _check(content, shape) -> None:
@@ -155,7 +164,3 @@ def _adapter(kind):
     from pydantic import ConfigDict, TypeAdapter
 
     return TypeAdapter(kind, config=ConfigDict(strict=True))
-
-
-def _short(error: BaseException) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__

@@ -22,7 +22,7 @@ import tempfile
 from pathlib import Path
 
 from temper.commands import flags
-from temper.errors import UserError
+from temper.errors import UserError, words
 from temper.files import read_json
 from temper.model.adapters import is_adapter, put_on
 from temper.model.layout import model_files
@@ -213,5 +213,4 @@ def _refusal(status: int, error) -> str:
         return f"the hub does not accept the token: {LOGIN}"
     if status == 403:
         return "the token may not write there: use your own user name or organisation, and a write token"
-    reason = " ".join(str(getattr(error, "server_message", None) or error).split())
-    return f"the hub refuses ({status}: {reason[:200]})"
+    return f"the hub refuses ({status}: {words(getattr(error, 'server_message', None) or error)})"

@@ -15,7 +15,7 @@ import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
-from temper.errors import UserError, lack
+from temper.errors import UserError, lack, words
 from temper.units import size
 
 FORMATS = {".json": "json", ".jsonl": "jsonl", ".ndjson": "jsonl", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
@@ -68,9 +68,9 @@ class RawFile:
         except Exception as error:  # whatever a parser meets in a damaged or hostile file
             if lack(error, str(self.path)):
                 raise
-            reason = "nested too deeply" if isinstance(error, RecursionError) else " ".join(str(error).split())[:200]
+            reason = "nested too deeply" if isinstance(error, RecursionError) else words(error)
             after = f" after {self.place(number)}" if number else ""
-            raise UserError(f"{self.path}: cannot be read{after} ({reason or type(error).__name__})") from None
+            raise UserError(f"{self.path}: cannot be read{after} ({reason})") from None
 
     def place(self, number: int) -> str:
         """``file:line``, or ``file, row n`` where a row's line is not known."""

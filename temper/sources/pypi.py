@@ -18,7 +18,7 @@ import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
-from temper.errors import UserError
+from temper.errors import UserError, words
 from temper.folders import locked, temporary_folder
 from temper.hashing import file_sha256
 from temper.progress import Progress
@@ -254,9 +254,8 @@ def _readable(member: str, key: str):
     except Exception as error:
         if isinstance(error, OSError) and error.errno is not None:  # the disk's fault, not the archive's
             raise
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise UserError(
-            f"{key}: {member} cannot be read from the archive, which is damaged or encrypted ({reason})"
+            f"{key}: {member} cannot be read from the archive, which is damaged or encrypted ({words(error)})"
         ) from None
 
 
