@@ -21,12 +21,14 @@ import time
 from pathlib import Path
 
 from temper.errors import UserError
+from temper.files import write_whole
 from temper.folders import locked
 from temper.hashing import file_sha256
 from temper.provenance import provenance
 from temper.sources import hub, pypi, revisions
 from temper.sources.pins import is_no_data, is_pin, pin_key, read_pin, source_files
 from temper.step import config_and_settings, run_command
+from temper.units import seconds
 
 STAGE = "fetch_data"
 SECTION = "data.source"
@@ -55,8 +57,7 @@ def run(source: dict, output: Path) -> None:
         _refuse_to_lose(folder, [pin, *earlier])
         for name in files:
             (scratch / name).replace(folder / name)
-        (scratch / output.name).write_text(json.dumps(pin, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        (scratch / output.name).replace(output)
+        write_whole(output, json.dumps(pin, indent=2, ensure_ascii=False) + "\n")
     for old in earlier:
         for name in {old["path"].name, *old["files"]} - {output.name, *files}:
             (folder / name).unlink(missing_ok=True)
@@ -129,7 +130,7 @@ def _command(_step, arguments, _inputs) -> None:
             return
         started = time.time()
         run(source, output)
-        log.info("%s: wrote %s in %.1f s", STAGE, output, time.time() - started)
+        log.info("%s: wrote %s in %s", STAGE, output, seconds(time.time() - started))
 
 
 def _pin(output: Path, source: dict) -> Path:

@@ -25,7 +25,7 @@ from pathlib import Path
 from temper.config.stages import ReferenceLogprobs
 from temper.data.batches import Batch, padded
 from temper.errors import UserError
-from temper.files import load_rows
+from temper.files import known_json_lines, load_rows
 from temper.folders import locked
 from temper.hashing import digest, file_sha256
 from temper.keys import code_key
@@ -154,11 +154,11 @@ def _key(answer: dict) -> str:
 
 
 def _read(path: Path) -> dict[str, float]:
-    """Figures by key. A line that was cut off by a kill is one not known."""
+    """Figures by key. A line that is no such pair is one not known."""
     figures = {}
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []:
-        with contextlib.suppress(ValueError, TypeError, RecursionError):
-            key, figure = json.loads(line)
+    for line in known_json_lines(path):
+        with contextlib.suppress(ValueError, TypeError):
+            key, figure = line
             figures[key] = float(figure)
     return figures
 

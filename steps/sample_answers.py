@@ -24,7 +24,7 @@ from temper.config.schema import Dpo
 from temper.config.stages import SampleAnswers
 from temper.data.columns import IGNORED, features
 from temper.errors import UserError
-from temper.files import load_rows, read_json
+from temper.files import json_lines, load_rows, read_json
 from temper.model import limits
 from temper.model.adapters import refuse_diverged
 from temper.model.threads import computing_threads
@@ -85,7 +85,7 @@ def _pairs(network, tokenizer, rows: list[dict], settings: dict, stop_ids: list[
     for row, text, ids in zip(rows, answers.texts, answers.ids, strict=True):
         right = text == row["reference"].strip()
         line = {"id": row["id"], "prompt": row["prompt"], "reference": row["reference"], "answer": text, "right": right}
-        file.write(json.dumps(line, ensure_ascii=False) + "\n")
+        file.write(json_lines([line]))
         if not right:
             prompt = row["input_ids"][: row["prompt_length"]]
             learned = {"rejected_input_ids": prompt + ids, "rejected_labels": [IGNORED] * len(prompt) + ids}

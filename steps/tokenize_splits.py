@@ -33,6 +33,7 @@ from temper.data.columns import SPLITS, features
 from temper.data.encoder import DATE, Encoded, Encoder
 from temper.data.rendering import ChatTemplate
 from temper.errors import UserError
+from temper.files import each_json_line
 from temper.model import limits
 from temper.progress import Progress, quiet_libraries
 from temper.step import run_command
@@ -81,8 +82,7 @@ def run(config: TokenizeSplits, prompts: Path, model: Path, output: Path) -> dic
 
 def _find_opening(encoder: Encoder, path: Path) -> None:
     """What the template puts between prompt and answer of the first row belongs to the prompt, in all of them."""
-    with path.open(encoding="utf-8") as lines:
-        record = json.loads(next(lines, "null"))
+    record = next(each_json_line(path), None)
     if record is not None and isinstance(encoder.renderer, ChatTemplate):
         with _named(path, record):
             encoder.renderer.opening = encoder.renderer.opening_of(record["messages"])
@@ -145,8 +145,7 @@ class _Rows:
         self.max_length, self.policy = tokenize["max_length"], tokenize["max_length_policy"]
         self.audit = Audit()
         self.texts: dict[tuple[int, ...], str] = {}
-        with path.open(encoding="utf-8") as lines:
-            self.pairs = "rejected" in json.loads(next(lines, "{}"))
+        self.pairs = "rejected" in next(each_json_line(path), {})
 
     def dataset(self, path: Path):
         """The split as a `datasets.Dataset` that is read from the file it writes, `path`: many rows take no memory."""
@@ -188,17 +187,16 @@ class _Rows:
 
     def _encoded(self) -> Iterator[tuple[list[dict], list[list[Encoded]]]]:
         """Records, and of each its one text, or the two of a pair, in tokens."""
-        with self.path.open(encoding="utf-8") as lines:
-            for records in _batches(lines):
-                try:
-                    encoded = self._encode(records)
-                except UserError:  # one by one, to end with the error of the first row that has one
-                    for record in records:
-                        with _named(self.path, record):
-                            encoded = self._encode([record])
-                        yield [record], encoded
-                else:
-                    yield records, encoded
+        for records in _batches(each_json_line(self.path)):
+            try:
+                encoded = self._encode(records)
+            except UserError:  # one by one, to end with the error of the first row that has one
+                for record in records:
+                    with _named(self.path, record):
+                        encoded = self._encode([record])
+                    yield [record], encoded
+            else:
+                yield records, encoded
 
     def _encode(self, records: list[dict]) -> list[list[Encoded]]:
         pieces = self.encoder.pieces(self._conversations(records))
@@ -284,12 +282,12 @@ def _learns_less(messages: list[dict], turns: list) -> bool:
     return len(turns) < sum(message["role"] == "assistant" for message in messages)
 
 
-def _batches(lines: Iterable[str]) -> Iterator[list[dict]]:
+def _batches(records: Iterable[dict]) -> Iterator[list[dict]]:
     """The records, in batches of about BATCH characters: long rows take no more memory than short ones."""
     batch, size = [], 0
-    for line in lines:
-        batch.append(json.loads(line))
-        size += len(line)
+    for record in records:
+        batch.append(record)
+        size += sum(len(message["content"]) for message in record["messages"]) + len(record.get("rejected", ""))
         if size >= BATCH:
             yield batch
             batch, size = [], 0

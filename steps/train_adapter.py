@@ -25,7 +25,7 @@ from temper.config import evaluation as checks
 from temper.config.libraries import ignores_warmup, refuse_without_validation
 from temper.config.stages import NOT_PLANNED, PLATEAU, Planned, TrainAdapter
 from temper.errors import UserError, told_by_library
-from temper.files import load_rows
+from temper.files import json_lines, load_rows, write_whole
 from temper.folders import locked
 from temper.hashing import HashCache, digest
 from temper.keys import code_key
@@ -36,6 +36,7 @@ from temper.model.threads import computing_threads
 from temper.progress import quiet_libraries
 from temper.provenance import peak_memory
 from temper.step import run_command
+from temper.units import size
 
 STAGE = "train_adapter"
 STATE = Path("results/.state")
@@ -198,10 +199,7 @@ def _trainer(config: TrainAdapter, rows, model: Path, args, total: int):
 
 def _write_facts(config: TrainAdapter, recorded, facts: dict, output: Path) -> dict:
     """Write metrics.jsonl and training.json; returns what provenance.json gets."""
-    from temper.training import callbacks
-    from temper.training.estimates import mebibytes
-
-    callbacks.write_metrics(output / "metrics.jsonl", recorded.metrics.lines)
+    write_whole(output / "metrics.jsonl", json_lines(recorded.metrics.lines))
     facts |= {
         "peak_memory_bytes": peak_memory(),
         "gflop_per_second": round(facts["flops_per_step"] / 1e9 * facts["steps_per_second"], 3),
@@ -214,8 +212,8 @@ def _write_facts(config: TrainAdapter, recorded, facts: dict, output: Path) -> d
         facts["global_step"],
         facts["tokens_per_second"],
         facts["gflop_per_second"],
-        mebibytes(facts["peak_memory_bytes"]),
-        mebibytes(facts["estimated_peak_memory_bytes"]),
+        size(facts["peak_memory_bytes"]),
+        size(facts["estimated_peak_memory_bytes"]),
     )
     trained = facts["global_step"] - facts["resumed_from_step"]
     return {"trained_steps": trained, "trained_epochs": trained / recorded.epoch_steps}

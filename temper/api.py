@@ -21,7 +21,7 @@ from temper.config.schema import Prompt, Tokenize
 from temper.config.stages import FOLDERS
 from temper.data.rows import RawFile
 from temper.errors import UserError, suggest
-from temper.files import json_lines
+from temper.files import json_lines, write_whole
 from temper.folders import is_complete, locked, temporary_folder
 from temper.hashing import digest, file_sha256
 from temper.keys import PACKAGE_ROOT, stage_key
@@ -241,7 +241,7 @@ def _prompts(rows: list[dict], validation: list[dict], config: dict) -> tuple[st
     output = Path(FOLDERS["format_prompts"]) / f"rows-{key}"
     output.mkdir(parents=True, exist_ok=True)
     for name, records in splits.items():
-        (output / f"{name}.jsonl").write_text(json_lines(records), encoding="utf-8")
+        write_whole(output / f"{name}.jsonl", json_lines(records))
     return key, output
 
 

@@ -225,6 +225,11 @@ def told_by_library(section: str):
         raise UserError(f"config: {section}: {kind}{said}") from error
 
 
+def words(error: BaseException | str, most: int = 200) -> str:
+    """What an error says, on one line that fits a message; its kind, when it says nothing."""
+    return " ".join(str(error).split())[:most] or type(error).__name__
+
+
 def short(text: str) -> str:
     """A text for a message."""
     return text if len(text) <= 200 else f"{text[:150]} ... {text[-30:]}"

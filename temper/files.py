@@ -3,12 +3,14 @@
 Every such file is read here, so that each fault is one line that names the file and what to do. Writing one whole, too.
 """
 
+import contextlib
 import functools
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
-from temper.errors import UserError, lack
+from temper.errors import UserError, lack, words
 from temper.folders import made_again
 
 
@@ -26,13 +28,35 @@ def read_json(path: Path, shape=dict, remedy: str | None = None):
     return _parsed(path, json.loads, shape, remedy)
 
 
+def known_json(path: Path) -> dict:
+    """The entries of an object in a JSON file; none when there is no such thing in it, or no file."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):  # ValueError: no JSON, or no text
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
 def read_json_lines(path: Path, shape=dict, remedy: str | None = None) -> list:
     """The objects of a JSON lines file. Arguments and errors are those of `read_json`."""
+    return list(each_json_line(path, shape, remedy))
 
-    def parse(text: str) -> list:
-        return [json.loads(line) for line in text.split("\n") if line.strip()]
 
-    return _parsed(path, parse, list, remedy, shape)
+def each_json_line(path: Path, shape=dict, remedy: str | None = None) -> Iterator:
+    """The same one by one, for a file that may be larger than memory."""
+    with _one_line(path, remedy), path.open(encoding="utf-8") as lines:
+        for line in lines:
+            if line.strip():
+                yield _check(json.loads(line), shape)
+
+
+def known_json_lines(path: Path) -> list:
+    """What a process wrote line by line until it was killed, perhaps: no file is no line, nor is one that was cut."""
+    lines = []
+    for line in path.read_text(encoding="utf-8", errors="replace").split("\n") if path.is_file() else []:
+        with contextlib.suppress(ValueError, RecursionError):
+            lines.append(json.loads(line))
+    return lines
 
 
 def read_yaml(path: Path, shape=dict, remedy: str | None = None):
@@ -43,7 +67,7 @@ def read_yaml(path: Path, shape=dict, remedy: str | None = None):
         try:
             return yaml.safe_load(text) or {}
         except yaml.YAMLError as error:
-            raise ValueError(" ".join(str(error).split())) from None
+            raise ValueError(words(error)) from None
 
     return _parsed(path, parse, shape, remedy)
 
@@ -63,18 +87,25 @@ def load_rows(folder: Path):
     except Exception as error:  # whatever Arrow and datasets meet in a damaged file, down to bare Exceptions
         if lack(error, str(folder)):
             raise
-        raise UserError(f"{folder}: cannot be read ({_short(error)}); {made_again(folder)}") from None
+        raise UserError(f"{folder}: cannot be read ({words(error)}); {made_again(folder)}") from None
     return rows
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Write a file by way of a temporary one: nobody ever reads half of it, and a failure leaves nothing."""
+@contextlib.contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """A temporary path that becomes `path` when the block ends well: nobody reads half of it, no failure leaves it."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        temporary.write_text(text, encoding="utf-8")
+        yield temporary
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a text by way of `whole_file`."""
+    with whole_file(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 def json_lines(rows: list[dict]) -> str:
@@ -82,19 +113,23 @@ def json_lines(rows: list[dict]) -> str:
     return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
-def _parsed(path: Path, parse, shape, remedy: str | None, of_each=None):
+def _parsed(path: Path, parse, shape, remedy: str | None):
+    with _one_line(path, remedy):
+        return _check(parse(path.read_text(encoding="utf-8")), shape)
+
+
+@contextlib.contextmanager
+def _one_line(path: Path, remedy: str | None):
+    """What is wrong with a file that is read, in one line."""
     remedy = remedy or made_again(path.parent)
     try:
-        content = _check(parse(path.read_text(encoding="utf-8")), shape)
-        for each in content if of_each else []:
-            _check(each, of_each)
+        yield
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; {remedy}") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); make it a readable file") from None
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: damaged ({_short(error)}); {remedy}") from None
-    return content
+        raise UserError(f"{path}: damaged ({words(error)}); {remedy}") from None
 
 
 def _check(content, shape):
@@ -140,7 +175,3 @@ def _adapter(kind):
     from pydantic import ConfigDict, TypeAdapter
 
     return TypeAdapter(kind, config=ConfigDict(strict=True))
-
-
-def _short(error: BaseException) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__

@@ -6,7 +6,7 @@ import os
 import sys
 from pathlib import Path
 
-from temper.files import write_whole
+from temper.files import known_json, write_whole
 
 KEY_LENGTH = 10  # 40 bits: a collision among 10,000 artefacts has a chance of about 1 in 20,000
 
@@ -42,11 +42,8 @@ class HashCache:
     @staticmethod
     def _read(path: Path) -> dict:
         """What was remembered; a damaged file is only a cache that is lost."""
-        try:
-            known = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError, RecursionError):
-            return {}
-        whole = isinstance(known, dict) and all(isinstance(v, list) and len(v) == 2 for v in known.values())
+        known = known_json(path)
+        whole = all(isinstance(entry, list) and len(entry) == 2 for entry in known.values())
         return known if whole and all(isinstance(sha256, str) for _, sha256 in known.values()) else {}
 
     def sha256(self, path: str | os.PathLike) -> str:

@@ -5,8 +5,13 @@ import sys
 import time
 import warnings
 
+from temper.units import seconds
+
 log = logging.getLogger("temper")
 LOG_EVERY_SECONDS = 10.0
+WITH_TOTAL = "{desc}: {n_fmt}/{total_fmt}{unit} ({percentage:.0f}%), {rate_noinv_fmt}, {remaining} left{postfix}"
+WITHOUT_TOTAL = "{desc}: {n_fmt}{unit}, {rate_noinv_fmt}{postfix}"
+DONE = "{desc}: {n_fmt}{unit} in {took}"
 
 
 class Progress:
@@ -17,8 +22,10 @@ class Progress:
     """
 
     def __init__(self, total: int | None, name: str, unit: str, initial: int = 0):
-        self.total, self.name, self.unit = total, name, unit
+        self.total, self.name = total, name
         self.initial = self.count = initial
+        scaled = unit == "B"
+        self.amounts = {"unit": unit if scaled else f" {unit}", "unit_scale": scaled, "unit_divisor": 1024}
         self.started = self.last_line = time.monotonic()
         self.bar = None
 
@@ -26,56 +33,45 @@ class Progress:
         if sys.stderr.isatty():
             from tqdm import tqdm
 
-            scaled = self.unit == "B"
-            self.bar = tqdm(
-                total=self.total,
-                initial=self.initial,
-                desc=self.name,
-                unit=self.unit if scaled else f" {self.unit}",
-                unit_scale=scaled,
-                unit_divisor=1024,
-                dynamic_ncols=True,
-            )
+            self.bar = tqdm(total=self.total, initial=self.initial, desc=self.name, dynamic_ncols=True, **self.amounts)
         return self
 
     def update(self, n: int = 1, note: str = "") -> None:
         """Count `n` more; `note` is shown behind the count (a loss, a file name)."""
         self.count += n
         if self.bar is not None:
+            self.bar.total = self.total  # of a download it is known when the first bytes come
             self.bar.set_postfix_str(note, refresh=False)
             self.bar.update(n)
             return
         now = time.monotonic()
         if now - self.last_line >= LOG_EVERY_SECONDS:
             self.last_line = now
-            self._line(now, note)
+            self._line(WITH_TOTAL if self.total else WITHOUT_TOTAL, note)
 
-    def _line(self, now: float, note: str) -> None:
-        elapsed = now - self.started
-        rate = (self.count - self.initial) / elapsed if elapsed else 0.0
-        of, left = "", ""
-        if self.total:
-            of = f"/{self._amount(self.total)} ({self.count / self.total:.0%})"
-            left = f", {(self.total - self.count) / rate:.0f} s left" if rate else ""
-        note = f"  {note}" if note else ""
-        done, speed = self._amount(self.count), self._amount(rate)
-        log.info("%s: %s%s%s, %s/s%s%s", self.name, done, of, self._unit, speed, left, note)
+    def _line(self, form: str, note: str = "") -> None:
+        """Log a line in the words of tqdm's bar."""
+        from tqdm import tqdm
 
-    @property
-    def _unit(self) -> str:
-        return "" if self.unit == "B" else f" {self.unit}"  # an amount of bytes has its unit already
-
-    def _amount(self, count: float) -> str:
-        if self.unit == "B":
-            return f"{count / 2**20:.1f} MiB"
-        return f"{count:.0f}" if count >= 10 or count == int(count) else f"{count:.2f}"
+        elapsed = time.monotonic() - self.started
+        text = tqdm.format_meter(
+            self.count,
+            self.total,
+            elapsed,
+            prefix=self.name,
+            postfix=note,
+            initial=self.initial,
+            bar_format=form,
+            took=seconds(elapsed),
+            **self.amounts,
+        )
+        log.info("%s", " ".join(text.split()))  # tqdm aligns rates with blanks
 
     def __exit__(self, kind, error, trace):
         if self.bar is not None:
             self.bar.close()
         elif kind is None and self.count != self.initial:
-            seconds = time.monotonic() - self.started
-            log.info("%s: %s%s in %.1f s", self.name, self._amount(self.count), self._unit, seconds)
+            self._line(DONE)
 
 
 def quiet_libraries() -> None:

@@ -26,6 +26,7 @@ from temper.folders import check_name, is_complete, locked, made_by_a_step, refu
 from temper.keys import changed_keys, flat
 from temper.model.threads import bound_shape_caches
 from temper.provenance import write_provenance
+from temper.units import seconds
 
 log = logging.getLogger("temper")
 
@@ -126,7 +127,7 @@ def execute(step, arguments, names: list[str]) -> None:
             facts = _run(step, _deep_merge(config, settings), inputs, folder)
             _readable_weights(folder)
             write_provenance(folder, step.STAGE, config, inputs, time.time() - started, facts)
-        log.info("%s: wrote %s in %.0f s", step.STAGE, output, time.time() - started)
+        log.info("%s: wrote %s in %s", step.STAGE, output, seconds(time.time() - started))
 
 
 def _run(step, view: dict, inputs: dict[str, Path | None], folder: Path) -> dict:

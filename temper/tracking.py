@@ -28,7 +28,7 @@ from urllib.parse import unquote, urlsplit
 from temper.errors import UserError, lack
 from temper.evaluation.figures import FILE, Diverged, Figures, finite, read_figures
 from temper.evaluation.metrics import lower_is_better
-from temper.files import read_json, read_json_lines
+from temper.files import read_json, read_json_lines, whole_file
 from temper.folders import locked
 from temper.hashing import digest
 from temper.keys import flat
@@ -149,16 +149,14 @@ def _make_store() -> None:
     """Make the SQLite file whole or not at all: MLflow cannot go on with half of its tables."""
     if STORE.exists():
         return
-    temporary = STORE.with_name(f".tmp-{STORE.name}")
-    temporary.unlink(missing_ok=True)
     logging.getLogger("alembic").setLevel(logging.WARNING)
     logging.getLogger("mlflow").setLevel(logging.CRITICAL)
     from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 
     # The second argument is where MLflow's own experiment, which we do not use, keeps its artifacts: by default it
     # would be a path, which MLflow pastes into SQL.
-    SqlAlchemyStore(f"sqlite:///{temporary.resolve()}", "mlflow-artifacts:/").engine.dispose()
-    temporary.rename(STORE)
+    with whole_file(STORE) as temporary:
+        SqlAlchemyStore(f"sqlite:///{temporary.resolve()}", "mlflow-artifacts:/").engine.dispose()
 
 
 # Where MLflow stores absolute addresses below results/: table, column.

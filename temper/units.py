@@ -1,4 +1,4 @@
-"""Numbers, seconds and bytes as texts for people."""
+"""Numbers, seconds and bytes as texts for people. Rates and what is left of a count: `temper.progress`."""
 
 import math
 
@@ -18,7 +18,10 @@ def signed(value) -> str:
 
 
 def seconds(value) -> str:
-    """``47 s``, ``3 min 20 s``, ``2 h 05 min``."""
+    """``47 s``, ``3 min 20 s``, ``2 h 05 min``.
+
+    By hand: tqdm's ``03:20`` may be hours and has no tenths, humanfriendly's "2 hours and 5 minutes" is too long.
+    """
     if value is None:
         return "–"
     if value < 60:
@@ -28,10 +31,12 @@ def seconds(value) -> str:
 
 
 def size(value) -> str:
-    """Bytes in MiB or GiB."""
+    """Bytes: ``512 MiB``, ``3.27 GiB``."""
     if value is None:
         return "–"
-    return f"{value / 2**20:,.0f} MiB" if value < 2**30 else f"{value / 2**30:.1f} GiB"
+    from humanfriendly import format_size
+
+    return format_size(value, binary=True)
 
 
 def count(value) -> str:

@@ -12,11 +12,11 @@ Reads results/merged/; writes the file whole, by a rename.
 """
 
 import json
-import os
 from pathlib import Path
 
 from temper.commands import flags
 from temper.errors import UserError
+from temper.files import whole_file
 from temper.progress import quiet_libraries
 from temper.runs import find as runs
 from temper.runs.prompting import tokenizer_to_ship
@@ -44,7 +44,7 @@ def arguments(parser) -> None:
 
 def run(arguments) -> None:
     """Write the file."""
-    output = _new_file(arguments.output)
+    output = flags.new_file(arguments.output, ".gguf", "name a file that ends in .gguf")
     tuned = runs.find(arguments.run, arguments.sweep)
     folder = tuned.part("merge_adapter", "and it is what is exported")
     runs.refuse_bundled(folder, "there is no one file of that")
@@ -52,15 +52,6 @@ def run(arguments) -> None:
     print(f"wrote {output} ({output.stat().st_size:,} bytes)")
     if not tuned.prompt["apply_chat_template"]:
         print(f"ask it in the words of its training, without a chat template: {tuned.prompt['template']!r}")
-
-
-def _new_file(name: str) -> Path:
-    path = Path(name)
-    if os.path.lexists(path):
-        raise UserError(f"--output {name}: is there already; name another file, or move it away")
-    if path.suffix != ".gguf" or not path.parent.is_dir():
-        raise UserError(f"--output {name}: name a file that ends in .gguf, in a folder that is there")
-    return path
 
 
 def export(folder: Path, output: Path, outtype: str, prompt: dict) -> None:
@@ -78,9 +69,8 @@ def export(folder: Path, output: Path, outtype: str, prompt: dict) -> None:
     _check_architecture(folder, config)
     tokenizer = tokenizer_to_ship(folder, prompt)
     splits_words = pre_tokenizer(json.loads(tokenizer.backend_tokenizer.to_str()), folder)
-    part = output.with_name(f".{output.name}.{os.getpid()}")
-    writer = GGUFWriter(part, "llama")
-    try:
+    with whole_file(output) as part:
+        writer = GGUFWriter(part, "llama")
         _add_config(writer, config, folder.name)
         _add_tokenizer(writer, tokenizer, config, folder, splits_words)
         _add_weights(writer, folder, config, outtype)
@@ -88,9 +78,6 @@ def export(folder: Path, output: Path, outtype: str, prompt: dict) -> None:
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
         writer.close()
-        part.rename(output)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def _check_architecture(folder: Path, config) -> None:

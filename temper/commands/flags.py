@@ -1,5 +1,11 @@
 """The arguments that several commands have."""
 
+import os
+from pathlib import Path
+
+from temper.errors import UserError
+from temper.folders import check_name
+
 
 def of_a_sweep(parser) -> None:
     """Add what says which sweep a command is about."""
@@ -28,3 +34,26 @@ def of_a_run(parser) -> None:
     """Add what says which finished run a command is about."""
     parser.add_argument("--run", required=True, help="name, key or folder of a run, or best")
     parser.add_argument("--sweep", help="with --run best: the sweep it is the best of")
+
+
+def new_file(name: str, ending: str, advice: str) -> Path:
+    """The file that `--output` names. What is there already is never replaced.
+
+    Args:
+        advice: what to name, when it has another ending.
+    """
+    path = Path(name)
+    if os.path.lexists(path):
+        raise UserError(f"--output {name}: is there already; name another file, or move it away")
+    if path.suffix != ending:
+        raise UserError(f"--output {name}: {advice}")
+    if not path.parent.is_dir():
+        raise UserError(f"--output {name}: there is no folder {path.parent}")
+    check_name(path, f"--output {name[:40]}...")
+    return path
+
+
+def refuse_used(folder: Path, flag: str, advice: str) -> None:
+    """Refuse a folder to write that is there and has something in it, or is a file."""
+    if os.path.lexists(folder) and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"{flag}{folder}: is there already; {advice}")

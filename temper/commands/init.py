@@ -7,7 +7,7 @@ import shlex
 import sys
 from pathlib import Path
 
-from temper.errors import UserError
+from temper.commands import flags
 from temper.files import json_lines
 from temper.keys import PACKAGE_ROOT
 
@@ -69,8 +69,7 @@ def run(arguments) -> None:
         UserError: the folder is there and has something in it.
     """
     folder = Path(arguments.folder)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"{folder}: is there already; name a new folder, or an empty one")
+    flags.refuse_used(folder, "", "name a new folder, or an empty one")
     words = [str(Path(sys.executable).parent / "snakemake"), "-s", str(PACKAGE_ROOT / "Snakefile"), "--cores", "all"]
     command = shlex.join([*words, "--config", "conf_dir=conf", "experiment=reviews"])
     files = {

@@ -14,15 +14,13 @@ Rounding is another matter: in 16 bits an answer may depend on the rows beside i
 Reads the prompts, and results/; every row is checked before the model is loaded.
 """
 
-import contextlib
 import dataclasses
 import datetime
 import decimal
 import json
-import os
 import re
 import sys
-from collections.abc import Callable, Iterator
+import tempfile
 from pathlib import Path
 
 from temper.commands import flags
@@ -30,13 +28,16 @@ from temper.data import texts
 from temper.data.layouts import refuse_unused
 from temper.data.rows import FORMATS, RawFile, refuse_utf16
 from temper.errors import UserError, suggest
+from temper.files import write_whole
 from temper.progress import quiet_libraries
 from temper.runs import find as runs
 from temper.runs import prompting
 from temper.step import logging_to
+from temper.units import seconds
 
 ROLES = ("system", "user", "assistant")
 STDIO = "-"
+NO_LINES = "answers are JSON lines; name a file that ends in .jsonl, or - for a pipe"
 HIGH_CONTROLS = re.compile("[\x7f-\x9f]")  # JSON need not escape them, but some steer a terminal
 
 
@@ -59,19 +60,18 @@ def run(arguments) -> None:
 def predict(arguments) -> None:
     """Answer every prompt of the input, and write the answers."""
     quiet_libraries()
-    output = _new_file(arguments.output)
+    output = None if arguments.output == STDIO else flags.new_file(arguments.output, ".jsonl", NO_LINES)
     run = runs.find(arguments.run, arguments.sweep)
     settings, batch_size = _settings(run, arguments)
     rows = read_prompts(arguments.input)
     _check_columns(rows)
     prompter = prompting.Prompter(runs.model_folder(run), run.prompt, arguments.system, runs.virtual_tokens(run))
     prompts = [_ids(row, prompter, settings.max_new_tokens) for row in rows]
-    with _writer(output) as write:
-        answers = prompting.answer_all(
-            runs.load_network(run), prompter, prompts, settings, batch_size, seed=arguments.seed
-        )
-        lines = [_line(*made) for made in zip(rows, answers.texts, answers.finished, strict=True)]
-        write(lines)
+    if output:
+        _check_writable(output)
+    answers = prompting.answer_all(runs.load_network(run), prompter, prompts, settings, batch_size, seed=arguments.seed)
+    lines = [_line(*made) for made in zip(rows, answers.texts, answers.finished, strict=True)]
+    _write(lines, output)
     _summarise(answers, settings, output)
 
 
@@ -225,56 +225,35 @@ def _ids(row: Row, prompter: prompting.Prompter, max_new_tokens: int) -> list[in
 # --- the answers ---------------------------------------------------------------------------------
 
 
-def _new_file(name: str) -> Path | None:
-    """Where to write, None for standard output. What is there already is never replaced."""
-    if name == STDIO:
-        return None
-    path = Path(name)
-    if os.path.lexists(path):
-        raise UserError(f"--output {name}: is there already; name another file, or move it away")
-    if path.suffix != ".jsonl":
-        raise UserError(f"--output {name}: answers are JSON lines; name a file that ends in .jsonl, or - for a pipe")
-    if not path.parent.is_dir():
-        raise UserError(f"--output {name}: there is no folder {path.parent}")
-    return path
-
-
 def _for_a_terminal(line: str) -> str:
     """The same JSON, with the control characters spelt that JSON itself leaves as they are."""
     return HIGH_CONTROLS.sub(lambda char: f"\\u{ord(char[0]):04x}", line)
 
 
-@contextlib.contextmanager
-def _writer(output: Path | None) -> Iterator[Callable[[list[str]], None]]:
-    """A function that writes the lines. Whether there may be a file is known before the first answer is made."""
-    if output is None:
-        yield lambda lines: sys.stdout.writelines(map(_for_a_terminal, lines))
-        return
-    part = output.with_name(f".{output.name}.{os.getpid()}")
+def _check_writable(output: Path) -> None:
+    """Whether there may be a file is known before the first answer is made."""
     try:
-        part.touch()
+        tempfile.TemporaryFile(dir=output.parent).close()
     except OSError as error:
         raise UserError(f"--output {output}: cannot be written ({error.strerror})") from None
 
-    def write(lines: list[str]) -> None:
-        try:
-            part.write_text("".join(lines), encoding="utf-8")
-            part.rename(output)
-        except OSError as error:
-            sys.stdout.writelines(lines)  # hours of computing may be in them
-            raise UserError(
-                f"--output {output}: cannot be written ({error.strerror}); the answers went to standard output instead"
-            ) from None
 
+def _write(lines: list[str], output: Path | None) -> None:
+    if output is None:
+        sys.stdout.writelines(map(_for_a_terminal, lines))
+        return
     try:
-        yield write
-    finally:
-        part.unlink(missing_ok=True)
+        write_whole(output, "".join(lines))
+    except OSError as error:
+        sys.stdout.writelines(lines)  # hours of computing may be in them
+        raise UserError(
+            f"--output {output}: cannot be written ({error.strerror}); the answers went to standard output instead"
+        ) from None
 
 
 def _summarise(answers, settings: prompting.Generation, output: Path | None) -> None:
     count, cut = len(answers.texts), answers.finished.count(False)
-    text = f"{count} answers in {answers.seconds:.1f} s, {sum(answers.tokens) / answers.seconds:.0f} tokens/s"
+    text = f"{count} answers in {seconds(answers.seconds)}, {sum(answers.tokens) / answers.seconds:.0f} tokens/s"
     if cut:
         text += f"; {cut} cut off at max_new_tokens={settings.max_new_tokens}"
     print(f"{text}; wrote {output}" if output else text, file=sys.stderr)

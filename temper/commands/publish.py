@@ -14,15 +14,15 @@ login`, or HF_TOKEN.
 Reads results/; writes to the hub only (HF_ENDPOINT: another one than huggingface.co).
 """
 
+import contextlib
 import json
-import os
 import shutil
 import sys
 import tempfile
 from pathlib import Path
 
 from temper.commands import flags
-from temper.errors import UserError
+from temper.errors import UserError, words
 from temper.files import read_json
 from temper.model.adapters import is_adapter, put_on
 from temper.model.layout import model_files
@@ -33,7 +33,6 @@ from temper.runs import prompting
 from temper.sources.hub import HUB_TIMEOUT
 
 LOGIN = "make one at https://huggingface.co/settings/tokens (write access), then `hf auth login`, or set HF_TOKEN"
-Files = dict[str, Path | bytes]  # name in the repository -> the file, or its content
 
 
 def arguments(parser) -> None:
@@ -56,13 +55,18 @@ def run(arguments) -> None:
     if arguments.base_model is not None:
         _check_name("--base-model", arguments.base_model)
     run = runs.find(arguments.run, arguments.sweep)
-    if not arguments.dry_run:
-        _check_token()
-    files = collect(run, arguments)
     if arguments.dry_run:
-        _write(files, Path(arguments.dry_run))
+        flags.refuse_used(Path(arguments.dry_run), "--dry-run ", "name a new folder")
     else:
-        _push(files, run, arguments)
+        _check_token()
+    with tempfile.TemporaryDirectory() as scratch:
+        files = Path(scratch) / "files"
+        files.mkdir()
+        collect(run, arguments, files)
+        if arguments.dry_run:
+            _write(files, Path(arguments.dry_run))
+        else:
+            _push(files, run, arguments)
 
 
 def _check_name(flag: str, name: str) -> None:
@@ -87,8 +91,8 @@ def _check_token() -> None:
 # --- what is pushed ------------------------------------------------------------------------------
 
 
-def collect(run: runs.FinishedRun, arguments) -> Files:
-    """The repository's files: weights, config, tokenizer, card.
+def collect(run: runs.FinishedRun, arguments, files: Path) -> None:
+    """Fill the empty folder `files` with the repository's: card, tokenizer, config, weights (as links).
 
     Raises:
         UserError: a part of the run is not there any more, or nobody could load its adapter.
@@ -96,30 +100,23 @@ def collect(run: runs.FinishedRun, arguments) -> Files:
     adapter = run.part("train_adapter", "so there is nothing to publish")
     merged = arguments.merged or not is_adapter(adapter)
     base = (model_card.untouched_origin if merged else model_card.base_origin)(run, arguments.base_model)
-    files = _merged_files(run) if merged else _adapter_files(run, adapter, base)
+    _add_merged(run, files) if merged else _add_adapter(run, adapter, base, files)
     card = model_card.model_card(run, model_card.Card(arguments.repository, base, merged, arguments.license))
-    return {**files, "README.md": card.encode()}
+    (files / "README.md").write_text(card, encoding="utf-8")
 
 
-def _merged_files(run: runs.FinishedRun) -> Files:
-    """The merged model: no file of Temper's own goes along."""
+def _add_merged(run: runs.FinishedRun, files: Path) -> None:
+    """The merged model, and a tokenizer that asks as the training did. No file of Temper's own goes along."""
     folder = run.part("merge_adapter", "and it is what --merged publishes")
     runs.refuse_bundled(folder, "publish the adapter, without --merged")
     check_weights(folder)
     load_tokenizer(folder)
+    prompting.tokenizer_to_ship(folder, run.prompt).save_pretrained(files)
     names = model_files([path.name for path in folder.iterdir()], str(folder))
-    files = {name: folder / name for name in names if name != "provenance.json"}
-    return {**files, **_tokenizer_files(folder, run)}
+    _link([folder / name for name in names if name not in ("provenance.json", "README.md")], files)
 
 
-def _tokenizer_files(folder: Path, run: runs.FinishedRun) -> Files:
-    """The tokenizer in `folder`, by whose chat template others ask as the training did."""
-    with tempfile.TemporaryDirectory() as scratch:
-        prompting.tokenizer_to_ship(folder, run.prompt).save_pretrained(scratch)
-        return {path.name: path.read_bytes() for path in Path(scratch).iterdir()}
-
-
-def _adapter_files(run: runs.FinishedRun, adapter: Path, base: model_card.Origin) -> Files:
+def _add_adapter(run: runs.FinishedRun, adapter: Path, base: model_card.Origin, files: Path) -> None:
     """The adapter, with the base model's name on the hub in its config, and the base model's tokenizer."""
     if base.repository is None:
         raise UserError(
@@ -127,37 +124,42 @@ def _adapter_files(run: runs.FinishedRun, adapter: Path, base: model_card.Origin
             "adapter: publish with --merged, or say where the model is on the hub with --base-model user/name"
         )
     put_on(load_model(runs.base_folder(run), run.load), adapter)  # that they fit, before others find out
+    prompting.tokenizer_to_ship(runs.base_folder(run), run.prompt).save_pretrained(files)
     config = read_json(adapter / "adapter_config.json")
     config |= {"base_model_name_or_path": base.repository, "revision": base.commit}
-    files: Files = {"adapter_config.json": (json.dumps(config, indent=2) + "\n").encode()}
-    files |= {path.name: path for path in adapter.glob("adapter_model*") if path.is_file()}
-    return {**files, **_tokenizer_files(runs.base_folder(run), run)}
+    (files / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    _link([path for path in adapter.glob("adapter_model*") if path.is_file()], files)
 
 
-def _write(files: Files, folder: Path) -> None:
-    if os.path.lexists(folder) and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"--dry-run {folder}: is there already; name a new folder")
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, content in sorted(files.items()):
-        if isinstance(content, bytes):
-            (folder / name).write_bytes(content)
-        else:
-            shutil.copyfile(content, folder / name)
-        print(f"{(folder / name).stat().st_size:>13,}  {name}")
+def _link(paths: list[Path], files: Path) -> None:
+    """Links, for weights are large. What is there already is the run's own, and stays."""
+    for path in paths:
+        if not (files / path.name).exists():
+            (files / path.name).symlink_to(path.resolve())
+
+
+def _write(files: Path, folder: Path) -> None:
+    shutil.copytree(files, folder, dirs_exist_ok=True)
+    for path in _all_files(folder):
+        print(f"{path.stat().st_size:>13,}  {path.relative_to(folder)}")
     print(f"nothing was pushed; this would be: {folder}")
+
+
+def _all_files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.is_file())
 
 
 # --- pushing -------------------------------------------------------------------------------------
 
 
-def _push(files: Files, run: runs.FinishedRun, arguments) -> None:
-    from huggingface_hub import CommitOperationAdd, HfApi
+def _push(files: Path, run: runs.FinishedRun, arguments) -> None:
+    from huggingface_hub import HfApi
     from huggingface_hub.utils import disable_progress_bars
 
     if not sys.stderr.isatty():
         disable_progress_bars()
     repository, api = arguments.repository, HfApi()
-    with _HubErrors(repository):
+    with _hub_errors(repository):
         exists = _exists(api, repository)
         if exists and not arguments.exist_ok:
             raise UserError(
@@ -167,10 +169,9 @@ def _push(files: Files, run: runs.FinishedRun, arguments) -> None:
             raise UserError(f"--public: {repository} is there already; change who may see it on its settings page")
         if not exists:
             api.create_repo(repository, private=not arguments.public)
-        operations = [CommitOperationAdd(name, content) for name, content in sorted(files.items())]
-        commit = api.create_commit(repository, operations, commit_message=f"Temper run {run.name}")
+        commit = api.upload_folder(repo_id=repository, folder_path=files, commit_message=f"Temper run {run.name}")
     who = "as visible as before" if exists else "public" if arguments.public else "private"
-    print(f"pushed {len(files)} files to {commit.repo_url} ({who})")
+    print(f"pushed {len(_all_files(files))} files to {commit.repo_url} ({who})")
 
 
 def _exists(api, repository: str) -> bool:
@@ -186,34 +187,30 @@ def _exists(api, repository: str) -> bool:
     return True
 
 
-class _HubErrors:
-    """Turns what the hub refuses into one line."""
+@contextlib.contextmanager
+def _hub_errors(repository: str):
+    """Turn what the hub refuses into one line."""
+    from huggingface_hub.errors import HfHubHTTPError, HTTPError
 
-    def __init__(self, repository: str):
-        self.repository = repository
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, kind, error, trace):
-        from huggingface_hub.errors import HfHubHTTPError, HTTPError
-
-        if isinstance(error, RuntimeError) and error.__cause__ is not None:  # of an upload's thread
-            error = error.__cause__
+    try:
+        yield
+    except (HTTPError, OSError, RuntimeError) as raised:
+        # a RuntimeError is that of an upload's thread
+        error = raised.__cause__ if isinstance(raised, RuntimeError) else raised
         if isinstance(error, HfHubHTTPError) and error.response is not None:
-            raise UserError(self._refused(error.response.status_code, error)) from None
-        if isinstance(error, HTTPError | OSError):
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise UserError(
-                f"--repository {self.repository}: the hub cannot be reached ({reason[:200]}); no network? "
-                "--dry-run FOLDER writes what would be pushed"
-            ) from None
+            raise UserError(f"--repository {repository}: {_refusal(error.response.status_code, error)}") from None
+        if not isinstance(error, HTTPError | OSError):
+            raise
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(
+            f"--repository {repository}: the hub cannot be reached ({reason[:200]}); no network? "
+            "--dry-run FOLDER writes what would be pushed"
+        ) from None
 
-    def _refused(self, status: int, error) -> str:
-        where = f"--repository {self.repository}"
-        if status == 401:
-            return f"{where}: the hub does not accept the token: {LOGIN}"
-        if status == 403:
-            return f"{where}: the token may not write there: use your own user name or organisation, and a write token"
-        reason = " ".join(str(getattr(error, "server_message", None) or error).split())
-        return f"{where}: the hub refuses ({status}: {reason[:200]})"
+
+def _refusal(status: int, error) -> str:
+    if status == 401:
+        return f"the hub does not accept the token: {LOGIN}"
+    if status == 403:
+        return "the token may not write there: use your own user name or organisation, and a write token"
+    return f"the hub refuses ({status}: {words(getattr(error, 'server_message', None) or error)})"

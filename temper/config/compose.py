@@ -12,7 +12,7 @@ from typing import Any
 
 from temper import yaml_files
 from temper.config.validate import validated
-from temper.errors import UserError, suggest
+from temper.errors import UserError, suggest, words
 from temper.errors import short as _short
 from temper.keys import PACKAGE_ROOT
 
@@ -201,8 +201,7 @@ def _swept(override, text: str) -> list[str]:
     try:
         values = list(itertools.islice(override.sweep_string_iterator(), MOST_POINTS + 1))
     except (HydraException, ValueError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"sweep '{text}': {reason} (name the values: {key}=1,2 or range(1,4))") from None
+        raise UserError(f"sweep '{text}': {words(error)} (name the values: {key}=1,2 or range(1,4))") from None
     if len(values) > MOST_POINTS:
         raise UserError(too_many)
     if not values:

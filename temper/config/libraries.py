@@ -19,7 +19,7 @@ import warnings
 from pathlib import Path
 
 from temper.config import options
-from temper.errors import UserError, found, suggest, told_by_library
+from temper.errors import UserError, found, suggest, told_by_library, words
 from temper.hashing import digest
 from temper.keys import code_key
 from temper.model.adapters import ATTENTION
@@ -230,10 +230,6 @@ def _optimizer(args, **changed):
     return Trainer.get_optimizer_cls_and_kwargs(args)
 
 
-def _line(error: Exception | str) -> str:
-    return " ".join(str(error).split())[:300]
-
-
 def _check_schedule(args) -> None:
     """Make the learning-rate schedule once, for a single weight: it is what knows its own arguments."""
     name, keywords = args.lr_scheduler_type.value, args.lr_scheduler_kwargs
@@ -242,7 +238,7 @@ def _check_schedule(args) -> None:
     except (ValueError, TypeError, KeyError, AttributeError, NotImplementedError) as error:
         raise UserError(
             f"config: 'train.lr_scheduler_kwargs' does not fit lr_scheduler_type={name} and learning_rate="
-            f"{args.learning_rate:g}: {_line(error)}"
+            f"{args.learning_rate:g}: {words(error, 300)}"
         ) from None
     with contextlib.suppress(TypeError):
         _schedule(args, 1, {"no schedule has this": 1})
@@ -369,4 +365,4 @@ def _check_peft(adapter: dict, cls) -> None:
         cls(**own)
     for warning in said:
         if "ignored" in str(warning.message):
-            raise UserError(f"config: adapter: {_line(warning.message)}; leave it out")
+            raise UserError(f"config: adapter: {words(warning.message, 300)}; leave it out")

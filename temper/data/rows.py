@@ -15,7 +15,8 @@ import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
-from temper.errors import UserError, lack
+from temper.errors import UserError, lack, words
+from temper.units import size
 
 FORMATS = {".json": "json", ".jsonl": "jsonl", ".ndjson": "jsonl", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
 BOM = b"\xef\xbb\xbf"
@@ -67,9 +68,9 @@ class RawFile:
         except Exception as error:  # whatever a parser meets in a damaged or hostile file
             if lack(error, str(self.path)):
                 raise
-            reason = "nested too deeply" if isinstance(error, RecursionError) else " ".join(str(error).split())[:200]
+            reason = "nested too deeply" if isinstance(error, RecursionError) else words(error)
             after = f" after {self.place(number)}" if number else ""
-            raise UserError(f"{self.path}: cannot be read{after} ({reason or type(error).__name__})") from None
+            raise UserError(f"{self.path}: cannot be read{after} ({reason})") from None
 
     def place(self, number: int) -> str:
         """``file:line``, or ``file, row n`` where a row's line is not known."""
@@ -207,11 +208,11 @@ class RawFile:
                     read += len(line)
                     if read > most and self.path.suffix == ".gz":
                         raise UserError(
-                            f"{self.path}: unpacks to over {most >> 30} GiB, {MOST_GROWTH} times its size: "
+                            f"{self.path}: unpacks to over {size(most)}, {MOST_GROWTH} times its size: "
                             "if you trust it, unpack it yourself"
                         )
                     if len(line) == longest:
-                        raise UserError(f"{self._line(number)}: is longer than {longest >> 20} MiB: is it text?")
+                        raise UserError(f"{self._line(number)}: is longer than {size(longest)}: is it text?")
                     if number == 1:
                         refuse_utf16(line, self._line(number))
                     yield number, (line.removeprefix(BOM) if number == 1 else line).decode()

@@ -6,7 +6,7 @@ import re
 import warnings
 from pathlib import Path
 
-from temper.errors import UserError, told_by_library
+from temper.errors import UserError, told_by_library, words
 from temper.model.reading import reading, refuse_no_numbers, refuse_tensors
 
 DIVERGED = "diverged.json"  # in a merged folder, in place of a model: the training ended in nan or infinity
@@ -125,7 +125,7 @@ def _refuse_unmergeable(model) -> None:
         able = hasattr(model.base_model, "merge_and_unload")
         said = f"PEFT cannot merge {model.active_peft_config.peft_type.value}"
     except (RuntimeError, NotImplementedError, ValueError) as error:
-        able, said = False, " ".join(str(error).split())[:200] or type(error).__name__
+        able, said = False, words(error)
     if not able:
         raise UserError(f"config: adapter: what is trained so could never be merged ({said}): choose another one")
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from temper.files import read_json
 from temper.keys import flat
-from temper.units import seconds as readable
+from temper.units import seconds, size
 
 
 @dataclasses.dataclass
@@ -137,12 +137,12 @@ class Forecast:
             return "forecast: nothing to go by yet"
         unknown = f"; nothing to go by for {self.unknown} job(s)" if self.unknown else ""
         lines = [
-            f"forecast: about {readable(self.wall_clock())} on {self.cores} core(s) "
-            f"({readable(sum(self.jobs.values()))} of jobs), {self.bytes / 2**20:,.0f} MiB of disk{unknown}"
+            f"forecast: about {seconds(self.wall_clock())} on {self.cores} core(s) "
+            f"({seconds(sum(self.jobs.values()))} of jobs), {size(self.bytes)} of disk{unknown}"
         ]
         free = shutil.disk_usage(os.curdir).free
         if self.bytes > free:
-            lines.append(f"warning: only {free / 2**20:,.0f} MiB of disk are free")
+            lines.append(f"warning: only {size(free)} of disk are free")
         return "\n".join(lines)
 
 

@@ -6,11 +6,11 @@ somebody edits one, its content is.
 """
 
 import collections
-import json
 from pathlib import Path
 
 from temper.data.rows import format_of, refuse_unread
 from temper.errors import UserError
+from temper.files import read_json
 from temper.hashing import HashCache, digest, file_sha256
 
 RAW = Path("data/raw")
@@ -136,14 +136,11 @@ def read_pin(pin: Path) -> dict:
     Raises:
         UserError: it is damaged.
     """
-    try:
-        recorded = json.loads(pin.read_text(encoding="utf-8"))
-        names = list(recorded["files"])
-        whole = isinstance(recorded["source"], dict) and all(name == Path(name).name for name in names)
-    except (ValueError, LookupError, TypeError, RecursionError):
-        whole = False
-    if not whole:
-        raise UserError(f"{pin}: damaged; delete it, and the data is fetched again (edited files are kept)")
+    remedy = "delete it, and the data is fetched again (edited files are kept)"
+    recorded = read_json(pin, {"source": dict, "files": dict[str, str]}, remedy)
+    for name in recorded["files"]:
+        if name != Path(name).name:
+            raise UserError(f"{pin}: damaged ('{name}' is in another folder); {remedy}")
     return recorded
 
 

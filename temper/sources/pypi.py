@@ -18,10 +18,11 @@ import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
-from temper.errors import UserError
+from temper.errors import UserError, words
 from temper.folders import locked, temporary_folder
 from temper.hashing import file_sha256
 from temper.progress import Progress
+from temper.units import size
 
 log = logging.getLogger("temper")
 DOWNLOADS = Path("results/.state/downloads")  # archives, each in a folder named by its sha256
@@ -253,9 +254,8 @@ def _readable(member: str, key: str):
     except Exception as error:
         if isinstance(error, OSError) and error.errno is not None:  # the disk's fault, not the archive's
             raise
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise UserError(
-            f"{key}: {member} cannot be read from the archive, which is damaged or encrypted ({reason})"
+            f"{key}: {member} cannot be read from the archive, which is damaged or encrypted ({words(error)})"
         ) from None
 
 
@@ -279,7 +279,7 @@ def _extract(archive: Path, member: str, target: Path, key: str) -> None:
                 file.write(chunk)
                 if file.tell() > most:
                     raise UserError(
-                        f"{key}: {member} unpacks to over {most / 2**30:.0f} GiB, {MOST_GROWTH} times its archive: "
+                        f"{key}: {member} unpacks to over {size(most)}, {MOST_GROWTH} times its archive: "
                         "if you trust it, unpack it yourself and use source.kind=files"
                     )
 

@@ -9,7 +9,7 @@ from typing import Annotated
 from pydantic import Field
 
 from temper.errors import UserError
-from temper.files import read_json
+from temper.files import read_json, write_whole
 from temper.folders import locked
 from temper.sources.hub import hub_info
 
@@ -43,7 +43,7 @@ def pinned(source: dict, kind: str, section: str) -> dict:
             commit = info.sha if info else _cached_commit(source, kind, section)
             log.info("%s: %s is commit %s now; %s keeps that", source["repository"], revision, commit, REVISIONS)
             known.setdefault(repository, {})[revision] = commit
-            _write_revisions(known)
+            write_whole(REVISIONS, json.dumps(known, indent=2, sort_keys=True, ensure_ascii=False) + "\n")
     return {**source, "revision": commit}
 
 
@@ -53,12 +53,6 @@ def _known_revisions() -> dict[str, dict[str, str]]:
         return {}
     remedy = "correct it, or delete it, and the hub is asked for today's commits"
     return read_json(REVISIONS, dict[str, dict[str, Annotated[str, Field(pattern=COMMIT)]]], remedy)
-
-
-def _write_revisions(known: dict) -> None:
-    part = REVISIONS.with_suffix(".part")
-    part.write_text(json.dumps(known, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
-    part.replace(REVISIONS)
 
 
 def _cached_commit(source: dict, kind: str, section: str) -> str:

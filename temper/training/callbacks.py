@@ -1,6 +1,5 @@
 """What watches a training: exact state, sealed checkpoints, divergence, metrics, progress."""
 
-import json
 import logging
 import math
 import time
@@ -10,6 +9,7 @@ from typing import Any
 import torch
 from transformers import EarlyStoppingCallback, TrainerCallback
 
+from temper.files import json_lines, known_json_lines, write_whole
 from temper.progress import Progress
 from temper.training import checkpoints
 from temper.training.arguments import EARLY_STOPPING, steps_per_epoch
@@ -121,9 +121,10 @@ class MetricsFile(TrainerCallback):
     def __init__(self, path: Path, checkpoint: Path | None, trainer: TemperTrainer, listener=None):
         """Start `path` anew with what stood beside the checkpoint when it was written."""
         self.path, self.trainer, self.listener = path, trainer, listener
-        before = read_metrics(checkpoint.parent / path.name) if checkpoint else []
+        before = known_json_lines(checkpoint.parent / path.name) if checkpoint else []
         self.lines = [line for line in before if line["step"] <= checkpoints.step_of(checkpoint)]
-        write_metrics(path, self.lines)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(path, json_lines(self.lines))
         self.seconds_before = self.lines[-1]["seconds"] if self.lines else 0.0
         self.tokens_before = self.lines[-1]["tokens"] if self.lines else 0
         self.started = time.monotonic()
@@ -159,7 +160,7 @@ class MetricsFile(TrainerCallback):
         }
         self.lines.append(line)
         with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+            file.write(json_lines([line]))
         if self.listener is not None:
             self.listener(line)
 
@@ -167,24 +168,6 @@ class MetricsFile(TrainerCallback):
 def _json_number(value: float) -> float | None:
     """JSON has no nan: a loss that is not a number becomes null."""
     return value if math.isfinite(value) else None
-
-
-def read_metrics(path: Path) -> list[dict]:
-    """The lines of a metrics.jsonl; a last line that was cut off by a kill is left out."""
-    if not path.is_file():
-        return []
-    lines = []
-    for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            lines.append(json.loads(text))
-        except json.JSONDecodeError:
-            break
-    return lines
-
-
-def write_metrics(path: Path, lines: list[dict]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
 
 
 class ShowProgress(TrainerCallback):

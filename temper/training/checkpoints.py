@@ -11,6 +11,7 @@ import os
 import re
 from pathlib import Path
 
+from temper.files import known_json, whole_file
 from temper.hashing import file_sha256
 
 log = logging.getLogger("temper")
@@ -32,10 +33,9 @@ def seal(checkpoint: Path) -> None:
     for path in files:
         _to_disk(path)
     sums = {str(path.relative_to(checkpoint)): file_sha256(path) for path in files}
-    temporary = checkpoint / f".{SEAL}"
-    temporary.write_text(json.dumps(sums, indent=1), encoding="utf-8")
-    _to_disk(temporary)
-    temporary.replace(checkpoint / SEAL)
+    with whole_file(checkpoint / SEAL) as temporary:
+        temporary.write_text(json.dumps(sums, indent=1), encoding="utf-8")
+        _to_disk(temporary)
     _to_disk(checkpoint)
 
 
@@ -51,7 +51,7 @@ def fault(checkpoint: Path) -> str | None:
     """What is wrong with a checkpoint, in a few words; None when it is whole."""
     if not (checkpoint / SEAL).is_file():
         return "was not written to its end"
-    sums, state = _entries(checkpoint / SEAL), _entries(checkpoint / STATE)
+    sums, state = known_json(checkpoint / SEAL), known_json(checkpoint / STATE)
     if not sums:
         return f"has no list of files in {SEAL}"
     if state.get("global_step") != step_of(checkpoint):
@@ -77,15 +77,6 @@ def _odd_entry(state: dict) -> str | None:
     odd = state.keys() ^ {field.name for field in dataclasses.fields(TrainerState)}
     odd |= {name for name, kind in kinds.items() if not isinstance(state.get(name), kind)}
     return min(odd, default=None)
-
-
-def _entries(path: Path) -> dict:
-    """The entries of a JSON object in a file; none when there is no such thing in it."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):  # ValueError: no JSON, or no text
-        return {}
-    return content if isinstance(content, dict) else {}
 
 
 def last_whole(folders: list[Path], up_to: int) -> Path | None:

@@ -8,6 +8,8 @@ and those are counted on batches of the first epoch: how many it has in common i
 
 import dataclasses
 
+from temper import units
+
 # What the C library's heap takes for activations, as a multiple of them: their sizes differ from batch to batch, which
 # leaves holes. Measured in float32 over 25 to 63 steps: 1.4 to 1.6. Giving them back after each step saves nothing.
 HEAP = 1.5
@@ -51,12 +53,8 @@ class Estimate:
             "optimizer": self.optimizer,
             "activations": self.activations,
         }
-        named = " + ".join(f"{name} {mebibytes(size)}" for name, size in parts.items())
-        return f"estimate: {mebibytes(self.peak)} ({named}), {self.flops_per_step / 1e9:,.1f} GFLOP a step"
-
-
-def mebibytes(size: int) -> str:
-    return f"{size / 2**20:,.0f} MiB"
+        named = " + ".join(f"{name} {units.size(size)}" for name, size in parts.items())
+        return f"estimate: {units.size(self.peak)} ({named}), {self.flops_per_step / 1e9:,.1f} GFLOP a step"
 
 
 def estimate(trainer, lengths: list[int], program: int) -> Estimate:

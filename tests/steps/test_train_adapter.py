@@ -10,8 +10,8 @@ from safetensors.torch import load_file
 
 from steps import merge_adapter, train_adapter
 from temper.config.stages import load_stage_config
+from temper.files import read_json_lines
 from temper.model.loading import load_model, resolve_dtype
-from temper.training.callbacks import read_metrics
 from tests.support.trainings import SMALL, assert_equal, train
 
 
@@ -76,7 +76,7 @@ def test_decay_branches_off_a_plateau_equal_separate_runs_to_the_bit(workspace, 
         assert_equal(alone, load_file(f"branch{epochs}/adapter_model.safetensors"))
         assert json.loads(Path(f"branch{epochs}/provenance.json").read_text())["trained_steps"] == steps
         evaluated = [
-            line["step"] for line in read_metrics(Path(f"branch{epochs}/metrics.jsonl")) if "eval_loss" in line
+            line["step"] for line in read_json_lines(Path(f"branch{epochs}/metrics.jsonl")) if "eval_loss" in line
         ]
         assert evaluated == [6, 12][:epochs], "the plateau's own end is no epoch's end"
     assert json.loads(Path("plateau2/provenance.json").read_text())["trained_steps"] == 6

@@ -20,10 +20,10 @@ from steps import evaluate_model, merge_adapter, train_adapter
 from temper import workflow
 from temper.config.stages import load_stage_config, typed
 from temper.data.batches import EpochSampler, collate
+from temper.files import read_json_lines
 from temper.model.adapters import add_adapter
 from temper.model.loading import load_model, load_tokenizer
 from temper.planning import planner
-from temper.training.callbacks import read_metrics
 from tests.conftest import ROOT, rarely
 from tests.support import tiny
 from tests.support.trainings import SMALL, assert_equal, train
@@ -39,7 +39,7 @@ def facts(folder: str) -> dict:
 
 def figure(folder: str, name: str) -> dict[int, float]:
     """Step -> a figure of metrics.jsonl."""
-    return {line["step"]: line[name] for line in read_metrics(Path(folder, "metrics.jsonl")) if name in line}
+    return {line["step"]: line[name] for line in read_json_lines(Path(folder, "metrics.jsonl")) if name in line}
 
 
 class SameRows(Trainer, TrainerCallback):
