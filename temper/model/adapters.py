@@ -48,7 +48,7 @@ def add_adapter(model, adapter: dict, seed: int):
     names, linear = [name for name, _ in model.named_modules()], _linear_layers(model)  # before PEFT adds its own
     try:
         with told_by_library("adapter"), warnings.catch_warnings(record=True) as said:
-            warnings.simplefilter("always", UserWarning)
+            warnings.simplefilter("always")  # whatever PYTHONWARNINGS hides
             network = get_peft_model(model, config)
     except UserError as error:
         raise _misfit(linear, str(error).removeprefix("config: adapter: ")) from None
