@@ -1,0 +1,109 @@
+"""Whether one model is better than another, judged on the same rows.
+
+Two figures with overlapping intervals can differ for sure: most rows are as easy, or as hard, for both. What tells them
+apart is the rows on which they differ, so all here is paired by row.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+
+from temper.evaluation.intervals import CONFIDENCE, delta_interval
+from temper.evaluation.metrics import Mean, Statistic
+
+POWER = 0.8  # how often a difference of the stated size would be found
+
+
+@dataclasses.dataclass(frozen=True)
+class Difference:
+    """Of one model's figure and another's, on the same rows.
+
+    `p_value`: how often a difference as large would come about by chance, were the two equally good. `interval`: 95%.
+    """
+
+    value: float
+    interval: list[float]
+    p_value: float
+
+
+def difference(ours: Statistic, theirs: Statistic, rows: int) -> Difference:
+    """`ours` - `theirs`.
+
+    Of right and wrong answers by McNemar's exact test: among the rows that one model has right and the other wrong,
+    either is as likely. Of any other metric from the spread of the paired bootstrap.
+
+    Source: McNemar 1947; Dietterich 1998 on its false positives; Efron and Tibshirani 1993, chapter 15.
+    """
+    everything = range(rows)
+    value = ours(everything) - theirs(everything)
+    interval = delta_interval(ours, theirs, rows)
+    if _right_or_wrong(ours) and _right_or_wrong(theirs):
+        return Difference(value, interval, _mcnemar(ours, theirs))
+    return Difference(value, interval, _from_spread(value, interval))
+
+
+def _right_or_wrong(statistic: Statistic) -> bool:
+    return isinstance(statistic, Mean) and set(statistic.values.tolist()) <= {0.0, 1.0}
+
+
+def _mcnemar(ours: Mean, theirs: Mean) -> float:
+    from scipy.stats import binomtest
+
+    better, worse = (int((ours.values * sign > theirs.values * sign).sum()) for sign in (1, -1))
+    return float(binomtest(better, better + worse).pvalue) if better + worse else 1.0
+
+
+def _from_spread(value: float, interval: list[float]) -> float:
+    """Two-sided, from a 95% interval."""
+    from scipy.stats import norm
+
+    low, high = interval
+    spread = (high - low) / (2 * norm.ppf((1 + CONFIDENCE) / 2))
+    if spread == 0:
+        return 1.0 if value == 0 else 0.0
+    return float(2 * norm.sf(abs(value) / spread))
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """P values that account for how many tests were made: each may be held against 5% as if it were alone.
+
+    Source: Holm 1979.
+    """
+    adjusted, highest = [0.0] * len(p_values), 0.0
+    for rank, index in enumerate(sorted(range(len(p_values)), key=p_values.__getitem__)):
+        highest = max(highest, min(1.0, (len(p_values) - rank) * p_values[index]))
+        adjusted[index] = highest
+    return adjusted
+
+
+# --- what these rows can show --------------------------------------------------------------------
+
+
+def smallest_difference(spread: float, rows: int) -> float:
+    """The difference that a paired test at 5% finds in 80% of the cases.
+
+    Args:
+        spread: standard deviation of the rows' differences (`spread_of`).
+    """
+    return _needed() * spread / math.sqrt(rows)
+
+
+def rows_needed(spread: float, wanted: float) -> int:
+    """How many rows it takes to find a difference of this size as often."""
+    return math.ceil((_needed() * spread / wanted) ** 2)
+
+
+def spread_of(interval: list[float], rows: int) -> float:
+    """Standard deviation of the rows' differences that an interval of a difference stands for."""
+    from scipy.stats import norm
+
+    return (interval[1] - interval[0]) / 2 / float(norm.ppf((1 + CONFIDENCE) / 2)) * math.sqrt(rows)
+
+
+def _needed() -> float:
+    """Standard errors between no difference and one that is found with `POWER`."""
+    from scipy.stats import norm
+
+    return float(norm.ppf((1 + CONFIDENCE) / 2) + norm.ppf(POWER))
