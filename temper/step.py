@@ -68,9 +68,11 @@ def _parser(step, inputs: dict[str, str]) -> argparse.ArgumentParser:
     output_help = getattr(step, "OUTPUT_HELP", "folder to write; must not exist, or be complete already")
     parser.add_argument("--output", required=True, help=output_help)
     parser.add_argument("--config", help="config of this stage: a YAML or JSON file, or JSON text")
-    parser.add_argument("--plan", help="frozen plan of the workflow: this output's config, settings, tracking targets")
+    parser.add_argument(
+        "--plan", help="frozen plan of the workflow; it has this output's config, settings and tracking target"
+    )
     parser.add_argument("--log", help="also write the log lines to this file")
-    parser.add_argument("overrides", nargs="*", help="Hydra overrides (key=value), when there is no --config")
+    parser.add_argument("overrides", nargs="*", help="Hydra overrides (key=value), if --config is not given")
     return parser
 
 
