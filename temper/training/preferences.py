@@ -13,7 +13,7 @@ REFERENCES = ("ref_chosen_logps", "ref_rejected_logps")
 
 
 def answer_only(ids: list[int], labels: list[int], prompt_length: int) -> dict:
-    """A row whose last answer alone counts: what stands before it is the same for both answers of a pair."""
+    """A row in which only the last answer counts, because both answers of a pair share everything before it."""
     start = answer_start(ids, prompt_length)
     return {"input_ids": ids, "labels": [IGNORED] * start + list(labels[start:])}
 
@@ -29,12 +29,12 @@ def rejected_of(row: dict) -> dict:
 
 
 def collate_answers(rows: list[dict], pad_token_id: int) -> dict:
-    """One batch, as `collate` makes it, of twice as many rows: first all chosen answers, then all rejected ones."""
+    """A batch as `collate` makes it, with twice as many rows: first all chosen answers, then all rejected ones."""
     return collate([*map(chosen_of, rows), *map(rejected_of, rows)], pad_token_id)
 
 
 def collate_pairs(rows: list[dict], pad_token_id: int) -> dict:
-    """The batch of `collate_answers`, and of each pair the reference's log-probabilities, (pairs,) float32."""
+    """The batch of `collate_answers` with the reference's log-probabilities of each pair, (pairs,) float32."""
     import torch
 
     batch = collate_answers(rows, pad_token_id)
@@ -43,7 +43,7 @@ def collate_pairs(rows: list[dict], pad_token_id: int) -> dict:
 
 @dataclasses.dataclass
 class PreferenceLoss:
-    """The loss of each pair, from what the model and the reference find of its two answers."""
+    """The loss of each pair, from the log-probabilities of its two answers under model and reference."""
 
     beta: float
     loss_type: str
