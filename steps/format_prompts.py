@@ -3,11 +3,11 @@ r"""Turn raw rows into conversations and split them into train, validation and t
     python -m steps.format_prompts --raw data/raw/movie_reviews --output results/prompts/by-hand \
         data=movie_reviews 'prompt.system=Is the review positive or negative?'
 
-Reads:  the files of a data folder (named by the folder or its pin), or one file of rows; the config sections data
+Reads:  the files of a data folder (given as the folder or its pin), or one file of rows; the config sections data
         and prompt.system.
 Writes: train.jsonl, validation.jsonl, test.jsonl: {"id": row number in the raw data, from 1, "messages": [...]},
-        where the last message is the assistant's answer, and of a preference pair "rejected": the worse answer to
-        the same prompt; stats.json: how many rows went where.
+        where the last message is the assistant's answer; for a preference pair also "rejected", the worse answer to
+        the same prompt. stats.json counts the rows of each split.
 
 A row's split is decided by a hash of its prompt: the messages before the last answer, without the system message.
 Editing, adding or moving rows therefore never moves another row to another split, rows with the same prompt are
@@ -67,7 +67,7 @@ def _refuse_other_identity(raw: Path, found: dict, expected: dict) -> None:
 
 
 def _refuse_empty(raw: Path, stats: dict, data: dict) -> None:
-    """An empty split is an error, unless nothing was asked for."""
+    """An empty split is an error, unless its share is 0."""
     if not stats["rows"]:
         raise UserError(f"{raw}: no rows in the raw files")
     used = stats["rows"] - stats["left_out_by_where"]

@@ -1,19 +1,19 @@
-"""Merge an adapter into its base model: one folder that plain transformers loads.
+"""Merge an adapter into its base model, giving one folder that plain transformers loads.
 
 By hand::
 
     python -m steps.merge_adapter --model results/models/X --adapter results/adapters/Y \\
         --output results/merged/Z
 
-Reads   the base model; the adapter (a full-parameter run passes through, in float32: rounded to 16 bits it would lose
-        most of what it learned; merge.dtype=bfloat16 does that if it must be small).
+Reads   the base model; the adapter. A full-parameter run is copied in float32, because rounding to 16 bits would lose
+        most of what it learned; merge.dtype=bfloat16 rounds anyway, if it must be small.
 Writes  the merged model in Hugging Face layout, with the base's tokenizer. Before writing, the merged
         model's logits are compared with the adapter's on a fixed input; provenance.json has the difference.
-        A QLoRA adapter goes into the base as stored, or into the dequantized one (merge.dequantized_base=true, or when
-        the base is stored in 4 or 8 bits).
+        A QLoRA adapter is merged into the base as stored, or into the dequantized one (merge.dequantized_base=true, or
+        if the base is stored in 4 or 8 bits).
         Virtual tokens (prompt tuning, prefix tuning, P-tuning) cannot be merged: the output is then the base model with
-        the adapter in adapter/, and `PeftModel.from_pretrained(model, folder + "/adapter")` puts it on.
-        Of a training that diverged there is nothing to merge: diverged.json says at which step.
+        the adapter in adapter/, to be loaded with `PeftModel.from_pretrained(model, folder + "/adapter")`.
+        After a diverged training there is nothing to merge; diverged.json says at which step it diverged.
 """
 
 import json
@@ -36,7 +36,7 @@ PROBE_TOKENS = 64
 TOLERANCE = (
     0.1  # share of the logits' spread; merging into bfloat16 rounds every weight (measured: 0.03; float32: 1e-6)
 )
-NOTABLE = 0.1  # rounding by more than this share of what the adapter does is worth a remark
+NOTABLE = 0.1  # warn about rounding above this share of the adapter's effect
 
 log = logging.getLogger("temper")
 
@@ -57,11 +57,11 @@ def run(config: MergeAdapter, model: Path, adapter: Path, output: Path) -> dict:
         return {"diverged_at_step": diverged_at}
     if is_adapter(adapter) and not can_be_merged(adapter):
         return _bundle(model, adapter, output)
-    with computing_threads(1):  # a few products: the weights' bits are the same on every number of cores
+    with computing_threads(1):  # only a few products; the weights' bits do not depend on the number of cores
         network, facts = _merged(config, model, adapter)
     if config.merge.dtype != "auto":
         network = network.to(resolve_dtype(config.merge.dtype))
-    # What was read packed cannot be packed again: the weights are plain now.
+    # Weights that were loaded packed are plain now and cannot be packed again.
     network.save_pretrained(output, save_original_format=not is_stored_quantized(load_config(model)))
     load_tokenizer(model).save_pretrained(output)
     return {"dtype": str(network.dtype).removeprefix("torch."), **facts}
@@ -81,7 +81,7 @@ def _merged(config: MergeAdapter, model: Path, adapter: Path):
     """(merged model, facts)."""
     dtype = "float32" if config.merge.dtype == "float32" else stored_dtype(model)
     load = {"dtype": dtype, "attn_implementation": "fastest"}
-    if not is_adapter(adapter):  # passes through in the precision it was trained in
+    if not is_adapter(adapter):  # kept in the precision it was trained in
         return load_model(adapter, {**load, "dtype": "float32"}), {"fully_trained": config.merge.dtype == "auto"}
     if not (config.merge.dequantized_base or is_stored_quantized(load_config(model))):
         network, facts = _merge(load_model(model, load), adapter)

@@ -7,11 +7,11 @@ By hand::
 
 Reads   all splits that have pairs; the model that preference optimization starts from.
 Writes  a `datasets.DatasetDict` with the splits' rows in their order: id, ref_chosen_logps, ref_rejected_logps (nats,
-        summed over the tokens of the answer); references.json (answers computed and known before).
+        summed over the tokens of the answer); references.json (how many were computed, and how many were cached).
 
-Every figure is remembered in ``results/.state/references/`` by the model and the answer's tokens, so that an edited
-row costs two answers, not the whole data set. An answer's figure does not depend on the rows beside it: only answers
-of one padded length share a batch.
+Every figure is cached in ``results/.state/references/`` under the model and the answer's tokens, so an edited row costs
+two answers, not the whole data set. An answer's figure does not depend on the other rows, because only answers of the
+same padded length share a batch.
 """
 
 import contextlib
@@ -45,10 +45,10 @@ log = logging.getLogger("temper")
 
 
 def run(config: ReferenceLogprobs, splits: Path, model: Path, output: Path) -> dict:
-    """Compute what is not known yet.
+    """Compute what is not cached yet.
 
     Raises:
-        UserError: the splits have no pairs; the model is of a training that diverged.
+        UserError: the splits have no pairs, or the model's training diverged.
     """
     from datasets import DatasetDict
 
@@ -100,7 +100,7 @@ def _compute(missing: dict[str, dict], model: Path, config: ReferenceLogprobs, p
     from temper.model.predictions import SupervisedLoss
 
     network = load_model(model, config.model.load.model_dump(), config.quantization.model_dump()).eval()
-    loss = SupervisedLoss(share=False)  # an answer's figure must not depend on what else is missing
+    loss = SupervisedLoss(share=False)  # an answer's figure must not depend on which others are missing
     padding = load_tokenizer(model).pad_token_id
     figures: dict[str, float] = {}
     waiting: dict[str, float] = {}
@@ -133,7 +133,7 @@ def _batches(answers: dict[str, dict]) -> list[list[str]]:
 
 
 def _identity(model: Path, config: ReferenceLogprobs) -> str:
-    """What, beside its tokens, an answer's figure depends on: the model's files, how it is loaded, where, our code."""
+    """What an answer's figure depends on besides its tokens: model files, how and where it is loaded, our code."""
     from temper.model import loading
 
     files = [path for path in sorted(model.iterdir()) if path.is_file() and not path.name.startswith(".")]
@@ -149,12 +149,12 @@ def _identity(model: Path, config: ReferenceLogprobs) -> str:
 
 
 def _key(answer: dict) -> str:
-    """The tokens that are read, and those that count. Long enough for billions of answers."""
+    """A hash of the tokens that are read and those that count, long enough for billions of answers."""
     return hashlib.sha256(json.dumps([answer["input_ids"], answer["labels"]]).encode()).hexdigest()[:32]
 
 
 def _read(path: Path) -> dict[str, float]:
-    """Figures by key. A line that is no such pair is one not known."""
+    """Figures by key. A line cut short by a kill is ignored."""
     figures = {}
     for line in known_json_lines(path):
         with contextlib.suppress(ValueError, TypeError):

@@ -1,4 +1,4 @@
-"""On-policy pairs: what the model itself answers wrongly is what it learns to reject.
+"""On-policy pairs: the model learns to reject its own wrong answers.
 
 By hand::
 
@@ -7,12 +7,12 @@ By hand::
 
 Reads   all splits; the model that preference optimization starts from.
 Writes  splits as tokenize_splits does. In train and validation the rejected answer is the model's own, and rows that it
-        answers rightly are left out; the test split stays as it is. audit.json counts both; answers.jsonl has all
+        answers correctly are left out; the test split stays as it is. audit.json counts both; answers.jsonl has all
         answers.
 
-An answer is wrong when it is not the reference, blanks at the ends aside. Each row is sampled from a random stream of
-its own, so the same rows give the same pairs. In 16 bits an answer may also depend on the rows that share its batch:
-`temper.evaluation.generation.generate_answers` says how.
+An answer is wrong if it differs from the reference, ignoring blanks at the ends. Each row has its own random stream, so
+the same rows give the same pairs. In 16 bits an answer may also depend on the rows that share its batch, see
+`temper.evaluation.generation.generate_answers`.
 """
 
 import json
@@ -38,10 +38,10 @@ log = logging.getLogger("temper")
 
 
 def run(config: SampleAnswers, splits: Path, model: Path, output: Path) -> dict:
-    """Let the model answer, and keep what it answers wrongly.
+    """Let the model answer, and keep the rows that it answers wrongly.
 
     Raises:
-        UserError: `method.own_answers` is not set; the model has no wrong answer to a whole split.
+        UserError: `method.own_answers` is not set, or the model answers all rows of a split correctly.
     """
     from datasets import Dataset, DatasetDict
 
@@ -77,7 +77,7 @@ def run(config: SampleAnswers, splits: Path, model: Path, output: Path) -> dict:
 
 
 def _pairs(network, tokenizer, rows: list[dict], settings: dict, stop_ids: list[int], file) -> list[dict]:
-    """The rows that are answered wrongly, each with that answer as the rejected one; all answers go to `file`."""
+    """The rows answered wrongly, each with that answer as the rejected one. Writes all answers to `file`."""
     from temper.evaluation.generation import generate_answers
 
     answers = generate_answers(network, tokenizer, rows, settings, stop_ids)

@@ -1,4 +1,4 @@
-"""Prompts to tokens: what the model reads, what it learns, and an audit that shows it.
+"""Turn prompts into tokens: what the model reads, what it learns, and an audit that shows it.
 
 By hand::
 
@@ -7,11 +7,11 @@ By hand::
 
 Reads   the prompts' train.jsonl, validation.jsonl and test.jsonl; the model's tokenizer.
 Writes  a `datasets.DatasetDict` (train, validation, test) with the columns id, input_ids, labels
-        (-100 where nothing is learned), prompt_length, prompt, reference (the text that the right answer's tokens
-        make); of preference pairs also rejected_input_ids, rejected_labels, rejected: the same prompt tokens with the
-        rejected answer (the other columns are then those of the chosen one). For a causal model labels stand at the
-        positions of input_ids, and input_ids[:prompt_length] is exactly what the finished model is asked; for an
-        encoder-decoder model input_ids is the prompt alone, and labels the answer with its end.
+        (-100 where nothing is learned), prompt_length, prompt, reference (the right answer's tokens decoded).
+        Preference pairs also have rejected_input_ids, rejected_labels and rejected, the same prompt with the rejected
+        answer; the other columns then hold the chosen one. For a causal model, labels align with input_ids, and
+        input_ids[:prompt_length] is exactly the prompt that the finished model gets. For an encoder-decoder model,
+        input_ids is the prompt alone, and labels the answer with its end.
         audit.json (counts, length histogram, suggested max_length) and audit.txt (rows with their learned tokens
         marked).
 """
@@ -39,8 +39,8 @@ from temper.progress import Progress, quiet_libraries
 from temper.step import run_command
 
 STAGE = "tokenize_splits"
-BATCH = 2**18  # characters of the file that are tokenized at once: 1,000 rows of 50 tokens
-ROWS = 1000  # that are written at once
+BATCH = 2**18  # characters of the file tokenized at once: 1,000 rows of 50 tokens
+ROWS = 1000  # rows written at once
 log = logging.getLogger("temper")
 
 
@@ -81,7 +81,7 @@ def run(config: TokenizeSplits, prompts: Path, model: Path, output: Path) -> dic
 
 
 def _find_opening(encoder: Encoder, path: Path) -> None:
-    """What the template puts between prompt and answer of the first row belongs to the prompt, in all of them."""
+    """What the template writes between the first row's prompt and answer; in all rows it belongs to the prompt."""
     record = next(each_json_line(path), None)
     if record is not None and isinstance(encoder.renderer, ChatTemplate):
         with _named(path, record):
@@ -89,7 +89,7 @@ def _find_opening(encoder: Encoder, path: Path) -> None:
 
 
 def _tell_what_others_do_not_know(encoder: Encoder, date: str) -> None:
-    """Where a program that loads the merged model, and knows nothing of the config, asks in other tokens."""
+    """Warn if programs that know the merged model but not the config would prompt it with different tokens."""
     shipped = "what `temper publish` and `temper export` write does"
     if encoder.renderer.reads_clock:
         log.warning(
@@ -120,7 +120,7 @@ def _tell_what_others_do_not_know(encoder: Encoder, date: str) -> None:
 
 @contextlib.contextmanager
 def _named(path: Path, record: dict):
-    """An error of a row says which one it is."""
+    """Add the row's number to its errors."""
     try:
         yield
     except UserError as error:
@@ -129,7 +129,7 @@ def _named(path: Path, record: dict):
 
 @contextlib.contextmanager
 def _frozen():
-    """Keep Python from looking for garbage in all that is loaded, which took a quarter of the time."""
+    """Keep the garbage collector from scanning everything loaded, which took a quarter of the time."""
     gc.freeze()
     try:
         yield
@@ -148,7 +148,7 @@ class _Rows:
         self.pairs = "rejected" in next(each_json_line(path), {})
 
     def dataset(self, path: Path):
-        """The split as a `datasets.Dataset` that is read from the file it writes, `path`: many rows take no memory."""
+        """Write the split to `path` and open that as a `datasets.Dataset`, so that rows do not stay in memory."""
         import pyarrow
         from datasets import Dataset, DatasetInfo
 
@@ -160,13 +160,13 @@ class _Rows:
                 file.write_table(pyarrow.Table.from_pylist(some, schema=schema))
         if not self.audit.rows and self.audit.read:
             raise UserError(f"{self.path}: no row is left of {self.audit.read}: {self._why()}")
-        with path.open("rb") as file:  # `datasets` itself would copy all rows into memory for it
+        with path.open("rb") as file:  # `datasets` itself would copy all rows into memory here
             fingerprint = hashlib.file_digest(file, "sha256").hexdigest()[:16]
         table = pyarrow.ipc.open_stream(pyarrow.memory_map(str(path))).read_all()
         return Dataset(table, info=DatasetInfo(features=columns), fingerprint=fingerprint)
 
     def _why(self) -> str:
-        """Why rows were dropped, and what to do."""
+        """Say why rows were dropped, and what to do."""
         audit, ways = self.audit, []
         if audit.too_long:
             ways.append(f"{audit.too_long} are longer than tokenize.max_length={self.max_length}; raise it")
@@ -186,11 +186,11 @@ class _Rows:
                 progress.update(len(records))
 
     def _encoded(self) -> Iterator[tuple[list[dict], list[list[Encoded]]]]:
-        """Records, and of each its one text, or the two of a pair, in tokens."""
+        """Records with their encoded texts: one each, or two for a pair."""
         for records in _batches(each_json_line(self.path)):
             try:
                 encoded = self._encode(records)
-            except UserError:  # one by one, to end with the error of the first row that has one
+            except UserError:  # one by one, to raise the error of the first faulty row
                 for record in records:
                     with _named(self.path, record):
                         encoded = self._encode([record])
@@ -207,7 +207,7 @@ class _Rows:
         return [[one] for one in self.encoder.encode_pieces(pieces)]
 
     def _conversations(self, records: list[dict]) -> list[list[dict]]:
-        """One of each record; of a pair one with the chosen and one with the rejected answer."""
+        """One conversation per record; for a pair two, with the chosen and with the rejected answer."""
         if not self.pairs:
             return [record["messages"] for record in records]
         return [
@@ -220,7 +220,7 @@ class _Rows:
         ]
 
     def _row(self, record: dict, encoded: list[Encoded]) -> dict | None:
-        """What becomes of a record; None: it is dropped."""
+        """The finished row of a record, or None if it is dropped."""
         messages = record["messages"]
         self.audit.count(encoded, self.max_length)
         self.audit.special += self.encoder.names_special_tokens(messages)
@@ -252,7 +252,7 @@ class _Rows:
         return row
 
     def _text(self, answer: list[int]) -> str:
-        """What a model says that answers just so. Many rows of labels have the same few answers."""
+        """The text of a perfect answer. Cached, because many rows of labels have the same few answers."""
         tokens = tuple(answer)
         if tokens not in self.texts:
             if len(self.texts) >= ROWS:
@@ -261,7 +261,7 @@ class _Rows:
         return self.texts[tokens]
 
     def _shortened(self, encoded: list[Encoded], number: int) -> list[Encoded] | None:
-        """What `max_length_policy` makes of a row, or of a pair, that is too long; None: it is dropped."""
+        """Apply `max_length_policy` to a row or pair that is too long. None: it is dropped."""
         if self.policy == "error":
             longest = max(one.length for one in encoded)
             raise UserError(
@@ -271,7 +271,7 @@ class _Rows:
         if self.policy == "drop":
             return None
         short = [one.cut(self.max_length) for one in encoded]
-        # The last answer is what is judged, and all that is learned of a pair: without it there is no row.
+        # Evaluation judges the last answer, and a pair learns nothing else: a row without it is useless.
         if not all(one.answer for one in short):
             self.audit.nothing_left += 1
             return None

@@ -8,10 +8,10 @@ By hand::
 Reads   the train and validation splits; the base model; for method=dpo the reference's log-probabilities.
 Writes  the adapter as PEFT saves it; metrics.jsonl (curves); training.json (time, memory, speed, sizes).
 
-Checkpoints stand in ``results/.state/<trunk>/``, outside the output, and training continues from
-the last one by itself. Runs that differ only in ``num_train_epochs`` under a schedule that does not
-depend on the total share a trunk: epoch 2 continues where epoch 1 ended. Under ``warmup_stable_decay`` they share
-the plateau, whose folders hold a checkpoint in place of an adapter; each wanted epoch's decay branches off from there.
+Checkpoints are in ``results/.state/<trunk>/``, outside the output, and training continues from the last one by itself.
+Runs that differ only in ``num_train_epochs`` share a trunk if the schedule does not depend on the total: epoch 2
+continues where epoch 1 ended. Under ``warmup_stable_decay`` they share the plateau, whose folders hold a checkpoint
+instead of an adapter; the decay of each run branches off from there.
 """
 
 import json
@@ -68,9 +68,9 @@ def run(
 
 
 def _by_hand(config: TrainAdapter, inputs: list[Path]) -> str:
-    """A name for the checkpoints of a training that no plan named: by all that they come of, as a key is.
+    """A name for the checkpoints of a training outside a plan: like a key, a hash of everything it depends on.
 
-    The paths of the inputs are not enough: what stands there may have been made anew.
+    The inputs' paths are not enough, because their content may have been made anew.
     """
     hashes = HashCache(STATE / "hashes.json")
     made_of = [
@@ -82,16 +82,16 @@ def _by_hand(config: TrainAdapter, inputs: list[Path]) -> str:
 
 
 def _counts(path: Path) -> bool:
-    """Whether a file of an input makes a difference: not how long it took to make it."""
+    """Whether a file of an input affects training; records such as the time it took do not."""
     return path.is_file() and path.name not in ("provenance.json", ".snakemake_timestamp")
 
 
 def _rows(config: TrainAdapter, planned: Planned, splits: Path, model: Path, references: Path | None):
-    """The splits, all within the model's limits and fit to be judged; for DPO with the reference's figures."""
+    """The splits, checked against the model's limits and the evaluation; for DPO with the reference's figures."""
     from datasets import DatasetDict, concatenate_datasets
 
     rows = load_rows(splits)
-    answered = ["test"] if planned.max_new_tokens else []  # what the evaluation will ask for
+    answered = ["test"] if planned.max_new_tokens else []  # the split that the evaluation prompts
     virtual_tokens = config.adapter.get("num_virtual_tokens") or 0
     limits.check(model, rows, answered, planned.max_new_tokens or 0, virtual_tokens=virtual_tokens)
     if planned.evaluations:
@@ -148,7 +148,7 @@ def _train(config: TrainAdapter, planned: Planned, rows, model: Path, output: Pa
 
 
 def _without_validation(train: dict, rows) -> dict:
-    """`train`, with nothing to evaluate where there is no validation split (data.splits.validation=0 leaves it out)."""
+    """`train`, without evaluation if there is no validation split (data.splits.validation=0)."""
     if "validation" in rows:
         return train
     refuse_without_validation(train)
@@ -193,7 +193,7 @@ def _trainer(config: TrainAdapter, rows, model: Path, args, total: int):
             pad_token_id=pad_token_id,
             schedule_steps=total,
         )
-        trainer.create_optimizer()  # train() takes it; what it does not like of the model is better heard before
+        trainer.create_optimizer()  # train() needs it; make it now, so that its errors come before training
     return trainer
 
 
@@ -220,13 +220,13 @@ def _write_facts(config: TrainAdapter, recorded, facts: dict, output: Path) -> d
 
 
 def _plateau_end(args, total: int) -> int:
-    """The step at which a warmup-stable-decay schedule over `total` steps begins to decay; 0 when it has no plateau."""
+    """The step at which a warmup-stable-decay schedule of `total` steps begins to decay; 0 if it has no plateau."""
     return max(0, total - args.lr_scheduler_kwargs["num_decay_steps"])
 
 
 def _keep_checkpoint(checkpoint: Path | None, output: Path) -> None:
-    """A plateau's adapter is its checkpoint, which the decay branch and the next epoch's plateau start from."""
-    if checkpoint is not None:  # else it diverged, or the decay is longer than the first epoch
+    """Store the plateau's checkpoint as its adapter: the decay and the next epoch's plateau start from it."""
+    if checkpoint is not None:  # missing if training diverged, or if the decay is longer than the first epoch
         shutil.copytree(checkpoint, output / checkpoint.name)
 
 

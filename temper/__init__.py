@@ -7,7 +7,7 @@ __all__ = ["load_rows", "train"]
 
 
 def __getattr__(name: str):
-    """The public functions, imported when they are asked for: a command that needs none of them answers at once."""
+    """Import the public functions on first use, so that commands that need none of them start at once."""
     if name not in __all__:
         raise AttributeError(f"module 'temper' has no attribute '{name}'")
     from temper import api

@@ -1,8 +1,8 @@
 # PYTHON_ARGCOMPLETE_OK
-"""The command `temper`: plan and explain a sweep, find its best run, ask it, publish it.
+"""The command `temper`: plan and explain a sweep, find its best run, prompt it, publish it.
 
-What a command does is in its module of `temper.commands`: a docstring, `arguments(parser)` and `run(arguments)`.
-Only the one that is called is imported, so that all answer at once.
+Each command is a module of `temper.commands` with a docstring, `arguments(parser)` and `run(arguments)`. Only the
+module of the called command is imported, so that all start at once.
 """
 
 import argparse
@@ -27,11 +27,11 @@ COMMANDS = {
 }
 
 
-COMPLETING = "_ARGCOMPLETE" in os.environ  # a shell asks what may come next
+COMPLETING = "_ARGCOMPLETE" in os.environ  # a shell asks for completions
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run one command and exit with 0, 2 (user error), or as a signal asked it to.
+    """Run one command and exit with 0, 2 (user error) or 128 + signal.
 
     Args:
         argv: the arguments, `sys.argv[1:]` unless given.
@@ -39,7 +39,7 @@ def main(argv: list[str] | None = None) -> None:
     spare_the_collector()
     words = sys.argv[1:] if argv is None else argv
     if words and words[0] in COMMANDS:
-        # By its own parser: overrides may stand between flags, which argparse allows in no parser within another.
+        # With its own parser, because overrides may stand between flags, which argparse does not allow in subparsers.
         parser = command_parser(words[0])
         run, arguments = _module(words[0]).run, parser.parse_intermixed_args(words[1:])
         with one_line_errors(command=words[0]):

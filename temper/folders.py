@@ -1,6 +1,6 @@
-"""A stage's folder: it appears by one rename, whole, and its provenance says which files belong to it.
+"""A stage's folder appears complete, by one rename, and its provenance lists its files.
 
-Whether a folder is whole is asked here only: by the steps, by the workflow, by `temper plan` and `temper explain`.
+The steps, the workflow, `temper plan` and `temper explain` all check here whether a folder is complete.
 """
 
 import contextlib
@@ -14,30 +14,30 @@ from temper.errors import UserError
 
 log = logging.getLogger("temper")
 PROVENANCE = "provenance.json"
-SNAKEMAKE = ".snakemake_timestamp"  # left by Snakemake in a folder that a rule was to make
+SNAKEMAKE = ".snakemake_timestamp"  # left by Snakemake in a rule's output folder
 TEMPORARY = ".tmp-"
-OWNER = ".temper"  # in a temporary folder of ours: locked as long as somebody works there
+OWNER = ".temper"  # in a temporary folder: locked while its process works there
 DAMAGED = ".damaged"
-TEXTS = (".json", ".jsonl", ".yaml", ".txt", ".md", ".html", ".jinja")  # what people edit
-MOST_BYTES = 240  # of a name: file systems take 255, and locks and logs add some of their own
+TEXTS = (".json", ".jsonl", ".yaml", ".txt", ".md", ".html", ".jinja")  # files that people edit
+MOST_BYTES = 240  # of a name: file systems allow 255, and locks and logs add to it
 
 
 # --- whole or not --------------------------------------------------------------------------------
 
 
 def is_complete(folder: Path) -> bool:
-    """Whether a folder is there as the step left it."""
+    """Whether a folder exists as the step left it."""
     return fault(folder) is None
 
 
 def fault(folder: Path, may_be_edited: bool = False) -> str | None:
-    """What is wrong with a stage's folder, in a few words; None when it is whole.
+    """What is wrong with a stage's folder, in a few words; None if it is complete.
 
-    The files are compared by size, so that thousands of folders are looked at in no time: that shows what a power
-    cut, a full disk or somebody's hand took away.
+    Files are compared by size, which is fast enough for thousands of folders and shows what a power cut, a full disk or
+    a deletion took away.
 
     Args:
-        may_be_edited: whether a text may have another size, as long as there is something in it.
+        may_be_edited: whether text files may have another size, but not be empty.
     """
     try:
         files = json.loads((folder / PROVENANCE).read_text(encoding="utf-8")).get("files", {})
@@ -56,7 +56,7 @@ def fault(folder: Path, may_be_edited: bool = False) -> str | None:
 
 
 def made_again(folder: Path) -> str:
-    """What to do about a folder that is damaged: words for the end of a message."""
+    """What to do about a damaged folder, for the end of a message."""
     return (
         f"delete {folder} and make it again: in the workflow with snakemake --cores all {folder} --config ... "
         "(as for its sweep), by hand with the step that wrote it"
@@ -64,10 +64,10 @@ def made_again(folder: Path) -> str:
 
 
 def refuse_damaged(folder: Path, flag: str = "", may_be_edited: bool = False) -> None:
-    """Refuse a step's folder that is not whole any more. One that no step wrote is as its owner has it.
+    """Refuse a step's folder that is no longer complete. Folders that no step wrote are not checked.
 
     Args:
-        flag: what named the folder, for the line.
+        flag: the flag that named the folder, for the message.
         may_be_edited: as for `fault`.
     """
     if (folder / PROVENANCE).is_file() and (wrong := fault(folder, may_be_edited)):
@@ -75,20 +75,20 @@ def refuse_damaged(folder: Path, flag: str = "", may_be_edited: bool = False) ->
 
 
 def sizes(folder: Path) -> dict[str, int]:
-    """The files of a folder and their bytes, as its provenance records them."""
+    """The files of a folder and their sizes in bytes, for its provenance."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     return {str(path.relative_to(folder)): path.stat().st_size for path in files}
 
 
 def made_by_a_step(folder: Path) -> bool:
-    """Whether a folder has nothing that is somebody's own: it is empty, or a step's provenance is in it."""
+    """Whether a folder may be replaced: it is empty, or holds a step's provenance."""
     return (folder / PROVENANCE).is_file() or all(path.name == SNAKEMAKE for path in folder.iterdir())
 
 
 def set_aside(folder: Path) -> None:
-    """Make way for a folder that is made again. What is in it may be somebody's, so it is moved and not deleted.
+    """Make way for a folder that is made again. It may hold a user's files, so it is moved, not deleted.
 
-    The last one of each name is kept, in place of the one before.
+    Only the last one of each name is kept.
     """
     if all(path.name == SNAKEMAKE for path in folder.iterdir()):
         (folder / SNAKEMAKE).unlink(missing_ok=True)
@@ -106,7 +106,7 @@ def set_aside(folder: Path) -> None:
 
 
 def check_name(path: Path, what: str) -> None:
-    """Refuse a path with a name in it that the file system, or a lock beside it, would not take."""
+    """Refuse a path with a name that is too long for the file system or for a lock beside it."""
     for part in path.parts:
         if len(part.encode(errors="surrogateescape")) > MOST_BYTES:
             raise UserError(
@@ -116,13 +116,13 @@ def check_name(path: Path, what: str) -> None:
 
 
 def locked(output: Path):
-    """Hold the output's lock, so that a second command, or the orphan of a killed one, never works on it too."""
+    """Hold the output's lock, so that no second command or orphan of a killed one works on it at the same time."""
     lock = _locks(output.parent) / f"{output.name}.lock"
     return _holding(lock, f"another process is making {output}: waiting for it")
 
 
 def _temporary_locked(parent: Path):
-    """Hold the lock on making and removing temporary folders, so that nobody takes a new one for one that was left."""
+    """Hold the lock on making and removing temporary folders, so that a new one is not taken for a leftover."""
     return _holding(_locks(parent) / "temporary", f"another process tidies {parent}: waiting for it")
 
 
@@ -150,9 +150,9 @@ def _holding(path: Path, waiting: str):
 
 @contextlib.contextmanager
 def temporary_folder(output: Path):
-    """A fresh folder that becomes `output` when the block ends well, and goes when it fails.
+    """A fresh folder that becomes `output` if the block succeeds, and is removed if it fails.
 
-    It is called as `output` is, and lies in one beside it that nobody else can have made.
+    It has the name of `output` and is inside a new folder beside it.
     """
     import filelock
 
@@ -186,7 +186,7 @@ def _remove_leftovers(parent: Path) -> None:
 
     for owner in parent.glob(f"{TEMPORARY}*/{OWNER}"):
         lock = filelock.FileLock(owner)
-        with contextlib.suppress(filelock.Timeout, OSError):  # somebody works there, or it is another user's
+        with contextlib.suppress(filelock.Timeout, OSError):  # in use, or another user's
             lock.acquire(timeout=0)
             shutil.rmtree(owner.parent, ignore_errors=True)
             lock.release()

@@ -1,4 +1,4 @@
-"""Hashes: of JSON values, and of files, remembered by size and times."""
+"""Hashes of JSON values and of files; those of files are cached by size and times."""
 
 import hashlib
 import json
@@ -12,7 +12,7 @@ KEY_LENGTH = 10  # 40 bits: a collision among 10,000 artefacts has a chance of a
 
 
 def canonical_json(value) -> str:
-    """One text per value: sorted keys, no blanks, so that equal configs hash alike."""
+    """One text per value: sorted keys, no blanks, so that equal configs have equal hashes."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
 
 
@@ -28,10 +28,10 @@ def file_sha256(path: str | os.PathLike) -> str:
 
 
 class HashCache:
-    """sha256 of files, remembered by path, size and times.
+    """sha256 of files, cached by path, size and times.
 
-    Planning asks for the content of raw files each time. A file whose size and times stand as they
-    were is not read again, which keeps planning fast for gigabytes of data.
+    Planning needs the content of raw files each time. A file with unchanged size and times is not read again, which
+    keeps planning fast for gigabytes of data.
     """
 
     def __init__(self, path: Path):
@@ -41,14 +41,14 @@ class HashCache:
 
     @staticmethod
     def _read(path: Path) -> dict:
-        """What was remembered; a damaged file is only a cache that is lost."""
+        """The cached hashes; a damaged cache is discarded."""
         known = known_json(path)
         whole = all(isinstance(entry, list) and len(entry) == 2 for entry in known.values())
         return known if whole and all(isinstance(sha256, str) for _, sha256 in known.values()) else {}
 
     def sha256(self, path: str | os.PathLike) -> str:
         stat = Path(path).stat()
-        # An edit may keep size and time of modification (rsync --times --inplace, cp -p), but the system notes it.
+        # An edit may keep size and modification time (rsync --times --inplace, cp -p), but not the change time.
         stamp = [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino, stat.st_dev]
         name = str(Path(path).absolute())
         if name not in self.known or self.known[name][0] != stamp:
@@ -57,7 +57,7 @@ class HashCache:
         return self.known[name][1]
 
     def save(self) -> None:
-        """Write the cache if it changed. A read-only disk only costs the next plan some time."""
+        """Write the cache if it changed. On a read-only disk, the next plan just takes longer."""
         if not self.changed:
             return
         try:

@@ -1,8 +1,8 @@
 """Keys: what an artefact is made from, as a short hash.
 
-``key = hash(stage, upstream keys, the config the stage may see, code key)``. Keys stand in paths,
-so two configs never overwrite each other and an edit that is taken back costs nothing. The code key of a stage is
-that of its step and of what it imports from the computing rooms.
+``key = hash(stage, upstream keys, the config the stage may see, code key)``. Keys are part of paths, so two configs
+never overwrite each other and undoing an edit costs nothing. The code key of a stage covers its step and what that
+imports from the computing rooms.
 """
 
 import ast
@@ -13,8 +13,8 @@ from pathlib import Path
 from temper.hashing import digest
 
 PACKAGE_ROOT = Path(__file__).resolve().parents[1]
-# The rooms whose code decides what an artefact holds. What planning decides is in a key by its value: the config that
-# is hashed is filled in. Checks, pages, tracking and commands change no artefact.
+# The rooms whose code decides what an artefact holds. Decisions of planning are in a key by their values, because the
+# completed config is hashed. Checks, pages, tracking and commands change no artefact.
 COMPUTING = tuple(f"temper.{room}." for room in ("sources", "data", "model", "training", "evaluation"))
 
 
@@ -31,7 +31,7 @@ def flat(value, prefix: str = "") -> dict[str, str]:
 def changed_keys(before: dict[str, str], now: dict[str, str]) -> list[str]:
     """Keys whose values differ between two flat configs.
 
-    A key that is not set and one that is null are the same: defaults are filled in when a stage starts.
+    A missing key equals a null one, because defaults are filled in when a stage starts.
     """
     return [key for key in sorted({*before, *now}) if before.get(key, "null") != now.get(key, "null")]
 
@@ -44,16 +44,15 @@ def stage_key(stage: str, config: dict, upstream: dict[str, str]) -> str:
 
 @functools.cache
 def code_key(module: str) -> str:
-    """Hash of the syntax trees of `module` and of every module of a computing room that it imports, however deep.
+    """Hash of the syntax trees of `module` and of every module of a computing room that it imports, directly or not.
 
-    Comments, blank lines, formatting and docstrings are not part of a syntax tree as hashed
-    here, so editing them reruns nothing.
+    The trees leave out comments, blank lines, formatting and docstrings, so editing those reruns nothing.
     """
     return digest(code_hashes(module))
 
 
 def code_hashes(module: str) -> dict[str, str]:
-    """The same, module by module, to name the one that changed."""
+    """The same for each module, to name the one that changed."""
     return {name: digest(_tree(name)[0]) for name in sorted(_reachable(module))}
 
 
@@ -79,7 +78,7 @@ def _tree(module: str) -> tuple[str, frozenset[str]]:
 
 
 def imports_of(tree: ast.Module) -> set[str]:
-    """Names of all modules that a syntax tree imports, and of what it imports from them, which may be modules too."""
+    """Names of all modules that a syntax tree imports, and of the names imported from them, which may be modules."""
     imports: set[str] = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):

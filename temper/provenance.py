@@ -1,4 +1,4 @@
-"""Who made what: versions of the packages, the commit, peak memory."""
+"""How an artefact was made: package versions, the commit, time, peak memory."""
 
 import contextlib
 import importlib.metadata
@@ -29,7 +29,7 @@ PACKAGES = (
 
 
 def write_provenance(folder: Path, stage: str, config: dict, inputs: dict, seconds: float, facts: dict) -> None:
-    """Add `config.yaml` and `provenance.json`: all that is needed to make this folder again."""
+    """Add `config.yaml` and `provenance.json`: everything needed to make this folder again."""
     import yaml
 
     text = yaml.safe_dump(config, sort_keys=False, allow_unicode=True)
@@ -39,7 +39,7 @@ def write_provenance(folder: Path, stage: str, config: dict, inputs: dict, secon
 
 
 def provenance(stage: str, inputs: dict, seconds: float, facts: dict) -> dict:
-    """Who made an artefact, from what, with which code and packages; `facts` are the step's own."""
+    """What an artefact was made from, by which code and packages; `facts` come from the step."""
     return {
         "stage": stage,
         "inputs": {name: str(path) for name, path in inputs.items() if path is not None},
@@ -64,7 +64,7 @@ def package_versions() -> dict[str, str]:
 
 
 def git_commit() -> str | None:
-    """The commit the code stands at, with ``+changes`` when the work tree differs; None outside git."""
+    """The commit of the code, with ``+changes`` if the work tree differs; None outside git."""
     root = Path(__file__).resolve().parents[2]
     git = ["git", "-C", str(root)]
     try:
@@ -78,7 +78,7 @@ def git_commit() -> str | None:
 def peak_memory() -> int:
     """Highest resident memory of this process so far, in bytes."""
     status = Path("/proc/self/status")
-    if status.is_file():  # Linux: what getrusage says there may be that of the process which started this one
+    if status.is_file():  # Linux: there getrusage may include the process that started this one
         lines = status.read_text(encoding="utf-8", errors="replace").splitlines()
         [kilobytes] = [line.split()[1] for line in lines if line.startswith("VmHWM:")]
         return int(kilobytes) * 1024

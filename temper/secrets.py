@@ -1,21 +1,21 @@
-"""Secrets stay out of what is stored and shown: the config is refused with one, a message is printed without it.
+"""Keep secrets out of everything stored and shown: a config that holds one is refused, messages are redacted.
 
-Config values go into plans, logs, pages, MLflow and model cards, so no login may ever stand in one. Where a login is
-needed, the libraries read it from the environment (HF_TOKEN, MLFLOW_TRACKING_USERNAME, ...), job by job.
+Config values go into plans, logs, pages, MLflow and model cards, so they must not hold a login. If one is needed, the
+libraries read it from the environment (HF_TOKEN, MLFLOW_TRACKING_USERNAME, ...) in each job.
 """
 
 import os
 import re
 
 SECRET_VARIABLE = re.compile(r"(TOKEN|PASSWORD|PASSWD|SECRET|API_?KEY|ACCESS_?KEY|SECRET_?KEY)$")
-SHORTEST = 12  # characters; shorter values of such variables (postgres, password) stand in texts by chance
+SHORTEST = 12  # characters; shorter values (postgres, password) may occur in texts by chance
 LOGIN_IN_URL = re.compile(r"(?<=://)[^\s'\"]*@")
 SECRET_IN_QUERY = re.compile(r"(?i)([?&][^=&\s'\"]*(?:token|passw|secret|key|auth|sig)[^=&\s'\"]*=)[^&\s'\"]+")
 DATABASE_FILES = ("sqlite", "file")
 
 
 def redacted(text: str) -> str:
-    """The text without the logins of URLs and without the values of variables that are secret by their name."""
+    """The text without logins in URLs and without the values of secret environment variables."""
     text = SECRET_IN_QUERY.sub(r"\1***", LOGIN_IN_URL.sub("***@", text))
     for value in secret_variables().values():
         text = text.replace(value, "***")
@@ -32,9 +32,9 @@ def secret_variables() -> dict[str, str]:
 
 
 def has_login(uri: str) -> bool:
-    """Whether an address may hold a password or a token: in front of an @, or in a query.
+    """Whether an address may hold a password or a token: before an @, or in a query.
 
-    The user's name alone is no secret in a database's address (``postgresql://me@host/runs``), but before a server it
+    In a database's address, a user name alone is not a secret (``postgresql://me@host/runs``); in a server's address it
     may be a token.
     """
     scheme, mark, rest = uri.partition("://")

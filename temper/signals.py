@@ -1,4 +1,4 @@
-"""What a process does when it is asked to end: by Ctrl-C, by a scheduler, by a terminal that closes."""
+"""What a process does when asked to end: by Ctrl-C, a scheduler, or a closing terminal."""
 
 import contextlib
 import os
@@ -8,11 +8,11 @@ import threading
 import time
 
 ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-AT_ONCE = 0.5  # seconds: what comes within them is one wish
+AT_ONCE = 0.5  # seconds in which signals count as one request
 
 
 class Interrupted(KeyboardInterrupt):
-    """A signal that asks the process to end. `code` is the exit code that shells expect of it."""
+    """A signal that asks the process to end. `code` is the exit code that shells expect."""
 
     def __init__(self, number: int):
         super().__init__(signal.Signals(number).name)
@@ -20,15 +20,15 @@ class Interrupted(KeyboardInterrupt):
 
 
 def on_ending(first, again) -> dict:
-    """Call `first` with the number of the first signal that asks to end, and `again` when one comes a second time.
+    """Call `first` with the number of the first signal that asks to end, and `again` on a repeated one.
 
-    Two different ones are a single wish: Ctrl-C reaches a job from the terminal, and then the workflow passes it on.
-    A signal that is ignored (nohup, a job in the background) stays so.
+    Two different signals count as one request: Ctrl-C reaches a job from the terminal and then through the workflow.
+    Signals that are ignored (nohup, a background job) stay ignored.
 
     Returns:
         signal -> its handler before
     """
-    asked: dict[int, float] = {}  # signal -> when it came first
+    asked: dict[int, float] = {}  # signal -> its first time
 
     def handle(number, _frame):
         now = time.monotonic()
@@ -46,9 +46,9 @@ def on_ending(first, again) -> dict:
 
 @contextlib.contextmanager
 def as_interrupts():
-    """Within the block the first signal that asks to end raises `Interrupted`; a later one ends the process at once.
+    """Within the block, the first signal that asks to end raises `Interrupted`; a later one ends the process at once.
 
-    Python drops what is raised while it tidies up (in a weak reference's callback, say): then it is raised anew.
+    Python drops exceptions during cleanup (in a weak reference's callback, say); then it is raised again.
     """
 
     def interrupt(number):

@@ -1,7 +1,7 @@
 """What all steps share: flags, config, lock, temporary folder, provenance.
 
-A step is a module with a `STAGE` name, a `run(config, <inputs>, output)` and a `main()`. This
-module turns that into a command::
+A step is a module with a `STAGE` name, a `run(config, <inputs>, output)` and a `main()`. This module makes it a
+command::
 
     python -m steps.train_adapter --splits DIR --model DIR --output DIR [--config FILE_OR_JSON] [key=value ...]
 
@@ -32,13 +32,13 @@ log = logging.getLogger("temper")
 
 
 def run_command(step, argv=None, work=None) -> None:
-    """Run the step module as a command and exit the process with 0, 2 (user error) or as a signal asked it to.
+    """Run the step module as a command and exit with 0, 2 (user error) or 128 + signal.
 
     Args:
         step: the step's module; its `STAGE`, `run` and docstring are used. `run` takes the inputs that the stage has in
             `temper.config.stages.STAGES` as keywords; one that was left out is None.
         argv: the arguments, `sys.argv[1:]` unless given.
-        work: what to call in place of `execute`, for a step whose output is not a folder.
+        work: called instead of `execute`, for a step whose output is not a folder.
     """
     spare_the_collector()
     bound_shape_caches()
@@ -48,9 +48,9 @@ def run_command(step, argv=None, work=None) -> None:
 
 
 def spare_the_collector() -> None:
-    """Keep Python's garbage collector from walking through the libraries, in a process of our own: 2.5 s of each.
+    """Keep Python's garbage collector from scanning the libraries, which takes 2.5 s. Only for our own process.
 
-    While they load it would do so again and again (after every 700 objects), and at the end once more.
+    It would scan them again and again while they load (after every 700 objects), and once more at exit.
     """
     gc.set_threshold(100_000)
     atexit.register(gc.freeze)
@@ -75,14 +75,16 @@ def step_parser(step) -> argparse.ArgumentParser:
     output_help = getattr(step, "OUTPUT_HELP", "folder to write; must not exist, or be complete already")
     parser.add_argument("--output", required=True, help=output_help)
     parser.add_argument("--config", help="config of this stage: a YAML or JSON file, or JSON text")
-    parser.add_argument("--plan", help="frozen plan of the workflow: this output's config, settings, tracking targets")
+    parser.add_argument(
+        "--plan", help="frozen plan of the workflow; it has this output's config, settings and tracking target"
+    )
     parser.add_argument("--log", help="also write the log lines to this file")
-    parser.add_argument("overrides", nargs="*", help="Hydra overrides (key=value), when there is no --config")
+    parser.add_argument("overrides", nargs="*", help="Hydra overrides (key=value), if --config is not given")
     return parser
 
 
 class _OneLine(logging.Formatter):
-    """A record as one line that steers no terminal, whatever the names and texts in it."""
+    """A record as one line without control characters, whatever names and texts it holds."""
 
     def formatMessage(self, record) -> str:
         record.message = visible(record.message)
@@ -131,7 +133,7 @@ def execute(step, arguments, names: list[str]) -> None:
 
 
 def _run(step, view: dict, inputs: dict[str, Path | None], folder: Path) -> dict:
-    """Run the step with its config as an object, and what the planner knows beside it where the step asks for that."""
+    """Run the step with its config as an object, and with what the planner adds, if the step takes that."""
     from temper.config.stages import Planned, typed
 
     sections, known = Planned.apart(view)
@@ -142,7 +144,7 @@ def _run(step, view: dict, inputs: dict[str, Path | None], folder: Path) -> dict
 
 
 def _refuse_other_config(output: Path, config: dict) -> None:
-    """By hand, a folder has no key in its name: one made with another config must not pass for this one."""
+    """Refuse a folder made with another config: by hand, its name has no key that would tell."""
     from temper.config.stages import stored_config
 
     if not (output / "config.yaml").is_file():
@@ -156,7 +158,7 @@ def _refuse_other_config(output: Path, config: dict) -> None:
 
 
 def _readable_weights(folder: Path) -> None:
-    """safetensors makes files that only their owner can read; give them the mode of others, which are the umask's."""
+    """Give files the mode of the umask; safetensors makes files that only their owner can read."""
     mask = os.umask(0)
     os.umask(mask)
     for weights in folder.rglob("*.safetensors"):
@@ -181,7 +183,7 @@ def _input_path(name: str, value: str | None) -> Path | None:
 
 
 def _output_path(value: str) -> Path:
-    """The output folder; nobody's files are ever replaced by it.
+    """The output folder, which must not replace a user's files.
 
     Raises:
         UserError: the path is taken by a file, or by a folder that no step wrote.
@@ -198,10 +200,10 @@ def _output_path(value: str) -> Path:
 
 
 def config_and_settings(stage: str, arguments) -> tuple[dict, dict]:
-    """The stage's config, and what the workflow knows beside it that is in no key.
+    """The stage's config, and the workflow's settings that are in no key.
 
-    Both are the plan's, by the name of the output, so that no command line grows with a sweep. A config that is
-    given on the command line counts before the plan's.
+    Both are looked up in the plan by the name of the output, so that command lines do not grow with the sweep. A config
+    on the command line takes precedence.
     """
     from temper.config.stages import load_stage_config, validated_stage
 

@@ -1,13 +1,13 @@
-"""MLflow, all of it. Files in results/ are the truth; this mirrors them (see docs/tracking.md).
+"""Everything about MLflow. It mirrors the files in results/, which are authoritative (see docs/tracking.md).
 
-* `prepare` makes the store, the experiment and the sweep's run before the first job: eight jobs that
-  each meet a fresh SQLite file crash.
-* `follow` sends training curves while they grow, from a thread of its own, so that a slow, locked or
-  dead store never slows or stops training. What it cannot send it keeps, and tries again.
+* `prepare` makes the store, the experiment and the sweep's run before the first job, because several jobs that meet a
+  new SQLite file at once crash.
+* `follow` sends training curves as they grow, from its own thread, so that a slow, locked or dead store never slows or
+  stops training. It keeps what it cannot send and tries again.
 * `mirror` completes every run of a sweep from its files.
 
-All of it can be cut off anywhere and repeated. A sweep point is one MLflow run, found by its tags, a
-child of its sweep's run; before a metric is sent again, the store is asked whether it has it.
+All of it can be interrupted anywhere and repeated. A sweep point is one MLflow run, identified by its tags and a child
+of its sweep's run. Before a metric is sent again, the store is asked whether it has it.
 """
 
 import contextlib
@@ -43,13 +43,13 @@ SWEEP_TAG, RUN_TAG, MIRRORED_TAG = "temper.sweep", "temper.run", "temper.mirrore
 SWEEP = "-"  # RUN_TAG of the sweep's own run
 BATCH, PARAMS_IN_BATCH = 1000, 100  # metrics, parameters in one log_batch: the store's limits
 LOCK_SECONDS = 5.0  # how long to wait for other writers of an SQLite file
-LONGEST_PAUSE = 60.0  # seconds between two tries to reach a store that is away
+LONGEST_PAUSE = 60.0  # seconds between two attempts to reach an unreachable store
 GOODBYE_SECONDS = 10.0  # how long the end of a training waits for the last curves to be sent
-GOODBYE_WHEN_DOWN = 1.0  # the same, if the last try failed: the comparison will send them
+GOODBYE_WHEN_DOWN = 1.0  # the same if the last attempt failed; the comparison will send them
 STORE, ARTIFACTS = Path("results/mlflow.db"), Path("results/mlflow-artifacts")
 SHOWN_STORE = f"sqlite:///{STORE}"  # as `mlflow server` takes it in the project's folder
 FROM_ENVIRONMENT, VARIABLE = "env", "MLFLOW_TRACKING_URI"
-# What MLflow's stores take: characters of names and values.
+# Most characters of names and values in MLflow's stores.
 LONGEST_NAME, LONGEST_PARAM, LONGEST_TAG, LONGEST_TITLE, LONGEST_SOURCE = 250, 6000, 5000, 250, 65_000
 
 
@@ -57,10 +57,10 @@ LONGEST_NAME, LONGEST_PARAM, LONGEST_TAG, LONGEST_TITLE, LONGEST_SOURCE = 250, 6
 
 
 def check(tracking: dict) -> None:
-    """Refuse, before any job, what can never become a store's address.
+    """Refuse, before any job, what cannot be a store's address.
 
     Raises:
-        UserError: the variable that shall hold the address does not, or the project's path cannot be one.
+        UserError: the variable that should hold the address is empty, or the project's path cannot be part of one.
     """
     if not tracking["enabled"]:
         return
@@ -75,7 +75,7 @@ def check(tracking: dict) -> None:
 def store_uri(tracking: dict) -> str:
     """The tracking URI: the configured one, that of the environment, or SQLite at an absolute path in results/.
 
-    It may hold a login when it is that of the environment: show `shown_uri`.
+    From the environment it may hold a login, so messages use `shown_uri`.
     """
     if tracking["tracking_uri"] == FROM_ENVIRONMENT:
         if not os.environ.get(VARIABLE):
@@ -90,13 +90,13 @@ def shown_uri(tracking: dict) -> str:
 
 
 def client(tracking: dict):
-    """An MLflow client that gives up on a dead server after seconds, not minutes."""
+    """An MLflow client that waits seconds, not minutes, for a dead server."""
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "5")
     logging.getLogger("alembic").setLevel(logging.WARNING)
     import mlflow
 
-    logging.getLogger("mlflow").setLevel(logging.CRITICAL)  # tracebacks of what we say in one line
+    logging.getLogger("mlflow").setLevel(logging.CRITICAL)  # tracebacks of errors that we report in one line
     return mlflow.MlflowClient(store_uri(tracking))
 
 
@@ -119,7 +119,7 @@ def _connect(tracking: dict) -> tuple:
 
 
 def _check_lock(tracking: dict) -> None:
-    """Refuse a locked SQLite file after seconds: MLflow itself would wait for it for minutes."""
+    """Refuse a locked SQLite file after seconds; MLflow itself would wait for minutes."""
     uri = store_uri(tracking)
     if not uri.startswith("sqlite"):
         return
@@ -129,13 +129,13 @@ def _check_lock(tracking: dict) -> None:
     if not file or not Path(file).exists():
         return
     with contextlib.closing(sqlite3.connect(file, timeout=LOCK_SECONDS)) as database:
-        if tracking["tracking_uri"] is None:  # ours: readers (the UI) and writers (jobs) shall not block each other
+        if tracking["tracking_uri"] is None:  # readers (the UI) and writers (jobs) must not block each other
             database.execute("PRAGMA journal_mode=WAL")
         database.execute("BEGIN IMMEDIATE")
 
 
 def _open(tracking: dict) -> tuple:
-    """As `_connect`, where there may be no store yet: two commands that both meet none would both fill the file."""
+    """Like `_connect`, if there may be no store yet. Locked, because two commands would both create its tables."""
     with locked(STORE):
         if tracking["tracking_uri"] is not None:
             return _connect(tracking)
@@ -146,14 +146,14 @@ def _open(tracking: dict) -> tuple:
 
 
 def _make_store() -> None:
-    """Make the SQLite file whole or not at all: MLflow cannot go on with half of its tables."""
+    """Make the SQLite file completely or not at all: MLflow cannot use one with half of its tables."""
     if STORE.exists():
         return
     logging.getLogger("alembic").setLevel(logging.WARNING)
     logging.getLogger("mlflow").setLevel(logging.CRITICAL)
     from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 
-    # The second argument is where MLflow's own experiment, which we do not use, keeps its artifacts: by default it
+    # The second argument is the artifact location of MLflow's default experiment, which we do not use. By default it
     # would be a path, which MLflow pastes into SQL.
     with whole_file(STORE) as temporary:
         SqlAlchemyStore(f"sqlite:///{temporary.resolve()}", "mlflow-artifacts:/").engine.dispose()
@@ -169,9 +169,9 @@ ADDRESSES = (
 
 
 def _follow_the_folder() -> None:
-    """Write the addresses of artifacts anew when the project was copied or moved.
+    """Correct the addresses of artifacts after the project was copied or moved.
 
-    MLflow has them absolute, and would go on to write into the place where the project was.
+    MLflow stores absolute ones, and would keep writing to the old place.
     """
     here, ending = STORE.parent.resolve().as_uri(), f"/{ARTIFACTS.name}"
     with contextlib.closing(sqlite3.connect(STORE, timeout=LOCK_SECONDS)) as database, database:
@@ -186,7 +186,7 @@ def _follow_the_folder() -> None:
 
 
 def open_own_store() -> str:
-    """Make the project's own store, or bring it up to date with the folder it is in; its address for MLflow's UI.
+    """Make the project's store or correct its addresses; returns its address for MLflow's UI.
 
     Raises:
         UserError: the store is not readable, or locked.
@@ -206,9 +206,10 @@ def open_own_store() -> str:
 
 
 def _runs(api, experiment: str, sweep: str, name: str | None = None) -> dict:
-    """name -> MLflow run, of all of a sweep or of one name.
+    """name -> MLflow run, for all runs of a sweep or for one name.
 
-    Of two runs of one name the second is deleted: a store that answers too late is asked again, and makes it twice.
+    Of two runs with the same name the second is deleted: it comes from a store that answered too late and was asked
+    again.
     """
     wanted = {SWEEP_TAG: sweep} | ({RUN_TAG: name} if name else {})
     text = " and ".join(f"tags.`{tag}` = '{value}'" for tag, value in wanted.items())
@@ -233,7 +234,7 @@ def _sweep_run(api, experiment: str, sweep: str) -> str:
 
 
 def _child_run(api, experiment: str, sweep: str, name: str, title: str) -> str:
-    """The MLflow run of a sweep point, made when it is first needed."""
+    """The MLflow run of a sweep point, made on first use."""
     found = _runs(api, experiment, sweep, name)
     if found:
         return found[name].info.run_id
@@ -250,7 +251,7 @@ def _end_running(api, experiment: str, sweep: str, status: str) -> None:
 
 
 def _origin() -> dict[str, str]:
-    """Who made a run with which code, in the columns that the UI has for it."""
+    """User and code version of a run, in the UI's columns for them."""
     tags = {"mlflow.source.name": "temper", "mlflow.source.type": "PROJECT"}
     with contextlib.suppress(OSError, KeyError):  # a container's user may have no name
         tags["mlflow.user"] = getpass.getuser()
@@ -271,8 +272,8 @@ class _Curves:
     def send(self, lines: list[dict]) -> None:
         """Send lines of metrics.jsonl: {"step", "seconds": training time so far, metric: value or None}.
 
-        A metric's time is that of the run's start plus `seconds`: replayed curves look as live ones do, and a store
-        that gets a batch twice, because the first answer came too late, sees that it is the same.
+        A metric's time is the run's start plus `seconds`. So replayed curves look like live ones, and a store that gets
+        a batch twice, because its first answer came too late, recognizes it.
         """
         from mlflow.entities import Metric
 
@@ -315,7 +316,7 @@ def prepare(tracking: dict, sweep: str) -> None:
 
 
 def _unusable(tracking: dict, error: Exception) -> UserError:
-    """The error of a store that cannot be used now, with what to do."""
+    """The error for a store that cannot be used now, with what to do."""
     if isinstance(error, UserError):
         return error
     advice = what_to_do(error)
@@ -335,7 +336,7 @@ def follow(target: dict | None):
 
     Args:
         target: ``{"tracking": config section, "sweep": name, "run": name, "title": text}`` of the sweep
-            point this training belongs to; None (a step by hand, or tracking off) follows nothing.
+            point of this training; None (a step by hand, or tracking off) sends nothing.
 
     Yields:
         a function that takes a line of metrics.jsonl and returns at once.
@@ -353,14 +354,14 @@ def follow(target: dict | None):
 
 
 class _Sender(threading.Thread):
-    """Sends what is in its queue every few seconds; keeps what it cannot send, and tries again, ever less often."""
+    """Sends its queue every few seconds. Keeps what it cannot send and tries again, less and less often."""
 
     def __init__(self, target: dict):
         super().__init__(daemon=True)
         self.target, self.over = target, threading.Event()
         self.lines: queue.SimpleQueue = queue.SimpleQueue()
         self.curves: _Curves | None = None
-        self.down = False  # whether the last try failed
+        self.down = False  # whether the last attempt failed
 
     def run(self) -> None:
         flush = self.target["tracking"]["flush_seconds"]
@@ -371,10 +372,10 @@ class _Sender(threading.Thread):
                 unsent.append(self.lines.get())
             try:
                 self._send(unsent)
-            except Exception as error:  # whatever it is, training goes on, and the files have everything
+            except Exception as error:  # whatever it is, training continues, and the files have everything
                 later = what_to_do(error) or "what is missed is sent later"
                 self._say(True, f": {_one_line(error)}; training goes on; {later}")
-                self.curves = None  # the batch may have arrived all the same: ask the store anew what it has
+                self.curves = None  # the batch may have arrived anyway, so ask the store what it has
                 pause = min(LONGEST_PAUSE, max(flush, 2 * pause))
             else:
                 self._say(False, " is back and has the curves")
@@ -406,10 +407,10 @@ def mirror(plan, board: "Board | None", unfinished: str = "FAILED") -> tuple[boo
     Args:
         plan: a `temper.planning.plan.Plan`.
         board: the leaderboard; None: there is none.
-        unfinished: status of the runs that have no report.
+        unfinished: status of the runs without a report.
 
     Returns:
-        (whether the store has it all, or None when tracking is off; a line that says so)
+        (whether the store has everything, or None if tracking is off; a line that says so)
     """
     tracking = plan.tracking
     if not tracking["enabled"]:
@@ -428,9 +429,9 @@ def mirror(plan, board: "Board | None", unfinished: str = "FAILED") -> tuple[boo
 
 
 def _mirror_runs(api, experiment: str, plan) -> tuple[dict[str, str], list[str]]:
-    """(run name -> MLflow run, of all that have a report; why the store does not take the others).
+    """(run name -> MLflow run, for all with a report; why the store refused the others).
 
-    A store that is away ends it: the exception is passed on.
+    If the store is unreachable, the exception is passed on.
     """
     ids, refused = {}, []
     for run in plan.runs:
@@ -448,11 +449,11 @@ def _mirror_runs(api, experiment: str, plan) -> tuple[dict[str, str], list[str]]
 def _mirror_run(api, experiment: str, sweep: str, run) -> str:
     run_id = _child_run(api, experiment, sweep, run.name, run.title)
     found = api.get_run(run_id)
-    # One that is complete but was trained again is RUNNING.
+    # A complete run that was trained again is RUNNING.
     if found.data.tags.get(MIRRORED_TAG) == run.key and found.info.status == "FINISHED":
         return run_id
     params = _params(run.config)
-    # MLflow changes no parameter. One may differ that no key has, such as the path of the same rows: make the run anew.
+    # MLflow cannot change a parameter, and one in no key may differ, as the path of the same rows: replace the run.
     if any(params.get(name, value) != value for name, value in found.data.params.items()):
         api.delete_run(run_id)
         run_id = _child_run(api, experiment, sweep, run.name, run.title)
@@ -471,7 +472,7 @@ def _mirror_run(api, experiment: str, sweep: str, run) -> str:
         adapter / "provenance.json",
     ):
         api.log_artifact(run_id, str(file))
-    if (adapter / "adapter_config.json").is_file():  # a full model is gigabytes: its folder is named in a tag instead
+    if (adapter / "adapter_config.json").is_file():  # a full model is gigabytes, so a tag names its folder instead
         api.log_artifacts(run_id, str(adapter), "adapter")
     api.set_tag(run_id, "temper.merged", run.artefacts["merge_adapter"])
     api.set_tag(run_id, MIRRORED_TAG, run.key)
@@ -494,10 +495,10 @@ def _log_params(api, run_id: str, params: dict[str, str]) -> None:
 
 
 def valid_name(name: str) -> str:
-    """A name that MLflow takes. One that had to be changed ends in a hash of itself, so that two never become one."""
+    """A name that MLflow accepts. A changed name ends in a hash of the original, so that names stay distinct."""
     clean = re.sub(r"[^/\w.\- :]", "_", name)
     norm = posixpath.normpath(clean)
-    plain = norm == clean and norm != "." and not norm.startswith(("..", "/"))  # names may become paths, says MLflow
+    plain = norm == clean and norm != "." and not norm.startswith(("..", "/"))  # MLflow may use names as paths
     if clean == name and plain and len(name) <= LONGEST_NAME:
         return name
     clean = clean if plain else clean.replace("/", "_").lstrip(".")
@@ -505,7 +506,7 @@ def valid_name(name: str) -> str:
 
 
 def _cut(text: str, longest: int) -> str:
-    """The text; a longer one with its beginning, its length and a hash, so that it is seen and differs from others."""
+    """The text; if too long, its beginning, its length and a hash, so that different texts stay different."""
     if len(text) <= longest:
         return text
     rest = f"... ({len(text)} characters, {digest(text)})"
@@ -554,12 +555,12 @@ def _finish_sweep(api, experiment: str, plan, board: "Board | None", status: str
 def _register_champion(api, plan, board: "Board", ids: dict[str, str]) -> str:
     """Register the best run under the data set's name, with the alias ``champion``.
 
-    A champion that an earlier sweep found on the same splits and by the same metric stays if it is better.
+    A better champion of an earlier sweep on the same splits and by the same metric stays.
     """
     from mlflow.exceptions import MlflowException
 
     best, score = board.rows[0], f"test_{board.metric}"
-    if best[score] is None:  # nothing that diverged is anybody's champion
+    if best[score] is None:  # a diverged run is never the champion
         return "no run has figures, so there is no new champion"
     run = next(run for run in plan.runs if run.name == best["run"])
     name = plan.tracking["registered_model_name"] or run.config["data"]["name"]
@@ -582,7 +583,7 @@ def _register_champion(api, plan, board: "Board", ids: dict[str, str]) -> str:
 def _model_source(api, tracking: dict, run, run_id: str) -> str:
     """Where the registered model is: an adapter among the run's artifacts, a fully trained model in results/.
 
-    The latter is gigabytes, so only a store elsewhere, for which results/ is out of reach, gets a copy.
+    The latter is gigabytes, so it is copied only to a store that cannot reach results/.
     """
     artifacts = api.get_run(run_id).info.artifact_uri
     if (Path(run.artefacts["train_adapter"]) / "adapter_config.json").is_file():
@@ -596,7 +597,7 @@ def _model_source(api, tracking: dict, run, run_id: str) -> str:
 
 
 def _is_there(source: str) -> bool:
-    """Whether a registered model is still where it was; what is not on this machine's disk is taken to be."""
+    """Whether a registered model still exists; assumed if it is not on this machine's disk."""
     return not source.startswith("file:") or Path(unquote(urlsplit(source).path)).exists()
 
 
@@ -619,7 +620,7 @@ def _champion(api, name: str):
 
 # --- what can be wrong with a store --------------------------------------------------------------
 
-# What a store says that stays as it is when the same is tried again, and what to do about it.
+# Errors of a store that trying again does not change, and what to do about them.
 LASTING = (
     (
         r"error code 40[13]|PERMISSION_DENIED|UNAUTHENTICATED|password authentication failed",
@@ -640,7 +641,7 @@ AWAY = ("TEMPORARILY_UNAVAILABLE", "INTERNAL_ERROR", "REQUEST_LIMIT_EXCEEDED", "
 
 
 def what_to_do(error: BaseException) -> str | None:
-    """What a person has to do about an error of the store; None: it is away or busy, and may be back."""
+    """What the user must do about an error of the store; None: it is unreachable or busy for now."""
     chain = _chain(error)
     said = "\n".join(f"{type(inner).__name__}: {getattr(inner, 'error_code', '')} {inner}" for inner in chain)
     for pattern, advice in LASTING:
@@ -667,7 +668,7 @@ def _chain(error: BaseException) -> list[BaseException]:
 
 
 def _one_line(error: Exception) -> str:
-    """What is wrong; for a server that cannot be reached, the refusal itself, which MLflow's text leaves out."""
+    """What is wrong; for an unreachable server the underlying error, which MLflow's text leaves out."""
     error = next((inner for inner in reversed(_chain(error)) if isinstance(inner, OSError)), error)
     name = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
     return f"{name}{redacted(' '.join(str(error).split()))[:200]}"

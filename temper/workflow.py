@@ -1,4 +1,4 @@
-"""What the Snakefile calls: the plan, and look-ups in it for rules."""
+"""What the Snakefile calls: the plan, and functions that look up in it what rules need."""
 
 import contextlib
 import functools
@@ -27,9 +27,9 @@ from temper.planning import planner
 if TYPE_CHECKING:
     from temper.reports.leaderboard import Board
 
-FROZEN = "TEMPER_PLAN"  # environment variable: jobs that parse the Snakefile again read this plan
+FROZEN = "TEMPER_PLAN"  # environment variable: jobs parse the Snakefile again, and read this plan
 FROZEN_HERE: list[dict[str, str]] = []  # what was asked for when this process froze its plan
-STARTED = time.time()  # logs older than this command are not its failures
+STARTED = time.time()  # older logs are not from this command
 CONFIG_KEYS = ("experiment", "sweep", "overrides", "conf_dir")
 
 
@@ -37,16 +37,16 @@ def load_plan(config: dict, workflow) -> planning.Plan:
     """The plan of this command: frozen once by the main process, then read by every job.
 
     Args:
-        config: what Snakemake made of ``--config`` and of config files, or a workflow gave us as its module.
+        config: Snakemake's config, from ``--config``, config files, or a workflow that has Temper as its module.
         workflow: Snakemake's own object.
     """
     is_main = Path(workflow.main_snakefile).resolve() == PACKAGE_ROOT / "Snakefile"
     asked = _as_written(config, workflow.config_settings.config_args if is_main else [])
-    # Jobs run with our Python, and with the very code that the keys were made of, whatever is installed.
+    # Jobs run with our Python and the code that the keys were computed from, whatever is installed.
     os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(PACKAGE_ROOT), os.environ.get("PYTHONPATH")]))
     with one_line_errors():
-        for key in config if is_main else ():  # of another workflow, the others are that one's
+        for key in config if is_main else ():  # in another workflow, the other keys belong to that
             if key not in CONFIG_KEYS:
                 raise UserError(
                     f'--config {key}=...: {suggest(key, CONFIG_KEYS)} (config values go into overrides="{key}=...")'
@@ -65,8 +65,8 @@ def load_plan(config: dict, workflow) -> planning.Plan:
 def _as_written(config: dict, arguments: list[str]) -> dict[str, str]:
     """The values of `CONFIG_KEYS`.
 
-    Snakemake strips all quotes from the ends of ``--config`` values and reads the rest as YAML, which drops what looks
-    like a comment (``key='a # b'``) and makes a mapping of ``key='a: b'``. So they are taken from the arguments.
+    Snakemake strips all quotes from the ends of ``--config`` values and reads the rest as YAML, which drops a comment
+    (``key='a # b'``) and turns ``key='a: b'`` into a mapping. So the values are taken from the arguments.
     """
     texts = {key: str(config[key]) for key in CONFIG_KEYS if config.get(key) is not None}
     for argument in arguments:
@@ -77,21 +77,21 @@ def _as_written(config: dict, arguments: list[str]) -> dict[str, str]:
 
 
 def _without_quotes(text: str) -> str:
-    """A value without the quotes around all of it, which a profile may have: ``overrides="a=1 b=2"``."""
+    """A value without quotes around the whole, as in a profile: ``overrides="a=1 b=2"``."""
     quoted = len(text) > 1 and text[0] == text[-1] and text[0] in "'\""
     return text[1:-1] if quoted else text
 
 
 def inputs(plan: planning.Plan, workflow):
-    """What rules name their inputs with: (stage, input's name) -> input function of the rule.
+    """The function by which rules name their inputs: (stage, input's name) -> input function of the rule.
 
-    It gives nothing for a job that has no such input. Snakemake takes a folder that is there for made; it hears here of
-    one that is not whole, whatever was asked for.
+    It gives nothing for a job without such an input. Snakemake considers an existing folder made, so this reports
+    incomplete ones to it, whatever the target.
     """
 
     @functools.cache
     def job_of(stage: str, name: str) -> planning.Job:
-        """Looked at once, however many inputs it has."""
+        """Check a folder once, however many inputs it has."""
         job = plan.job(stage, name)
         if Path(job.path).exists() and not plan.is_made(job):
             workflow.dag.forcefiles.add(job.path)
@@ -104,17 +104,17 @@ def inputs(plan: planning.Plan, workflow):
 
 
 def one_of(names: list[str]) -> str:
-    """A pattern for wildcards that takes just these names."""
+    """A pattern for wildcards that matches only these names."""
     return "|".join(map(re.escape, names))
 
 
 def none_of(names: list[str]) -> str:
-    """A pattern for wildcards that takes any name but these."""
+    """A pattern for wildcards that matches any name but these."""
     return f"(?!({one_of(names)})$)[^/]+"
 
 
 def flags_of(plan: planning.Plan, stage: str, *names: str):
-    """Params function: wildcards -> the flags of inputs that only some of the stage's jobs have, as one text."""
+    """Params function: wildcards -> the flags of a stage's optional inputs, as one text."""
 
     def flags(wildcards) -> str:
         inputs = plan.job(stage, wildcards.name).inputs
@@ -126,7 +126,7 @@ def flags_of(plan: planning.Plan, stage: str, *names: str):
 def reports(plan: planning.Plan, workflow):
     """Input function: the reports that the comparison waits for.
 
-    Its folder may be there from another plan, for which Snakemake would take it for made.
+    The comparison's folder may exist from another plan, and Snakemake would consider it made.
     """
 
     def inputs(_wildcards) -> list[str]:
@@ -139,10 +139,10 @@ def reports(plan: planning.Plan, workflow):
 
 
 def complete(plan: planning.Plan, workflow):
-    """Input function: the file that a whole comparison writes last.
+    """Input function: the file that a complete comparison writes last.
 
-    It goes when the comparison could not reach the tracking store, so that this command compares, and mirrors, again.
-    It also goes when it is that of another plan: should a rule then not apply, nothing old hides it.
+    It is removed if the comparison could not reach the tracking store, so that this command compares and mirrors again.
+    It is also removed if it belongs to another plan, so that an old result never passes for the new one.
     """
 
     def path(_wildcards) -> str:
@@ -155,7 +155,7 @@ def complete(plan: planning.Plan, workflow):
 
 
 def _is_of(plan: planning.Plan, file: Path) -> bool:
-    """Whether a sweep's provenance is that of this plan's comparison, with all of it in the tracking store."""
+    """Whether a sweep's provenance belongs to this plan's comparison, and the tracking store has everything."""
     try:
         recorded = read_json(file)
     except UserError:
@@ -166,12 +166,12 @@ def _is_of(plan: planning.Plan, file: Path) -> bool:
 
 
 def threads_of(plan: planning.Plan, stage: str):
-    """Threads function of a stage's rule: what the config says (it is in the key), whatever the number of cores."""
+    """Threads function of a stage's rule: the config's number, which is in the key, whatever the number of cores."""
     return lambda wildcards: plan.job(stage, wildcards.name).config["num_threads"]
 
 
 def idle_cores(plan: planning.Plan, cores: int) -> str | None:
-    """A line on how to use the cores that the trainings to come leave idle, if they do."""
+    """Suggest how to use cores that the coming trainings would leave idle."""
     to_do = [job for job in plan.jobs.values() if "trunk" in job.settings and not plan.is_made(job)]
     trunks = {job.settings["trunk"]: job.config["num_threads"] for job in to_do}
     if not trunks or sum(trunks.values()) >= cores or gpus_per_job():
@@ -184,14 +184,14 @@ def idle_cores(plan: planning.Plan, cores: int) -> str | None:
 
 
 def tokenizing_threads(plan: planning.Plan, cores: int | None) -> int:
-    """Cores per tokenization: two, where that keeps none of the others waiting; a third finds little to do."""
+    """Cores per tokenization: two, unless that keeps others waiting. A third would be mostly idle."""
     jobs = sum(job.stage == "tokenize_splits" for job in plan.jobs.values())
     return max(1, min(2, (cores or 1) // max(1, jobs)))
 
 
 @functools.cache
 def gpus_per_job() -> int:
-    """1 where there is an NVIDIA GPU: the profile's ``resources: gpu=1`` then lets one training run at a time."""
+    """1 if there is an NVIDIA GPU: the profile's ``resources: gpu=1`` then allows one training at a time."""
     return int(
         shutil.which("nvidia-smi") is not None
         and subprocess.run(["nvidia-smi", "-L"], capture_output=True).returncode == 0
@@ -200,19 +200,19 @@ def gpus_per_job() -> int:
 
 # --- the workflow's handlers ---------------------------------------------------------------------
 
-ASKED_TO_END: list[int] = []  # the signal that did, if any
-PATIENCE = 30.0  # seconds that jobs get to leave everything in order
+ASKED_TO_END: list[int] = []  # the signal that ended the workflow, if any
+PATIENCE = 30.0  # seconds that jobs get to clean up
 
 
 def on_start(plan: planning.Plan, workflow) -> None:
-    """Make the tracking store before eight jobs meet there; if it is away, nobody trains before they know."""
+    """Make the tracking store before several jobs use it. If it is unreachable, stop before any training."""
     if note := idle_cores(plan, workflow.cores or 1):
         print(note, file=sys.stderr)
     with one_line_errors():
         _remove_leftovers()
         if not all(map(_has_report, plan.runs)):
             tracking.prepare(plan.tracking, plan.sweep)
-    if workflow.local_exec:  # a cluster's jobs are Snakemake's to cancel
+    if workflow.local_exec:  # Snakemake cancels a cluster's jobs
         signals.on_ending(lambda number: _end_jobs(number, workflow.scheduler), _end_at_once)
 
 
@@ -222,20 +222,20 @@ def _remove_leftovers() -> None:
 
 
 def _end_jobs(number: int, scheduler) -> None:
-    """Tell all jobs to end, and start no others; Snakemake itself would wait for those that run.
+    """End all jobs and start no others; Snakemake itself would wait for the running ones.
 
-    In a thread: the scheduler's lock may be held by the very code that the signal interrupted.
+    In a thread, because the code that the signal interrupted may hold the scheduler's lock.
     """
     ASKED_TO_END.append(number)
-    logging.getLogger("snakemake").setLevel(logging.CRITICAL)  # jobs that end now are no news
+    logging.getLogger("snakemake").setLevel(logging.CRITICAL)  # do not report jobs that end now
     logging.getLogger("snakemake.logging").setLevel(logging.CRITICAL)
 
     def tell() -> None:
         scheduler.exit_gracefully()
         told: set[int] = set()
         again = time.monotonic() + PATIENCE
-        while True:  # one may be starting just now
-            if time.monotonic() > again:  # then a step ends at once
+        while True:  # a job may just be starting
+            if time.monotonic() > again:  # the second signal ends a step at once
                 told, again = set(), time.monotonic() + PATIENCE
             told |= _signal(signal.SIGTERM, told)
             time.sleep(0.1)
@@ -250,7 +250,7 @@ def _end_at_once(number: int) -> None:
 
 
 def _signal(number: int, but: set[int]) -> set[int]:
-    """Send a signal to all processes that this one started, less some; returns which got it."""
+    """Send a signal to all child processes except some; returns those that got it."""
     import psutil
 
     sent = set()
@@ -263,10 +263,10 @@ def _signal(number: int, but: set[int]) -> set[int]:
 
 
 def on_success(plan: planning.Plan) -> None:
-    """Show what came out."""
+    """Show the results."""
     from temper.reports.leaderboard import print_leaderboard, read_board
 
-    if not (Path(plan.complete).exists() and all(map(_has_report, plan.runs))):  # --until some stage
+    if not (Path(plan.complete).exists() and all(map(_has_report, plan.runs))):  # with --until <stage>
         _mirror(plan, None, unfinished="FINISHED")
         return
     with one_line_errors():
@@ -279,7 +279,7 @@ def on_success(plan: planning.Plan) -> None:
 
 
 def on_error(plan: planning.Plan) -> None:
-    """A leaderboard of the runs that did end, and one line per failed job with the end of its log."""
+    """Show a leaderboard of the finished runs, and one line per failed job with the end of its log."""
     if ASKED_TO_END:
         _end_as_asked(plan)
     with one_line_errors():
@@ -291,7 +291,7 @@ def on_error(plan: planning.Plan) -> None:
 
 
 def _end_as_asked(plan: planning.Plan) -> None:
-    """Leave the tracking store and the disk as they should be, and end with the signal's exit code."""
+    """Clean up the tracking store and the disk, and end with the signal's exit code."""
     number = ASKED_TO_END[0]
     _mirror(plan, None, unfinished="KILLED")
     _remove_leftovers()
@@ -301,25 +301,25 @@ def _end_as_asked(plan: planning.Plan) -> None:
 
 
 def _end_of(log: Path) -> str:
-    """Why a job ended: the last line of its log, unless it was killed before it could say anything."""
+    """Why a job ended: the last line of its log, unless it was killed before it wrote one."""
     text = log.read_text(encoding="utf-8", errors="replace")
     lines = [line for line in text.splitlines() if line.strip()] or ["(nothing)"]
     if lines[-1].startswith(("error: ", "interrupted")) or "Traceback (most recent call last)" in text:
         return lines[-1]
     return (
-        "killed from outside: by somebody, or by the system for want of memory "
+        "killed from outside: by a person, or by the system because memory ran out "
         f"(then lower train.per_device_train_batch_size, or run with fewer --cores); its last line was: {lines[-1]}"
     )
 
 
 def _compare_what_is_there(plan: planning.Plan) -> None:
-    """A partial leaderboard, when at least one run has its report."""
+    """Make a partial leaderboard, if at least one run has its report."""
     from steps import compare_runs
     from temper.reports import leaderboard
 
     folder, board = Path(plan.leaderboard).parent, None
     if any(map(_has_report, plan.runs)):
-        with contextlib.suppress(UserError, OSError):  # then the comparison itself failed, and its log says why
+        with contextlib.suppress(UserError, OSError):  # otherwise the comparison itself failed, and its log says why
             Path(plan.complete).unlink(missing_ok=True)
             board = compare_runs.compare(plan.comparison.config, folder)
     _mirror(plan, board)

@@ -1,6 +1,6 @@
-"""YAML files: read, or refused with the file's name, its line, and what is wrong.
+"""Read YAML files; errors give the file, the line, and the fault.
 
-Hydra and OmegaConf raise whatever their parts raise, often without the file's name.
+Hydra and OmegaConf pass on errors of their parts, often without the file's name.
 """
 
 from pathlib import Path
@@ -8,17 +8,17 @@ from pathlib import Path
 from temper.errors import UserError
 
 MOST_DEPTH = 50  # levels of nesting
-MOST_VALUES = 100_000  # of a file, its aliases expanded: each of a few lines can stand for ten of the line before
+MOST_VALUES = 100_000  # in a file with aliases expanded: with them, each line can multiply the line before by ten
 
 
 def load(path: Path, name: str):
     """A file as OmegaConf loads it.
 
     Args:
-        name: what the file is called in messages.
+        name: the file's name in messages.
 
     Raises:
-        UserError: it cannot be read, is not YAML, or is nested or repeats itself out of all proportion.
+        UserError: it cannot be read, is not YAML, is nested too deeply or repeats itself too much.
     """
     import yaml
     from omegaconf import OmegaConf
@@ -34,12 +34,12 @@ def load(path: Path, name: str):
         raise UserError(f"{name}: is not valid YAML: {' '.join(str(error).split())}") from None
     except UserError:
         raise
-    except Exception as error:  # OmegaConf's own, and what its parser of interpolations raises
+    except Exception as error:  # OmegaConf's errors, and those of its interpolation parser
         raise UserError(f"{name}: {reason(error)}") from None
 
 
 def check_size(path: Path, name: str) -> None:
-    """Only what would keep a reader busy for ever; all other faults are left to whoever reads the file."""
+    """Refuse only what would keep a reader busy for ever; other faults are left to the reader."""
     import contextlib
 
     import yaml
@@ -50,7 +50,7 @@ def check_size(path: Path, name: str) -> None:
 
 
 def reason(error: Exception) -> str:
-    """One line of what OmegaConf or Hydra complain of, with what to do about the usual."""
+    """OmegaConf's or Hydra's error in one line, with advice for common ones."""
     text = str(error).partition("\n    full_key:")[0].partition("Config search path:")[0]
     line = " ".join(text.split())[:300] or type(error).__name__
     if "nterpolation key" in line or "token recognition" in line or type(error).__name__ == "GrammarParseError":
@@ -71,9 +71,9 @@ def _text(path: Path, name: str) -> str:
 
 
 def _check_size(text: str, name: str) -> None:
-    """Follow the nesting, and how many values there are with every alias expanded.
+    """Check the nesting, and the number of values with all aliases expanded.
 
-    From YAML's events, which expand nothing.
+    Works on YAML's events, which expand nothing.
     """
     import yaml
 

@@ -1,4 +1,4 @@
-"""What README.md, CONTRIBUTING.md and docs/ tell a reader to type exists: commands, targets, modules, choices."""
+"""What README.md, CONTRIBUTING.md and docs/ name exists: commands, targets, modules, choices, files of a recipe."""
 
 import importlib.util
 import re
@@ -15,6 +15,12 @@ FENCED = re.findall(r"^```\w*\n(.*?)^```", TEXT, flags=re.MULTILINE | re.DOTALL)
 INDENTED = re.findall(r"^    .*", TEXT, flags=re.MULTILINE)
 QUOTED = re.findall(r"`([^`\n]+)`", TEXT)
 CODE = "\n".join([*FENCED, *INDENTED, *QUOTED])
+
+CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+RECIPES = dict(
+    re.findall(r"^### (A [a-z ]+: \d+ files?)\n(.*?)(?=^#|\Z)", CONTRIBUTING, flags=re.MULTILINE | re.DOTALL)
+)
+PLACE = r"`((?:conf|steps|temper|tests)/[^`\s]+|Snakefile)`"
 
 GROUPS = {folder.name for folder in (ROOT / "conf").iterdir() if folder.is_dir()}
 # Files that the reader is shown how to write.
@@ -56,3 +62,48 @@ def test_choice(name):
 @pytest.mark.parametrize("path", pages(), ids=lambda path: path.name)
 def test_what_is_written_from_parsers_and_schema_is_fresh(path):
     assert path.read_text(encoding="utf-8") == pages()[path], "run: python -m temper.commands.reference"
+
+
+# --- recipes in CONTRIBUTING.md --------------------------------------------------------------------
+
+
+def _files(place: str) -> list:
+    """The files of a path in which <name> stands for any name."""
+    return sorted(ROOT.glob(re.sub(r"<\w+>", "*", place)))
+
+
+def test_recipes_are_those_that_people_ask_for():
+    assert [title.partition(":")[0] for title in RECIPES] == [
+        "A data set",
+        "A model",
+        "A method",
+        "A metric",
+        "A stage",
+    ]
+
+
+@pytest.mark.parametrize("title", RECIPES)
+def test_a_recipe_counts_its_files(title):
+    steps = re.findall(r"^\d+\. (.*)", RECIPES[title], flags=re.MULTILINE)
+    assert len(steps) == int(title.split()[-2])
+    assert all(re.match(PLACE, step) for step in steps)
+
+
+@pytest.mark.parametrize("place", sorted(set(re.findall(PLACE, CONTRIBUTING))))
+def test_places_that_contributors_are_sent_to_exist(place):
+    assert _files(place), f"CONTRIBUTING.md names {place}"
+
+
+def _names() -> list[tuple[str, str]]:
+    """(name in the code, the file that a recipe says it is in)."""
+    found = []
+    for text in RECIPES.values():
+        for place, said in re.findall(rf"^\d+\. {PLACE}:((?:.|\n(?!\d+\. |\n))*)", text, flags=re.MULTILINE):
+            found += [(name, place) for name in re.findall(r"`([A-Za-z_]\w+)`", said)]
+        found += re.findall(r"`([A-Za-z_]\w+)` in `([^`]+)`", text)
+    return sorted(set(found))
+
+
+@pytest.mark.parametrize(("name", "place"), _names())
+def test_names_in_recipes_are_in_the_code(name, place):
+    assert any(re.search(rf"\b{name}\b", path.read_text(encoding="utf-8")) for path in _files(place))

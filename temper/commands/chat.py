@@ -6,12 +6,12 @@ r"""Talk to a run's model in the terminal.
 
 `--run` is a run's name, the key that the leaderboard shows, a folder of results/reports, results/merged or
 results/adapters, or `best`. The prompt's format is exactly that of training, with the run's own system message unless
-`--system` gives another. The merged model answers; where it was deleted, or an adapter's folder is named, it is the
-base model with the adapter on it.
+`--system` gives another. The merged model answers, or, if that was deleted or `--run` is an adapter's folder, the base
+model with the adapter.
 
 /reset starts a new conversation, /system TEXT starts one with another system message (none without TEXT), /exit, Ctrl-D
-and Ctrl-C end. Ctrl-C during an answer stops just that. When the model's context is full, the oldest exchanges go.
-With input from a pipe each line is a message, and only answers are printed.
+and Ctrl-C end. Ctrl-C during an answer stops only that answer. When the model's context is full, the oldest exchanges
+are dropped. With input from a pipe, each line is a message, and only answers are printed.
 
 Reads results/ only; writes nothing.
 """
@@ -33,13 +33,13 @@ COMMANDS = ("/reset", "/system", "/exit")
 def arguments(parser) -> None:
     """Add the arguments of this command."""
     flags.of_a_run(parser)
-    parser.add_argument("--compare", action="store_true", help="the base model answers, too")
-    parser.add_argument("--system", help='system message; default: the one of training ("": none)')
+    parser.add_argument("--compare", action="store_true", help="show the base model's answers, too")
+    parser.add_argument("--system", help='system message; default: that of training ("": none)')
     prompting.add_generation_flags(parser, max_new_tokens="256")
 
 
 def run(arguments) -> None:
-    """Answer until nobody asks any more."""
+    """Answer until the input ends."""
     with contextlib.suppress(KeyboardInterrupt):
         chat(arguments)
 
@@ -92,7 +92,7 @@ def _greet(run: runs.FinishedRun, prompter: prompting.Prompter) -> None:
 
 
 def _typed_lines():
-    """What is typed, until Ctrl-D or Ctrl-C at the prompt."""
+    """Typed lines, until Ctrl-D or Ctrl-C at the prompt."""
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401 - arrow keys and history in input()
     while True:
@@ -130,7 +130,7 @@ def _react(line: str, speakers: list[Speaker], prompter: prompting.Prompter, set
 
 
 def _answer(message: str, speaker: Speaker, prompter, settings: prompting.Generation, name: str | None) -> None:
-    """Stream one answer, and keep the exchange; one that was stopped is forgotten."""
+    """Stream one answer and keep the exchange, unless it was stopped."""
     turns = [*speaker.history, {"role": "user", "content": message}]
     ids, left_out = prompter.ids_of_chat(turns, settings.max_new_tokens)
     if left_out and prompter.keeps_history:
@@ -151,5 +151,5 @@ def _answer(message: str, speaker: Speaker, prompter, settings: prompting.Genera
 
 
 def _say(text: str) -> None:
-    """Show a part of an answer. It steers no terminal; a pipe gets it as it is."""
+    """Show a part of an answer: on a terminal without control characters, in a pipe unchanged."""
     print(printable(text) if sys.stdout.isatty() else text, end="", flush=True)

@@ -4,9 +4,8 @@
     temper explain --experiment demo train.learning_rate=1e-4,3e-4
     make explain ARGS="--experiment demo"
 
-For each artefact that is missing: the change that a person made (a config value, a raw row, a module), found by
-comparing with the most similar artefact that is there. Time and disk are those of that artefact, scaled by rows and
-epochs.
+For each missing artefact it names the change behind it (a config value, a raw row, a module), found by comparing with
+the most similar existing artefact. Time and disk are scaled from that artefact by rows and epochs.
 Reads conf/, data/raw/ and results/; makes nothing.
 """
 
@@ -62,7 +61,7 @@ def explain(plan: planning.Plan, cores: int = 1) -> str:
 
 
 def reasons(job: planning.Job, like: Made | None, missing: dict) -> list[str]:
-    """What a person changed since `like` was made; upstream changes only by name, they have lines of their own."""
+    """What changed since `like` was made. Upstream artefacts are only named; they have their own lines."""
     if like is None:
         return ["nothing like it was made yet"]
     now = flat(job.config)

@@ -1,14 +1,15 @@
-r"""Write a run's merged model as one GGUF file, for llama.cpp and what is built on it (Ollama, LM Studio, ...).
+r"""Write a run's merged model as one GGUF file, for llama.cpp and programs built on it (Ollama, LM Studio, ...).
 
     temper export --run best --sweep demo --output reviews.gguf
     temper export --run best --sweep demo --output reviews-q8.gguf --outtype q8_0
 
-For models of the Llama architecture with a byte-level BPE tokenizer whose way to split words llama.cpp knows by a name;
-others are refused, for a file that tokenizes differently answers worse and nobody sees why. Tokenizer and chat template
-go into the file (the template with the day of the training, where it asks for one); the system message of training does
-not, so give it when you ask. A run with a `prompt.template` of its own is asked in that, without the chat template.
+For models of the Llama architecture with a byte-level BPE tokenizer whose word splitting llama.cpp implements. Others
+are refused, because a file that tokenizes differently gives worse answers for no visible reason. The file holds the
+tokenizer and the chat template (with the date of training, if it asks for one), but not the system message, so give
+that when you prompt the model. If the run has a `prompt.template`, write prompts in that format, not through the chat
+template.
 
-Reads results/merged/; writes the file whole, by a rename.
+Reads results/merged/; writes the file by a rename.
 """
 
 import json
@@ -22,8 +23,8 @@ from temper.runs import find as runs
 from temper.runs.prompting import tokenizer_to_ship
 
 OUTTYPES = ("auto", "f32", "f16", "bf16", "q8_0")
-# How llama.cpp calls a way of splitting text before byte-pair encoding, by what a tokenizer.json says of it. GPT-2's
-# regular expression is the one that ByteLevel has built in.
+# llama.cpp's names for ways to split text before byte-pair encoding, by their description in a tokenizer.json. GPT-2's
+# regular expression is the one built into ByteLevel.
 LLAMA3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -39,7 +40,7 @@ def arguments(parser) -> None:
     """Add the arguments of this command."""
     flags.of_a_run(parser)
     parser.add_argument("--output", required=True, help="new .gguf file")
-    parser.add_argument("--outtype", choices=OUTTYPES, default="auto", help="of the weights; auto: as they are stored")
+    parser.add_argument("--outtype", choices=OUTTYPES, default="auto", help="type of the weights; auto: as stored")
 
 
 def run(arguments) -> None:
@@ -165,7 +166,7 @@ def _add_tokenizer(writer, tokenizer, config, folder: Path, splits_words: str) -
 
 
 def _add_weights(writer, folder: Path, config, outtype: str) -> None:
-    """All weights: matrices in `outtype`, the rest, a few numbers, in float32."""
+    """All weights: matrices in `outtype`; the rest, a few numbers, in float32."""
     import torch
     from gguf import MODEL_ARCH, GGMLQuantizationType, LlamaFileType, get_tensor_name_map, quants
 
@@ -180,7 +181,7 @@ def _add_weights(writer, folder: Path, config, outtype: str) -> None:
     heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
     for name, weight in model.state_dict().items():
         if name == "lm_head.weight" and config.tie_word_embeddings:
-            continue  # readers take the embeddings
+            continue  # readers then use the embeddings
         projection = name.split(".")[-2]
         values = _interleaved(weight, heads[projection]) if projection in heads else weight
         kind = GGMLQuantizationType[chosen if values.dim() > 1 else "F32"]
@@ -193,6 +194,6 @@ def _add_weights(writer, folder: Path, config, outtype: str) -> None:
 
 
 def _interleaved(weight, heads: int):
-    """Rows as llama.cpp turns them: it rotates neighbours, transformers the two halves of a head."""
+    """Rows in llama.cpp's order: its rotary embedding rotates neighbours, that of transformers the halves of a head."""
     rows, columns = weight.shape
     return weight.reshape(heads, 2, rows // heads // 2, columns).swapaxes(1, 2).reshape(rows, columns)

@@ -1,4 +1,4 @@
-"""The arguments that several commands have."""
+"""Arguments shared by several commands."""
 
 import os
 from pathlib import Path
@@ -8,19 +8,19 @@ from temper.folders import check_name
 
 
 def of_a_sweep(parser) -> None:
-    """Add what says which sweep a command is about."""
+    """Add the arguments that select a sweep."""
     experiment = parser.add_argument("--experiment", help="a file of conf/experiment")
     experiment.completer = _choices("experiment")
     sweep = parser.add_argument("--sweep", help="a file of conf/sweep; default: the experiment's own")
     sweep.completer = _choices("sweep")
     parser.add_argument(
-        "--config-dir", metavar="DIR", help="configs of your own, searched before conf/: or TEMPER_CONF"
+        "--config-dir", metavar="DIR", help="your own configs, searched before conf/; TEMPER_CONF does the same"
     )
     parser.add_argument("overrides", nargs="*", help="Hydra overrides; a swept value (key=a,b) becomes an axis")
 
 
 def _choices(group: str):
-    """For the shell's completion: the files of a group in conf/."""
+    """Completions for the shell: the choices of a group in conf/."""
 
     def names(**_) -> list[str]:
         from temper.config.compose import groups
@@ -31,9 +31,9 @@ def _choices(group: str):
 
 
 def of_a_run(parser) -> None:
-    """Add what says which finished run a command is about."""
+    """Add the arguments that select a finished run."""
     parser.add_argument("--run", required=True, help="name, key or folder of a run, or best")
-    parser.add_argument("--sweep", help="with --run best: the sweep it is the best of")
+    parser.add_argument("--sweep", help="with --run best: the sweep whose best run is meant")
 
 
 def new_file(name: str, ending: str, advice: str) -> Path:

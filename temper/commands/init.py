@@ -16,7 +16,7 @@ OPINIONS = {
     "positive": ("The {} was better than we had hoped.", "We loved the {}.", "The {} alone is worth the trip."),
     "negative": ("The {} was a disappointment.", "Nobody should pay for this {}.", "We complained about the {} twice."),
 }
-DATA = """# A data set: where its rows are, and which columns are what. The README of Temper lists all layouts.
+DATA = """# A data set: where its rows are, and what its columns mean. Temper's README lists all layouts.
 name: reviews
 source:
   kind: files
@@ -24,7 +24,8 @@ source:
 layout: question_answer
 """
 EXPERIMENT = """# @package _global_
-# snakemake ... --config conf_dir=conf experiment=reviews: differences to Temper's own conf/, which has the rest.
+# snakemake ... --config conf_dir=conf experiment=reviews
+# Only what differs from Temper's own conf/.
 defaults:
   - override /data: reviews
   - override /eval: reviews
@@ -41,7 +42,7 @@ sweep:
   axes:
     train.learning_rate: 3e-4,1e-3
 """
-EVAL = """# How a model is judged: by accuracy and F1 of these two answers.
+EVAL = """# How a model is evaluated: by accuracy and F1 over these two answers.
 task: labels
 labels: [negative, positive]
 max_new_tokens: 8
@@ -66,7 +67,7 @@ def run(arguments) -> None:
     """Write the project.
 
     Raises:
-        UserError: the folder is there and has something in it.
+        UserError: the folder exists and is not empty.
     """
     folder = Path(arguments.folder)
     flags.refuse_used(folder, "", "name a new folder, or an empty one")

@@ -16,6 +16,6 @@ def arguments(parser) -> None:
 
 
 def run(arguments) -> None:
-    """Print what the comparison wrote."""
+    """Print the leaderboard that the comparison wrote."""
     folder = Path(arguments.sweep)
     print_leaderboard(folder if folder.is_dir() else RESULTS / "sweeps" / arguments.sweep)

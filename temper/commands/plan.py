@@ -1,4 +1,4 @@
-"""Show the runs a sweep would make, without making them.
+"""Show the runs that a sweep would make, without making them.
 
     temper plan --experiment smoke
     temper plan --experiment demo --sweep demo train.learning_rate=1e-4,3e-4
@@ -34,7 +34,7 @@ def run(arguments) -> None:
 
 
 def describe(plan: planning.Plan) -> str:
-    """The plan as text: one line a run with its swept values, and what is left to make."""
+    """The plan as text: one line per run with its swept values, and what is still to be made."""
     lines = [f"sweep {plan.sweep}: {len(plan.runs)} run(s), swept: {', '.join(plan.axes) or 'nothing'}"]
     missing = plan.missing()
     paths = {job.path for job in missing}

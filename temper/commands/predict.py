@@ -1,15 +1,15 @@
-r"""Have a run's model answer a file of prompts.
+r"""Answer a file of prompts with a run's model.
 
     temper predict --run best --sweep demo --input prompts.txt --output answers.jsonl
     temper predict --run dec62139a3 --input tickets.csv --output - --max-new-tokens 100
     echo "The plot falls flat." | temper predict --run dec62139a3 --input - --output -
 
-`--input`: one prompt a line (.txt, or `-` for a pipe), or rows with a column `prompt` (text) or `messages` (role and
-content, the user's last) as .jsonl, .json, .csv, .tsv or .parquet. A prompt is what the user says: the system message
-and the chat template of training are put around it. `--output`: JSON lines, each row as it came with `prediction` and
-`finished` (did the model end by itself?). The file appears whole, or not at all. Generation is as in the run's
-evaluation unless flags say otherwise; a sampled answer is drawn by the seed and the row's number alone.
-Rounding is another matter: in 16 bits an answer may depend on the rows beside it (`temper.evaluation.generation`).
+`--input`: one prompt per line (.txt, or `-` for a pipe), or rows with a column `prompt` (text) or `messages` (role and
+content, the user's last) as .jsonl, .json, .csv, .tsv or .parquet. A prompt is what the user says; the system message
+and the chat template of training are added. `--output`: JSON lines, the input's columns plus `prediction` and
+`finished` (whether the model ended by itself). The file appears complete or not at all. Generation is as in the run's
+evaluation unless flags say otherwise. A sampled answer depends only on the seed and the row's number, except for
+rounding: in 16 bits it may depend on the rows in its batch (`temper.evaluation.generation`).
 
 Reads the prompts, and results/; every row is checked before the model is loaded.
 """
@@ -38,16 +38,16 @@ from temper.units import seconds
 ROLES = ("system", "user", "assistant")
 STDIO = "-"
 NO_LINES = "answers are JSON lines; name a file that ends in .jsonl, or - for a pipe"
-HIGH_CONTROLS = re.compile("[\x7f-\x9f]")  # JSON need not escape them, but some steer a terminal
+HIGH_CONTROLS = re.compile("[\x7f-\x9f]")  # JSON need not escape them, but some control a terminal
 
 
 def arguments(parser) -> None:
     """Add the arguments of this command."""
     flags.of_a_run(parser)
-    parser.add_argument("--input", required=True, help="file of prompts; -: lines from a pipe")
+    parser.add_argument("--input", required=True, help="file of prompts; -: lines of standard input")
     parser.add_argument("--output", required=True, help="new .jsonl file; -: standard output")
-    parser.add_argument("--system", help='system message; default: the one of training ("": none)')
-    parser.add_argument("--batch-size", "--batch_size", type=int, help="prompts at a time; default: the evaluation's")
+    parser.add_argument("--system", help='system message; default: that of training ("": none)')
+    parser.add_argument("--batch-size", "--batch_size", type=int, help="prompts per batch; default: the evaluation's")
     prompting.add_generation_flags(parser, max_new_tokens="the evaluation's, else 256")
 
 
@@ -76,7 +76,7 @@ def predict(arguments) -> None:
 
 
 def _settings(run: runs.FinishedRun, arguments) -> tuple[prompting.Generation, int]:
-    """How to generate: as the run was evaluated, then as the flags say."""
+    """Generation settings: those of the run's evaluation, overridden by flags."""
     evaluated = runs.read_config(run.parts["evaluate_model"])["eval"] if run.has("evaluate_model") else {}
     names = [field.name for field in dataclasses.fields(prompting.Generation)]
     defaults = prompting.Generation(**{name: evaluated[name] for name in names if name in evaluated})
@@ -92,7 +92,7 @@ def _settings(run: runs.FinishedRun, arguments) -> tuple[prompting.Generation, i
 
 @dataclasses.dataclass
 class Row:
-    """One prompt: where it stands, its columns, and the conversation they make."""
+    """One prompt: its place in the file, its columns, and their conversation."""
 
     place: str
     columns: dict
@@ -103,7 +103,7 @@ def read_prompts(name: str) -> list[Row]:
     """All prompts of a file, checked.
 
     Raises:
-        UserError: for the first row that makes no prompt, with file and line.
+        UserError: for the first row without a usable prompt, with file and line.
     """
     if name != STDIO and not Path(name).is_file():
         raise UserError(f"--input {name}: no such file")
@@ -117,7 +117,7 @@ ADDED = ("prediction", "finished")  # columns of the output beside those of the 
 
 
 def _check_columns(rows: list[Row]) -> None:
-    """Refuse, before any answer is made, rows that could not be written with their answer."""
+    """Refuse rows that could not be written with their answer, before any answer is generated."""
     for row in rows:
         taken = [name for name in ADDED if name in row.columns]
         if taken:
@@ -133,7 +133,7 @@ def _check_column(place: str, name: str, value) -> None:
         half = error.object[error.start].encode("unicode_escape").decode()
         raise UserError(f"{place}: a text holds half a character ({half}): correct the file") from None
     except (TypeError, ValueError, RecursionError):
-        # bytes; NaN and infinities; what refers to more than Python follows
+        # bytes; NaN and infinities; nesting beyond Python's limit
         raise UserError(
             f"{place}: column '{name}' holds {texts.shown(value)}, which JSON, and so the output, cannot say: "
             "make text or null of it in the file, or leave the column out"
@@ -145,7 +145,7 @@ def _json(columns: dict) -> str:
 
 
 def _as_text(value) -> str:
-    """What parquet has beyond JSON, where there is one way to write it."""
+    """Convert parquet values that JSON lacks, if there is only one way to write them."""
     if isinstance(value, datetime.date | datetime.time):
         return value.isoformat()
     if isinstance(value, decimal.Decimal):
@@ -159,7 +159,7 @@ def _line(row: Row, text: str, finished: bool) -> str:
 
 
 def _lines(name: str):
-    """One prompt a line; blank lines are none."""
+    """One prompt per line, without blank lines."""
     content = sys.stdin.buffer.read() if name == STDIO else Path(name).read_bytes()
     for number, line in enumerate(content.split(b"\n"), start=1):
         try:
@@ -187,7 +187,7 @@ def conversation(columns: dict) -> list[dict]:
     """The conversation of a row: column `messages`, or `prompt` as a text or a list of messages.
 
     Raises:
-        UserError: neither is there, or the user does not have the last word.
+        UserError: neither column is there, or the last message is not the user's.
     """
     name = next((name for name in ("messages", "prompt") if name in columns), None)
     if name is None:
@@ -226,12 +226,12 @@ def _ids(row: Row, prompter: prompting.Prompter, max_new_tokens: int) -> list[in
 
 
 def _for_a_terminal(line: str) -> str:
-    """The same JSON, with the control characters spelt that JSON itself leaves as they are."""
+    """The same JSON, with the control characters escaped that JSON would leave."""
     return HIGH_CONTROLS.sub(lambda char: f"\\u{ord(char[0]):04x}", line)
 
 
 def _check_writable(output: Path) -> None:
-    """Whether there may be a file is known before the first answer is made."""
+    """Checks that the file can be written before any answer is generated."""
     try:
         tempfile.TemporaryFile(dir=output.parent).close()
     except OSError as error:

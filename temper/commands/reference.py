@@ -1,4 +1,5 @@
-"""Writes what must not drift: docs/commands.md from the parsers, docs/config.md and conf/schema.json from the schema.
+"""Generate reference pages from the code: docs/commands.md from the parsers, docs/config.md and conf/schema.json from
+the schema.
 
 python -m temper.commands.reference
 """
@@ -19,9 +20,9 @@ CONFIG_HEAD = f"""# The config
 
 {WRITTEN} from `temper/config/schema.py`.
 
-A key of a section is given in a YAML file of `conf/<section>/`, or as `section.key=value`. An unknown key is an error.
-`adapter.*` are the fields of the PEFT config and `train.*` those of `transformers.TrainingArguments`:
-[which of them work](options.md). Editors complete keys from `conf/schema.json`.
+Set a key in a YAML file of `conf/<section>/`, or as `section.key=value` on the command line. An unknown key is an
+error. `adapter.*` are the fields of the PEFT config and `train.*` those of `transformers.TrainingArguments`;
+[options.md](options.md) says which of them work. Editors complete keys from `conf/schema.json`.
 """
 STAGES_HEAD = """# The stages
 
@@ -30,9 +31,9 @@ Snakemake runs them; each can be run by hand, too. The docstring of a step says 
 
 
 def pages() -> dict[Path, str]:
-    """File -> the text that it should have."""
+    """File -> its expected text."""
     schema = Config.model_json_schema()
-    schema |= {"additionalProperties": True, "required": []}  # a file of conf/ holds a part of it, and `defaults`
+    schema |= {"additionalProperties": True, "required": []}  # a file of conf/ holds only a part, and `defaults`
     return {
         ROOT / "docs/commands.md": commands_page(),
         ROOT / "docs/config.md": config_page(),
@@ -89,7 +90,7 @@ def config_page() -> str:
 
 
 def _objects(field: dict, known: dict) -> list[dict]:
-    """The sections that a field may be; none for a plain value, or for one whose keys are a library's."""
+    """The section classes that a field may be; none for a plain value, or if its keys are those of a library."""
     choices = field.get("oneOf") or field.get("anyOf") or [field]
     named = [known[choice["$ref"].rpartition("/")[2]] for choice in choices if "$ref" in choice]
     return [kind for kind in named if "properties" in kind]

@@ -1,10 +1,10 @@
-r"""Open MLflow's UI on the project's own store, results/mlflow.db.
+r"""Open MLflow's UI on the project's store, results/mlflow.db.
 
     temper ui
     make ui
 
-It serves http://127.0.0.1:5000, to this machine only, until Ctrl-C. A project that was copied or moved first gets the
-addresses of its artifacts right.
+It serves http://127.0.0.1:5000, to this machine only, until Ctrl-C. In a copied or moved project it first corrects the
+addresses of the artifacts.
 """
 
 import os
@@ -15,11 +15,11 @@ from temper import tracking
 
 def arguments(parser) -> None:
     """Add the arguments of this command."""
-    parser.add_argument("--port", type=int, default=5000, help="of this machine; default: 5000")
+    parser.add_argument("--port", type=int, default=5000, help="port on this machine; default: 5000")
 
 
 def run(arguments) -> None:
-    """Become the server of MLflow's UI."""
+    """Replace this process by the server of MLflow's UI."""
     store = tracking.open_own_store()
     os.environ["MLFLOW_SERVER_ENABLE_JOB_EXECUTION"] = "false"  # two processes instead of fifteen
     command = [

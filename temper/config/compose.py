@@ -1,4 +1,4 @@
-"""Composing: Hydra's groups, an experiment and overrides become one config, or the points of a sweep."""
+"""Composes Hydra's groups, an experiment and overrides into one config, or into the points of a sweep."""
 
 import dataclasses
 import functools
@@ -17,7 +17,7 @@ from temper.errors import short as _short
 from temper.keys import PACKAGE_ROOT
 
 CONF = PACKAGE_ROOT / "conf"
-OWN_CONF = "TEMPER_CONF"  # environment variable: a folder of configs of one's own
+OWN_CONF = "TEMPER_CONF"  # environment variable: a folder of your own configs
 MOST_POINTS = 10_000  # of one sweep: planning them takes a minute
 MOST_DEPTH = 40  # brackets within brackets in an override
 
@@ -37,7 +37,7 @@ def use_folder(path: str) -> None:
 
 
 def own_folder() -> Path | None:
-    """The folder of configs of one's own, if there is one."""
+    """The folder of your own configs, if there is one."""
     own = os.environ.get(OWN_CONF)
     if own and not Path(own).is_dir():
         raise UserError(f"{OWN_CONF}={own}: no such folder; correct the variable, or unset it")
@@ -45,13 +45,13 @@ def own_folder() -> Path | None:
 
 
 def folders() -> list[Path]:
-    """Where configs are searched, the first one first."""
+    """The folders that are searched for configs, in this order."""
     own = own_folder()
     return [own, CONF] if own else [CONF]
 
 
 def file_of(group: str, choice: str) -> Path:
-    """The file of a choice: the first that there is, else where it would be in conf/."""
+    """The file of a choice: the first that exists, else where it would be in conf/."""
     paths = [folder / group / f"{choice}.yaml" for folder in folders()]
     return next((path for path in paths if path.is_file()), paths[-1])
 
@@ -92,7 +92,7 @@ def split_overrides(text: str) -> list[str]:
 
 @dataclasses.dataclass
 class Overrides:
-    """Command-line overrides, sorted by what they do."""
+    """Command-line overrides, grouped by what they do."""
 
     groups: list[str]  # data=english_quotes: for Hydra's defaults list
     values: list  # parsed `key=value`, applied after composing
@@ -133,7 +133,7 @@ def _parsed(text: str):
 
 
 def _depth(text: str) -> int:
-    """How deep brackets stand within brackets, at most."""
+    """The deepest nesting of brackets."""
     depth = deepest = 0
     for char in text:
         depth += (char in "[{(") - (char in "]})")
@@ -143,7 +143,7 @@ def _depth(text: str) -> int:
 
 @functools.cache
 def _search_own_folder_first() -> None:
-    """Tell Hydra, once, of a folder that is searched before conf/."""
+    """Register the folder that Hydra searches before conf/, once."""
     from hydra.core.plugins import Plugins
     from hydra.plugins.search_path_plugin import SearchPathPlugin
 
@@ -173,7 +173,7 @@ def _config_loader(_searched: tuple[Path, ...]):
 
 
 def _check_override(override, is_group: bool, text: str) -> None:
-    """Refuse what parses and still says nothing that can be done."""
+    """Refuse overrides that parse but cannot be applied."""
     if override.package is not None:
         raise UserError(f"override '{text}': packages (@...) are not supported: write group=choice or key=value")
     if not override.key_or_group:
@@ -186,7 +186,7 @@ def _check_override(override, is_group: bool, text: str) -> None:
 
 
 def _swept(override, text: str) -> list[str]:
-    """The values of an axis, each as Hydra text; refuse an axis whose runs cannot be made or ranked together."""
+    """The values of an axis as Hydra texts. Refuses an axis whose runs cannot be made or ranked together."""
     from hydra.core.override_parser.types import RangeSweep
     from hydra.errors import HydraException
 
@@ -232,7 +232,7 @@ def _compose(group_overrides: tuple[str, ...], searched: tuple[Path, ...]):
             return compose("config", overrides=list(group_overrides))
     except UserError:
         raise
-    except Exception as error:  # YAML's, OmegaConf's, the system's: Hydra lets them all through
+    except Exception as error:  # from YAML, OmegaConf or the system: Hydra lets them all through
         raise UserError(_why_not(error, group_overrides)) from None
 
 
@@ -242,7 +242,7 @@ def _shown(path: Path) -> str:
 
 
 def _why_not(error: Exception, group_overrides: tuple[str, ...]) -> str:
-    """Why composing failed: the fault of a file where one is to blame, those that were chosen first."""
+    """Why composing failed. If a file is at fault, names it; looks at the chosen ones first."""
     chosen = [file_of(*choice.split("=", 1)) for choice in group_overrides]
     others = [path for folder in folders() for path in sorted(folder.rglob("*.yaml"))]
     for path in dict.fromkeys([*chosen, *others]):
@@ -265,7 +265,7 @@ def chosen_experiment(overrides: Overrides) -> str:
 
 
 def _check_package_lines(group_overrides: tuple[str, ...]) -> None:
-    """Hydra reads ``# @package`` on the first line only, and says something else entirely when it stands lower."""
+    """Hydra reads ``# @package`` on the first line only, and if it is lower, complains about something else."""
     for choice in group_overrides:
         group, _, name = choice.partition("=")
         path = file_of(group, name)
@@ -312,10 +312,10 @@ def _delete(config, key: str) -> None:
 def expand(overrides: Overrides) -> tuple[dict, list[tuple[dict, dict]]]:
     """The sweep's axes and one validated config per grid point.
 
-    A swept value on the command line replaces that axis of the sweep file, a fixed one collapses it.
+    A swept value on the command line replaces that axis of the sweep file, a fixed one removes it.
 
     Returns:
-        (axes: key -> list of values as text; per grid point, last axis fastest, its values by key and its config)
+        (axes: key -> values as text; one pair per grid point, last axis fastest: its values by key, its config)
     """
     base = composed(overrides)
     axes = _axes(base, overrides)
@@ -323,18 +323,22 @@ def expand(overrides: Overrides) -> tuple[dict, list[tuple[dict, dict]]]:
     number = math.prod(map(len, axes.values()))
     if number > MOST_POINTS:
         raise UserError(f"sweep: {', '.join(axes)} make {number:,} runs; a plan takes {MOST_POINTS:,}: narrow the axes")
+
     group_axes = [key for key in axes if key in groups()]
     points = []
     for point in itertools.product(*axes.values()):
         chosen = [f"{key}={value}" for key, value in zip(axes, point, strict=True)]
         picked = parse_overrides(chosen)
-        # Every point sets the same keys, so one config serves all; but a mapping would merge with the point before.
+
+        # Composing is slow. Every point sets the same keys, so points can reuse one config, except with two kinds of
+        # values: a group choice brings other keys, and a mapping would merge with that of the point before.
         if group_axes:
             picked_base = composed(Overrides(overrides.groups + picked.groups, overrides.values, {}))
         elif any(isinstance(override.value(), dict) for override in picked.values):
             picked_base = composed(overrides)
         else:
             picked_base = base
+
         for override in picked.values:
             _update(picked_base, override)
         config = validated(to_container(picked_base))
@@ -344,7 +348,7 @@ def expand(overrides: Overrides) -> tuple[dict, list[tuple[dict, dict]]]:
 
 
 def _refuse_idle_axes(config, axes: dict[str, list[str]]) -> None:
-    """Refuse an axis whose values all make the same run."""
+    """Refuse an axis whose values all give the same run."""
     from omegaconf import OmegaConf
 
     steps = OmegaConf.select(config, "train.max_steps")
@@ -360,35 +364,45 @@ def _at(config: dict, key: str):
 
 
 def _axes(config, overrides: Overrides) -> dict[str, list[str]]:
-    """key -> values as Hydra text, from the sweep file and the command line."""
+    """key -> values as Hydra text, from the sweep file and the command line.
+
+    The file's axes go through the same parser as overrides, so that a value means the same in both places. Values stay
+    text until a point is composed: Hydra converts them there, and group choices (adapter=lora,dora) have no other form.
+    """
     from omegaconf import OmegaConf
 
     plain: Any = OmegaConf.to_container(config)
     in_file = plain["sweep"].get("axes") or {}
     if not isinstance(in_file, dict):
         raise UserError("config: 'sweep.axes' must map config keys to values, e.g. {train.learning_rate: '1e-4,3e-4'}")
+
+    # A fixed value on the command line removes the file's axis of that key.
     fixed = {override.key_or_group for override in overrides.values}
     fixed |= {choice.partition("=")[0] for choice in overrides.groups}
+
     axes = {}
     for key, value in in_file.items():
         if isinstance(value, list):
             value = ",".join(hydra_text(item) for item in value)
         elif not isinstance(value, str):
             value = hydra_text(value)
-        parsed = parse_overrides([f"{key}={value}"])
-        one_value = [_value_text(item) for item in parsed.values] + [item.partition("=")[2] for item in parsed.groups]
+        parsed = parse_overrides([f"{key}={value}"])  # also of a fixed key: a fault in the file is told in any case
+
+        # An axis of one value is no sweep to Hydra: it parses it as a plain value or a group choice.
+        alone = [_value_text(item) for item in parsed.values] + [item.partition("=")[2] for item in parsed.groups]
         if key not in fixed:
-            axes[key] = parsed.axes.get(key) or one_value
-    axes.update(overrides.axes)
+            axes[key] = parsed.axes.get(key) or alone
+
+    axes.update(overrides.axes)  # a swept one replaces it, at its place in the order
     return axes
 
 
 def hydra_text(value, literal: bool = False) -> str:
-    """A value in Hydra's grammar: what it was in a YAML file, it is as an override.
+    """A value in Hydra's grammar, so that as an override it is what it was in the YAML file.
 
     Args:
         value: None, a bool, a number or a text, or a list or a dict of these. Hydra takes no quote in a dict's key.
-        literal: ``${...}`` in a text refers to nothing: it is part of the text.
+        literal: ``${...}`` in a text is text, not an interpolation.
     """
     from hydra.core.override_parser.types import Quote, QuotedString
     from hydra.core.override_parser.types import escape_special_characters as escaped
@@ -411,7 +425,7 @@ def _value_text(override) -> str:
 
 
 def to_container(config) -> dict:
-    """Resolve interpolations and give plain Python containers."""
+    """Resolve interpolations and return plain Python containers."""
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 

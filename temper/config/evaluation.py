@@ -1,6 +1,6 @@
-"""What an evaluation needs of rows and tokenizer, asked before the training that it is going to judge, and by itself.
+"""Check what an evaluation needs of rows and tokenizer: before the training that it will judge, and at its own start.
 
-In no key: what is here refuses, or says something, and changes nothing that is made.
+In no key, because this code only refuses or reports and changes no artefact.
 """
 
 import logging
@@ -16,11 +16,11 @@ log = logging.getLogger("temper")
 
 
 def check(settings: dict, splits: Path, rows, tokenizer) -> None:
-    """Check the splits that are in a folder, as tokenize_splits makes them, against the config section `eval`.
+    """Check splits, as tokenize_splits makes them, against the config section `eval`.
 
     Raises:
-        UserError: no test rows, or nothing supervised in them; a metric that the task or the rows do not have; an
-            answer that is not a label; labels with the same tokens, or with none; text that ROUGE does not see.
+        UserError: no test rows, or nothing supervised in them; a metric that the task or the rows do not support; an
+            answer that is not a label; labels with equal or no tokens; text that ROUGE cannot see.
     """
     metric = check_metric(settings)
     if "test" not in rows:

@@ -1,8 +1,8 @@
 """Checks of the config sections that are passed on to a library: `train` to transformers, `adapter` to PEFT.
 
-Fields, types and ranges first; then the libraries themselves are asked: their config classes, the optimizer and the
-schedule of a single weight, an empty data loader. What only the model can tell is told where the trainer is built,
-in one line as well (`told_by_library`).
+First fields, types and ranges; then the libraries themselves check, by making their config classes, the optimizer and
+the schedule of a single weight, and an empty data loader. What depends on the model is reported when the trainer is
+built, also in one line (`told_by_library`).
 """
 
 import contextlib
@@ -25,13 +25,13 @@ from temper.keys import code_key
 from temper.model.adapters import ATTENTION
 from temper.training.arguments import EARLY_STOPPING
 
-CHECKED = Path("results/.state/checked-configs")  # library sections that were found valid, by hash
+CHECKED = Path("results/.state/checked-configs")  # sections found valid, by hash
 
 
 def check_library_sections(train: dict, adapter: dict, method: str) -> None:
     """Check `train` against TrainingArguments and `adapter` against its PEFT class, for a method (sft, dpo).
 
-    Importing transformers takes seconds, so what was found valid is remembered by hash.
+    Importing transformers takes seconds, so sections found valid are remembered by hash.
 
     Raises:
         UserError: for the first fault.
@@ -43,11 +43,11 @@ def check_library_sections(train: dict, adapter: dict, method: str) -> None:
     )
     if stamp.exists():
         return
-    for library in ("transformers", "bitsandbytes"):  # their remarks at import are not about this config
+    for library in ("transformers", "bitsandbytes"):  # warnings at import are not about this config
         logging.getLogger(library).setLevel(logging.ERROR)
     _check_train(train, method)
     _check_adapter(adapter)
-    with contextlib.suppress(OSError):  # a read-only results/ only costs the next check its time
+    with contextlib.suppress(OSError):  # if results/ is read-only, the next check just takes longer
         stamp.parent.mkdir(parents=True, exist_ok=True)
         stamp.touch()
 
@@ -83,7 +83,7 @@ def _check_type(key: str, value, annotation) -> None:
     try:
         adapter = TypeAdapter(annotation, config=ConfigDict(strict=False, arbitrary_types_allowed=True))
     except PydanticUserError:
-        return  # an annotation that pydantic cannot check: the class's own check has to do
+        return  # pydantic cannot check this annotation; the class's own check must do
     try:
         adapter.validate_python(value, strict=True)
     except ValidationError as error:
@@ -94,7 +94,7 @@ def _check_type(key: str, value, annotation) -> None:
 
 
 def _check_ranges(section: str, values: dict, ranges: dict) -> None:
-    """Numbers that a library lets through and then trips over."""
+    """Refuse numbers that a library accepts and then fails on."""
     for key, (low, high, may_be_low) in ranges.items():
         value = values.get(key)
         if isinstance(value, bool) or not isinstance(value, int | float):
@@ -106,7 +106,7 @@ def _check_ranges(section: str, values: dict, ranges: dict) -> None:
 
 # --- train ---------------------------------------------------------------------------------------
 
-# field -> (lowest, highest, whether the lowest itself may be)
+# field -> (lowest, highest, whether the lowest is allowed)
 TRAIN_RANGES = {
     "num_train_epochs": (0, 10_000, False),
     "per_device_train_batch_size": (0, 100_000, False),
@@ -157,7 +157,7 @@ def _check_train(train: dict, method: str) -> None:
 
 
 def _check_best(args, train: dict, method: str) -> None:
-    """What the best model is chosen by, and early stopping, which goes by the same."""
+    """Check the metric of the best model, which early stopping uses as well."""
     if any(name in train for name in EARLY_STOPPING) and not (
         args.load_best_model_at_end and "early_stopping_patience" in train
     ):
@@ -178,12 +178,12 @@ def _check_best(args, train: dict, method: str) -> None:
         )
 
 
-NEEDS_A_MODEL = ("galore", "apollo")  # to make the optimizer: the trainer's own check has to do
+NEEDS_A_MODEL = ("galore", "apollo")  # needed to make the optimizer; the trainer's own check must do
 OF_ADAM = ("adam_beta1", "adam_beta2", "adam_epsilon")
 
 
 def _check_optimizer(args, train: dict) -> None:
-    """Make the optimizer of a single weight: it needs its library, and knows its arguments."""
+    """Make the optimizer for a single weight, which checks its library and its arguments."""
     import torch
 
     if args.optim_args and any(part.count("=") != 1 for part in _optim_args(args)):
@@ -205,7 +205,7 @@ def _check_optimizer(args, train: dict) -> None:
 
 
 def _refuse_ignored(args, train: dict, keywords: dict) -> None:
-    """Arguments that make no other optimizer."""
+    """Refuse arguments that have no effect on the optimizer."""
     name = args.optim.value
     for key in OF_ADAM:
         if key in train and _optimizer(args, **{key: 0.25 if train[key] != 0.25 else 0.5})[1] == keywords:
@@ -231,7 +231,7 @@ def _optimizer(args, **changed):
 
 
 def _check_schedule(args) -> None:
-    """Make the learning-rate schedule once, for a single weight: it is what knows its own arguments."""
+    """Make the learning-rate schedule for a single weight, which checks its arguments."""
     name, keywords = args.lr_scheduler_type.value, args.lr_scheduler_kwargs
     try:
         _schedule(args, 1, keywords)
@@ -247,7 +247,7 @@ def _check_schedule(args) -> None:
 
 
 def ignores_warmup(args) -> bool:
-    """Whether the learning rate's schedule takes no notice of `warmup_steps`."""
+    """Whether the learning-rate schedule ignores `warmup_steps`."""
     import torch
     from transformers.optimization import GreedyLR
 
@@ -266,7 +266,7 @@ def _schedule(args, warmup_steps: int, keywords: dict | None):
 
 
 def _check_loader(args) -> None:
-    """Make a data loader, which starts no worker before it is asked for rows."""
+    """Make a data loader; it starts no worker until it is asked for rows."""
     from torch.utils.data import DataLoader
 
     with told_by_library("train"):
@@ -280,7 +280,7 @@ def _check_loader(args) -> None:
 
 
 def _check_checkpointing(args) -> None:
-    """The names that torch.utils.checkpoint and transformers know."""
+    """Refuse names that torch.utils.checkpoint and transformers do not know."""
     from torch.utils.checkpoint import checkpoint
 
     known = set(inspect.signature(checkpoint).parameters) - {"function", "args", "kwargs", "context_fn"}
@@ -294,7 +294,7 @@ def _check_checkpointing(args) -> None:
         raise UserError("config: 'train.activation_checkpointing_kwargs' needs train.activation_checkpointing=true")
 
 
-# What asks for validation. Without a validation split there is nothing that it could go by.
+# Options that need a validation split.
 NEEDS_VALIDATION = {
     "load_best_model_at_end": lambda value: value,
     "early_stopping_patience": lambda value: value is not None,
@@ -304,7 +304,7 @@ NEEDS_VALIDATION = {
 
 
 def refuse_without_validation(train: dict) -> None:
-    """Refuse what goes by the validation loss, where there is no validation split."""
+    """Refuse options that depend on the validation loss if there is no validation split."""
     for name, needs_it in NEEDS_VALIDATION.items():
         if needs_it(train.get(name)):
             raise UserError(
@@ -359,7 +359,7 @@ def _check_peft(adapter: dict, cls) -> None:
     _check_ranges("adapter", adapter, ADAPTER_RANGES)
     own = {key: value for key, value in adapter.items() if key != "peft_type"}
     if own.get("target_modules") == ATTENTION:
-        own["target_modules"] = [ATTENTION]  # a list is what it will be
+        own["target_modules"] = [ATTENTION]  # it will become a list
     with told_by_library("adapter"), warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         cls(**own)

@@ -1,11 +1,11 @@
 """Every option of transformers' TrainingArguments and every PEFT method: what it does here, or why it is refused.
 
-One place decides and documents: `refuse` is what the config check asks, and docs/options.md is this file, printed::
+The config check calls `refuse`, and docs/options.md is generated from the same tables::
 
     python -m temper.config.options > docs/options.md
 
-A test asserts that each field and type of the installed versions stands here once, so that a new version of a library
-asks for a decision. What would do nothing here is refused: an option without effect is a silent fault.
+A test asserts that each field and type of the installed versions is listed here once, so that a new version of a
+library forces a decision. Options that would do nothing are refused: an option without effect is a silent fault.
 """
 
 from temper.errors import UserError
@@ -15,47 +15,47 @@ from temper.errors import UserError
 
 # field -> what it does here. Each is passed on to TrainingArguments under its own name.
 TRAIN_USED = {
-    "per_device_train_batch_size": "rows a batch",
-    "gradient_accumulation_steps": "batches a step; the loss is the mean over all learned tokens of the step",
-    "num_train_epochs": "part of an epoch is possible",
-    "max_steps": "if above 0 it overrides num_train_epochs",
+    "per_device_train_batch_size": "rows per batch",
+    "gradient_accumulation_steps": "batches per step; the loss is the mean over all learned tokens of the step",
+    "num_train_epochs": "may be a fraction",
+    "max_steps": "above 0, overrides num_train_epochs",
     "learning_rate": "",
     "lr_scheduler_type": "reduce_lr_on_plateau and greedy need a validation split",
-    "lr_scheduler_kwargs": "refused where the schedule ignores it",
-    "warmup_steps": "below 1 a share of all steps (warmup_ratio is taken as well)",
-    "optim": "refused where its library is missing",
-    "optim_args": "refused where the optimizer ignores it",
+    "lr_scheduler_kwargs": "refused if the schedule ignores it",
+    "warmup_steps": "below 1: a share of all steps (warmup_ratio works as well)",
+    "optim": "refused if its library is missing",
+    "optim_args": "refused if the optimizer ignores it",
     "optim_target_modules": "for GaLore and APOLLO, whose libraries must be installed",
     "weight_decay": "",
-    "adam_beta1": "refused where the optimizer ignores it",
-    "adam_beta2": "refused where the optimizer ignores it",
-    "adam_epsilon": "refused where the optimizer ignores it",
-    "max_grad_norm": "0: gradients are not cut",
+    "adam_beta1": "refused if the optimizer ignores it",
+    "adam_beta2": "refused if the optimizer ignores it",
+    "adam_epsilon": "refused if the optimizer ignores it",
+    "max_grad_norm": "0: gradients are not clipped",
     "label_smoothing_factor": "method=sft only",
     "average_tokens_across_devices": "",
     "bf16": "mixed precision; on a CPU with use_cpu=true",
     "fp16": "mixed precision; needs a GPU",
-    "tf32": "needs a GPU that has it",
-    "activation_checkpointing": "layers are computed again in the backward pass, from padded rows",
+    "tf32": "needs a GPU that supports it",
+    "activation_checkpointing": "recomputes layers in the backward pass, on padded rows",
     "activation_checkpointing_kwargs": "those of torch.utils.checkpoint",
     "gradient_checkpointing": "older name of activation_checkpointing",
     "gradient_checkpointing_kwargs": "older name of activation_checkpointing_kwargs",
-    "neftune_noise_alpha": "noise as in transformers, each row's own, on padded rows",
+    "neftune_noise_alpha": "noise as in transformers, separate for each row, on padded rows",
     "torch_empty_cache_steps": "",
     "logging_strategy": "",
     "logging_steps": "",
     "logging_first_step": "",
-    "log_level": "of the libraries' remarks in the log",
-    "eval_strategy": "validation; refused with data.splits.validation=0 where something depends on it",
+    "log_level": "level of the libraries' messages in the log",
+    "eval_strategy": "validation; refused with data.splits.validation=0 if another option depends on it",
     "eval_steps": "with eval_strategy=steps",
     "eval_delay": "no validation before this epoch or step",
     "eval_on_start": "",
-    "per_device_eval_batch_size": "rows a batch of validation",
-    "save_strategy": "the ends of epochs are saved in any case: longer runs go on from there",
+    "per_device_eval_batch_size": "rows per batch of validation",
+    "save_strategy": "ends of epochs are always saved, because longer runs continue from there",
     "save_steps": "with save_strategy=steps",
-    "save_total_limit": "at least 2, for the last whole checkpoint must stay",
+    "save_total_limit": "at least 2, because the last complete checkpoint must stay",
     "load_best_model_at_end": "needs a validation split",
-    "metric_for_best_model": "loss, or with method=dpo also a figure of the rewards",
+    "metric_for_best_model": "loss; with method=dpo also one of the reward figures",
     "greater_is_better": "",
     "full_determinism": "",
     "use_cpu": "",
@@ -69,14 +69,14 @@ TRAIN_USED = {
 _FOLDERS = "the workflow names all folders"
 _TRACKING = "use 'tracking'"
 _PUBLISHING = "publishing is a step of its own (make publish), never part of training"
-_OWN_LOSS = "the loss is computed at learned positions only, past what this would replace"
-_OWN_EVALUATION = "validation sums the loss over all learned tokens by itself, and this would do nothing"
-_ONE_PROCESS = "a training is one process, and this would do nothing"
+_OWN_LOSS = "the loss is computed at learned positions only and bypasses what this would replace"
+_OWN_EVALUATION = "validation sums the loss over all learned tokens by its own code, so this would do nothing"
+_ONE_PROCESS = "a training is one process, so this would do nothing"
 _SEED = "use the top-level 'seed'"
 _RESUME = "training resumes by itself, exactly, from results/.state"
-_SCRIPTS = "it is for scripts of transformers; here each stage does its own"
-_ORDER = "rows of similar length always train together, in an order that the seed alone decides"
-_COMPILE = "the loss calls the layers one by one, past the compiled model, so it would do nothing"
+_SCRIPTS = "it is for transformers' scripts; here each stage has its own command"
+_ORDER = "rows of similar length always train together, in an order that depends only on the seed"
+_COMPILE = "the loss calls the layers one by one and bypasses the compiled model, so this would do nothing"
 # field -> why it cannot be set, or where the choice goes instead
 TRAIN_REFUSED = {
     "output_dir": _FOLDERS,
@@ -86,7 +86,7 @@ TRAIN_REFUSED = {
     "restore_callback_states_from_checkpoint": _RESUME,
     "ignore_data_skip": _RESUME,
     "enable_jit_checkpoint": _RESUME,
-    "save_only_model": "a run goes on from its checkpoints, which need the optimizer",
+    "save_only_model": "a run continues from its checkpoints, which need the optimizer",
     "report_to": _TRACKING,
     "project": _TRACKING,
     "trackio_space_id": _TRACKING,
@@ -94,7 +94,7 @@ TRAIN_REFUSED = {
     "trackio_static_space_id": _TRACKING,
     "run_name": "runs are named by the plan",
     "push_to_hub": _PUBLISHING,
-    "hub_token": "a token never belongs into a config, which is stored and shown",
+    "hub_token": "a config is stored and shown, so it must not hold a token",
     "hub_private_repo": _PUBLISHING,
     "hub_model_id": _PUBLISHING,
     "hub_strategy": _PUBLISHING,
@@ -126,7 +126,7 @@ TRAIN_REFUSED = {
     "liger_kernel_config": _OWN_LOSS,
     "use_cache": "training never uses the cache",
     "include_num_input_tokens_seen": "training.json and metrics.jsonl count the tokens",
-    "logging_nan_inf_filter": "a diverged run must show its nan, not an average that hides it",
+    "logging_nan_inf_filter": "a diverged run must show its NaN, not an average that hides it",
     "log_on_each_node": _ONE_PROCESS,
     "log_level_replica": _ONE_PROCESS,
     "save_on_each_node": _ONE_PROCESS,
@@ -146,17 +146,17 @@ TRAIN_REFUSED = {
 }
 # train.optim -> why not, for all that begin with it or end with it
 OPTIM_REFUSED = {
-    "schedule_free": "it keeps two sets of weights, between which validation and saving would have to switch",
-    "lomo": "it moves the weights within the backward pass, which is also taken to estimate the memory",
-    "adalomo": "it moves the weights within the backward pass, which is also taken to estimate the memory",
-    "layerwise": "it moves the weights within the backward pass, which is also taken to estimate the memory",
+    "schedule_free": "it keeps two sets of weights, and validation and saving would have to switch between them",
+    "lomo": "it updates the weights during the backward pass, which is also run to estimate the memory",
+    "adalomo": "it updates the weights during the backward pass, which is also run to estimate the memory",
+    "layerwise": "it updates the weights during the backward pass, which is also run to estimate the memory",
 }
 # Renamed or removed in transformers 5: what to write instead.
 TRAIN_RENAMED = {
     "evaluation_strategy": "it is called eval_strategy now",
     "group_by_length": "rows of similar length always train together",
     "no_cuda": "write train.use_cpu=true",
-    "num_threads": "it stands beside 'seed', for all stages: write num_threads=<number>",
+    "num_threads": "it is a top-level key, for all stages: write num_threads=<number>",
     "logging_dir": "use 'tracking'",
     "predict_with_generate": "evaluation generates answers by itself, see 'eval'",
     "past_index": "training never uses the cache",
@@ -209,22 +209,22 @@ PEFT_USED = {
     "VERA": "",
     "WAVEFT": "",
 }
-_NO_MERGE = "PEFT cannot make it part of the model's weights, which every run needs"
-_TASKS = "it needs the number of each row's task, which the data do not have"
+_NO_MERGE = "PEFT cannot merge it into the model's weights, which every run needs"
+_TASKS = "it needs a task number for each row, which the data does not have"
 # peft_type -> why not
 PEFT_REFUSED = {
-    "ADALORA": "its ranks are reallocated by a loop of its own; use LORA, whose rank_pattern sets ranks",
+    "ADALORA": "its ranks are reallocated by its own training loop; use LORA, whose rank_pattern sets ranks",
     "ADAPTION_PROMPT": _NO_MERGE,
-    "BEFT": "it trains the biases of layers, of which most models have none",
-    "CARTRIDGE": "it starts from the cache of a text, which PEFT wants to be made before; use PREFIX_TUNING",
-    "CPT": "its loss is its own; use PROMPT_TUNING",
+    "BEFT": "it trains the biases of layers, and most models have none",
+    "CARTRIDGE": "it starts from the cache of a text, which PEFT needs made beforehand; use PREFIX_TUNING",
+    "CPT": "it needs its own loss; use PROMPT_TUNING",
     "LILY": _NO_MERGE,
     "MULTITASK_PROMPT_TUNING": f"{_TASKS}; use PROMPT_TUNING",
     "POLY": f"{_TASKS}; use LORA",
-    "SHADOW": "it adds a network beside the model's layers, and cannot be merged",
-    "XLORA": "it mixes adapters that were trained before; use LORA",
+    "SHADOW": "it adds a network beside the model's layers, which cannot be merged",
+    "XLORA": "it mixes adapters that are already trained; use LORA",
 }
-_DATA_START = "its start comes from data through functions that PEFT wants to be called before; use pissa or olora"
+_DATA_START = "it starts from data, through functions that PEFT needs called before; use pissa or olora"
 # adapter.init_lora_weights -> what it does, or why not. Also true and false; others are unknown.
 LORA_INIT_USED = {
     "gaussian": "",
@@ -237,9 +237,9 @@ LORA_INIT_REFUSED = {
     "eva": _DATA_START,
     "corda": _DATA_START,
     "lora_ga": _DATA_START,
-    "loftq": "it quantizes the base by itself; use adapter=qlora, or init_lora_weights=pissa",
-    "pissa_niter_": "its start is drawn at random and drawn anew when the adapter is loaded, so what was trained would "
-    "not fit; use pissa, which is exact",
+    "loftq": "it quantizes the base itself; use adapter=qlora, or init_lora_weights=pissa",
+    "pissa_niter_": "it starts at random, and again when the adapter is loaded, so what was trained would not fit; "
+    "use pissa, which is exact",
 }
 # adapter.<field> -> why it cannot be set, with any method
 ADAPTER_REFUSED = {
@@ -256,14 +256,14 @@ ADAPTER_REFUSED = {
     "corda_config": _DATA_START,
     "lora_ga_config": _DATA_START,
     "loftq_config": LORA_INIT_REFUSED["loftq"],
-    "monteclora_config": "its loss has a part that PEFT wants the loop to add",
-    "kasa_config": "its loss has a part that PEFT wants the loop to add",
-    "arrow_config": "it routes between adapters that were trained before",
+    "monteclora_config": "its loss has a part that PEFT leaves to the training loop",
+    "kasa_config": "its loss has a part that PEFT leaves to the training loop",
+    "arrow_config": "it routes between adapters that are already trained",
     "alora_invocation_tokens": _NO_MERGE,
     "use_bdlora": "its blocks are for serving on several devices",
-    "layer_replication": "the merged model would have more layers than its base, and other words",
-    "use_asa": "its subspaces are chosen by a loop of its own",
-    "save_only_topk_weights": "a run could not go on from its checkpoints",
+    "layer_replication": "the merged model would have more layers than its base",
+    "use_asa": "its subspaces are chosen by its own training loop",
+    "save_only_topk_weights": "a run could not continue from its checkpoints",
 }
 
 
@@ -304,14 +304,14 @@ def _refuse_adapter(adapter: dict) -> None:
 HEAD = """\
 # Options of the libraries
 
-`train.*` are the fields of `transformers.TrainingArguments`, `adapter.*` those of the PEFT method. What
-is not understood, missing on this machine, or without effect here is refused before anything is trained,
-in one line that says why. This page is made from the code that decides: `python -m temper.config.options`.
+`train.*` are the fields of `transformers.TrainingArguments`, `adapter.*` those of the PEFT method. An option that
+is unknown, missing on this machine, or without effect here is refused before training, in one line that says why.
+This page is generated from the code that decides: `python -m temper.config.options`.
 """
 EARLY = "`early_stopping_patience` and `early_stopping_threshold` are those of `EarlyStoppingCallback`.\n\n"
 METHODS = """\
 `adapter.peft_type`; null (`adapter=full`) trains all parameters. A test trains each method as PEFT's own
-loop does, loads it and merges it.
+loop does, then loads and merges it.
 
 """
 
@@ -323,7 +323,7 @@ def page() -> str:
         HEAD,
         "## train: used\n\n" + EARLY + _table("field", "remark", TRAIN_USED),
         "## train: refused\n\n" + _table("field", "why", TRAIN_REFUSED),
-        "## train.optim\n\nAny whose library is there, but for these:\n\n" + _table("optim", "why", OPTIM_REFUSED),
+        "## train.optim\n\nAny whose library is installed, except:\n\n" + _table("optim", "why", OPTIM_REFUSED),
         "## adapter: methods that are used\n\n" + METHODS + _table("peft_type", "remark", PEFT_USED),
         "## adapter: methods that are refused\n\n" + _table("peft_type", "why", PEFT_REFUSED),
         "## adapter.init_lora_weights\n\n" + _table("value", "remark", starts),

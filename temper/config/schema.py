@@ -1,7 +1,7 @@
-"""The typed config: every section, every key, what it may be.
+"""The typed config: every section, every key, and the values it may have.
 
-Sections that are passed through to a library class (`train` to `transformers.TrainingArguments`,
-`adapter` to a PEFT config) are checked against that class; all others are the models below.
+`train` goes to `transformers.TrainingArguments` and `adapter` to a PEFT config; each is checked against that class. All
+other sections are the models below.
 """
 
 import datetime
@@ -12,7 +12,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 
 class Section(BaseModel):
-    """Base of all sections: an unknown key is an error, never ignored."""
+    """Base class of all sections: an unknown key is an error, never ignored."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True)
 
@@ -21,8 +21,8 @@ class Section(BaseModel):
 
 
 class HubSource(Section):
-    """A repository on the Hugging Face hub, at a revision: a commit, or a branch or tag, whose commit is asked for once
-    and then kept in data/revisions.json."""
+    """A repository on the Hugging Face hub, at a commit, branch or tag. A branch or tag is resolved to its commit once,
+    and that is kept in data/revisions.json."""
 
     kind: Literal["hub"]
     repository: str
@@ -34,7 +34,7 @@ class HubSource(Section):
 
 
 class FilesSource(Section):
-    """Files of one's own, read in place. `path`: a file or a list of files; for a model its folder."""
+    """Your own files, read in place. `path`: a file or a list of files; for a model, its folder."""
 
     kind: Literal["files"]
     path: Annotated[str, Field(min_length=1)] | Annotated[list[str], Field(min_length=1)]
@@ -47,7 +47,7 @@ def _names_a_file(member: str) -> str:
     return member
 
 
-MOST_NAME_BYTES = 200  # file systems take 255, and a step puts something in front of a name
+MOST_NAME_BYTES = 200  # file systems allow 255, and a step adds a prefix to a name
 Member = Annotated[str, AfterValidator(_names_a_file)]
 
 
@@ -61,7 +61,7 @@ class PackageSource(Section):
     requirement: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*==[A-Za-z0-9.!+_-]+$")]
     sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
     sdist: bool = False
-    """The source distribution instead of the wheel."""
+    """true: the source distribution, not the wheel."""
     member: Member | Annotated[list[Member], Field(min_length=1)]
 
 
@@ -73,24 +73,24 @@ SOURCE_KINDS: dict[str, type[Section]] = {"hub": HubSource, "files": FilesSource
 
 
 def _tab(value):
-    r"""A tab, which can be typed neither in a shell nor seen in a file, may be written as ``\\t``."""
+    r"""A tab is hard to type in a shell and to see in a file, so it may be written as ``\\t``."""
     return "\t" if value == "\\t" else value
 
 
 class Csv(Section):
-    """How to read csv files; the names are those of Python's csv module."""
+    """How to read csv files. Names are those of Python's csv module."""
 
     delimiter: Annotated[str, Field(min_length=1, max_length=1), BeforeValidator(_tab)] = ","
     quotechar: Annotated[str, Field(min_length=1, max_length=1)] | None = '"'
-    """null: quotes have no meaning."""
+    """null: quotes are ordinary characters."""
     escapechar: Annotated[str, Field(min_length=1, max_length=1)] | None = None
-    """What stands before a quote in a text."""
+    """Character that escapes a quote inside a text."""
     fieldnames: list[str] | None = None
-    """Column names when the file has no header line."""
+    """Column names, if the file has no header line."""
 
 
 class SplitSizes(Section):
-    """Share of the rows (below 1, by a hash of the prompt) that validation and test get; train gets the rest."""
+    """Shares of the rows, below 1, for validation and test; train gets the rest. A hash of its prompt assigns a row."""
 
     validation: Annotated[float, Field(ge=0, lt=1)] = 0.1
     test: Annotated[float, Field(gt=0, lt=1)] = 0.1
@@ -103,7 +103,7 @@ class SplitSizes(Section):
 
 
 class SplitLimits(Section):
-    """Rows to keep at most in each split (null: all). Which ones is decided by a hash of the prompt."""
+    """Most rows to keep in each split (null: all). A hash of the prompt selects them."""
 
     train: Annotated[int, Field(gt=0)] | None = None
     validation: Annotated[int, Field(gt=0)] | None = None
@@ -116,36 +116,35 @@ Layout = Literal[
 
 
 class Data(Section):
-    """A data set: where it is, how its rows become conversations, how it is split."""
+    """A data set: where it is, how its rows become conversations, and how it is split."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$")]
     source: Source
     format: Literal["json", "jsonl", "csv", "parquet"] | None = None
-    """null: by the file's ending."""
+    """null: inferred from the file's extension."""
     csv: Csv = Csv()
     field: str | None = None
-    """Of a json file that is one object: which of its fields holds the rows."""
+    """If a json file is one object: the field that holds the rows."""
     layout: Layout
-    """Which columns make the conversation."""
+    """Which columns form the conversation."""
     columns: dict[str, str] = {}
-    """The layout's column -> the file's column, where the names differ."""
+    """Layout's column -> file's column, where the names differ."""
     ignore_fields: list[str] = []
-    """Fields of messages, and columns, that are left out on purpose (weight, tools, ...)."""
+    """Columns, and fields of messages, to drop on purpose (weight, tools, ...)."""
     prompt: str | None = None
-    """Layout template: Jinja over the row's columns."""
+    """For layout template: the prompt, as Jinja over the row's columns."""
     completion: str | None = None
-    """Layout template: Jinja over the row's columns; the answer."""
+    """For layout template: the answer, as Jinja over the row's columns."""
     rejected: str | None = None
-    """Layout template: the worse answer of a preference pair."""
-    rejected_from: Annotated[list[str], Field(min_length=2)] | None = (
-        None  # labels: the worse answer is another of them
-    )
+    """For layout template: the rejected answer of a preference pair, as Jinja."""
+    rejected_from: Annotated[list[str], Field(min_length=2)] | None = None
+    """Labels; the rejected answer is a label other than the row's own, picked by a hash of the row."""
     where: str | None = None
-    """Jinja expression over the row's columns; rows where it is false are left out."""
+    """Jinja expression over the row's columns. Rows where it is false are left out."""
     splits: SplitSizes = SplitSizes()
-    """Shares of the rows; a hash of each prompt decides."""
+    """Shares of the rows for validation and test."""
     limit: SplitLimits = SplitLimits()
-    """At most so many rows of each split."""
+    """Most rows to keep in each split."""
 
     @model_validator(mode="after")
     def _templates_belong_to_their_layout(self):
@@ -185,15 +184,15 @@ class Prompt(Section):
     """How a conversation becomes text."""
 
     apply_chat_template: bool = True
-    """The model's own template."""
+    """true: the model's own chat template; false: `template`."""
     system: str | None = None
-    """System message: put first, in place of one in the data."""
+    """System message; replaces one in the data."""
     template: str | None = None
-    """Jinja over `system` and `prompt`, when apply_chat_template is false."""
+    """Jinja over `system` and `prompt`, if apply_chat_template is false."""
     loss_on: Literal["assistant", "all"] = "assistant"
-    """Which tokens are learned: the assistant's, or all."""
+    """Which tokens count in the loss: the assistant's, or all."""
     date: str = "2024-07-26"
-    """YYYY-MM-DD: what today is, always, for a chat template that asks."""
+    """YYYY-MM-DD: the date given to a chat template that asks for today's."""
 
     @field_validator("date")
     @classmethod
@@ -217,11 +216,11 @@ class Prompt(Section):
 class Tokenize(Section):
     """Length limit of a row in tokens, and what happens to longer rows.
 
-    For a causal model prompt and answer together, for an encoder-decoder model each.
+    The limit is on prompt plus answer for a causal model, and on each of the two for an encoder-decoder.
     """
 
     max_length: Annotated[int, Field(gt=1)] = 1024
-    """Of a row, in tokens."""
+    """Most tokens in a row."""
     max_length_policy: Literal["drop", "truncate", "error"] = "drop"
 
 
@@ -236,7 +235,7 @@ class ModelLoad(Section):
 
 
 class Quantization(Section):
-    """How the frozen base is held while an adapter is trained; names are those of transformers.BitsAndBytesConfig."""
+    """How the frozen base is stored while an adapter is trained. Names are those of transformers.BitsAndBytesConfig."""
 
     load_in_4bit: bool = False
     load_in_8bit: bool = False
@@ -279,14 +278,14 @@ class Sft(Section):
 
 
 class SftFirst(Section):
-    """The supervised fine-tuning that a preference optimization starts from, as differences to the run's config."""
+    """Supervised fine-tuning before preference optimization, given as differences from the run's config."""
 
     train: dict[str, Any] = {}
     adapter: dict[str, Any] = {}
 
 
 def _drawing_is_for_samples(section):
-    """What decides how answers are drawn does nothing where the likeliest is taken."""
+    """Without sampling, the settings of sampling do nothing."""
     for name in ("temperature", "top_p"):
         if not section.do_sample and getattr(section, name) != 1:
             raise ValueError(f"'{name}' has no effect without do_sample=true: add it, or leave {name} out")
@@ -294,7 +293,7 @@ def _drawing_is_for_samples(section):
 
 
 class OwnAnswers(Section):
-    """How the model answers, to learn to reject what is wrong. Names as in `eval`."""
+    """How the model generates answers; wrong ones become the rejected answers. Names are those of `eval`."""
 
     batch_size: Annotated[int, Field(gt=0)] = 32
     max_new_tokens: Annotated[int, Field(gt=0, le=100_000)] = 64
@@ -306,18 +305,18 @@ class OwnAnswers(Section):
 
 
 class Dpo(Section):
-    """Direct preference optimization: learn to prefer the chosen answer to the rejected one. Names as in TRL."""
+    """Direct preference optimization: learn to prefer the chosen answer over the rejected one. Names are TRL's."""
 
     name: Literal["dpo"]
     beta: Annotated[float, Field(gt=0)] = 0.1
-    """How closely the model is held to the reference."""
+    """Larger values keep the model closer to the reference."""
     loss_type: Literal["sigmoid", "hinge", "ipo", "robust"] = "sigmoid"
     label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
-    """robust: share of pairs that are the wrong way round."""
+    """For loss_type robust: share of pairs with chosen and rejected swapped."""
     sft: SftFirst | None = None
-    """null: start from the model as it is."""
+    """Fine-tune on the chosen answers first. null: start from the model as it is."""
     own_answers: OwnAnswers | None = None
-    """null: the data's rejected answers."""
+    """Sample the rejected answers from the model. null: take those of the data."""
 
     @model_validator(mode="after")
     def _smoothing_is_for_robust(self):
@@ -333,18 +332,18 @@ METHODS = {"sft": Sft, "dpo": Dpo}
 
 
 class Merge(Section):
-    """The merged model's precision on disk, and what a QLoRA adapter is merged into."""
+    """Precision of the merged model on disk, and the base that a QLoRA adapter is merged into."""
 
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     dequantized_base: bool = False
-    """true: the base as quantized for training, made 16-bit again; false: the original."""
+    """For QLoRA. true: merge into the dequantized base; false: into the original."""
 
 
 # --- evaluation, tracking, sweep -----------------------------------------------------------------
 
 
 class Published(Section):
-    """A figure from the literature, shown beside ours in the reports."""
+    """A figure from the literature, shown in the reports beside the run's own."""
 
     name: str
     metric: str
@@ -353,22 +352,22 @@ class Published(Section):
 
 
 class Eval(Section):
-    """How a model is judged on the test split."""
+    """How a model is evaluated on the test split."""
 
     task: Literal["labels", "tags", "text"]
     labels: list[str] | None = None
-    """Task labels: all of them."""
+    """For task labels: all possible answers."""
     separator: Annotated[str, Field(min_length=1)] = ","
-    """Task tags."""
+    """For task tags: what separates them."""
     metric: str | None = None
-    """The one that ranks runs; null: the task's own."""
+    """Metric that ranks the runs. null: the task's default."""
     batch_size: Annotated[int, Field(gt=0)] = 32
     max_new_tokens: Annotated[int, Field(gt=0, le=100_000)] = 64
     do_sample: bool = False
     temperature: Annotated[float, Field(gt=0)] = 1.0
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     samples: Annotated[int, Field(ge=0)] = 20
-    """Side-by-side samples in the report."""
+    """Number of test rows shown side by side in the report."""
     published: list[Published] = []
 
     @model_validator(mode="after")
@@ -384,7 +383,7 @@ class Eval(Section):
     _drawing = model_validator(mode="after")(_drawing_is_for_samples)
 
 
-MLFLOW_NAME = 256  # characters that MLflow's tables have for a name
+MLFLOW_NAME = 256  # characters that MLflow stores of a name
 
 
 def _not_blank(name: str) -> str:
@@ -400,33 +399,33 @@ def _model_name_of_mlflow(name: str) -> str:
 
 
 class Tracking(Section):
-    """MLflow. In no key: tracking changes what is seen, never what is made."""
+    """MLflow. Not part of any key: tracking shows results and never changes them."""
 
     enabled: bool = True
     tracking_uri: Annotated[str, Field(min_length=1)] | None = None
-    """null: sqlite, results/mlflow.db; env: each job reads the variable MLFLOW_TRACKING_URI, and nothing stores it."""
+    """null: SQLite at results/mlflow.db. env: each job reads the variable MLFLOW_TRACKING_URI; it is never stored."""
     experiment_name: Annotated[str, Field(max_length=MLFLOW_NAME), AfterValidator(_not_blank)] = "temper"
     registered_model_name: (
         Annotated[str, Field(max_length=MLFLOW_NAME), AfterValidator(_model_name_of_mlflow)] | None
     ) = None
-    """null: the data set's name."""
+    """Name of the best run's model in the registry. null: the data set's name."""
     flush_seconds: Annotated[float, Field(gt=0)] = 5.0
 
 
 class Sweep(Section):
-    """Axes in Hydra's sweep grammar: config key -> ``1e-4,3e-4``, ``range(1,4)``, ``choice(a,b)``."""
+    """Swept keys and their values, in Hydra's grammar: ``1e-4,3e-4``, ``range(1,4)`` or ``choice(a,b)``."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$")]
     axes: dict[str, Any] = {}
 
 
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
-# Of each training and evaluation on a CPU. Sums are cut by their number, so that the bits depend on it.
+# Threads of one training or evaluation on a CPU. They decide how sums are split, and so the last bits of a result.
 NumThreads = Annotated[int, Field(gt=0, le=1024)]
 
 
 class Config(Section):
-    """One run's whole config."""
+    """The whole config of one run."""
 
     data: Data
     model: Model

@@ -1,4 +1,4 @@
-"""The part of a config that one stage sees: what is hashed into its key and what it is run with."""
+"""The part of a config that each stage sees: it is hashed into the stage's key and given to its step."""
 
 import dataclasses
 import json
@@ -33,11 +33,11 @@ from temper.keys import flat
 
 
 class Part(Section):
-    """Of a section just what its fields name."""
+    """The part of a section that its fields name."""
 
 
 class DataView(Data):
-    """`data` as format_prompts gets it from the workflow: the raw files' identity stands for name and source."""
+    """`data` as format_prompts gets it from the workflow: the raw files' identity replaces name and source."""
 
     name: str | None = None  # type: ignore[assignment]
     source: Source | None = None  # type: ignore[assignment]
@@ -121,13 +121,13 @@ class CompareRuns(Section):
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-    """One step of the pipeline: what it is made with, where what it makes stands, and how others know it."""
+    """One step of the pipeline: the config it sees, where its output is, and how other stages refer to it."""
 
     name: str
-    config: type[Section]  # its key hashes just what this names, so that no other key of the config can rerun it
-    folder: str | None = None  # of results/; raw data stands in data/raw
-    read_as: tuple[str, ...] = ()  # the flags under which other stages read what it makes
-    holds: tuple[str, ...] = ()  # one of these files is in each of its folders
+    config: type[Section]  # its key hashes only these keys, so that no other can rerun it
+    folder: str | None = None  # in results/; raw data is in data/raw
+    read_as: tuple[str, ...] = ()  # the flags under which other stages read its output
+    holds: tuple[str, ...] = ()  # each of its folders has one of these files
     inputs: dict[str, str] = dataclasses.field(default_factory=dict)  # its flags, and what each is; ? may be left out
 
 
@@ -213,26 +213,26 @@ FOLDERS = {name: stage.folder for name, stage in STAGES.items() if stage.folder}
 
 
 def makers_of(flag: str) -> list[Stage]:
-    """The stages that make what another one reads under this flag."""
+    """The stages whose output is read under this flag."""
     return [stage for stage in STAGES.values() if flag in stage.read_as]
 
 
 @dataclasses.dataclass(frozen=True)
 class Planned:
-    """What the planner tells a stage beside its config. By hand, `--config` may give it too."""
+    """What the planner tells a stage besides its config. By hand, `--config` may give it too."""
 
     raw: dict | None = None  # format_prompts: the identity of the raw data; in the key
-    files: dict[str, str] | None = None  # fetch_model: name -> sha256 of a model of one's own; in the key
-    trunk: str | None = None  # train_adapter, as all below: the name of its checkpoints' folder
-    part: str | None = None  # PLATEAU: up to the decay, which belongs to another job
-    plateau: str | None = None  # the adapter whose end it goes on from
-    follow: dict | None = None  # the MLflow run that gets its curves
-    evaluations: tuple | list = ()  # sections `eval` of the runs that it will be judged in
-    max_new_tokens: int | None = None  # the longest answer that these ask for
+    files: dict[str, str] | None = None  # fetch_model: name -> sha256 of your own model's files; in the key
+    trunk: str | None = None  # this and all below for train_adapter: the name of its checkpoints' folder
+    part: str | None = None  # PLATEAU: stop where the decay begins, which is another job
+    plateau: str | None = None  # the folder of the plateau that it continues
+    follow: dict | None = None  # the MLflow run for its curves
+    evaluations: tuple | list = ()  # config sections `eval` of the runs that share it
+    max_new_tokens: int | None = None  # the longest answer that these allow
 
     @classmethod
     def apart(cls, view: dict) -> tuple[dict, dict]:
-        """(the sections of a stage's config, what is said beside them)."""
+        """Split into (the sections of a stage's config, what the planner adds)."""
         names = {field.name for field in dataclasses.fields(cls)}
         planned = {name: value for name, value in view.items() if name in names}
         return {name: value for name, value in view.items() if name not in names}, planned
@@ -245,7 +245,7 @@ PLATEAU = "plateau"
 
 
 def stage_config(stage: str, config: dict) -> dict:
-    """The part of a whole config that a stage may see, nested as in the whole."""
+    """The part of a whole config that a stage may see, with the same nesting."""
     view = {}
     for name, field in STAGES[stage].config.model_fields.items():
         kind = field.annotation
@@ -262,7 +262,7 @@ def typed(stage: str, view: dict) -> Section:
 
 
 def validated_stage(stage: str, view: dict) -> dict:
-    """The same as plain values, with what the planner knew beside it; what libraries get is checked by them, too."""
+    """The same as plain values, with what the planner adds. The libraries check their sections, too."""
     sections, planned = Planned.apart(view)
     found = typed(stage, sections)
     if isinstance(found, TrainAdapter):
@@ -311,10 +311,10 @@ def _config_file(path: str) -> dict:
     return found
 
 
-# Fields of a section that a stage needs to know but that make no difference to what it writes.
+# Fields that a stage needs but that do not affect its output.
 NOT_IN_KEY: dict[str, frozenset[str]] = {
-    "data": frozenset({"name", "source"}),  # the raw files' identity stands for the source
-    "method": frozenset({"sft"}),  # the model that comes of it stands for it
+    "data": frozenset({"name", "source"}),  # the raw files' identity represents the source
+    "method": frozenset({"sft"}),  # the resulting model represents it
     "train": frozenset(
         [
             "logging_strategy",

@@ -1,4 +1,4 @@
-"""Checking: a composed config becomes values of the schema's types, or one clear line."""
+"""Check a composed config: it becomes values of the schema's types, or one clear error line."""
 
 from temper.config.libraries import check_library_sections, refuse_without_validation
 from temper.config.schema import METHODS, SOURCE_KINDS, Config, Data
@@ -8,7 +8,7 @@ from temper.evaluation.metrics import refuse_without_pairs
 from temper.keys import flat
 from temper.secrets import has_login, secret_variables
 
-UNIONS: dict = {"source": SOURCE_KINDS, "method": METHODS}  # sections that are one of several models, by their tag
+UNIONS: dict = {"source": SOURCE_KINDS, "method": METHODS}  # sections that have one of several classes, by a tag
 
 
 # --- validating ----------------------------------------------------------------------------------
@@ -26,7 +26,7 @@ def validated(config: dict) -> dict:
 
 
 def _check_secrets(config: dict) -> None:
-    """A config is stored and shown, so it holds no login. The message must not, either."""
+    """Refuse a login in a config, which is stored and shown. The message must not show it either."""
     uri = config["tracking"]["tracking_uri"]
     if uri is not None and has_login(uri):
         raise UserError(
@@ -46,7 +46,7 @@ def _check_secrets(config: dict) -> None:
 
 
 def _check_method(config: dict) -> None:
-    """What the method needs of the other sections."""
+    """Check what the method requires of the other sections."""
     method, has_pairs = config["method"], Data.model_validate(config["data"]).has_pairs
     refuse_without_pairs(config["eval"], has_pairs)
     if method["name"] != "dpo":
@@ -70,7 +70,7 @@ def _check_method(config: dict) -> None:
 
 
 def sft_config(config: dict) -> dict:
-    """The config of the supervised fine-tuning that `method.sft` asks for: this config, with its differences."""
+    """The config of the fine-tuning in `method.sft`: this config with its changes."""
     first = config["method"]["sft"]
     adapter = first["adapter"] if "peft_type" in first["adapter"] else {**config["adapter"], **first["adapter"]}
     return {**config, "method": {"name": "sft"}, "train": {**config["train"], **first["train"]}, "adapter": adapter}
@@ -82,7 +82,7 @@ def _check_validation(config: dict) -> None:
 
 
 def _check_together(config: dict) -> None:
-    """Sections that do not go together."""
+    """Refuse sections that do not go together."""
     _check_validation(config)
     quantized = config["quantization"]["load_in_4bit"] or config["quantization"]["load_in_8bit"]
     if quantized and config["adapter"]["peft_type"] is None:
@@ -94,9 +94,9 @@ def _check_together(config: dict) -> None:
 
 
 def _normalised(config: dict) -> dict:
-    """The config as its sections' models take it."""
+    """The config in the form that its sections' classes accept."""
     train = config.get("train")
-    if isinstance(train, dict) and "warmup_ratio" in train:  # transformers 5 takes it as warmup_steps below 1
+    if isinstance(train, dict) and "warmup_ratio" in train:  # in transformers 5 it is warmup_steps below 1
         ratio = train.pop("warmup_ratio")
         if not isinstance(ratio, int | float) or not 0 <= ratio < 1:
             raise UserError(f"config: 'train.warmup_ratio' must be from 0 to below 1 (found {ratio!r})")
@@ -105,10 +105,10 @@ def _normalised(config: dict) -> dict:
 
 
 def _without_other_kinds(config: dict) -> dict:
-    """Keep of a source only what its kind knows.
+    """Keep only the keys of a source that its kind has.
 
-    ``data.source.kind=files data.source.path=x`` over a hub source leaves ``repository`` behind,
-    which is no fault of the user. A key that no kind knows stays, and is refused.
+    ``data.source.kind=files data.source.path=x`` over a hub source leaves ``repository`` behind, which is not the
+    user's fault. A key that no kind has stays, and is refused.
     """
     known_anywhere = set().union(*(set(kind.model_fields) for kind in SOURCE_KINDS.values()))
     for name in ("data", "model"):
@@ -126,7 +126,7 @@ def checked(model, values: dict, prefix: str):
     """The values as an object of this class.
 
     Raises:
-        UserError: they do not fit it; the first complaint, in one line.
+        UserError: they do not fit it; the message is the first error.
     """
     from pydantic import ValidationError
 
@@ -137,10 +137,10 @@ def checked(model, values: dict, prefix: str):
 
 
 def explain(error, model, prefix: str = "") -> str:
-    """One line for pydantic's first complaint: key, value found, what is allowed."""
+    """Pydantic's first error in one line: key, value found, what is allowed."""
     faults = error.errors(include_url=False)
     unknown = [fault for fault in faults if fault["type"] == "extra_forbidden"]
-    fault = (unknown or faults)[0]  # a misspelt key is the reason why another one is missing
+    fault = (unknown or faults)[0]  # a misspelt key explains why another is missing
     path = [str(part) for part in _without_tags(fault["loc"])]
     key = ".".join([prefix, *path] if prefix else path)
     if fault["type"] == "extra_forbidden":
@@ -151,20 +151,20 @@ def explain(error, model, prefix: str = "") -> str:
     message = fault["msg"].removeprefix("Value error, ")
     message = message[0].lower() + message[1:] if message[:2] != message[:2].upper() else message
     found = fault["input"]
-    of_another_type = fault["type"].endswith("_type")  # else it is a whole section, and the message says what of it
+    of_another_type = fault["type"].endswith("_type")  # otherwise it is a whole section, and the message names the part
     if isinstance(found, dict) and not of_another_type:
         return f"config: '{key}': {message}"
     return f"config: '{key}': {message} (found {_found(found, text_wanted=fault['type'] == 'string_type')})"
 
 
 def _without_tags(location) -> list:
-    """A pydantic location without the tags of unions (``source.hub``, ``method.dpo``), which are no keys of ours."""
+    """A pydantic location without the tags of unions (``source.hub``, ``method.dpo``), which are not config keys."""
     before = [None, *location]
     return [part for last, part in zip(before, location, strict=False) if part not in UNIONS.get(last, ())]
 
 
 def _fields_at(model, location) -> list[str]:
-    """Field names of the section that a pydantic error location points into."""
+    """Field names of the section at a pydantic error location."""
     for last, part in zip([None, *location], location, strict=False):
         if part in UNIONS.get(last, ()):
             model = UNIONS[last][part]

@@ -1,4 +1,4 @@
-"""What tokenizing did to the rows, counted and shown."""
+"""Counts and shows what tokenizing did to the rows."""
 
 import bisect
 import collections
@@ -11,24 +11,24 @@ from temper.data.encoder import Encoded, Encoder
 log = logging.getLogger("temper")
 
 SHOWN = 5  # rows in audit.txt
-DROPPED = {  # what is said of rows that are dropped whatever their length
+DROPPED = {  # messages about rows that are dropped whatever their length
     "answer_cut_off_entirely": "tokenize.max_length cuts their last answer off",
     "answer_with_end_token": "an answer holds a token that ends answers, and what follows it could not be learned",
     "equal_pairs": "the chosen and the rejected answer are the same tokens",
 }
-TOLD = {  # what is said of rows that are kept
+TOLD = {  # messages about rows that are kept
     "only_last_answer_learned": "only the last answer is learned, for the chat template shows earlier turns otherwise "
     "than when they were answered",
     "special_tokens_in_prompts": "a text spells a special token, which the model reads as that token",
 }
-NOTABLE = 0.05  # more rows than this share beyond max_length are worth a warning
+NOTABLE = 0.05  # warn if more than this share of rows exceeds max_length
 
 
 class Audit:
     """What happened to the rows of one split."""
 
     def __init__(self):
-        self.lengths: collections.Counter[int] = collections.Counter()  # length -> rows, also those that were dropped
+        self.lengths: collections.Counter[int] = collections.Counter()  # length -> rows, including dropped ones
         self.too_long = self.nothing_left = self.retokenized = self.ended_early = self.equal = 0
         self.last_only = self.special = 0
         self.rows = self.tokens = self.learned = self.rejected = 0
@@ -38,7 +38,7 @@ class Audit:
         return self.lengths.total()
 
     def count(self, encoded: list[Encoded], max_length: int) -> None:
-        """A row that was read: one text, or the two of a pair, of which the longer counts."""
+        """Count a row: its length is that of its text, or of the longer text of a pair."""
         length = max(one.length for one in encoded)
         self.lengths[length] += 1
         self.too_long += length > max_length
@@ -76,7 +76,7 @@ class Audit:
         }
 
     def _length_of(self, rank: int) -> int:
-        """Of the rows in the order of their lengths, the length of the one with this number, from 0."""
+        """The length of the row with this number, from 0, in the order of lengths."""
         lengths = sorted(self.lengths)
         rows_up_to = list(itertools.accumulate(self.lengths[length] for length in lengths))
         return lengths[bisect.bisect_right(rows_up_to, rank)]
@@ -95,7 +95,7 @@ def _histogram(lengths: collections.Counter[int]) -> dict[str, int]:
 
 
 def shown_rows(train, encoder: Encoder) -> str:
-    """The first rows as text; what is learned stands between >>> and <<<."""
+    """The first rows as text, with the learned parts between >>> and <<<."""
     pairs = "rejected" in train.column_names
     lines = ["What the model reads in training. It learns what stands between >>> and <<<, nothing else.\n"]
     if pairs:

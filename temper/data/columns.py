@@ -1,11 +1,11 @@
-"""A split's columns and answers: what tokenize_splits and sample_answers write, and everything below reads."""
+"""A split's columns and answers, as tokenize_splits and sample_answers write them and later stages read them."""
 
 SPLITS = ("train", "validation", "test")
-IGNORED = -100  # the label of a token that is not learned: torch's cross_entropy leaves it out
+IGNORED = -100  # the label of a token that is not learned, which torch's cross_entropy ignores
 
 
 def features(pairs: bool = False):
-    """As `datasets.Features`. `pairs`: with the rejected answer beside each row's own, which is the chosen one."""
+    """The columns as `datasets.Features`. `pairs`: including those of the rejected answer."""
     from datasets import Features, List, Value
 
     ids = List(Value("int32"))
@@ -25,8 +25,8 @@ def features(pairs: bool = False):
 def answer_start(input_ids: list[int], prompt_length: int) -> int:
     """Where the last answer begins in a row's labels.
 
-    Behind the prompt; but where the prompt is all of the row's tokens, an encoder reads them, and the labels are the
-    answer alone.
+    That is behind the prompt, except for an encoder-decoder: there the prompt is all of input_ids, and the labels hold
+    only the answer.
     """
     return 0 if prompt_length == len(input_ids) else prompt_length
 
@@ -34,7 +34,7 @@ def answer_start(input_ids: list[int], prompt_length: int) -> int:
 def answer_text(tokenizer, ids: list[int], stop_ids) -> str:
     """The text of an answer's tokens, up to the one that ends it.
 
-    Special tokens in it are part of what the model says, so they are shown: labels may be such tokens.
+    Special tokens in it are kept, because they are part of the answer: labels may be special tokens.
     """
     end = next((at for at, token in enumerate(ids) if token in stop_ids), None)
     return tokenizer.decode(ids[:end], skip_special_tokens=False).strip()

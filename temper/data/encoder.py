@@ -1,10 +1,10 @@
 """From a conversation to token ids and labels: what the model reads, and what it learns.
 
-Generation starts from the text before an answer, tokenized alone; so do other programs. Training must read the same
-tokens there. A text is therefore tokenized as a whole only where the tokens before each answer come out the same as
-without it. Where they do not (a token crosses the border, or the tokenizer looks ahead: GPT-2 makes one token of two
-line ends, but two of them before a word), prompt and answer are tokenized apart. One function does so for training,
-evaluation, chat, predict and Python: the tokens before an answer depend on nothing behind them.
+Generation, here and in other programs, starts from the text before an answer, tokenized alone. Training must read the
+same tokens there. So a conversation is tokenized as a whole only if that leaves the tokens before each answer as they
+are without it. Otherwise (a token crosses the border, or the tokenizer looks ahead: GPT-2 makes one token of two line
+ends, but two of them before a word), prompt and answer are tokenized apart. Training, evaluation, chat, predict and
+Python share this code, so the tokens before an answer never depend on what follows.
 
 An encoder-decoder model reads the prompt in its encoder, with the special tokens that its tokenizer puts around a text,
 and learns the answer and its end in its decoder: two sequences.
@@ -19,7 +19,7 @@ from temper.data.rendering import ChatTemplate, FreeTemplate, Turn, text_of
 from temper.errors import UserError
 from temper.model.reading import reading
 
-DATE = "2024-07-26"  # what Llama 3's templates say where there is no clock
+DATE = "2024-07-26"  # the date that Llama 3's templates write if they have no clock
 Pieces = list[Turn]  # a conversation: the assistant's turns, each with the text before it
 
 
@@ -31,7 +31,7 @@ class Encoded:
     labels: list[int]
     prompt_length: int  # tokens before the last answer
     retokenized: bool  # prompt and answer were tokenized apart
-    ended_early: bool = False  # an answer's own text holds a token that ends answers: what follows it cannot be learned
+    ended_early: bool = False  # an answer's own text holds a token that ends answers, so the rest cannot be learned
 
     def cut(self, length: int) -> "Encoded":
         """The first `length` tokens."""
@@ -42,7 +42,7 @@ class Encoded:
 
     @property
     def length(self) -> int:
-        """What `tokenize.max_length` limits: tokens of the longer of what is read and what is learned."""
+        """The length that `tokenize.max_length` limits: that of input or labels, whichever is longer."""
         return max(len(self.input_ids), len(self.labels))
 
     @property
@@ -60,7 +60,7 @@ class EncodedApart(Encoded):
     """One row of an encoder-decoder model: `input_ids` is the prompt, `labels` the answer and its end, all learned."""
 
     def cut(self, length: int) -> "EncodedApart":
-        """The first `length` tokens of each. What the tokenizer closes a prompt with stays."""
+        """The first `length` tokens of each. Keeps the token with which the tokenizer closes a prompt."""
         ids = self.input_ids
         if len(ids) > length:
             ids = [*ids[: length - 1], ids[-1]]
@@ -83,8 +83,8 @@ class Encoder:
     Args:
         tokenizer: a fast Hugging Face tokenizer.
         stop_ids: token ids that end an answer; the first one found in a turn ends what is learned of it.
-        prompt: config section `prompt`; of a finished run with the template's `opening` (see `Run.prompt`).
-        apart: for an encoder-decoder model.
+        prompt: config section `prompt`; for a finished run with the template's `opening` (see `FinishedRun.prompt`).
+        apart: whether the model is an encoder-decoder.
     """
 
     def __init__(self, tokenizer, stop_ids: list[int], prompt: dict, apart: bool = False):
@@ -114,7 +114,7 @@ class Encoder:
         self.special = re.compile("|".join(map(re.escape, special)) or "(?!)")
 
     def _tokens(self, *texts, **options):
-        """What the tokenizer makes of texts. Some make its Rust code panic: a regular expression that finds no end."""
+        """Call the tokenizer. Some texts make its Rust code panic (a regular expression that backtracks too much)."""
         with reading(self.tokenizer.name_or_path):
             return self.tokenizer(*texts, **options)
 
@@ -123,28 +123,28 @@ class Encoder:
         return self.encode_pieces(self.pieces([messages]))[0]
 
     def pieces(self, conversations: list[list[dict]]) -> list[Pieces]:
-        """The text of each conversation, in pieces. With `encode_pieces` much faster than `encode` for each of many.
+        """The text of each conversation, in pieces. For many rows, with `encode_pieces`, much faster than `encode`.
 
         Raises:
-            UserError: the template refuses a conversation. Of several, it may be the error of a later one.
+            UserError: the template refuses a conversation; not necessarily the first faulty one.
         """
         return self.renderer.turns(conversations)
 
     def encode_pieces(self, rows: list[Pieces]) -> list[Encoded]:
-        """Token ids and labels of conversations, as `pieces` gives them. The tokenizer uses all cores it may."""
+        """Token ids and labels of conversations, given as by `pieces`. The tokenizer may use several cores."""
         if self.apart:
             return self._encoded_apart(rows)
         return [self._labelled(turns, *made) for turns, made in zip(rows, self._tokenized(rows), strict=True)]
 
     def encode_pairs(self, rows: list[Pieces]) -> list[tuple[Encoded, Encoded]]:
-        """(chosen, rejected), where every two of `rows` are a pair: the same prompt with two answers."""
+        """(chosen, rejected) for each two consecutive `rows`, which have the same prompt."""
         encoded = self.encode_pieces(rows)
         return list(zip(encoded[::2], encoded[1::2], strict=True))
 
     def prompt_ids(self, messages: list[dict]) -> list[int]:
         """What generation starts from, for a conversation that ends with the user's message.
 
-        It is what each row of training begins with: ``input_ids[:prompt_length]``.
+        Equal to the beginning of a training row: ``input_ids[:prompt_length]``.
         """
         turns = self.renderer.prompt(messages)
         if self.apart:
@@ -153,11 +153,11 @@ class Encoder:
         return ids[: answers[-1].start]
 
     def text(self, ids: list[int]) -> str:
-        """The text of an answer's tokens, up to the one that ends it: what is shown, and what is judged."""
+        """The text of an answer's tokens, up to the one that ends it, as it is shown and evaluated."""
         return answer_text(self.tokenizer, ids, self.stop_ids)
 
     def names_special_tokens(self, messages: list[dict]) -> bool:
-        """Whether somebody but the assistant spells a special token, which the model then reads as that token."""
+        """Whether a message not by the assistant spells a special token, which the model then reads as that token."""
         return any(self.special.search(turn["content"]) for turn in messages if turn["role"] != "assistant")
 
     # --- encoder-decoder --------------------------------------------------------------------------
@@ -176,14 +176,19 @@ class Encoder:
         return self._tokens(prompts, add_special_tokens=self.free)["input_ids"]
 
     def _ended(self, ids: list[int]) -> list[int]:
-        """An answer up to and with its stop token, or one that is added."""
+        """An answer up to and including its stop token, which is added if there is none."""
         stop = next((at for at, token in enumerate(ids) if token in self.stop_ids), None)
         return [*ids, self.tokenizer.eos_token_id] if stop is None else ids[: stop + 1]
 
     # --- causal models: one sequence --------------------------------------------------------------
 
     def _tokenized(self, rows: list[Pieces]) -> list[tuple[list[int], list[range], bool]]:
-        """Of each row the tokens, which of them each turn is, and whether it was tokenized apart."""
+        """For each row: its tokens, the range of tokens of each turn, and whether it was tokenized apart.
+
+        Tokenizing each prompt once more, to compare, would double the work. Instead all texts are tokenized in one
+        batch, and of each prompt only the part behind its last added token is tokenized again (see `_parted`). That
+        part is short and mostly the same in all rows, and each distinct text is tokenized once.
+        """
         texts = list(map(text_of, rows))
         made = self._tokens(
             texts,
@@ -193,29 +198,34 @@ class Encoder:
             return_token_type_ids=False,
         )
         parted = list(map(self._parted, rows, texts, made["input_ids"], made["offset_mapping"]))
+
         known = _Known(self._tokens, dict(zip(texts, made["input_ids"], strict=True)))
         known.learn(tail for parts in parted for _, tail, _ in parts)
         found = [_fitting(ids, parts, known) for ids, parts in zip(made["input_ids"], parted, strict=True)]
+
+        # Rows that do not fit are tokenized apart; their answers first, in one batch.
         known.learn(turns[-1].answer for turns, answers in zip(rows, found, strict=True) if answers is None)
-        return [
-            self._behind_first(*(self._cut_apart(turns, known) if answers is None else (ids, answers, False)))
-            for turns, ids, answers in zip(rows, made["input_ids"], found, strict=True)
-        ]
+
+        encoded = []
+        for turns, ids, answers in zip(rows, made["input_ids"], found, strict=True):
+            row = (ids, answers, False) if answers is not None else self._cut_apart(turns, known)
+            encoded.append(self._behind_first(*row))
+        return encoded
 
     def _behind_first(self, ids: list[int], answers: list[range], cut: bool) -> tuple[list[int], list[range], bool]:
-        """The tokens behind those that the tokenizer puts before a text."""
+        """The row behind the tokens that the tokenizer puts before each text."""
         shift = len(self.first_ids)
         if shift:
             ids, answers = self.first_ids + ids, [range(turn.start + shift, turn.stop + shift) for turn in answers]
         return ids, answers, cut
 
     def _parted(self, turns: Pieces, text: str, ids: list[int], offsets: list[tuple[int, int]]):
-        """Of each turn of a row that is tokenized as a whole: (token, text, token).
+        """What `_fitting` compares, for each turn of a row tokenized as a whole: (token, text, token).
 
-        The tokens before an answer must be those of the text before it alone. An added token (most special ones are)
-        parts a text: what is before it changes nothing behind it. So only what follows the last of them is tokenized
-        again; in most chats that is a few words, and the same in all rows. The three are the first token of that text,
-        the text, and the first token behind the turn.
+        The tokens before an answer must equal those of the text before it alone. An added token (most special tokens
+        are) splits a text: the text before it does not affect the tokens behind it. So it is enough to compare what
+        follows the last added token. In most chats that is a few words, and the same in all rows. The three are the
+        first token of that text, the text, and the first token behind the turn.
         """
         parts = []
         for start, end in _places(turns):
@@ -223,27 +233,35 @@ class Encoder:
             added = (at for at in reversed(range(first)) if ids[at] in self.added and offsets[at][1] <= start)
             token = next(added, 0)
             parts.append((token, text[offsets[token][0] if token else 0 : start], bisect.bisect_left(offsets, (end,))))
-        # Nothing follows the last turn. Where offsets leave out blanks, those at its end would seem to.
+        # The last turn extends to the end. Offsets may leave out blanks there, which would then be cut off.
         return [*parts[:-1], (*parts[-1][:2], len(ids))]
 
     def _cut_apart(self, turns: Pieces, known: "_Known") -> tuple[list[int], list[range], bool]:
-        """A row's tokens, cut before each answer that would change the tokens before it; which each turn is; cut?"""
-        chunks, starts, settled = [""], [], 0
-        for turn, after in zip(turns, [*(turn.before for turn in turns[1:]), ""], strict=True):
+        """A row that is cut before each answer that would change the tokens before it, as `_tokenized` has rows.
+
+        Only these get a cut, because it gives tokens that the model has rarely seen. Whether one is needed depends on
+        the cuts before it, so the turns are tried in order, each with the text that follows it.
+        """
+        chunks, starts = [""], []
+        settled = 0  # tokens in all chunks but the last
+        followers = [*(turn.before for turn in turns[1:]), ""]
+        for turn, after in zip(turns, followers, strict=True):
             chunks[-1] += turn.before
             prompt = known[chunks[-1]]
             starts.append(settled + len(prompt))
+
             if known[chunks[-1] + turn.answer + turn.closing + after][: len(prompt)] != prompt:
                 settled += len(prompt)
                 chunks.append("")
             chunks[-1] += turn.answer + turn.closing
+
         ids = [token for chunk in chunks for token in known[chunk]]
         ends = [len(ids)] if len(turns) == 1 else self._ends(turns, chunks)
         answers = [range(start, max(start, end)) for start, end in zip(starts, ends, strict=True)]
         return ids, answers, len(chunks) > 1
 
     def _ends(self, turns: Pieces, chunks: list[str]) -> list[int]:
-        """The first token behind each turn, in a text that is tokenized in chunks."""
+        """The first token behind each turn, in a text tokenized in chunks."""
         made, position, starts = self._tokens(chunks, add_special_tokens=False, return_offsets_mapping=True), 0, []
         for chunk, offsets in zip(chunks, made["offset_mapping"], strict=True):
             starts += [position + start for start, _ in offsets]
@@ -251,7 +269,7 @@ class Encoder:
         return [*(bisect.bisect_left(starts, end) for _, end in _places(turns)[:-1]), len(starts)]
 
     def _labelled(self, turns: Pieces, ids: list[int], answers: list[range], apart: bool) -> Encoded:
-        """Cut behind the last answer's stop token (or add one), and label the assistant's turns up to theirs."""
+        """Cut behind the last answer's stop token (or add one), and label each assistant's turn up to its own."""
         early = any(
             self._ends_early(turn, [ids[at] for at in answer]) for turn, answer in zip(turns, answers, strict=True)
         )
@@ -265,7 +283,7 @@ class Encoder:
         return Encoded(ids, labels, last.start, apart, early)
 
     def _labels(self, ids: list[int], answers: list[range]) -> list[int]:
-        """Labels for the assistant's turns, each up to and with its first stop token."""
+        """Labels for the assistant's turns, each up to and including its first stop token."""
         labels = [IGNORED] * len(ids)
         for answer in answers:
             for index in answer:
@@ -279,21 +297,21 @@ class Encoder:
     # --- tokens that end answers --------------------------------------------------------------------
 
     def _ends_early(self, turn: Turn, ids: list[int]) -> bool:
-        """Whether an answer's own text has a token that ends answers, other than at its end."""
+        """Whether an answer's own text has a token that ends answers anywhere but at its end."""
         count = sum(token in self.stop_ids for token in ids)
         if not count or (count == 1 and turn.closing):
             return False
         return count > self._stops(turn.closing) + self._stops_at_the_end(turn.answer)
 
     def _stops(self, text: str) -> int:
-        """How many tokens that end answers there are in a text that ends a turn."""
+        """Number of tokens that end answers in a text that closes a turn."""
         if text not in self.stops_of:
             ids = self._tokens(text, add_special_tokens=False)["input_ids"] if text else []
             self.stops_of[text] = sum(token in self.stop_ids for token in ids)
         return self.stops_of[text]
 
     def _stops_at_the_end(self, answer: str) -> int:
-        """How many of them an answer ends with."""
+        """Number of such tokens at the end of an answer."""
         texts, count, rest = self.tokenizer.convert_ids_to_tokens(sorted(self.stop_ids)), 0, answer.rstrip()
         while stop := next((text for text in texts if rest.endswith(text)), None):
             count, rest = count + 1, rest.removesuffix(stop).rstrip()
@@ -308,7 +326,7 @@ class _Known(dict):
         self.tokens = tokens
 
     def learn(self, texts) -> None:
-        """Tokenize all texts that are new, at once."""
+        """Tokenize all new texts, in one batch."""
         new = [text for text in dict.fromkeys(texts) if text not in self]
         if new:
             arguments = {"return_attention_mask": False, "return_token_type_ids": False}
@@ -320,7 +338,7 @@ class _Known(dict):
 
 
 def _fitting(ids: list[int], parts: list[tuple[int, str, int]], known: _Known) -> list[range] | None:
-    """Which tokens each turn is (see `_parted`); None: the tokens before one are others without it."""
+    """The range of tokens of each turn (`parts` as by `_parted`). None: some answer changes the tokens before it."""
     answers = []
     for token, text, end in parts:
         start = token + len(known[text])
@@ -341,7 +359,7 @@ def _places(turns: Pieces) -> list[tuple[int, int]]:
 
 
 def _ids_before(tokenizer) -> list[int]:
-    """What the tokenizer puts before a text; what it closes one with has no place before an answer."""
+    """The tokens that the tokenizer puts before a text. Those it puts behind one do not belong before an answer."""
     made, plain = tokenizer("a")["input_ids"], tokenizer("a", add_special_tokens=False)["input_ids"]
     start = next(at for at in range(len(made)) if made[at : at + len(plain)] == plain)
     return made[:start]

@@ -1,7 +1,8 @@
 """From a row of raw data to a conversation: ``[{"role": ..., "content": ...}, ...]``, the last one the answer.
 
-A layout is a function ``(row) -> messages``. Of a preference pair these end with the chosen answer; what is rejected
-comes from a function of its own, ``(row, messages) -> text``. Complaints name columns; who calls adds file and line.
+A layout is a function ``(row) -> messages``. For a preference pair, the messages end with the chosen answer, and a
+second function, ``(row, messages) -> text``, gives the rejected one. Errors name columns; the caller adds file and
+line.
 """
 
 import hashlib
@@ -17,7 +18,7 @@ SHAREGPT_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistan
 
 
 class Example(NamedTuple):
-    """One row: a conversation that ends with the (chosen) answer and, of a preference pair, the rejected answer."""
+    """One row: a conversation that ends with the (chosen) answer and, for a preference pair, the rejected answer."""
 
     messages: Messages
     rejected: str | None = None
@@ -28,10 +29,10 @@ def converter(data: dict, system: str | None) -> Callable[[dict], Example | None
 
     Args:
         data: the config section; layout, columns, prompt, completion, rejected, rejected_from and where are used.
-        system: a system message to put first, in place of one in the data; None leaves the data's own.
+        system: a system message, replacing one in the data; None keeps the data's own.
 
     Raises:
-        UserError: now, for a template that does not compile; when called, for a row that makes no conversation.
+        UserError: now, for a template that does not compile; when called, for a row without a usable conversation.
     """
     renamed = _renamed_columns(data)
     ignored = frozenset(data.get("ignore_fields") or ()) | frozenset(renamed.values())
@@ -56,26 +57,26 @@ def converter(data: dict, system: str | None) -> Callable[[dict], Example | None
     return convert
 
 
-MESSAGE = frozenset({"role", "content", "from", "value"})  # what is read of a message
-# Columns that say more of a conversation in formats that other programs read.
+MESSAGE = frozenset({"role", "content", "from", "value"})  # the fields of a message that are read
+# Columns with more of a conversation, in formats of other programs.
 BESIDE = ("tools", "functions", "system", "system_prompt", "history", "chat_template_kwargs")
 TO_DROP = "to drop it from all rows, set data.ignore_fields=[{name}]; to leave such rows out, use data.where"
 
 
 def _harmless(value) -> bool:
-    """Whether it says nothing: null, something empty, a weight of 1, ``train: true``. (0 and false say much.)"""
+    """Whether a field has no effect: null, empty, a weight of 1, ``train: true`` (but not 0 or false)."""
     return value is None or value is True or value in ("", [], {}) or (value == 1 and value is not False)
 
 
 def refuse_unused(
     row: dict, columns: Iterable[str], ignored: frozenset[str] = frozenset(), way_on: str = TO_DROP
 ) -> None:
-    """Refuse what stands in messages, or beside them, and is not read: it would be dropped without a word.
+    """Refuse fields in or beside messages that are not read, since they would be dropped silently.
 
     Args:
         columns: those that may hold messages.
-        ignored: what is dropped on purpose (data.ignore_fields).
-        way_on: what to do about a field `{name}`.
+        ignored: fields to drop on purpose (data.ignore_fields).
+        way_on: what the message says to do about a field `{name}`.
     """
     turns = [row.get(column) for column in columns]
     turns = [turn for given in turns for turn in (given if isinstance(given, list) else [given])]
@@ -96,7 +97,7 @@ def _renamed(row: dict, name: str, theirs: str):
 
 
 def _refuse_broken_text(messages: Messages) -> None:
-    r"""JSON can spell half a character (a lone \ud83d), which no UTF-8 file can hold."""
+    r"""Refuse half a character (a lone \ud83d), which JSON can spell but no UTF-8 file can hold."""
     for message in messages:
         try:
             message["content"].encode()
@@ -111,7 +112,7 @@ def without_system(messages: Messages) -> Messages:
 
 
 def _renamed_columns(data: dict) -> dict[str, str]:
-    """`data.columns`, once it is sure that the layout has the columns it renames."""
+    """`data.columns`, after checking that the layout has the columns it renames."""
     renamed = data.get("columns") or {}
     free = data["layout"] == "template"
     known = sorted(_used(data)) if free and renamed else () if free else LAYOUTS[data["layout"]][1]
@@ -143,7 +144,7 @@ def question_answer(row: dict) -> Messages:
 
 
 def instruction(row: dict) -> Messages:
-    """Alpaca's columns: instruction, output, and input, which goes after a blank line when there is any."""
+    """Alpaca's columns: instruction, output, and optionally input, which is added after a blank line."""
     prompt = _text(row, "instruction")
     if row.get("input") not in (None, ""):
         prompt = f"{prompt}\n\n{_text(row, 'input')}"
@@ -200,12 +201,12 @@ def messages(row: dict) -> Messages:
 
 
 def sharegpt(row: dict) -> Messages:
-    """Column conversations: a list of from (human, gpt, system) and value; role and content do as well."""
+    """Column conversations: a list of from (human, gpt, system) and value, or of role and content."""
     return _checked(_read(_column(row, "conversations"), "conversations"), "conversations")
 
 
 def _read(turns, column: str) -> Messages:
-    """A column's list of messages, in our words: role and content."""
+    """A column's list of messages as role and content."""
     if not isinstance(turns, list) or not turns:
         raise UserError(f"column '{column}' holds {texts.shown(turns)}, not a list of messages")
     return [_message(turn, f"{column}[{index}]") for index, turn in enumerate(turns)]
@@ -225,12 +226,12 @@ def _message(turn, name: str) -> dict[str, str]:
 
 
 def _role(given):
-    """Our name of a role, where there is one."""
+    """Our name of a role, if there is one."""
     return SHAREGPT_ROLES.get(given, given) if isinstance(given, str) else given
 
 
 def _one_of(turn: dict, name: str, ours: str, theirs: str, read: Callable = lambda value: value):
-    """What stands in a field that goes by two names, as `read` has it; None where there is neither."""
+    """The value of a field with two names, converted by `read`; None if there is neither."""
     given = [read(turn[key]) for key in (ours, theirs) if turn.get(key) is not None]
     if len(given) == 2 and given[0] != given[1]:
         raise UserError(f"{name} has '{ours}' and '{theirs}', which differ: remove one")
@@ -238,7 +239,7 @@ def _one_of(turn: dict, name: str, ours: str, theirs: str, read: Callable = lamb
 
 
 def _checked(messages: Messages, column: str) -> Messages:
-    """The conversation, once it is sure that there is a prompt and, at the end, an answer."""
+    """The conversation, after checking that it has a prompt and ends with an answer."""
     roles = [message["role"] for message in messages]
     if "system" in roles[1:]:
         raise UserError(f"column '{column}': a system message after the first message; only the first may be one")
@@ -257,7 +258,7 @@ def _checked(messages: Messages, column: str) -> Messages:
 
 
 def preference(row: dict) -> Messages:
-    """TRL's columns: prompt, chosen, rejected. Here the conversation with the chosen answer.
+    """TRL's columns: prompt, chosen, rejected. Returns the conversation with the chosen answer.
 
     The prompt is a text or a list of messages; the answers are texts, messages or lists of messages. Without a column
     prompt, chosen and rejected are whole conversations that differ in the last message.
@@ -269,7 +270,7 @@ def _with_answer(row: dict, column: str) -> Messages:
     prompt = row.get("prompt")
     if prompt is None:
         if not isinstance(_column(row, column), list):
-            _text(row, "prompt")  # complains: there is none, and an answer alone is no conversation
+            _text(row, "prompt")  # raises: it is missing, and an answer alone is not a conversation
         return _checked(_read(row[column], column), column)
     before = _read(prompt, "prompt") if isinstance(prompt, list) else [_said("user", _text(row, "prompt"))]
     answer = _column(row, column)
@@ -280,7 +281,7 @@ def _with_answer(row: dict, column: str) -> Messages:
 
 
 def _rejected(data: dict, row: dict, messages: Messages, made: dict) -> str | None:
-    """What a row rejects, in which the templates `made` this; None where there are no pairs."""
+    """The rejected answer of a row, given what its templates `made`; None without pairs."""
     if data["layout"] == "preference":
         return _rejected_column(row, messages)
     if "rejected" in made:
@@ -310,7 +311,7 @@ def _other_than_chosen(rejected: str, messages: Messages) -> str:
 
 
 def another_label(labels: list[str], messages: Messages) -> str:
-    """One of the labels that the answer is not. Of several it is picked by a hash of the conversation."""
+    """A label other than the answer; if there are several, picked by a hash of the conversation."""
     answer = messages[-1]["content"]
     if answer not in labels:
         raise UserError(f"the answer {texts.shown(answer)} is none of data.rejected_from ({', '.join(labels)})")
@@ -334,9 +335,9 @@ LAYOUTS: dict[str, tuple[Callable[[dict], Messages], tuple[str, ...]]] = {
 
 
 def _templates(data: dict) -> Callable[[dict], dict]:
-    """The function that evaluates a row's templates: {"where": a truth, "prompt": text, ...}; no text where it fails.
+    """The function that evaluates a row's templates: {"where": bool, "prompt": text, ...}; no text if `where` fails.
 
-    All templates of a row stand in one `bounded` block, which costs more than they do.
+    All templates of a row share one `bounded` block, because that costs more than they do.
     """
     keys = [key for key in ("where", "prompt", "completion", "rejected") if data.get(key) is not None]
     if not data.get("where"):
@@ -357,7 +358,7 @@ def _templates(data: dict) -> Callable[[dict], dict]:
 
 
 def _compiled(key: str, source: str) -> Callable[[dict], object]:
-    """`data.<key>` as a function of the row: a template's text, or the truth of the expression `where`."""
+    """`data.<key>` as a function of the row: a template's text, or whether `where` holds."""
     from jinja2 import meta
 
     environment = texts.environment()
@@ -377,7 +378,7 @@ def _compiled(key: str, source: str) -> Callable[[dict], object]:
             reason = f"{_holder(column)}{error}: {texts.way_on(error.value, column)}"
         except texts.NoTruthError as error:
             reason = error.said(_column_of(error.value, row, used))
-        except Exception as error:  # a template is its author's program
+        except Exception as error:  # a template is a program and may raise anything
             reason = templates.reason(error)
         raise UserError(f"data.{key}: {reason} (columns: {_names(row)})")
 
@@ -391,7 +392,7 @@ def _compiled(key: str, source: str) -> Callable[[dict], object]:
 
 
 def _column_of(value, row: dict, used: set[str]) -> str | None:
-    """The column of a template that holds a value, if any does."""
+    """The template's column that holds a value, if any does."""
     return next((name for name, found in row.items() if name in used and found is value), None)
 
 
@@ -400,7 +401,7 @@ def _holder(column: str | None) -> str:
 
 
 def _emptiness(row: dict, used: set[str]) -> str:
-    """The proposal that leaves out rows like this one, in which some column of the template is empty."""
+    """The advice that leaves out rows like this one, which has an empty column."""
     empty = next((name for name in row if name in used and not str(row[name] or "").strip()), None)
     hint = f'set data.where to "{_filled(empty)}"' if empty else "use data.where"
     return f"{hint} (columns: {_names(row)})"

@@ -1,8 +1,8 @@
 """From a conversation to text: by the model's own chat template, or by the config's `prompt.template`.
 
-What a model is asked is always the text before an answer, and rendered here alone: for training, evaluation, chat,
-predict and Python alike. A row whose answer does not come out of the template as it went in is refused: what the
-template writes around an answer must be neither learned nor judged as the answer.
+A prompt is always the text before an answer, and rendered only here, for training, evaluation, chat, predict and
+Python. A row whose answer the template changes is refused, because what the template writes around an answer must not
+be learned or judged as part of it.
 """
 
 import contextlib
@@ -44,14 +44,14 @@ class FreeTemplate:
         self.chat_template = chat_template
 
     def turns(self, conversations: list[list[dict]]) -> list[list[Turn]]:
-        """Of each conversation, which ends with the assistant's answer, its turns."""
+        """The turns of each conversation, which ends with the assistant's answer."""
         prompts = self._prompts([messages[:-1] for messages in conversations])
         return [
             [Turn(prompt, messages[-1]["content"])] for prompt, messages in zip(prompts, conversations, strict=True)
         ]
 
     def prompt(self, messages: list[dict]) -> list[Turn]:
-        """What an answer to `messages` starts from, as a last turn without an answer."""
+        """The prompt for an answer to `messages`, as a last turn without an answer."""
         return [Turn(self._prompts([messages])[0], "")]
 
     def _prompts(self, conversations: list[list[dict]]) -> list[str]:
@@ -79,7 +79,7 @@ class FreeTemplate:
 
 
 def _compiled(source: str) -> tuple:
-    """(the free template, its variables), checked: a misspelt one would train on rows without their prompt."""
+    """(the free template, its variables). A misspelt variable is refused, or rows would lack their prompt."""
     from jinja2 import meta
 
     environment = templates.environment()
@@ -97,8 +97,8 @@ class ChatTemplate:
 
     Args:
         tokenizer: its tokenizer.
-        date: where the template's clock stands (ISO).
-        opening: what the template writes between a prompt and an answer, and generation starts behind.
+        date: the template's date (ISO).
+        opening: what the template writes between a prompt and an answer; generation starts behind it.
         ends: whether a text that closes a turn has a token that ends answers.
         system: whether the config puts a system message first.
     """
@@ -115,11 +115,11 @@ class ChatTemplate:
         self.variables = {**tokenizer.special_tokens_map, "tools": None, "documents": None}
 
     def turns(self, conversations: list[list[dict]]) -> list[list[Turn]]:
-        """Of each conversation, which ends with the assistant's answer, the assistant's turns.
+        """The assistant's turns of each conversation, which ends with the assistant's answer.
 
         Raises:
-            UserError: the template refuses a conversation, or does not say its answers as they are. Of several
-                conversations it may be the error of a later one.
+            UserError: the template refuses a conversation or changes its answers. It may concern a conversation after
+                the first faulty one.
         """
         answers = [_answers(messages) for messages in conversations]
         if not all(all(places) for places in answers):
@@ -137,7 +137,7 @@ class ChatTemplate:
         ]
 
     def prompt(self, messages: list[dict]) -> list[Turn]:
-        """What an answer to `messages` starts from, as a last turn without an answer."""
+        """The prompt for an answer to `messages`, as a last turn without an answer."""
         places = _answers(messages)
         places = places if all(places) else []  # nothing was asked before the first answer
         prompts = self._texts([*(messages[:place] for place in places), messages], True)
@@ -154,9 +154,9 @@ class ChatTemplate:
         return [*turns, Turn(prompts[-1][len(done) :] + self.opening, "")]
 
     def opening_of(self, messages: list[dict]) -> str:
-        """What the template writes between a prompt and an answer, when it does so in this conversation.
+        """What the template writes between prompt and answer in this conversation.
 
-        Some write the assistant's header only when there is an answer, some an empty block of thoughts.
+        Some templates write the assistant's header only if there is an answer, others an empty thinking block.
         """
         *asked, answer = messages
         with self._proposing([messages]):
@@ -167,7 +167,7 @@ class ChatTemplate:
         return opening if found and opening.strip() else ""
 
     def _texts(self, conversations: list[list[dict]], add_generation_prompt: bool) -> list[str]:
-        """The text of each; where one fails, the error of the first that does."""
+        """The text of each, or the error of the first that fails."""
         if len(conversations) == 1:
             return [self._text(conversations[0], add_generation_prompt)]
         try:
@@ -197,8 +197,8 @@ class ChatTemplate:
     def _located(self, turns: list[tuple[str, str, str]], messages: list[dict]) -> list[Turn]:
         """One conversation, from the text before each answer, the text with it, and the answer.
 
-        Where the template shows earlier turns otherwise than when they were answered, only the last one is learned:
-        everything before it is its prompt.
+        If the template renders earlier turns differently than when they were answered, only the last one is learned,
+        and everything before it is its prompt.
         """
         found, done = [], ""
         for prompt, text, content in turns:
@@ -232,7 +232,7 @@ class ChatTemplate:
 
     @contextlib.contextmanager
     def _proposing(self, conversations: list[list[dict]]) -> Iterator[None]:
-        """An error says what can be done about rows that the template does not take."""
+        """Add to an error what can be done about rows that the template refuses."""
         try:
             yield
         except UserError as error:
@@ -244,7 +244,7 @@ class ChatTemplate:
 
 
 def _is_exchange(messages: list[dict]) -> bool:
-    """One prompt and one answer, which is what a free template is for."""
+    """Whether there is one prompt and one answer, as a free template needs."""
     return sum(message["role"] != "system" for message in messages) == 2
 
 
@@ -254,7 +254,7 @@ def _answers(messages: list[dict]) -> list[int]:
 
 
 def _end_of_answer(said: str, content: str) -> int | None:
-    """How long the answer is in what the template says of it: as it is, or without blanks around it."""
+    """The answer's length in the rendered text, where it may have lost the blanks around it."""
     if said.startswith(content):
         return len(content)
     blanks = len(said) - len(said.lstrip())

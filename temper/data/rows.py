@@ -1,7 +1,7 @@
 """Read json, jsonl, csv and parquet as a stream of rows.
 
-A row is a dict, column name -> value. With each row comes its number, so that a complaint about it can say where
-it is. jsonl, csv and parquet are read piece by piece; of a json file the text is held in memory, its rows are not.
+A row is a dict, column name -> value, and comes with its number, so that errors can say where it is. jsonl, csv and
+parquet are read piece by piece; of a json file, the text is held in memory but not its rows.
 """
 
 import collections
@@ -23,9 +23,9 @@ BOM = b"\xef\xbb\xbf"
 BOMS_16 = (b"\xff\xfe", b"\xfe\xff")
 CSV_DEFAULTS = {"delimiter": ",", "quotechar": '"', "escapechar": None, "fieldnames": None}
 LONGEST_LINE = 2**28  # bytes
-# Bytes that a gzipped file may unpack to: so many times its own size, or so many in any case.
+# A gzipped file may unpack to so many times its size, or to so many bytes in any case.
 MOST_GROWTH, SMALL = 200, 2**30
-_BLANK = re.compile(r"[ \t\r\n]*")  # JSON's idea of white space
+_BLANK = re.compile(r"[ \t\r\n]*")  # white space in JSON
 
 
 @dataclasses.dataclass
@@ -34,9 +34,9 @@ class RawFile:
 
     Args:
         path: the file; json, jsonl and csv may be gzipped (``.gz``).
-        format: json, jsonl, csv or parquet; None: by the file's ending.
-        csv: delimiter, quotechar (None: quotes have no meaning), escapechar, fieldnames (None: from the first line).
-        field: of a json file that is one object: which of its fields holds the rows.
+        format: json, jsonl, csv or parquet; None: from the file's extension.
+        csv: delimiter, quotechar (None: quotes are ordinary), escapechar, fieldnames (None: from the first line).
+        field: if a json file is one object, the field that holds the rows.
 
     Raises:
         UserError: at the first line that cannot be read, with file, line and reason.
@@ -65,7 +65,7 @@ class RawFile:
                 yield number, row
         except UserError:
             raise
-        except Exception as error:  # whatever a parser meets in a damaged or hostile file
+        except Exception as error:  # parsers raise anything on a damaged or hostile file
             if lack(error, str(self.path)):
                 raise
             reason = "nested too deeply" if isinstance(error, RecursionError) else words(error)
@@ -85,7 +85,7 @@ class RawFile:
     def _jsonl(self):
         for number, line in self._lines():
             if line.strip():
-                # With its end, a fault in the line would count as the next line's.
+                # With its line end, a fault at the end would be reported for the next line.
                 yield number, self._parsed(number, lambda line=line: DECODER.decode(line.rstrip()))
 
     def _json(self):
@@ -107,7 +107,7 @@ class RawFile:
             yield element
 
     def _parsed(self, number: int, parse):
-        """What `parse` makes of JSON; a fault is told with its line."""
+        """Call `parse` on JSON; an error names its line."""
         try:
             return parse()
         except json.JSONDecodeError as error:
@@ -140,7 +140,7 @@ class RawFile:
                     continue
                 if fields == names and len(names) > 1:
                     way_on = "remove it" if self.csv["fieldnames"] is None else "leave data.csv.fieldnames out"
-                    raise UserError(f"{self.place(number)}: is a header, and no row: {way_on}")
+                    raise UserError(f"{self.place(number)}: is a header, not a row: {way_on}")
                 if len(fields) != len(names):
                     raise UserError(self._field_count(fields, names, number, delimiter))
                 yield number, dict(zip(names, fields, strict=True))
@@ -155,12 +155,12 @@ class RawFile:
         return "; if quotes are plain text in this file: data.csv.quotechar=null"
 
     def _header(self, fields: list[str], number: int, delimiter: str) -> list[str]:
-        """The names of the columns; one without a name, as pandas writes its index, is called what pandas calls it."""
+        """The column names. An unnamed column, such as pandas' index, gets the name that pandas gives it."""
         other = next((sign for sign in ";\t|" if sign in fields[0]), None)
         if len(fields) == 1 and other and delimiter != other:
             shown = "\\t" if other == "\t" else other
             raise UserError(
-                f"{self.place(number)}: the header is one column, '{fields[0][:60]}', for it has no {delimiter!r}: "
+                f"{self.place(number)}: the header is one column, '{fields[0][:60]}', because it has no {delimiter!r}: "
                 f"set \"data.csv.delimiter='{shown}'\""
             )
         names = [name or f"Unnamed: {index}" for index, name in enumerate(fields)]
@@ -168,7 +168,7 @@ class RawFile:
         if twice:
             raise UserError(
                 f"{self.place(number)}: the header has column '{twice[0]}' twice: rename one there; only if this line "
-                "is a row and no header, name the columns: data.csv.fieldnames=[a,b]"
+                "is a row, not a header, name the columns: data.csv.fieldnames=[a,b]"
             )
         return names
 
@@ -201,7 +201,7 @@ class RawFile:
         """Line number from 1, and the line as text with its end. Only a line feed ends a line, as in JSON lines."""
         number = read = 0
         most = max(SMALL, MOST_GROWTH * self.path.stat().st_size)
-        longest = most + 1 if self.format == "json" else LONGEST_LINE  # json may well be one line, and is held whole
+        longest = most + 1 if self.format == "json" else LONGEST_LINE  # json may be one line, and is held anyway
         try:
             with self._open() as file:
                 for number, line in enumerate(iter(lambda: file.readline(longest), b""), start=1):
@@ -228,7 +228,7 @@ class RawFile:
 
     def _not_utf8(self, number: int, error: UnicodeDecodeError) -> str:
         byte, start = error.object[error.start], error.object[:2]
-        # cp1252 is what Windows calls Latin-1: it has letters and quotes where Latin-1 has control characters.
+        # cp1252 is Windows' version of Latin-1, with letters and quotes in place of control characters.
         encoding = "utf-16" if number == 1 and start in BOMS_16 else "cp1252"
         what = "UTF-16" if encoding == "utf-16" else "Latin-1 or of Windows"
         return (
@@ -238,7 +238,7 @@ class RawFile:
 
 
 def refuse_unread(what: str, format: str, csv: dict, field: str | None) -> None:
-    """Refuse options that reading `what`, which is of this format, would ignore."""
+    """Refuse options that the format of `what` would ignore."""
     given = [name for name, value in csv.items() if value != CSV_DEFAULTS[name]]
     if field is not None and format != "json":
         raise UserError(
@@ -252,13 +252,13 @@ def refuse_unread(what: str, format: str, csv: dict, field: str | None) -> None:
 
 
 def format_of(name: str) -> str | None:
-    """The format that a file's ending tells, if it does."""
+    """The format by the file's extension, if known."""
     ending = Path(name.removesuffix(".gz")).suffix.lower()
     return None if ending == ".parquet" and name.endswith(".gz") else FORMATS.get(ending)
 
 
 class _Remembered:
-    """Lines, with the last one that was taken and how many were."""
+    """Lines; remembers the last one taken, and how many."""
 
     def __init__(self, lines: Iterator[str]):
         self.lines, self.last, self.count = lines, "", 0
@@ -273,7 +273,7 @@ class _Remembered:
 
 
 def _excels_delimiter(lines: _Remembered) -> str | None:
-    """The delimiter that Excel writes into a first line of its own, ``sep=;``, which is taken; None without one."""
+    """The delimiter from Excel's extra first line, ``sep=;``, which is consumed; None if there is none."""
     first = next(lines, "")
     found = re.fullmatch(r"sep=(.)\r?\n?", first)
     if found:
@@ -284,18 +284,18 @@ def _excels_delimiter(lines: _Remembered) -> str | None:
 
 
 def refuse_utf16(line: bytes, place: str) -> None:
-    """Refuse a file whose first line is UTF-16 without a mark at its start: as UTF-8 it is text with many bytes 0."""
+    """Refuse a file whose first line is UTF-16 without a byte order mark: as UTF-8 every other byte would be 0."""
     if line.count(0) * 3 > len(line) and not line.startswith(BOMS_16):
         encoding = "utf-16be" if line.startswith(b"\0") else "utf-16le"
         raise UserError(f"{place}: every other byte is 0: convert the file (iconv -f {encoding} -t utf-8)")
 
 
 class _NoRowsError(ValueError):
-    """JSON without fault, but no array of objects."""
+    """Valid JSON, but not an array of objects."""
 
 
 def _unique(pairs: list[tuple]) -> dict:
-    """An object of JSON. Of a key that stands in it twice, JSON's own reader would keep the last value."""
+    """A JSON object. Refuses a repeated key, of which Python's reader would keep the last value."""
     made = dict(pairs)
     if len(made) != len(pairs):
         [(twice, _)] = collections.Counter(name for name, _ in pairs).most_common(1)
@@ -347,7 +347,7 @@ def _no_array(text: str, position: int) -> ValueError:
     expected = "Expecting an array of objects, [{...}, ...]"
     try:
         return _NoRowsError(f"{expected.lower()}, found {_other_json(DECODER.decode(text))}")
-    except (ValueError, RecursionError):  # it is not JSON as a whole
+    except (ValueError, RecursionError):  # the whole is not JSON
         hint = "objects one after another: put a comma between them, and brackets around all"
         if not text.startswith("{", position):
             hint = "is it json at all?"

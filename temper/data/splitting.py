@@ -1,4 +1,4 @@
-"""From rows to splits: examples, their hash, and the split that each falls into."""
+"""From rows to splits: examples, their hashes, and the split that each belongs to."""
 
 import array
 import dataclasses
@@ -41,7 +41,7 @@ def examples(raw: Path, data: dict, system: str | None) -> Iterator[tuple[int, l
 
 
 class _Controls:
-    """Counts rows with C1 control characters, which no text has: Latin-1 read them where Windows had quotes."""
+    """Counts rows with C1 control characters. No text has them; they come from reading Windows text as Latin-1."""
 
     PATTERN = re.compile("[\x80-\x84\x86-\x9f]")
 
@@ -68,14 +68,14 @@ class _Controls:
 
 @dataclasses.dataclass(frozen=True)
 class PromptHash:
-    """Two independent 64-bit hashes of a prompt: `split` decides its side, `rank` which rows a limit keeps."""
+    """Two independent 64-bit hashes of a prompt: `split` selects its split, `rank` the rows that a limit keeps."""
 
     split: int
     rank: int
 
 
 def prompt_hash(messages: layouts.Messages) -> PromptHash:
-    """Hash what the model is asked: the messages before the last answer.
+    """Hash the prompt: the messages before the last answer.
 
     The system message stays out. Changing it must not reshuffle the splits, and rows that differ only in a system
     message which `prompt.system` then replaces must not end up on both sides.
@@ -94,7 +94,7 @@ def split_of(position: int, shares: dict[str, float]) -> str:
 
 
 def record(number: int, example: layouts.Example) -> dict:
-    """A line of train.jsonl and its likes."""
+    """A line of train.jsonl, validation.jsonl or test.jsonl."""
     pair = {} if example.rejected is None else {"rejected": example.rejected}
     return {"id": number, "messages": example.messages, **pair}
 
@@ -109,7 +109,7 @@ class Splits:
         self.prompts, self.rows = array.array("Q"), array.array("Q")  # hash of each prompt; of prompt and answer
 
     def add(self, number: int, example: layouts.Example | None) -> None:
-        """Take the row `number`; None counts as left out by `data.where`."""
+        """Add the row `number`; None counts as left out by `data.where`."""
         if example is None:
             self.left_out += 1
             return
@@ -122,7 +122,7 @@ class Splits:
         self.files[split_of(hashed.split, self.shares)].add(hashed.rank, line)
 
     def stats(self) -> dict:
-        """Counts of rows; `duplicates` have prompt and answer of an earlier row (they are kept)."""
+        """Counts of rows; `duplicates` repeat prompt and answer of an earlier row (and are kept)."""
         return {
             "rows": len(self.rows) + self.left_out,
             "left_out_by_where": self.left_out,
@@ -146,9 +146,9 @@ def _distinct(hashes: array.array) -> int:
 
 
 class _SplitFile:
-    """One split's file. With a limit it keeps the rows of the smallest rank, in the order they came.
+    """One split's file. With a limit it keeps the rows of smallest rank, in their original order.
 
-    Which rows that are depends on their prompts alone: a row more or less changes at most one other.
+    The choice depends only on the prompts, so adding or removing a row changes at most one other.
     """
 
     def __init__(self, path: Path, limit: int | None):
@@ -158,10 +158,10 @@ class _SplitFile:
         self.kept: list[tuple[int, int]] = []  # heap of (-rank, -line), the largest rank on top
 
     def add(self, rank: int, line: str) -> None:
-        """Take a row, unless `limit` rows of smaller rank are there already."""
+        """Add a row, unless there are already `limit` rows of smaller rank."""
         self.seen += 1
         if self.limit is not None:
-            entry = (-rank, -self.written)  # of rows with the same prompt, the earlier one is kept
+            entry = (-rank, -self.written)  # among rows with the same prompt, the earlier one is kept
             if len(self.kept) < self.limit:
                 heapq.heappush(self.kept, entry)
             elif heapq.heappushpop(self.kept, entry) == entry:
@@ -170,7 +170,7 @@ class _SplitFile:
         self.written += 1
 
     def close(self) -> None:
-        """Finish the file: drop the lines that later rows pushed out."""
+        """Finish the file: drop the lines that later rows replaced."""
         self.file.close()
         if self.limit is not None and self.written > self.limit:
             self._drop(keep={-line for _, line in self.kept})

@@ -1,8 +1,8 @@
-"""Jinja templates that somebody else wrote: those of the data, of the prompt, of the model.
+"""Untrusted Jinja templates: those of the data, of the prompt, of the model.
 
-They run in a sandbox, see no clock and no dice (a text that depends on anything else than the config and the row is in
-no key), and always end: within SECONDS of computing, MEMORY, and a text that is not out of all proportion to what went
-in. Whatever goes wrong is one UserError that begins with the words of the caller, which say which template it is.
+They run in a sandbox without clock or random numbers, because keys cover only what depends on config and row. They are
+bounded in computing time (SECONDS), MEMORY, and the length of the text in proportion to its input. Any fault is one
+UserError that begins with the caller's words for the template.
 """
 
 import contextlib
@@ -17,15 +17,15 @@ from collections.abc import Callable, Iterator, Mapping
 
 from temper.errors import UserError
 
-SECONDS = 1.0  # of computing, not of waiting: a busy machine makes no template slow
+SECONDS = 1.0  # computing time, so that a busy machine does not matter
 MEMORY = 2**29  # bytes
-CHARACTERS = 2**20  # of a text, or GROWTH times as many as went in
+CHARACTERS = 2**20  # most characters of a text, or GROWTH times as many as went in
 GROWTH = 16
-_ADDRESS = re.compile(r"<[^<>]* at 0x[0-9a-f]+>")  # how Python shows a function, a generator or a namespace
+_ADDRESS = re.compile(r"<[^<>]* at 0x[0-9a-f]+>")  # Python's representation of a function, a generator or a namespace
 
 
 class _TooSlow(BaseException):
-    """SECONDS are over. No Exception: Jinja, which tries constants out while it compiles, would go on."""
+    """SECONDS are over. Not an Exception, which Jinja would swallow while it evaluates constants at compile time."""
 
 
 # --- what a template may use -----------------------------------------------------------------------
@@ -46,7 +46,7 @@ def environment(finalize: Callable | None = None, **options):
 
 
 def without_dice(environment):
-    """`environment` itself, where what gives another text each time raises an error instead."""
+    """Make everything that gives a different text each time raise an error; returns `environment`."""
     environment.filters = {**environment.filters, "random": _refused("random")}
     environment.globals = {**environment.globals, "lipsum": _refused("lipsum")}
     return environment
@@ -62,10 +62,10 @@ def _refused(name: str) -> Callable:
 
 
 def chat_environment(source: str, date: str):
-    """The sandbox in which transformers runs a model's chat template `source`, with the clock standing at `date` (ISO).
+    """The sandbox in which transformers runs the chat template `source`, with its clock fixed at `date` (ISO).
 
     Raises:
-        jinja2.TemplateSyntaxError: and whatever else a template's text may cause: call it in `bounded`.
+        jinja2.TemplateSyntaxError: or any other error in the template's text; call it within `bounded`.
     """
     from transformers.utils.chat_template_utils import _compile_jinja_template
 
@@ -75,26 +75,26 @@ def chat_environment(source: str, date: str):
 
 
 def reads_clock(source: str, environment) -> bool:
-    """Whether a chat template asks what day it is."""
+    """Whether a chat template asks for the date."""
     from jinja2 import nodes
 
     return any(name.name == "strftime_now" for name in environment.parse(source).find_all(nodes.Name))
 
 
 def to_ship(source: str, date: str, opening: str) -> str:
-    """A chat template for other programs, that makes of a conversation what it makes here.
+    """The chat template with all that other programs need to render conversations as Temper does.
 
     Args:
-        date: where its clock stands (ISO): the answers to all its questions go into the template.
-        opening: what comes behind each prompt (see `temper.data.rendering`).
+        date: its date (ISO); replaces all calls of the clock.
+        opening: what comes after each prompt (see `temper.data.rendering`).
 
     Raises:
-        UserError: it asks for the date in words that it puts together itself.
+        UserError: it asks for the date in a format that it computes.
     """
     environment = chat_environment(source, date)
     if reads_clock(source, environment):
         answers = {text: environment.globals["strftime_now"](text) for text in _asked(source, environment)}
-        # The empty text at the end keeps blanks at the start of the template: a block would take a line end with it.
+        # The empty text at the end keeps blanks at the start of the template, where a block would remove a line end.
         clock = "{%- macro strftime_now(format) %}{{ " + json.dumps(answers) + "[format] }}{% endmacro %}{{ '' }}"
         source = clock + source
     if opening:
@@ -105,7 +105,7 @@ def to_ship(source: str, date: str, opening: str) -> str:
 
 
 def _asked(source: str, environment) -> list[str]:
-    """What the template asks the clock, as strftime has it."""
+    """The date formats that the template asks for, as for strftime."""
     from jinja2 import nodes
 
     tree = environment.parse(source)
@@ -121,32 +121,32 @@ def _asked(source: str, environment) -> list[str]:
 
 @contextlib.contextmanager
 def bounded(what: str) -> Iterator[None]:
-    """What templates do in this block, compiling included, ends within SECONDS and MEMORY, or as one UserError.
+    """Limit templates in this block, including their compilation, to SECONDS and MEMORY, else one UserError.
 
-    It costs as much as a small render does: put many into one block, and go one by one where that fails. In another
-    thread than the main one there is no limit of time: Python has no way to interrupt it there.
+    A block costs as much as a small render, so put many into one, and go one by one only if that fails. Outside the
+    main thread there is no time limit, because Python cannot interrupt it there.
 
     Args:
-        what: the error's first words: which template, of which row.
+        what: the error's first words: the template and the row.
     """
     try:
         with _time_limit(), _memory_limit():
             yield
     except UserError:
         raise
-    except (Exception, _TooSlow) as error:  # a template is its author's program: whatever it raises is for the user
+    except (Exception, _TooSlow) as error:  # a template is a program: any error in it is for the user
         raise UserError(f"{what}: {reason(error)}") from None
 
 
 def render(template, variables: Mapping, what: str) -> str:
-    """The text that `template` makes of `variables`, within all limits."""
+    """The text of `template` with `variables`, within all limits."""
     with bounded(what):
         text = template.render(variables)
     return checked(text, variables, what)
 
 
 def checked(text: str, variables: object, what: str) -> str:
-    """`text`, unless it is too long for what it was made from, or shows where in memory some object lies."""
+    """`text`, unless it is too long for its input or contains an object's memory address."""
     if len(text) > CHARACTERS and len(text) > GROWTH * len(str(variables)):
         raise UserError(
             f"{what}: makes a text of {len(text):,} characters, far more than it was given: does a loop repeat it?"
@@ -161,7 +161,7 @@ def checked(text: str, variables: object, what: str) -> str:
 
 
 def reason(error: BaseException) -> str:
-    """Why a template gives no text, in a line."""
+    """Why a template failed, in one line."""
     from jinja2 import TemplateSyntaxError
 
     if isinstance(error, _TooSlow):
@@ -182,8 +182,8 @@ def _time_limit() -> Iterator[None]:
         yield
         return
     if signal.getsignal(signal.SIGVTALRM) is not _too_slow:
-        signal.signal(signal.SIGVTALRM, _too_slow)  # stays: nothing else counts computing time
-    signal.setitimer(signal.ITIMER_VIRTUAL, SECONDS)  # fires once, so it never fires behind this block
+        signal.signal(signal.SIGVTALRM, _too_slow)  # stays set: nothing else uses this timer
+    signal.setitimer(signal.ITIMER_VIRTUAL, SECONDS)  # fires once, so never after this block
     try:
         yield
     finally:
@@ -196,7 +196,7 @@ def _too_slow(*_):
 
 @contextlib.contextmanager
 def _memory_limit() -> Iterator[None]:
-    """MEMORY more than the process has now. Linux alone says how much that is; elsewhere the limit of time must do."""
+    """MEMORY more than the process has now. Only Linux reports that; elsewhere the time limit must suffice."""
     used = _address_space()
     if used is None:
         yield

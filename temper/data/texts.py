@@ -1,7 +1,7 @@
-"""What of a row is text for a template, and what is not: Python's own words for it would be learned.
+"""Which values of a row may become text in a template.
 
-Text and numbers go in as they are, dates as ISO writes them. Anything else (null, true, bytes, a list) is refused with
-a way on: ``None``, ``True``, ``b'...'`` and ``['a']`` are how Python shows such a value, and nobody writes so.
+Text and numbers go in as they are, dates in ISO format. Anything else (null, true, bytes, a list) is refused with
+advice, because the model would learn Python's representation of it: ``None``, ``True``, ``b'...'`` or ``['a']``.
 """
 
 import datetime
@@ -13,18 +13,18 @@ from collections.abc import Callable
 
 from temper.data import templates
 
-# Jinja's filters that make text of their value first.
+# Jinja's filters that convert their value to text first.
 OF_TEXT = (
     *("capitalize", "center", "indent", "lower", "replace", "string", "striptags", "title", "trim", "truncate"),
     *("upper", "urlencode", "urlize", "wordcount", "wordwrap", "escape", "e", "forceescape", "safe"),
 )
-CHOOSING = ("select", "reject", "selectattr", "rejectattr")  # by truth, unless a test is named
-# Texts that mean no, or that nothing is known; so do all that write the number 0.
+CHOOSING = ("select", "reject", "selectattr", "rejectattr")  # by truth value, unless a test is named
+# Texts that mean false or unknown, besides all spellings of 0.
 NO = ("false", "no", "n", "f", "off", "null", "none", "nan", "na", "n/a", "<na>", "nat")
 
 
 class NotTextError(ValueError):
-    """A value that is not text stands where a template wants one."""
+    """A template needs text but got another value."""
 
     def __init__(self, value):
         super().__init__(f"{shown(value)} is {kind(value)}, not text")
@@ -32,14 +32,14 @@ class NotTextError(ValueError):
 
 
 class NoTruthError(ValueError):
-    """A value decides something, by a truth that would surprise."""
+    """A condition got a value whose truth value is misleading."""
 
     def __init__(self, value):
         super().__init__(value)
         self.value = value
 
     def said(self, column: str | None) -> str:
-        """What is wrong and what to write; `column` holds the value, if any does."""
+        """What is wrong and what to write. `column` holds the value, if any does."""
         name = column or "it"
         if _is_nan(self.value):
             return f"asks whether nan is true, which it is: compare it with a number, as in {name} > 0"
@@ -63,7 +63,7 @@ def environment():
     filters |= {name: _chosen(FILTERS[name]) for name in CHOOSING}
     filters |= {"join": _joined(FILTERS["join"]), "pprint": _no_pprint}
     filters |= {name: _formatted(FILTERS[name]) for name in ("format", "replace")}
-    filters["tojson"] = _json  # Jinja's own is for web pages: it writes \\u0027 for an apostrophe, and sorts
+    filters["tojson"] = _json  # Jinja's own is for web pages: it escapes apostrophes as \\u0027, and sorts
     made.filters = {**made.filters, **filters, _CHECKED: checked, _CONDITION: condition}
     made.intercepted_binops = frozenset("%")
     made.binop_table = {**made.binop_table, "%": _percent}
@@ -72,10 +72,10 @@ def environment():
 
 
 def checked(value):
-    """`value` where it is text, or a number or a date, which are written as people write them.
+    """`value` if it is text, or a number or date, as text.
 
     Raises:
-        NotTextError: it is something else.
+        NotTextError: it is anything else.
     """
     if isinstance(value, str):
         return value
@@ -83,16 +83,16 @@ def checked(value):
         return value.isoformat()
     if isinstance(value, bool) or not isinstance(value, int | float | decimal.Decimal) or not math.isfinite(value):
         if type(value).__name__.endswith("Undefined"):
-            return value  # which has an error of its own
+            return value  # which raises its own error
         raise NotTextError(value)
     return value
 
 
 def condition(value):
-    """`value`, which decides something, as it is.
+    """`value`, unchanged, if it may be a condition.
 
     Raises:
-        NoTruthError: it is a text that means no, but counts as true as every text does; or nan.
+        NoTruthError: it is a text that means false but is true as all texts are, or NaN.
     """
     means_no = isinstance(value, str) and (value.strip().lower() in NO or _is_zero(value))
     if means_no or _is_nan(value):
@@ -101,7 +101,7 @@ def condition(value):
 
 
 def _is_zero(text: str) -> bool:
-    """Whether a text is a number that counts as false (``0``, ``0.0``: in csv numbers are texts)."""
+    """Whether a text is a number that means false (``0``, ``0.0``: in csv, numbers are texts)."""
     try:
         return float(text) == 0
     except ValueError:
@@ -113,7 +113,7 @@ def _is_nan(value) -> bool:
 
 
 def kind(value) -> str:
-    """What a value is, in a file's words."""
+    """The kind of a value, as files call it."""
     if value is None or _is_nan(value):
         return "a missing value"
     names = {bool: "true or false", bytes: "bytes", list: "a list", tuple: "a list", dict: "an object"}
@@ -125,7 +125,7 @@ def way_on(value, column: str | None) -> str:
     """What to do about a value that is not text.
 
     Args:
-        column: the one that holds it, if any does; else it stands inside of one, or a template made it.
+        column: the one that holds it, if any; otherwise it is part of a column, or made by a template.
     """
     name = column or "it"
     if value is None or isinstance(value, float | decimal.Decimal):
@@ -156,7 +156,7 @@ def shown(value) -> str:
 # --- Jinja ---------------------------------------------------------------------------------------
 
 
-# Filters of our own, which nobody can write into a template by these names.
+# Our own filters, under names that cannot be written in a template.
 _CHECKED, _CONDITION = "text in ~", "condition"
 
 
@@ -168,7 +168,7 @@ def _generator() -> type:
         return nodes.Filter(node, name, [], [], None, None, lineno=node.lineno, environment=node.environment)
 
     class Generator(CodeGenerator):
-        """Compiles templates in which the parts of ``a ~ b``, and all that decides something, are checked."""
+        """Compiles templates such that operands of ``a ~ b`` and all conditions are checked."""
 
         def visit_Template(self, node, frame=None):  # noqa: N802 - Jinja's name
             for found in [*node.find_all((nodes.If, nodes.CondExpr, nodes.For))]:
@@ -205,7 +205,7 @@ def _formatted(apply: Callable) -> Callable:
 
 
 class _Texts(dict):
-    """What ``%`` and ``format`` may put into a text by name: its values where they are text, never all of it."""
+    """A mapping for ``%`` and ``format`` by name: its values if they are text, but never the whole mapping."""
 
     def __init__(self, value: dict):
         super().__init__(value)
@@ -228,14 +228,14 @@ def _for_format(value):
 
 
 def _percent(left, right):
-    """``left % right``, of numbers or of a text and what goes into it."""
+    """``left % right``: of numbers, or of a text and its values."""
     if isinstance(left, str):
         right = tuple(map(_for_format, right)) if isinstance(right, tuple) else _for_format(right)
     return left % right
 
 
 def _checking_format(wrap: Callable, method) -> Callable | None:
-    """The sandbox's ``str.format``, for values that are text."""
+    """The sandbox's ``str.format``, only for values that are text."""
     found = wrap(method)
     if found is None:
         return None
@@ -252,7 +252,7 @@ def _no_pprint(_value):
 
 
 def _chosen(choose: Callable) -> Callable:
-    """A filter that chooses items by their truth, or by that of an attribute."""
+    """A filter that selects items by their truth value, or that of an attribute."""
     from jinja2.filters import make_attrgetter
 
     before_test = 1 if choose.__name__.endswith("attr") else 0
@@ -285,7 +285,7 @@ def _json(value, indent: int | None = None) -> str:
 
 
 def _strict_number(convert: Callable) -> Callable:
-    """Jinja's filters float and int make 0 of any text; in a label that would be a silent error."""
+    """Replace Jinja's filters float and int, which turn any text into 0: a silent error in a label."""
     missing = object()
 
     def strict(value, default=missing, *arguments, **named):

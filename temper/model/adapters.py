@@ -1,4 +1,4 @@
-"""Adapters: from the config section to a PEFT model, and back into the base."""
+"""Adapters: from the config section to a PEFT model, and merged back into the base."""
 
 import collections
 import copy
@@ -9,11 +9,11 @@ from pathlib import Path
 from temper.errors import UserError, told_by_library, words
 from temper.model.reading import reading, refuse_no_numbers, refuse_tensors
 
-DIVERGED = "diverged.json"  # in a merged folder, in place of a model: the training ended in nan or infinity
+DIVERGED = "diverged.json"  # in a merged folder instead of a model: the training became NaN or infinite
 
 
 def load_for_training(adapter: dict, load: dict) -> dict:
-    """`model.load` as training takes it: all parameters train in float32, for bfloat16 rounds most updates away."""
+    """`model.load` for training: full-parameter training is in float32, because bfloat16 rounds most updates away."""
     return load if adapter["peft_type"] is not None else {**load, "dtype": "float32"}
 
 
@@ -23,8 +23,8 @@ ATTENTION = "attention"  # adapter.target_modules: the projections of all attent
 def add_adapter(model, adapter: dict, seed: int):
     """`model` with a fresh adapter, or itself with all parameters trainable (``peft_type: null``).
 
-    The adapter's random start depends on `seed` alone. Adapter weights are float32 even over a bfloat16
-    base: an update of 1e-4 of a weight is lost in 8 bits of mantissa.
+    The adapter's initial weights depend only on `seed`. They are float32 even over a bfloat16 base, because 8 bits of
+    mantissa would lose an update of 1e-4 of a weight.
     """
     import torch
     from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PeftType, get_peft_model
@@ -37,7 +37,7 @@ def add_adapter(model, adapter: dict, seed: int):
             )
         return model
     fields = {key: value for key, value in adapter.items() if key != "peft_type"}
-    if fields.get("prompt_tuning_init") == "TEXT":  # PEFT reads the text with a tokenizer of its own
+    if fields.get("prompt_tuning_init") == "TEXT":  # PEFT tokenizes the text itself
         fields.setdefault("tokenizer_name_or_path", model.name_or_path)
     if fields.get("target_modules") == ATTENTION:
         fields["target_modules"] = attention_projections(model)
@@ -45,7 +45,7 @@ def add_adapter(model, adapter: dict, seed: int):
     with told_by_library("adapter"):
         config = PEFT_TYPE_TO_CONFIG_MAPPING[PeftType(adapter["peft_type"])](task_type=task, **fields)
     torch.manual_seed(seed)
-    names, linear = [name for name, _ in model.named_modules()], _linear_layers(model)  # before PEFT adds its own
+    names, linear = [name for name, _ in model.named_modules()], _linear_layers(model)  # before PEFT adds its modules
     try:
         with told_by_library("adapter"), warnings.catch_warnings(record=True) as said:
             warnings.simplefilter("always")  # whatever PYTHONWARNINGS hides
@@ -62,7 +62,7 @@ def add_adapter(model, adapter: dict, seed: int):
 
 
 def _without_effect(network, adapter: dict, names: list[str], said: list[str]) -> list[str]:
-    """What of `adapter` the model makes nothing of. `names`: of its modules; `said`: PEFT's warnings."""
+    """The settings of `adapter` without effect on the model. `names`: its modules; `said`: PEFT's warnings."""
     signs = r"ignored|no parameter was matched|has no effect"
     signs += r"|fan_in_fan_out is set to True" if adapter.get("fan_in_fan_out") else ""
     found = [text for text in said if re.search(signs, text)]
@@ -75,7 +75,7 @@ def _without_effect(network, adapter: dict, names: list[str], said: list[str]) -
 
 
 def _unmatched(adapter: dict, names: list[str], targeted: list[str] | None) -> list[str]:
-    """What `adapter` names that the model does not have. PEFT is content when one of several names is there.
+    """Names in `adapter` that the model does not have. PEFT accepts a list if one of its names exists.
 
     Args:
         names: of all the model's modules. targeted: of those that got an adapter; None: the method targets none.
@@ -109,12 +109,12 @@ def _lacks_bias(layer) -> bool:
 
 
 def _listed(value) -> list:
-    """Names that are spelt out; not a regular expression, nor a word that stands for several."""
+    """Only literal names: no regular expression, and no word that stands for several."""
     return value if isinstance(value, list) else [value] if isinstance(value, int) else []
 
 
 def _refuse_unmergeable(model) -> None:
-    """What PEFT would refuse to merge after the training: tried before it, on a copy of a layer of each kind."""
+    """Refuse before training what PEFT could not merge afterwards, by trying it on a copy of a layer of each kind."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     layers = [part for part in model.modules() if isinstance(part, BaseTunerLayer)]
@@ -131,7 +131,7 @@ def _refuse_unmergeable(model) -> None:
 
 
 def _refuse_tied(model) -> None:
-    """An adapter on a weight that two layers share cannot be merged: it would change what the other layer does."""
+    """Refuse an adapter on a weight that two layers share: merging it would change the other layer, too."""
     from peft.tuners.trainable_tokens.layer import TrainableTokensLayer  # knows about tied weights
     from peft.tuners.tuners_utils import BaseTunerLayer
 
@@ -149,17 +149,17 @@ def _refuse_tied(model) -> None:
 
 
 def save_adapter(model, folder: Path) -> None:
-    """What was trained, as PEFT saves it (or, of all parameters, transformers)."""
+    """Save what was trained, as PEFT does (or for all parameters, as transformers does)."""
     model.save_pretrained(folder)
-    (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty card; steps.publish writes a real one
+    (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty card; `temper publish` writes a real one
 
 
 def attention_projections(model) -> list[str]:
     """The linear layers directly in this model's attention, as PEFT's `target_modules`.
 
-    ``self_attn.q_proj, self_attn.k_proj, ...`` of a Llama, ``attention.query_key_value, attention.dense`` of a
-    GPT-NeoX, ``SelfAttention.q, ..., EncDecAttention.q, ...`` of a T5. A layer is attention when its class is called
-    ...Attention, as those of transformers are.
+    ``self_attn.q_proj, self_attn.k_proj, ...`` in Llama, ``attention.query_key_value, attention.dense`` in GPT-NeoX,
+    ``SelfAttention.q, ..., EncDecAttention.q, ...`` in T5. Attention is any class named ...Attention, as in
+    transformers.
     """
     found = {
         f"{name.rpartition('.')[2]}.{child}"
@@ -193,13 +193,13 @@ def _misfit(linear: list[str], what: str) -> UserError:
 
 
 def put_on(network, adapter: Path):
-    """The network with the adapter of a folder on it, each of its weights as they are in the folder."""
+    """The network with the adapter of a folder; refused unless all its weights match the folder's."""
     from peft import PeftModel, load_peft_weights
 
     with reading(adapter):
         weights = load_peft_weights(str(adapter), device="cpu")
         model = PeftModel.from_pretrained(network, adapter)
-        # PeftModel only warns of what is missing, and says nothing of what is left over; this tells both.
+        # PeftModel only warns of missing tensors and ignores extra ones; this reports both.
         result = model.load_adapter(adapter, "default")
     refuse_adapter_misfits(model, adapter, result)
     refuse_no_numbers(adapter, weights.items())
@@ -207,18 +207,18 @@ def put_on(network, adapter: Path):
 
 
 def refuse_adapter_misfits(model, adapter: Path, result) -> None:
-    """Of what PEFT says about loading an adapter from a folder (or a checkpoint), nothing may be left over."""
-    # Those of virtual tokens are loaded apart, and each must be there.
+    """Refuse an adapter or checkpoint for which PEFT reports missing or unexpected tensors."""
+    # Virtual tokens are loaded separately, and each must be there.
     unknown = [] if model.active_peft_config.is_prompt_learning else sorted(result.unexpected_keys)
     weights = dict(model.named_parameters(remove_duplicate=False))
     there = {id(weight) for name, weight in weights.items() if name not in result.missing_keys}
-    missing = [name for name in sorted(result.missing_keys) if id(weights.get(name)) not in there]  # else it is shared
+    missing = [name for name in sorted(result.missing_keys) if id(weights.get(name)) not in there]  # unless shared
     wrong = {"missing": missing, "unknown to the model": unknown}
     refuse_tensors(adapter, wrong, "use an adapter of this base model; if it was made here, delete it and run again")
 
 
 def parameter_counts(model) -> dict[str, int]:
-    """Trained parameters and all of them. PEFT knows how many a 4-bit weight stands for."""
+    """Trained parameters and all parameters. PEFT knows how many a 4-bit weight holds."""
     if hasattr(model, "get_nb_trainable_parameters"):
         trainable, total = model.get_nb_trainable_parameters()
     else:
@@ -232,7 +232,7 @@ def is_prompt_learning(model) -> bool:
 
 
 def refuse_diverged(model: Path) -> None:
-    """A training that diverged left no model for another one to start from."""
+    """Refuse to start from a diverged training, which left no model."""
     if (model / DIVERGED).is_file():
         raise UserError(f"{model}: its training diverged, so there is no model to start from; lower its learning rate")
 

@@ -1,11 +1,11 @@
-"""Layers of a frozen base that compute the same in fewer passes over memory.
+"""Layers of a frozen base that give the same results in fewer passes over memory.
 
-LoRA: PEFT's forward pass casts the layer's input to the adapter's float32, for q, k and v each, and multiplies in
-float32, which on a CPU is a fifth as fast as bfloat16: a third of a training step. Here the two small matrices are
-rounded to the input's precision instead, as automatic mixed precision does; they, their gradients' sums and the
-optimizer stay float32.
+LoRA: PEFT casts the layer's input to the adapter's float32, separately for q, k and v, and multiplies in float32. On a
+CPU that is a fifth as fast as bfloat16, and takes a third of a training step. Here the two small matrices are rounded
+to the input's precision instead, as in automatic mixed precision. The matrices, their gradients' sums and the optimizer
+stay float32.
 
-RMS norm: with a frozen weight its gradient needs six passes; autograd takes some twenty, over float32 copies.
+RMS norm: with a frozen weight, its gradient needs six passes; autograd takes some twenty, over float32 copies.
 """
 
 import functools
@@ -38,7 +38,7 @@ class _AddLowRank(torch.autograd.Function):
 
 
 class _RMSNorm(torch.autograd.Function):
-    """``weight * (x / rms(x))`` with transformers' LlamaRMSNorm's casts: in bfloat16 the same output to the bit."""
+    """``weight * (x / rms(x))`` with the casts of transformers' LlamaRMSNorm: bit-identical output in bfloat16."""
 
     @staticmethod
     def forward(ctx, inputs, weight, epsilon):
@@ -58,12 +58,12 @@ class _RMSNorm(torch.autograd.Function):
 
 
 def use_fast_layers(model) -> tuple[int, int]:
-    """Let a model's LoRA layers and frozen RMS norms compute as above; returns how many of each do."""
+    """Make a model's LoRA layers and frozen RMS norms compute as above; returns the number of each."""
     return _use_fast_lora(model), _use_fast_norms(model)
 
 
 def _use_fast_norms(model) -> int:
-    """Those whose own forward pass gives the same on random numbers (Gemma's adds one to its weight)."""
+    """The norms whose own forward pass gives the same on random numbers (Gemma's adds one to its weight)."""
     norms = [part for part in model.modules() if type(part).__name__.endswith("RMSNorm") and _is_usual_norm(part)]
     for norm in norms:
         norm.forward = functools.partial(_norm_forward, norm)
@@ -84,12 +84,12 @@ def _is_usual_norm(norm) -> bool:
 
 
 def _use_fast_lora(model) -> int:
-    """Layers that do more (DoRA, a bias in the adapter, hooks), or less, keep PEFT's forward pass."""
+    """Whether a layer does just this. Others (DoRA, a bias in the adapter, hooks) keep PEFT's forward pass."""
     from peft.tuners.lora.layer import Linear, LoraLayer
 
     layers = [part for part in model.modules() if isinstance(part, LoraLayer) and _is_plain(part, Linear)]
     for layer in layers:
-        module: Any = layer  # PEFT's class is no torch.nn.Module for a type checker
+        module: Any = layer  # to a type checker, PEFT's class is not a torch.nn.Module
         module.forward = functools.partial(_forward, module, module.forward)
     return len(layers)
 
@@ -106,7 +106,7 @@ def _is_plain(layer, linear: type) -> bool:
 
 
 def _has_hooks(module) -> bool:
-    """Whether something is called with a module's pass, beside its `forward`."""
+    """Whether a module has hooks, which run besides its `forward`."""
     return any((module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks))
 
 

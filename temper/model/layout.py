@@ -1,4 +1,4 @@
-"""Which files of a model's repository or folder make the model."""
+"""Which files of a repository or folder belong to the model."""
 
 import re
 
@@ -10,10 +10,10 @@ from temper.model.loading import refuse_loose_adapter
 
 
 def model_files(names: list[str], where: str) -> list[str]:
-    """Of a repository's files, those needed to use the model: weights in one format, config, tokenizer, licence.
+    """The files needed to use the model: weights in one format, config, tokenizer, licence.
 
     Raises:
-        UserError: there are no weights among them, or an adapter lies beside them; it starts with `where`.
+        UserError: there are no weights, or there is an adapter beside them; the message starts with `where`.
     """
     weights = _matching(r"model(-\d+-of-\d+)?\.safetensors", names) or _matching(
         r"pytorch_model(-\d+-of-\d+)?\.bin", names
@@ -24,7 +24,7 @@ def model_files(names: list[str], where: str) -> list[str]:
     refuse_loose_adapter(names, where)
     other = "pytorch_model.bin" if weights[0].endswith(".safetensors") else "model.safetensors"
     rest = _matching(r"[^/]*\.(json|txt|model|jinja|tiktoken)|(LICEN[CS]E|NOTICE)[^/]*", names)
-    return sorted({*weights, *rest} - {f"{other}.index.json", PROVENANCE})  # of a step's folder: the copy gets its own
+    return sorted({*weights, *rest} - {f"{other}.index.json", PROVENANCE})  # a copy gets its own provenance
 
 
 def _matching(pattern: str, names: list[str]) -> list[str]:

@@ -1,4 +1,4 @@
-"""What a model can take: how many tokens at once, and which. Rows beyond that are found before any training."""
+"""A model's limits: how many tokens, and which. Rows beyond them are found before any training."""
 
 import dataclasses
 import json
@@ -10,8 +10,8 @@ from temper.model.loading import BUNDLED, load_config, load_tokenizer
 from temper.model.reading import reading
 
 READ = ("input_ids", "rejected_input_ids")  # columns of token ids
-ANSWERED = ("labels", "rejected_labels")  # of an encoder-decoder model these are texts of their own
-# Config fields that end a text: GPT-2's n_positions goes by the first name as well; the others are LED's.
+ANSWERED = ("labels", "rejected_labels")  # for an encoder-decoder model these are separate texts
+# Config fields with the longest text. GPT-2's n_positions also has the first name; the others are LED's.
 POSITIONS = ("max_position_embeddings", "max_encoder_position_embeddings", "max_decoder_position_embeddings")
 
 
@@ -19,10 +19,10 @@ POSITIONS = ("max_position_embeddings", "max_encoder_position_embeddings", "max_
 class Limits:
     """The limits of one model.
 
-    `positions`: the most tokens in one text; None: as many as memory holds (T5 and BLOOM count distances). For a causal
-    model prompt and answer together, for an encoder-decoder model each. Rotary positions have a limit as well: beyond
-    it a model computes something, but it has never learned what.
-    `vocabulary`: token ids end before it. `virtual_tokens`: of an adapter, in front of each text.
+    `positions`: the most tokens in one text; None: no limit (T5 and BLOOM count distances). A text is prompt plus
+    answer for a causal model, and either of them for an encoder-decoder. Rotary positions have a limit, too: beyond it
+    a model still computes, but on positions it never learned.
+    `vocabulary`: token ids are below it. `virtual_tokens`: those of an adapter, before each text.
     """
 
     model: Path
@@ -33,14 +33,14 @@ class Limits:
 
     @property
     def context(self) -> float:
-        """The most tokens in one text beside the virtual ones; infinite without a limit."""
+        """The most tokens in one text, not counting virtual ones; infinite without a limit."""
         return float("inf") if self.positions is None else self.positions - self.virtual_tokens
 
     def check_answer(self, prompt: int, max_new_tokens: int, where: str = "", setting: str = "max_new_tokens") -> None:
         """Check that a prompt of so many tokens leaves room for its answer.
 
         Raises:
-            UserError: it does not; the message starts with `where` and calls the answer's limit `setting`.
+            UserError: it does not. The message starts with `where` and calls the answer's limit `setting`.
         """
         needed = max(prompt, max_new_tokens) if self.apart else prompt + max_new_tokens
         if needed > self.context:
@@ -93,7 +93,7 @@ def limits_of(model: Path, virtual_tokens: int = 0) -> Limits:
     """The limits of the model in a folder.
 
     Args:
-        virtual_tokens: of the adapter that is put on it, beside those of one in the folder.
+        virtual_tokens: those of the adapter to be loaded, in addition to those of one in the folder.
     """
     config = load_config(model)
     text = config.get_text_config()
@@ -104,14 +104,14 @@ def limits_of(model: Path, virtual_tokens: int = 0) -> Limits:
 
 
 def virtual_tokens_of(adapter: Path) -> int:
-    """How many virtual tokens an adapter puts in front of each text."""
+    """Number of virtual tokens that an adapter puts before each text."""
     with reading(adapter / "adapter_config.json"):
         return json.loads((adapter / "adapter_config.json").read_text()).get("num_virtual_tokens") or 0
 
 
 def _positions(config) -> int | None:
-    """The context in tokens: what the config says, or what its rotary positions are stretched to (YaRN, ...)."""
-    if config.model_type in ("bloom", "mpt") or getattr(config, "alibi", False):  # the farther, the less it counts
+    """The context in tokens: as in the config, or as extended by scaled rotary positions (YaRN, ...)."""
+    if config.model_type in ("bloom", "mpt") or getattr(config, "alibi", False):  # distant tokens just count less
         return None
     said = [value for name in POSITIONS if (value := getattr(config, name, None))]
     rope = getattr(config, "rope_parameters", None) or {}
@@ -130,8 +130,8 @@ def check(
     """Check splits, as tokenize_splits makes them, against the model in a folder.
 
     Args:
-        answered: splits whose prompts the model is going to answer, in at most `max_new_tokens` tokens each; `setting`
-            is what that limit is called.
+        answered: splits whose prompts the model will answer, in at most `max_new_tokens` tokens each; `setting` is
+            the name of that limit.
 
     Raises:
         UserError: a row, or a prompt and its answer, is longer than the model's context, or has an unknown token.

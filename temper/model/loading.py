@@ -1,4 +1,4 @@
-"""Loading models and tokenizers, with ``fastest`` resolved for this machine."""
+"""Load models and tokenizers, with ``fastest`` resolved for this machine."""
 
 import json
 import logging
@@ -22,7 +22,7 @@ def device():
 
 
 def resolve_dtype(dtype: str):
-    """The torch dtype for a config value; ``fastest`` is bfloat16 where the machine computes in it, else float32."""
+    """The torch dtype for a config value. ``fastest`` is bfloat16 if the hardware supports it, else float32."""
     import torch
 
     if dtype != "fastest":
@@ -42,20 +42,20 @@ def _has_bfloat16() -> bool:
 
 
 def resolve_attention(attn_implementation: str) -> str:
-    """``fastest`` is eager on a CPU, where plain attention has the faster backward pass for short rows, else sdpa."""
+    """``fastest`` is eager on a CPU, where its backward pass is faster for short rows, else sdpa."""
     if attn_implementation != "fastest":
         return attn_implementation
     return "eager" if device().type == "cpu" else "sdpa"
 
 
-BUNDLED = "adapter"  # in a model folder: an adapter that cannot be merged and is put on when the model is loaded
+BUNDLED = "adapter"  # in a model folder: an adapter that cannot be merged and is loaded with the model
 
 
 # --- config --------------------------------------------------------------------------------------
 
 
 def _from_pretrained(cls, folder: Path, **arguments):
-    """`cls.from_pretrained` of a folder: no network, and none of the Python code that may lie in it."""
+    """`cls.from_pretrained` of a folder, without network and without running Python code from it."""
     with reading(folder):
         return cls.from_pretrained(folder, local_files_only=True, trust_remote_code=False, **arguments)
 
@@ -64,7 +64,7 @@ def load_config(folder: Path):
     """The model's config.
 
     Raises:
-        UserError: it cannot be read, or an adapter lies beside the model, which transformers would put on unasked.
+        UserError: it cannot be read, or there is an adapter beside it, which transformers would load unasked.
     """
     from transformers import AutoConfig
 
@@ -73,12 +73,12 @@ def load_config(folder: Path):
 
 
 def stored_dtype(folder: Path) -> str:
-    """The precision that a model is stored in, as `model.load.dtype` calls it."""
+    """The precision in which a model is stored, as a value of `model.load.dtype`."""
     return str(load_config(folder).dtype or "float32").removeprefix("torch.")
 
 
 def refuse_loose_adapter(names: list[str], where: str) -> None:
-    """Of files that hold a whole model none may belong to an adapter: whether it is merged already, nobody can tell."""
+    """Refuse an adapter among the files of a whole model: nothing tells whether it is already merged."""
     if "adapter_config.json" in names:
         raise UserError(
             f"{where}: adapter_config.json lies beside a whole model, and nothing says whether that adapter is part of "
@@ -87,9 +87,9 @@ def refuse_loose_adapter(names: list[str], where: str) -> None:
 
 
 def is_encoder_decoder(folder: Path) -> bool:
-    """Whether the model in a folder has an encoder for the prompt and a decoder for the answer (T5), or one for both.
+    """Whether the model in a folder has an encoder for the prompt and a decoder for the answer, like T5.
 
-    The one place that decides it before a model is loaded; a loaded one says so in its `config.is_encoder_decoder`.
+    Only this decides it before a model is loaded; afterwards it is in `config.is_encoder_decoder`.
     """
     return bool(load_config(folder).is_encoder_decoder)
 
@@ -103,7 +103,7 @@ def load_model(folder: Path, load: dict, quantization: dict | None = None):
     Args:
         folder: a model in Hugging Face layout.
         load: the config section `model.load`: dtype and attn_implementation, each may be ``fastest``.
-        quantization: the config section of that name; None loads the weights as they are stored.
+        quantization: the config section of that name; None loads the weights as stored.
     """
     dtype = resolve_dtype("float32" if load["dtype"] == "fastest" and is_fully_trained(folder) else load["dtype"])
     arguments = {"dtype": dtype, "attn_implementation": resolve_attention(load["attn_implementation"])}
@@ -112,7 +112,7 @@ def load_model(folder: Path, load: dict, quantization: dict | None = None):
         _refuse_other_width(folder, config, quantization)
         arguments["quantization_config"] = _bitsandbytes(quantization, dtype)
     if "quantization_config" in arguments or is_stored_quantized(config):
-        arguments["device_map"] = {"": device()}  # a quantized model is made where it stays
+        arguments["device_map"] = {"": device()}  # a quantized model is created on its device
         return _with_steady_weights(_network(folder, config, **arguments))
     model = _network(folder, config, **arguments).to(device())
     if (folder / BUNDLED / "adapter_config.json").is_file():
@@ -121,12 +121,12 @@ def load_model(folder: Path, load: dict, quantization: dict | None = None):
 
 
 def _network(folder: Path, config, **arguments):
-    """The network with each of its weights as they are in the folder; none missing, none left over.
+    """The network with exactly the weights in the folder.
 
-    transformers fills what is missing with random numbers, and drops what it does not know.
+    transformers would fill missing weights with random numbers and drop unknown ones; here both are refused.
     """
     for file in _weight_files(folder):
-        _shapes(file)  # names the damaged one
+        _shapes(file)  # names the damaged file
     network, info = _from_pretrained(
         _auto_class(config), folder, output_loading_info=True, ignore_mismatched_sizes=True, **arguments
     )
@@ -142,7 +142,7 @@ def _auto_class(config):
 
 
 def check_weights(folder: Path) -> None:
-    """Whether names and shapes of the stored tensors are those of the model; the weights themselves stay unread.
+    """Check that names and shapes of the stored tensors match the model, without reading the weights.
 
     Raises:
         UserError: tensors are missing, unknown or of another shape, or a file is damaged.
@@ -152,7 +152,7 @@ def check_weights(folder: Path) -> None:
     config = load_config(folder)
     refuse_unmergeable(folder, config)
     if is_stored_quantized(config):
-        return  # packed tensors have other names and shapes: `load_model` checks them
+        return  # packed tensors have different names and shapes; `load_model` checks them
     stored = {name: shape for file in _weight_files(folder) for name, shape in _shapes(file).items()}
     with reading(folder), torch.device("meta"):  # a device without memory
         kind = type(_auto_class(config).from_config(config, trust_remote_code=False))
@@ -169,7 +169,7 @@ def check_weights(folder: Path) -> None:
 
 
 def _weight_files(folder: Path) -> list[Path]:
-    """The files that transformers reads the weights from: one, or those that an index names."""
+    """The files with the weights: one, or those named in an index."""
     for name in ("model.safetensors", "pytorch_model.bin"):
         index = folder / f"{name}.index.json"
         if (folder / name).is_file():
@@ -195,7 +195,7 @@ def _shapes(file: Path) -> dict[str, tuple[int, ...]]:
 
 
 def refuse_misfits(where: Path | str, info: dict) -> None:
-    """Of what transformers says about a load, nothing may be left over."""
+    """Refuse a load for which transformers reports missing, unexpected or mismatched tensors."""
     wrong = {
         "missing": sorted(info["missing_keys"]),
         "unknown to the model": sorted(info["unexpected_keys"]),
@@ -208,10 +208,10 @@ def refuse_misfits(where: Path | str, info: dict) -> None:
 
 
 def _with_steady_weights(model):
-    """Keep bitsandbytes from repacking 4-bit weights, with rounded scales, at the first forward pass without gradients.
+    """Keep bitsandbytes from repacking 4-bit weights, with rounded scales, in the first forward pass without gradients.
 
-    It does so on CPUs with AVX512-BF16. A training would go on from other weights after its first evaluation, and end
-    with other bits than one that was resumed.
+    It does so on CPUs with AVX512-BF16. A training would continue with different weights after its first evaluation,
+    and end with different bits than a resumed one.
     """
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
@@ -220,13 +220,13 @@ def _with_steady_weights(model):
 
 
 def is_fully_trained(folder: Path) -> bool:
-    """Whether all weights in a folder were trained here, in float32: in bfloat16 most of what they learned is lost."""
+    """Whether a folder holds the float32 weights of a full-parameter training. bfloat16 would lose most of it."""
     provenance = folder / "provenance.json"
     return provenance.is_file() and bool(read_json(provenance).get("fully_trained"))
 
 
 def is_quantized(quantization: dict) -> bool:
-    """Whether the config section `quantization` asks for anything."""
+    """Whether the config section `quantization` quantizes."""
     return quantization["load_in_4bit"] or quantization["load_in_8bit"]
 
 
@@ -236,7 +236,7 @@ def is_stored_quantized(config) -> bool:
 
 
 def refuse_unmergeable(folder: Path, config) -> None:
-    """Of ways to store weights in few bits only bitsandbytes' can be turned back into plain weights here."""
+    """Refuse weights quantized in other formats than bitsandbytes', which alone can be dequantized here."""
     method = is_stored_quantized(config) and config.quantization_config.get("quant_method", "bitsandbytes")
     if method and method != "bitsandbytes":
         raise UserError(
@@ -246,7 +246,7 @@ def refuse_unmergeable(folder: Path, config) -> None:
 
 
 def _refuse_other_width(folder: Path, config, quantization: dict) -> None:
-    """transformers would silently go on with the width that the weights are stored in."""
+    """Refuse another width than the stored weights have; transformers would silently keep theirs."""
     if not is_stored_quantized(config):
         return
     for bits in ("load_in_4bit", "load_in_8bit"):
@@ -270,14 +270,14 @@ def _bitsandbytes(quantization: dict, dtype):
 
 
 def load_tokenizer(folder: Path):
-    """The tokenizer. One without a pad token pads with its end of sequence: labels mask padding, not that token."""
+    """The tokenizer. Without a pad token it pads with its end of sequence; labels mask the padding, not that token."""
     from transformers import AutoTokenizer
 
     tokenizer = _from_pretrained(AutoTokenizer, folder)
     if tokenizer.eos_token_id is None:
         raise UserError(f"{folder}: its tokenizer has no end-of-sequence token, so answers could never stop")
     known = load_config(folder).get_text_config().vocab_size
-    if tokenizer.pad_token_id is None or tokenizer.pad_token_id >= known:  # a token that was added, and never learned
+    if tokenizer.pad_token_id is None or tokenizer.pad_token_id >= known:  # a token that was added but never learned
         tokenizer.pad_token = tokenizer.eos_token
     with reading(folder):
         tokenizer.decode(tokenizer("A 1\n")["input_ids"])

@@ -1,4 +1,4 @@
-"""Reading what others wrote: model folders, adapters, checkpoints. What is damaged or does not fit is one line."""
+"""Read model folders, adapters and checkpoints of others. Damage or a mismatch is one error line."""
 
 import contextlib
 import pickle
@@ -9,10 +9,10 @@ from temper.errors import UserError, lack
 
 @contextlib.contextmanager
 def reading(path: Path | str, called: str | None = None, remedy: str | None = None):
-    """Turn whatever a library raises while it reads `path` into one line that names it, or says what it is `called`.
+    """Turn any error of a library while it reads `path` into one line that names the path, or `called` instead.
 
-    Each library complains about a damaged file in its own way: safetensors in an error of its own, torch in an
-    UnpicklingError or a RuntimeError, a tokenizer in a panic of its Rust code, which is no Exception.
+    Libraries report a damaged file in different ways: safetensors by its own error, torch by an UnpicklingError or a
+    RuntimeError, a tokenizer by a panic of its Rust code, which is not an Exception.
     """
     try:
         yield
@@ -32,7 +32,7 @@ def reading(path: Path | str, called: str | None = None, remedy: str | None = No
 
 
 def _remedy(path: Path) -> str:
-    """What helps when a file is damaged: what a step wrote is made again, all else has to be fetched again."""
+    """What to do about a damaged file: make it again if a step wrote it, else fetch it again."""
     folder = path if path.is_dir() else path.parent
     made = next((place for place in (folder, *folder.parents[:1]) if (place / "provenance.json").is_file()), None)
     if made:
@@ -55,11 +55,11 @@ def _some(names: list[str]) -> str:
 
 
 def refuse_no_numbers(where: Path | str, weights) -> None:
-    """Raise a UserError for the first of `weights` (name, tensor) that holds infinity or nan: all it makes is nan."""
+    """Raise a UserError for the first of `weights` (name, tensor) that holds infinity or NaN."""
     import torch
 
     for name, weight in weights:
-        # A sum takes a tenth of the time of a look at each number.
+        # A sum takes a tenth of the time of checking each number.
         suspect = weight.is_floating_point() and not weight.sum(dtype=torch.float32).isfinite()
         if suspect and not weight.isfinite().all():
             raise UserError(f"{where}: {name} holds infinite numbers or nan, so nothing it is part of can be used")

@@ -1,4 +1,4 @@
-"""How many threads compute, and how much they may remember: both act on the whole process."""
+"""Number of computing threads and size of oneDNN's caches; both affect the whole process."""
 
 import contextlib
 import os
@@ -7,10 +7,10 @@ SHAPES = 128  # products of one training step differ in some 30 shapes
 
 
 def bound_shape_caches() -> None:
-    """Keep oneDNN, in a process of our own, from hoarding the code it made for each shape of a product: a gigabyte.
+    """Keep oneDNN from caching a gigabyte of code, generated for each shape of a product. Only for our own process.
 
-    It and its wrapper keep 1,024 shapes each, at half a megabyte and more, and most are never met again: no two batches
-    have as many tokens. Both look at the environment when the first product is computed.
+    oneDNN and its wrapper cache 1,024 shapes each, at half a megabyte and more, and most never occur again, because
+    batches differ in their number of tokens. Both read the environment at the first product.
     """
     for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
         os.environ.setdefault(name, str(SHAPES))
@@ -18,9 +18,9 @@ def bound_shape_caches() -> None:
 
 @contextlib.contextmanager
 def computing_threads(count: int):
-    """Let torch compute with so many threads: sums are cut by their number, so that results depend on it.
+    """Make torch compute with so many threads. Sums are split by their number, so results depend on it.
 
-    What the environment says (OMP_NUM_THREADS, Snakemake's threads) makes no difference then.
+    This overrides the environment (OMP_NUM_THREADS, Snakemake's threads).
     """
     import torch
 

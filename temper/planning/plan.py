@@ -1,4 +1,4 @@
-"""The plan: jobs, the runs they make, and how both are kept in a file."""
+"""The plan: jobs and the runs they make, and how both are stored in a file."""
 
 import dataclasses
 import json
@@ -18,9 +18,9 @@ PLANS = RESULTS / ".plans"
 
 @dataclasses.dataclass
 class Job:
-    """One artefact to make: which stage makes it, from what, with what config.
+    """One artefact to make: by which stage, from what, with which config.
 
-    `config` is what the key hashes; `settings` are the stage's values that are in no key.
+    The key hashes `config`; `settings` are values of the stage that are in no key.
     """
 
     stage: str
@@ -46,13 +46,13 @@ class PlannedRun:
     key: str
     point: dict  # swept config key -> value
     config: dict
-    # stage -> path; `base_report`: the untouched model's; `start_report`: that of the training that came first
+    # stage -> path; `base_report`: of the untouched model; `start_report`: of the training before this one
     artefacts: dict[str, str]
     segments: list[str] = dataclasses.field(default_factory=list)  # adapters along the trunk, oldest first
 
     @property
     def title(self) -> str:
-        """A name for a table or a curve: the swept values, or the whole name when nothing is swept."""
+        """A name for a table or a curve: the swept values, or the whole name if nothing is swept."""
         return ", ".join(f"{key.rpartition('.')[2]}={value}" for key, value in self.point.items()) or self.name
 
 
@@ -66,7 +66,7 @@ class Plan:
     tracking: dict
     runs: list[PlannedRun]
     jobs: dict[str, Job]
-    path: str | None = None  # of the frozen file it was read from
+    path: str | None = None  # the frozen file it was read from
 
     def job(self, stage: str, name: str) -> Job:
         """The job that makes `<stage folder>/<name>`."""
@@ -82,17 +82,17 @@ class Plan:
 
     @property
     def untouched(self) -> list[str]:
-        """The names of the untouched models' reports: what they are follows from what they are made from."""
+        """The names of the untouched models' reports, recognized by what they are made from."""
         reports = (job for job in self.jobs.values() if job.stage == "evaluate_model" and "adapter" not in job.inputs)
         return [Path(job.path).name for job in reports]
 
     def damaged(self) -> dict[str, str]:
-        """Folders that are there and not whole -> what is wrong. They count as not made, wherever that is asked."""
+        """Incomplete folder -> what is wrong with it. They count as not made everywhere."""
         there = (job.path for job in self._kept() if Path(job.path).exists())
         return {path: wrong for path in there if (wrong := fault(Path(path)))}
 
     def missing(self) -> list[Job]:
-        """The jobs that are to run before the comparison: what a report needs and is not there, and what is damaged."""
+        """The jobs to run before the comparison: whatever a report needs that is missing or damaged."""
         found = dict.fromkeys(self.damaged())
         todo = [run.artefacts["evaluate_model"] for run in self.runs] + [
             path for broken in found for path in self.jobs[broken].inputs.values()
@@ -105,13 +105,13 @@ class Plan:
         return [job for path, job in self.jobs.items() if path in found]
 
     def is_made(self, job: Job) -> bool:
-        """Whether a job's output is there, and whole."""
+        """Whether a job's output exists and is complete."""
         if job.stage == "compare_runs":
             return Path(self.complete).exists()
         return Path(job.path).exists() if job.stage == "fetch_data" else is_complete(Path(job.path))
 
     def _kept(self) -> list[Job]:
-        """The jobs whose folder stays as it is: neither raw data nor the sweep's, which is made anew."""
+        """The jobs whose folders never change: all but raw data and the sweep's folder, which is made anew."""
         return [job for job in self.jobs.values() if job.stage not in ("fetch_data", "compare_runs")]
 
     @property
@@ -120,9 +120,9 @@ class Plan:
 
     @property
     def complete(self) -> str:
-        """Written last, and only by a comparison of all runs: a partial leaderboard is no reason to stop.
+        """Written last, and only by a comparison of all runs, so that a partial leaderboard is made again.
 
-        It also says whether the tracking store has it all (`mirrored`).
+        It also says whether the tracking store has everything (`mirrored`).
         """
         return str(RESULTS / "sweeps" / self.sweep / "provenance.json")
 
@@ -132,7 +132,7 @@ class Plan:
         path = PLANS / f"{digest(content)}.json"
         try:
             PLANS.mkdir(parents=True, exist_ok=True)
-            write_whole(path, json.dumps(content, indent=1, ensure_ascii=False))  # each time: a damaged one heals
+            write_whole(path, json.dumps(content, indent=1, ensure_ascii=False))  # always: repairs a damaged one
         except OSError as error:
             raise UserError(f"{path}: cannot be written ({error.strerror}); make results/ a writable folder") from None
         return path

@@ -1,4 +1,4 @@
-"""Planning: from a sweep's points to jobs whose paths end in keys."""
+"""Turns the points of a sweep into jobs whose paths end in keys."""
 
 import copy
 import os
@@ -67,7 +67,7 @@ def build(
 
 
 def _check_places(plan: Plan) -> None:
-    """Refuse what would stop a job after hours as surely as now: too long a name, a file in a folder's place."""
+    """Refuse now what would stop a job hours later: a name that is too long, or a file in a folder's place."""
     folders = {Path(job.path) for job in plan.jobs.values() if job.stage != "fetch_data"}
     for path in map(Path, plan.jobs):
         check_name(path, "config: a folder is named after data.name, model.name and sweep.name")
@@ -78,7 +78,7 @@ def _check_places(plan: Plan) -> None:
 
 
 def _add_tracking_targets(plan: Plan) -> None:
-    """Tell each training which MLflow run its curves belong to: of the runs along its trunk, the shortest."""
+    """Tell each training which MLflow run its curves belong to: the shortest run of its trunk."""
     for run in sorted(plan.runs, key=lambda run: len(run.segments)):
         for path in run.segments:
             target = {"tracking": plan.tracking, "sweep": plan.sweep, "run": run.name, "title": run.title}
@@ -100,13 +100,13 @@ def _add_comparison(plan: Plan, config: dict, overrides: list[str]) -> None:
     }
     path = str(RESULTS / "sweeps" / plan.sweep)
     reports = {run.name: run.artefacts["evaluate_model"] for run in plan.runs}
-    # The overrides are words of the page's command: what they change is in the runs, and that is what reruns it.
+    # The overrides are not in the key: the page only shows them, and what they change is in the runs.
     key = stage_key("compare_runs", view, {})
     plan.jobs[path] = Job("compare_runs", path, key, {**view, "overrides": overrides, **_own_configs()}, reports)
 
 
 def _own_configs() -> dict[str, str]:
-    """Where configs of one's own are, for the page's command."""
+    """Where the user's own configs are, for the command on the page."""
     own = own_folder()
     return {"conf_dir": os.path.relpath(own)} if own else {}
 
@@ -151,32 +151,32 @@ class _Planner:
         return PlannedRun(name, report.key, point, config, artefacts, [segment.path for segment in adapters])
 
     def _tuned(self, config: dict, start: Job, splits: Job, base_report: Job, reports: dict | None = None):
-        """(training jobs, merge, evaluation) of a model that is trained from `start` on."""
+        """(training jobs, merge, evaluation) of a model trained from `start`."""
         pairs = self._own_answers(config, start, splits)
         references = self._references(config, start, pairs)
         learnt = config
-        if pairs is not splits:  # by then they are data like any other
+        if pairs is not splits:  # for the training they are data like any other
             learnt = {**config, "method": {**config["method"], "own_answers": None}}
         adapters = self._adapters(learnt, {"splits": pairs.path, "model": start.path, **references})
         adapter, slug = adapters[-1], _slug(config)
         merged = self._job("merge_adapter", slug, config, {"model": start.path, "adapter": adapter.path})
         inputs = {"model": merged.path, "splits": splits.path, "adapter": adapter.path, "base_report": base_report.path}
-        if Data.model_validate(config["data"]).has_pairs:  # the model's own answers make none of the test split
+        if Data.model_validate(config["data"]).has_pairs:  # sampled answers make no pairs of the test split
             inputs |= references
         report = self._job("evaluate_model", slug, config, {**inputs, **(reports or {})})
         return adapters, merged, report
 
     def _own_answers(self, config: dict, start: Job, splits: Job) -> Job:
-        """The splits to learn from: as they are, or such that what `start` answers wrongly is rejected."""
+        """The splits to learn from: as they are, or with the wrong answers of `start` as rejected ones."""
         if not config["method"].get("own_answers"):
             return splits
         view = {**config, "method": {name: config["method"][name] for name in ("name", "own_answers")}}
         return self._job("sample_answers", _data_slug(config), view, {"model": start.path, "splits": splits.path})
 
     def _references(self, config: dict, start: Job, splits: Job) -> dict[str, str]:
-        """What preference optimization reads beside the splits: what the model it starts from thinks of the answers.
+        """What preference optimization reads besides the splits: the starting model's log-probabilities of the answers.
 
-        All runs of a sweep that start from one model share it.
+        All runs of a sweep that start from the same model share them.
         """
         if config["method"]["name"] != "dpo":
             return {}
@@ -186,7 +186,7 @@ class _Planner:
         return {"references": job.path}
 
     def _pinned(self, config: dict) -> dict:
-        """The config with commits in place of the hub's branches, so that keys know what they stand for."""
+        """The config with hub branches replaced by their commits, so that keys depend on the commits."""
         found = {}
         for section, kind in (("data", "dataset"), ("model", "model")):
             source = config[section]["source"]
@@ -197,7 +197,7 @@ class _Planner:
         return {**config, **found}
 
     def _raw(self, config: dict) -> str:
-        """The fetch_data job; its output is the pin file, its identity the raw files' content."""
+        """Plan the fetch_data job; its output is the pin file, its identity the content of the raw files."""
         name, source = config["data"]["name"], config["data"]["source"]
         path = str(raw_data.pin_path(name, source))
         key = raw_data.pin_key(source)
@@ -228,16 +228,25 @@ class _Planner:
         return {"files": {name: self.hashes.sha256(folder / name) for name in names}}
 
     def _adapters(self, config: dict, inputs: dict[str, str]) -> list[Job]:
-        """The training jobs of a run: one, or one per epoch when the schedule lets runs share them."""
+        """The training jobs of a run: one, or one per epoch if runs can share them (see `planning.trunks`).
+
+        Segment n of a trunk has the key of the training of n epochs, so that runs find each other's segments by path,
+        in any order and from any sweep. The segment before it is its input but not in its key: it saves work and
+        changes no bit. All segments keep their checkpoints in one folder, named by the key without the epochs.
+        """
         epochs = config["train"].get("num_train_epochs", 3)
         if not shares_trunk(config["train"]):
             return [self._alone(config, inputs)]
+
         trunk_config = copy.deepcopy(config)
         del trunk_config["train"]["num_train_epochs"]
         trunk = self._key("train_adapter", trunk_config, inputs)[0]
+
+        # With a decay, segment n stops where the decay of a training of n epochs would begin. It must not decay itself:
+        # the next segment continues at the constant rate. Its key says so, as the whole training of n epochs differs.
         decays = config["train"]["lr_scheduler_type"] == DECAYING_AT_THE_END
-        # Up to the decay of so many epochs, which for the next epoch's segment never happened.
         part, suffix = ({"part": PLATEAU}, "-plateau") if decays else ({}, "")
+
         segments: list[Job] = []
         for epoch in range(1, int(epochs) + 1):
             train = {**config["train"], "num_train_epochs": epoch}
@@ -245,14 +254,15 @@ class _Planner:
             job = self._training({**config, "train": train}, {**inputs, **before}, suffix, part)
             job.settings |= {"trunk": trunk, **part}
             segments.append(job)
-        if decays:
+
+        if decays:  # the run itself: the decay, from its last plateau
             segments.append(self._alone(config, {**inputs, "previous": segments[-1].path}))
             for job in segments[1:]:
                 job.settings["plateau"] = job.inputs["previous"]
         return segments
 
     def _alone(self, config: dict, inputs: dict[str, str]) -> Job:
-        """A training whose checkpoints no other shares."""
+        """A training that shares its checkpoints with no other."""
         job = self._training(config, inputs)
         job.settings["trunk"] = job.key
         return job
@@ -260,14 +270,15 @@ class _Planner:
     def _training(self, config: dict, inputs: dict[str, str], suffix: str = "", part: dict | None = None) -> Job:
         slug = _slug(config) + suffix
         job = self._job("train_adapter", slug, config, inputs, unkeyed={"previous"}, upstream=part)
-        evaluations = job.settings.setdefault("evaluations", [])  # runs that share a training may be judged in several
+        # Runs that share a training may be evaluated differently, and its limits must suit all of them.
+        evaluations = job.settings.setdefault("evaluations", [])
         evaluations += [config["eval"]] if config["eval"] not in evaluations else []
         asked = config["eval"]["max_new_tokens"]
         job.settings["max_new_tokens"] = max(asked, job.settings.get("max_new_tokens", 0))
         return job
 
     def _key(self, stage: str, config: dict, inputs: dict, extra=None, unkeyed=frozenset(), upstream=None):
-        """(key, keyed config, settings) of one artefact; `extra` adds to its config, `upstream` to its inputs' keys."""
+        """(key, hashed config, settings) of an artefact. `extra` adds to its config, `upstream` to its inputs' keys."""
         keyed, settings = _without_unkeyed(stage_config(stage, config))
         keyed.update(extra or {})
         keys = {name: self.jobs[path].key for name, path in inputs.items() if name not in unkeyed | {"raw"}}
@@ -280,7 +291,7 @@ class _Planner:
 
 
 def _without_unkeyed(view: dict) -> tuple[dict, dict]:
-    """Split a stage's view into what its key hashes and what is in no key."""
+    """Split a stage's config into the part that its key hashes and the part in no key."""
     keyed, settings = {}, {}
     for section, value in view.items():
         hidden = NOT_IN_KEY.get(section, frozenset())
@@ -295,12 +306,12 @@ def _without_unkeyed(view: dict) -> tuple[dict, dict]:
 
 
 def _data_slug(config: dict) -> str:
-    """A name for what is made of the splits with the model that preference optimization starts from."""
+    """Name of what is made of the splits with the model that preference optimization starts from."""
     return f"{config['data']['name']}-{config['model']['name']}{'-sft' if config['method'].get('sft') else ''}"
 
 
 def _slug(config: dict) -> str:
-    """A name for people. It depends on nothing but the config, so that two sweeps share artefacts."""
+    """A readable name. It depends only on the config, so that sweeps share artefacts."""
     train, adapter = config["train"], config["adapter"]
     kind = next((kind for kind in ("dora", "rslora") if adapter.get(f"use_{kind}")), adapter.get("peft_type") or "full")
     rank = f"-r{adapter['r']}" if "r" in adapter else ""

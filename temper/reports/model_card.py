@@ -1,6 +1,6 @@
-"""The model card of a run: what it is, how good, how to use it, how it was made.
+"""The model card of a run: what it is, how good it is, how to use it, and how it was made.
 
-Nothing of this machine gets into it: no absolute path, no row of the data.
+A card is public, so it holds nothing private: no absolute path, no row of the data.
 """
 
 import dataclasses
@@ -21,14 +21,14 @@ from temper.runs import find as runs
 from temper.runs.prompting import Generation
 from temper.sources.pins import is_pin, read_pin
 
-SHOWN = ("method", "quantization", "adapter", "train", "seed")  # sections whose values are hyperparameters
+SHOWN = ("method", "quantization", "adapter", "train", "seed")  # config sections that are hyperparameters
 CONFIGS = ("format_prompts", "tokenize_splits", "train_adapter", "merge_adapter", "evaluate_model")
 TASKS = {"labels": "text-classification", "tags": "text-generation", "text": "text-generation"}
 
 
 @dataclasses.dataclass
 class Origin:
-    """Where data or a model comes from, in words; `repository` and `commit` when others find it on the hub."""
+    """Where data or a model comes from, in words; with `repository` and `commit` if it is on the hub."""
 
     text: Markdown
     repository: str | None = None
@@ -38,7 +38,7 @@ class Origin:
 
 @dataclasses.dataclass
 class Card:
-    """What goes into a card besides the run itself."""
+    """What a card needs besides the run."""
 
     repository: str
     base: Origin
@@ -47,11 +47,11 @@ class Card:
 
 
 def base_origin(run: runs.FinishedRun, base_model: str | None) -> Origin:
-    """The model that the adapter belongs on; `base_model` is its name on the hub, given by hand."""
+    """The model that the adapter was trained on. `base_model`: its name on the hub, if the user gave one."""
     folder = run.parts.get("model")
     source = _source(folder)
     if base_model:
-        also = fill(" (the copy of it in {})", _words(source)) if source.get("kind") == "package" else ""
+        also = fill(" (the copy in {})", _words(source)) if source.get("kind") == "package" else ""
         return Origin(fill("{}{}", _link(base_model), also), base_model)
     if folder and runs.read_provenance(folder).get("stage") == "merge_adapter":
         return Origin(fill("{}, itself tuned from {}", code(folder.name), _origin(runs.untouched_folder(run)).text))
@@ -59,7 +59,7 @@ def base_origin(run: runs.FinishedRun, base_model: str | None) -> Origin:
 
 
 def untouched_origin(run: runs.FinishedRun, base_model: str | None) -> Origin:
-    """The model that the merged one comes from, in the end."""
+    """The original model that the merged one comes from."""
     return base_origin(run, base_model) if base_model else _origin(runs.untouched_folder(run))
 
 
@@ -68,7 +68,7 @@ def _origin(folder: Path | None) -> Origin:
     if folder and source.get("kind") == "hub":
         commit, name = runs.read_provenance(folder).get("commit"), source["repository"]
         return Origin(fill("{} at {}", _link(name), commit or source["revision"]), name, commit)
-    return Origin(_words(source) if source else Markdown("a model of its author's own"))
+    return Origin(_words(source) if source else Markdown("a local model"))
 
 
 def _link(name: str, kind: str = "") -> Markdown:
@@ -79,7 +79,7 @@ def data_origin(run: runs.FinishedRun) -> Origin:
     """The data set."""
     pin = run.parts.get("fetch_data")
     if pin is None or not pin.is_file() or not is_pin(pin):  # by hand, or from Python
-        return Origin(Markdown("rows of its author's own"))
+        return Origin(Markdown("the author's own rows"))
     recorded, name = read_pin(pin), pin.parent.name
     source, edited = recorded["source"], _edited(run)
     if source["kind"] == "hub":
@@ -87,11 +87,11 @@ def data_origin(run: runs.FinishedRun) -> Origin:
         return Origin(text, source["repository"], recorded.get("commit"), source["repository"])
     if source["kind"] == "package":
         return Origin(fill("{}, {}{}", code(name), _words(source), edited), name=name)
-    return Origin(fill("{}, a data set of its author's own", code(name)), name=name)
+    return Origin(fill("{}, the author's own data set", code(name)), name=name)
 
 
 def _edited(run: runs.FinishedRun) -> str:
-    """Whether the raw files were edited after they were fetched."""
+    """A remark if the raw files were edited after they were fetched."""
     raw = runs.read_config(run.parts["format_prompts"]).get("raw", {})
     return "" if "pin" in raw else ", edited by hand"
 
@@ -104,7 +104,7 @@ def _source(folder: Path | None) -> dict:
 
 def _words(source: dict) -> Markdown:
     if source["kind"] != "package":
-        return Markdown("a folder of its author's own")
+        return Markdown("a local model folder")
     member = source["member"] if isinstance(source["member"], str) else source["member"][-1]
     return fill("{} of the PyPI package {}", code(Path(member).name), code(source["requirement"]))
 
@@ -186,7 +186,7 @@ def _eval_results(data: Origin, figures: Figures) -> list:
 
 
 def usage(run: runs.FinishedRun, card: Card) -> str:
-    """Python that loads the published model and asks it in the words of its training."""
+    """Python code that loads the published model and prompts it in the format of training."""
     prompt, adapter, in_decoder = run.prompt, not card.merged, is_encoder_decoder(runs.base_folder(run))
     kind = "AutoModelForSeq2SeqLM" if in_decoder else "AutoModelForCausalLM"
     lines = ["from peft import PeftModel"] if adapter else []
@@ -234,20 +234,20 @@ def _limits(run: runs.FinishedRun, card: Card, figures: Figures | None, data: Or
     limits: list[str] = []
     if figures:
         limits.append(
-            f"The figures are those of one test split ({figures.rows} rows) of the data set that it was trained on; "
-            "on other texts they may be quite different."
+            f"The figures come from one test split ({figures.rows} rows) of the data set it was trained on. "
+            "On other texts they may be quite different."
         )
     if figures and figures.task == "labels":
         labels = runs.read_config(run.parts["evaluate_model"])["eval"]["labels"]
-        limits.append(f"It was trained, and judged, to answer with one of these labels: {', '.join(labels)}.")
-    limits.append("What holds for the base model (its licence, its biases, what it does not know) holds here as well.")
+        limits.append(f"It was trained and evaluated to answer with one of these labels: {', '.join(labels)}.")
+    limits.append("The base model's licence, biases and gaps in knowledge apply to this model as well.")
     source = _source(run.parts.get("model"))
     if not card.merged and source.get("kind") != "hub":
-        copy = _words(source) if source else "a copy of its author's own"
+        copy = _words(source) if source else "a local copy"
         limits.append(
             fill(
-                "The adapter was trained on {}. That {} is the same model was said by hand; with it the figures may "
-                "differ a little.",
+                "The adapter was trained on {}. The author states that {} is the same model; with it the figures "
+                "may differ slightly.",
                 *(copy, card.base.repository),
             )
         )
@@ -285,7 +285,7 @@ def _rows(prompts: Path | None) -> str:
 
 
 def _command(stage: str, folder: Path) -> str:
-    """The stage's command, with folders as they are called in results/."""
+    """The stage's command, with folders named as in results/."""
     inputs = runs.read_provenance(folder).get("inputs", {})
     words = [
         word for name, value in inputs.items() for word in (f"--{name.replace('_', '-')}", _place(name, Path(value)))
@@ -294,7 +294,7 @@ def _command(stage: str, folder: Path) -> str:
 
 
 def _place(name: str, path: Path) -> str:
-    """A folder as it is called in results/; of another place only the last name, of raw data by hand not even that."""
+    """A folder named as in results/. Elsewhere only its last name, and for raw data by hand not even that."""
     if name == "raw" and not is_pin(path):
         return "FILE"
     parent = path.absolute().parent.name
@@ -302,7 +302,7 @@ def _place(name: str, path: Path) -> str:
 
 
 def _without_sources(configs: dict[str, dict]) -> dict:
-    """All configs as one; where the data was read from stays here, for it may be a path of this machine."""
+    """All configs as one, without the source of the data, which may be a local path."""
     merged: dict = {}
     for config in configs.values():
         for section, value in config.items():

@@ -1,6 +1,8 @@
-"""Find a finished run by what people call it, and load its model.
+"""Find a finished run by its name, key or folder, and load its model.
 
-What belongs together is read from the folders' provenance.json, so a run is found from any of its parts.
+A run has no file of its own. It is a chain of folders (splits, adapter, merged model, report), each of which records
+its inputs in provenance.json. From the folder that was named, the inputs are followed down; what was made from it is
+found by searching for folders that record it as their input. So any part names the run, also outside a sweep.
 """
 
 import dataclasses
@@ -15,15 +17,15 @@ from temper.model.limits import virtual_tokens_of
 from temper.model.loading import BUNDLED, load_model
 from temper.planning.plan import RESULTS
 
-STAGES = ("evaluate_model", "merge_adapter", "train_adapter")  # folders that stand for a run, the last one first
+STAGES = ("evaluate_model", "merge_adapter", "train_adapter")  # stages whose folders can name a run, the last one first
 BEST = "best"
 
 
 @dataclasses.dataclass
 class FinishedRun:
-    """The folders of a run. A part that was never made, or deleted since, is None."""
+    """The folders of a run. Parts may be missing, or deleted since."""
 
-    asked: Path  # the folder that was named, or that the name stands for
+    asked: Path  # the folder that was named, or found by name
     parts: dict[str, Path]  # stage -> folder; `model`: what training started from; `base_report`: the untouched model's
 
     @property
@@ -34,7 +36,7 @@ class FinishedRun:
         """A part's folder.
 
         Args:
-            purpose: what it is needed for; the complaint says so when the part is not there.
+            purpose: what it is needed for, for the message if the part is missing.
         """
         folder = self.parts.get(stage)
         if folder is None or not folder.is_dir():
@@ -47,7 +49,7 @@ class FinishedRun:
         return stage in self.parts and self.parts[stage].is_dir()
 
     def config(self, stage: str, purpose: str) -> dict:
-        """The config a part was made with."""
+        """The config that a part was made with."""
         return read_config(self.part(stage, purpose))
 
     @property
@@ -64,7 +66,7 @@ class FinishedRun:
 
     @property
     def uses_merged(self) -> bool:
-        """Whether the run's model is the merged one: when it is there, and nobody asked for the adapter itself."""
+        """Whether the run's model is the merged one: if it exists, and the adapter itself was not asked for."""
         return self.has("merge_adapter") and self.parts.get("train_adapter") != self.asked
 
 
@@ -83,15 +85,15 @@ def read_provenance(folder: Path) -> dict:
 
 
 def find(word: str, sweep: str | None = None) -> FinishedRun:
-    """The run that `word` stands for.
+    """The run that `word` names.
 
     Args:
         word: the path of a folder below reports/, merged/ or adapters/; such a folder's name; the key at the end of the
             name; or ``best``, the first line of a sweep's leaderboard.
-        sweep: the sweep that ``best`` is of; not needed when there is one only.
+        sweep: the sweep whose best run is meant; not needed if there is only one.
 
     Raises:
-        UserError: there is no such run; the message has the closest name.
+        UserError: there is no such run; the message suggests the closest name.
     """
     if sweep is not None and word != BEST:
         raise UserError(f"--sweep {sweep}: goes with --run best, not with --run {word}; leave it out")
@@ -102,7 +104,7 @@ def find(word: str, sweep: str | None = None) -> FinishedRun:
 
 def _best(sweep: str | None) -> Path:
     boards = {path.parent.name: path for path in sorted((RESULTS / "sweeps").glob("*/leaderboard.json"))}
-    sweeps = [name for name in boards if "@" not in name]  # <sweep>@<experiment>: kept, and the best only when named
+    sweeps = [name for name in boards if "@" not in name]  # <sweep>@<experiment>: a kept one, used only if named
     if not sweeps:
         raise UserError(f"--run best: there is no leaderboard in {RESULTS}/sweeps; run snakemake first")
     if sweep is None and len(sweeps) > 1:
@@ -119,11 +121,18 @@ def _best(sweep: str | None) -> Path:
 
 def _named(word: str) -> Path:
     """The folder called `word`, whole or by the key at its end."""
-    names = {path.parent.name: path.parent for stage in STAGES for path in _made(stage)}
-    by_key = {name.rpartition("-")[2]: folder for name, folder in names.items()}
+    names: dict[str, Path] = {}
+    by_key: dict[str, Path] = {}
+    for stage in STAGES:
+        for path in _made(stage):
+            folder = path.parent
+            names[folder.name] = folder
+            by_key[folder.name.rpartition("-")[2]] = folder
+
     found = names.get(word) or by_key.get(word)
     if found:
         return found
+
     if not names:
         raise UserError(f"--run {word}: no such folder, and no run in {RESULTS}; run snakemake first")
     reports = [path.parent.name for path in _made(STAGES[0])] or list(names)
@@ -142,45 +151,53 @@ def _from_folder(folder: Path) -> FinishedRun:
     if stage not in STAGES:
         what = f"a folder of {stage}" if stage else "not a folder that a step wrote"
         raise UserError(f"--run {folder}: is {what}; name one of {', '.join(FOLDERS[name] for name in STAGES)}")
+
     parts: dict[str, Path] = {}
     _add(parts, stage, folder)
+
+    # A folder does not know what was made from it. Several may have been: an adapter merged in two precisions, a model
+    # evaluated twice. The newest is taken; the others are found by their own keys.
     for above, name, below in MADE_FROM:
         newest = _newest(above, name, parts[below]) if below in parts and above not in parts else None
         if newest:
             _add(parts, above, newest)
+
     _refuse_diverged(parts)
     return FinishedRun(folder, parts)
 
 
-# What is made from what: (stage, its input's name, the stage that made that).
+# (stage, name of its input, stage that made that), from the adapter up to the report.
 MADE_FROM = (("merge_adapter", "adapter", "train_adapter"), ("evaluate_model", "model", "merge_adapter"))
-# Name of an input -> the part it is. `model` depends on who reads it.
+# Input name -> the part it is. What `model` is depends on the stage that reads it.
 INPUTS = {"adapter": "train_adapter", "splits": "tokenize_splits", "prompts": "format_prompts", "raw": "fetch_data"}
-READ_ON = (*STAGES, "sample_answers", "tokenize_splits", "format_prompts")  # parts that are followed further down
+READ_ON = (*STAGES, "sample_answers", "tokenize_splits", "format_prompts")  # parts whose inputs are followed
 
 
 def _add(parts: dict[str, Path], part: str, folder: Path) -> None:
-    """Add a part and all that it was made from."""
+    """Add a part and everything that it was made from."""
     parts[part] = folder
     inputs = read_provenance(folder).get("inputs", {}) if part in READ_ON else {}
     for name, value in inputs.items():
         path = _moved(folder, Path(value))
         below = _part(part, name, path, "adapter" in inputs)
-        if below not in parts and (name != "model" or part in STAGES):  # elsewhere it is there for its tokenizer
+
+        # Stages before the training read a model only for its tokenizer, or to sample answers. The base model is the
+        # one that the training read: after fine-tuning, DPO starts from another model than its splits were made with.
+        if below not in parts and (name != "model" or part in STAGES):
             _add(parts, below, path)
 
 
 def _part(reader: str, name: str, path: Path, of_a_run: bool) -> str:
-    """Which part the input `name` of the part `reader` is."""
+    """The part that the input `name` of the part `reader` is."""
     if name == "model":
         return "merge_adapter" if reader == "evaluate_model" and of_a_run else "model"
-    if name == "splits":  # as they were tokenized, or with the model's own answers to reject
+    if name == "splits":  # of tokenize_splits, or of sample_answers
         return read_provenance(path).get("stage", INPUTS[name])
     return INPUTS.get(name, name)
 
 
 def _moved(folder: Path, recorded: Path) -> Path:
-    """Where an input is now: beside `folder` when all of results/ was moved or is looked at from elsewhere."""
+    """Where an input is now: beside `folder`, if all of results/ was moved or is read from another directory."""
     results = folder.parent.parent
     places = (results.joinpath(*recorded.parts[-2:]), results.parent / recorded)
     return next((path for path in places if path.exists()), recorded)
@@ -212,12 +229,12 @@ def _refuse_diverged(parts: dict[str, Path]) -> None:
 
 
 def base_folder(run: FinishedRun) -> Path:
-    """The model that the training started from; after fine-tuning, preference optimization starts from a merged one."""
+    """The model that training started from. For preference optimization after fine-tuning, it is a merged model."""
     return run.part("model", "and it holds the base model")
 
 
 def untouched_folder(run: FinishedRun) -> Path:
-    """The model that no training touched."""
+    """The original model: follows merged models down to one that no training made."""
     folder = base_folder(run)
     passed = []
     while (made := read_provenance(folder)).get("stage") == "merge_adapter":
@@ -231,7 +248,7 @@ def untouched_folder(run: FinishedRun) -> Path:
 
 
 def _make(folder: Path | None) -> str:
-    """How to get back a folder that was deleted: Snakemake makes one only where something asks for it."""
+    """How to get a deleted folder back: Snakemake makes a folder only if it is asked for."""
     if folder is None:
         return "name another run"
     return f"make it again with snakemake --cores all {folder} --config ... (as for its sweep)"
@@ -243,13 +260,13 @@ def model_folder(run: FinishedRun) -> Path:
 
 
 def virtual_tokens(run: FinishedRun) -> int:
-    """How many virtual tokens stand in front of each text, beside those in the model's folder."""
+    """Number of virtual tokens before each text, not counting those in the model's folder."""
     adapter = run.parts.get("train_adapter")
     return virtual_tokens_of(adapter) if adapter and is_adapter(adapter) and not run.uses_merged else 0
 
 
 def refuse_bundled(folder: Path, instead: str) -> None:
-    """Virtual tokens cannot be merged: the "merged" folder is then the base model with the adapter beside it."""
+    """Refuse a "merged" folder that is the base model with an adapter beside it: virtual tokens cannot be merged."""
     if (folder / BUNDLED).is_dir():
         raise UserError(
             f"{folder}: virtual tokens cannot be merged, so this is the base model and an adapter: {instead}"

@@ -1,4 +1,4 @@
-"""Ask a finished model: the same tokens as in training, answers as a stream or in batches."""
+"""Prompt a finished model with the same tokens as in training; answers as a stream or in batches."""
 
 import dataclasses
 import re
@@ -14,13 +14,13 @@ from temper.model.limits import limits_of
 
 
 class Prompter:
-    """Turns conversations into what a model was trained to answer.
+    """Turns conversations into the token ids that a model was trained to answer.
 
     Args:
         folder: a model in Hugging Face layout; its weights are not read.
         prompt: config section `prompt` of the run.
-        system: a system message in place of the run's own; "" leaves it out.
-        virtual_tokens: of the adapter that is put on the model.
+        system: a system message, replacing the run's own; "" leaves it out.
+        virtual_tokens: number of those in the adapter.
     """
 
     def __init__(self, folder: Path, prompt: dict, system: str | None = None, virtual_tokens: int = 0):
@@ -34,11 +34,11 @@ class Prompter:
 
     @property
     def keeps_history(self) -> bool:
-        """A free template has a place for one prompt only."""
+        """Refuse several turns for a free template, which has a place for one prompt only."""
         return self.encoder.renderer.keeps_history
 
     def ids(self, messages: list[dict], max_new_tokens: int) -> list[int]:
-        """Token ids that the answer to `messages` starts from.
+        """Token ids of the prompt for an answer to `messages`.
 
         Raises:
             UserError: they leave less than `max_new_tokens` of the model's context.
@@ -50,7 +50,7 @@ class Prompter:
         return ids
 
     def ids_of_chat(self, history: list[dict], max_new_tokens: int) -> tuple[list[int], int]:
-        """(token ids for a conversation, messages left out): its oldest exchanges go when the context is full."""
+        """(token ids for a conversation, messages left out): a full context drops the oldest exchanges."""
         for start in range(0 if self.keeps_history else len(history) - 1, len(history), 2):
             try:
                 return self.ids(history[start:], max_new_tokens), start
@@ -61,7 +61,7 @@ class Prompter:
 
 
 def tokenizer_to_ship(folder: Path, prompt: dict):
-    """The tokenizer in a model's folder, with a chat template by which other programs ask as the training did.
+    """The tokenizer in a model's folder, with a chat template that makes other programs prompt as in training.
 
     Args:
         folder: a model in Hugging Face layout.
@@ -80,7 +80,7 @@ def tokenizer_to_ship(folder: Path, prompt: dict):
 
 @dataclasses.dataclass
 class Generation:
-    """How answers are drawn, under transformers' names."""
+    """Generation settings, under transformers' names."""
 
     max_new_tokens: int = 256
     do_sample: bool = False
@@ -89,10 +89,10 @@ class Generation:
 
 
 def generation_settings(defaults: Generation, given: dict) -> Generation:
-    """`defaults` with what was given on the command line or in a call (None: not given).
+    """`defaults`, overridden by values from the command line or a call (None: not given).
 
     Raises:
-        UserError: an unknown name, or a value that makes no sense.
+        UserError: an unknown name or an invalid value.
     """
     given = {name: value for name, value in given.items() if value is not None}
     settings = dataclasses.replace(defaults, **given)
@@ -112,17 +112,17 @@ def add_generation_flags(parser, max_new_tokens: str) -> None:
     """The flags of `Generation`, with hyphens or, as in transformers, underscores."""
     parser.add_argument("--max-new-tokens", "--max_new_tokens", type=int, help=f"default: {max_new_tokens}")
     parser.add_argument(
-        "--do-sample", "--do_sample", action="store_true", default=None, help="draw answers; default: the likeliest"
+        "--do-sample", "--do_sample", action="store_true", default=None, help="sample answers; default: greedy"
     )
     parser.add_argument("--temperature", type=float, help="with --do-sample; default: 1")
     parser.add_argument("--top-p", "--top_p", type=float, help="with --do-sample; default: 1")
-    parser.add_argument("--seed", type=int, default=0, help="of --do-sample; default: 0")
+    parser.add_argument("--seed", type=int, default=0, help="with --do-sample; default: 0")
 
 
 class _Streamer:
-    """Says an answer while its tokens come: in all exactly the text that `Encoder.text` makes of them."""
+    """Passes on an answer's text as its tokens come; in total exactly what `Encoder.text` makes of them."""
 
-    # What stands last may change with the next token: part of a character, a word, the blanks before it.
+    # The end may change with the next token: part of a character, a word, the blanks before it.
     UNSURE = re.compile("\\s*[!-~]*\ufffd*$")
 
     def __init__(self, encoder: Encoder, say: Callable[[str], None]):
@@ -150,14 +150,14 @@ class _Streamer:
 def stream_answer(
     model, prompter: Prompter, ids: list[int], settings: Generation, say: Callable[[str], None]
 ) -> tuple[str, bool]:
-    """Answer one prompt, handing its text to `say` as it comes: (the whole text, did it end by itself?)."""
+    """Answer one prompt, passing its text to `say` as it comes: (the whole text, whether it ended by itself)."""
     import torch
     from transformers import GenerationConfig
 
     from temper.evaluation.generation import decoder_start
 
     owner = model.get_base_model() if is_prompt_learning(model) else model
-    owner.generation_config = GenerationConfig()  # some models ship with sampling or penalties switched on
+    owner.generation_config = GenerationConfig()  # some models come with sampling or penalties switched on
     greedy = {"max_new_tokens": settings.max_new_tokens}
     config = GenerationConfig(
         **({**dataclasses.asdict(settings), "top_k": 0} if settings.do_sample else greedy),  # top_k is 50 by default
@@ -178,11 +178,11 @@ def stream_answer(
 
 
 def answer_all(model, prompter: Prompter, prompts: list[list[int]], settings: Generation, batch_size: int, seed: int):
-    """Answers to prompts of token ids, as `evaluation.generation.Answers`: batched by length, in the given order."""
+    """Answer prompts of token ids, batched by length; `evaluation.generation.Answers` in the given order."""
     from temper.evaluation.generation import generate_answers
 
-    # An answer is drawn by its id alone. torch's generators look at 32 bits of a seed; the odd factor keeps two
-    # seeds apart on every row, and with seed 0 row numbers are ids, as in the evaluation.
+    # A sampled answer depends only on its id. torch's generators use 32 bits of a seed; the odd factor makes two seeds
+    # differ on every row, and with seed 0 the ids are row numbers, as in the evaluation.
     rows = [
         {"id": (seed * 2_654_435_761 + number) % 2**32, "input_ids": ids, "prompt_length": len(ids)}
         for number, ids in enumerate(prompts, start=1)

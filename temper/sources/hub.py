@@ -14,14 +14,14 @@ from temper.model.layout import model_files
 from temper.progress import Progress, quiet_libraries
 
 log = logging.getLogger("temper")
-HUB_TIMEOUT = 10  # seconds to wait for the hub's first answer: no network must be an error soon
+HUB_TIMEOUT = 10  # seconds to wait for the hub's first answer, so that a missing network is an error soon
 
 
 def hub_rows(source: dict, target: Path, section: str) -> str | None:
     """Write one split of a data set on the hub to `target`, one JSON object a line.
 
     Returns:
-        The commit that was read; None when the hub is switched off (HF_HUB_OFFLINE) and a cached copy served.
+        The commit that was read; None if the hub is switched off (HF_HUB_OFFLINE) and a cached copy was used.
     """
     from datasets import load_dataset
 
@@ -33,7 +33,7 @@ def hub_rows(source: dict, target: Path, section: str) -> str | None:
         rows = load_dataset(repository, source["config"], split=split, revision=commit or source["revision"])
     except ValueError as error:
         raise UserError(f"{section}: {_hub_reason(repository, error)}; check {section}.config and .split") from error
-    except Exception as error:  # network, a loading script, a damaged file: all are the user's to see
+    except Exception as error:  # network, a loading script, a damaged file: the user must see all of these
         raise UserError(f"{section}: {_hub_reason(repository, error)}; {_without_hub(section)}") from error
     with target.open("w", encoding="utf-8") as file, Progress(len(rows), "write rows", "rows") as progress:
         for row in rows:
@@ -56,12 +56,12 @@ def _date_as_text(value) -> str:
 
 
 def hub_model(source: dict, folder: Path, section: str) -> str:
-    """Put the files of a model on the hub that are needed to use it into `folder`. Returns the commit."""
+    """Download the files needed to use a model from the hub into `folder`. Returns the commit."""
     from huggingface_hub import snapshot_download
 
     repository, where = source["repository"], f"{section}.repository: {source['repository']}"
     info = hub_info(source, "model", section)
-    revision, patterns = source["revision"], None  # without the hub: whatever the cache has
+    revision, patterns = source["revision"], None  # without the hub: what the cache has
     if info:
         wanted = model_files([file.rfilename for file in info.siblings], where)
         revision, patterns = info.sha, [glob.escape(name) for name in wanted]
@@ -77,7 +77,7 @@ def hub_model(source: dict, folder: Path, section: str) -> str:
 
 
 def _link_or_copy(cached: Path, target: Path) -> None:
-    """A hard link where the cache is on the same disk: its blobs are named by content and never rewritten."""
+    """Hard-link a file if the cache is on the same disk: its blobs are named by content and never rewritten."""
     try:
         os.link(cached, target)
     except OSError:
@@ -87,7 +87,7 @@ def _link_or_copy(cached: Path, target: Path) -> None:
 def hub_info(source: dict, kind: str, section: str):
     """What the hub says about a repository at a revision; None when HF_HUB_OFFLINE is set.
 
-    Asked first, and once: the libraries' own retries would take half a minute to find out that there is no network.
+    Asked first, and once, because the libraries would retry for half a minute without a network.
     """
     from huggingface_hub import HfApi, errors
 
@@ -110,7 +110,7 @@ def hub_info(source: dict, kind: str, section: str):
 
 
 def _hub_reason(repository: str, error: Exception) -> str:
-    """One line of a library's complaint."""
+    """A library's error in one line."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return f"{repository} cannot be read from the hub ({lines[0].rstrip('.:')[:200]})"
 
@@ -121,6 +121,6 @@ def _without_hub(section: str) -> str:
 
 
 def _library_bars() -> None:
-    """The libraries' progress bars, on a terminal only."""
+    """Show the libraries' progress bars on a terminal only."""
     if not sys.stderr.isatty():
         quiet_libraries()

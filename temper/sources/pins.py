@@ -1,8 +1,7 @@
 """Raw data on disk: which files there are, and what identifies them.
 
-``data/raw/<data>/`` holds the raw files and one ``pin-<key>.json``, which says what was fetched and
-the sha256 of each file. As long as the files are as fetched, the pin is their identity; once
-somebody edits one, its content is.
+``data/raw/<data>/`` holds the raw files and one ``pin-<key>.json`` with the source and the sha256 of each file. As long
+as the files are as fetched, the pin identifies them; once one is edited, their content does.
 """
 
 import collections
@@ -22,10 +21,10 @@ def pin_path(name: str, source: dict) -> Path:
 
 
 def pin_key(source: dict) -> str:
-    """Key of a fetched source: what was asked for.
+    """Key of a source.
 
-    The code that fetches is not part of it. A package's sha256 and a hub's revision say what the files hold,
-    whoever fetches them, and a new version of that code must not ask for files again that somebody edited since.
+    It does not include the code that fetches. A package's sha256 or a hub's revision fixes the files' content, and a
+    new version of that code must not fetch files again that were edited since.
     """
     if source["kind"] == "files":
         source = {"kind": "files", "path": [str(path) for path in source_files(source).values()]}
@@ -33,7 +32,7 @@ def pin_key(source: dict) -> str:
 
 
 def check_options(data: dict) -> None:
-    """Refuse options that say how to read another format than that of the data's files, as far as it is known."""
+    """Refuse options for another format than that of the data's files, as far as that is known."""
     source = data["source"]
     if source["kind"] == "hub" and data["format"] not in (None, "jsonl"):
         raise UserError(
@@ -46,7 +45,7 @@ def check_options(data: dict) -> None:
 
 
 def _names(source: dict) -> list[str]:
-    """What the data's files are called."""
+    """The names of the data's files."""
     if source["kind"] == "hub":
         return [f"{source['repository']}.jsonl"]
     if source["kind"] == "files":
@@ -57,11 +56,11 @@ def _names(source: dict) -> list[str]:
 def source_files(source: dict) -> dict[str, Path]:
     """The files of a `files` source: name in the data folder -> absolute path, sorted by that name.
 
-    Of files with the same name, each gets its folder's name in front. A path is not resolved: what a link
-    points to (a blob in a cache, say) may have lost the file's ending.
+    Files with the same name get their folder's name in front. Paths are not resolved, because the target of a link (a
+    blob in a cache, say) may lack the file's extension.
 
     Raises:
-        UserError: for the first path that is not a file, or whose name cannot be told from another's.
+        UserError: for the first path that is not a file, or whose name equals another's.
     """
     paths = source["path"] if isinstance(source["path"], list) else [source["path"]]
     files = [Path(path).expanduser().absolute() for path in paths]
@@ -84,7 +83,7 @@ def source_files(source: dict) -> dict[str, Path]:
 
 
 def data_files(raw: Path) -> list[Path]:
-    """The raw files of a data folder, or the file itself when `raw` is one; a UserError when there are none."""
+    """The raw files of a data folder, or `raw` itself if it is a file; a UserError if there are none."""
     if raw.is_file() and not is_pin(raw):
         return [raw]
     folder = raw.parent if is_pin(raw) else raw
@@ -105,14 +104,14 @@ def is_pin(path: Path) -> bool:
 
 
 def is_no_data(name: str) -> bool:
-    """Whether a file of this name in a data folder is none of the raw files: it is hidden, or a pin."""
+    """Whether a file of this name in a data folder is not a raw file, but hidden or a pin."""
     return name.startswith(".") or is_pin(Path(name))
 
 
 def planned_identity(name: str, source: dict, hashes: HashCache) -> dict:
     """What identifies the raw data now.
 
-    ``{"pin": key}`` when it is as fetched, or still to fetch, else ``{"files": [sha256, ...]}`` by file name.
+    ``{"pin": key}`` if it is as fetched, or not fetched yet, else ``{"files": [sha256, ...]}`` by file name.
     """
     if source["kind"] == "files":
         return {"files": [hashes.sha256(path) for path in source_files(source).values()]}
@@ -123,7 +122,7 @@ def planned_identity(name: str, source: dict, hashes: HashCache) -> dict:
 
 
 def identity_on_disk(raw: Path) -> dict:
-    """The same as `planned_identity`, read afresh, for the step that uses the files."""
+    """Like `planned_identity`, but without the cache, for the step that uses the files."""
     found = {path.name: file_sha256(path) for path in data_files(raw)}
     if not is_pin(raw):
         return {"files": list(found.values())}

@@ -1,7 +1,7 @@
 """A file inside a PyPI distribution that is pinned by version and sha256.
 
-Archives are downloaded and opened, never installed or built, so that no code of theirs runs here. The indexes are those
-of the machine's pip settings.
+Archives are downloaded and opened, never installed or built, so none of their code runs. The indexes are those of pip's
+settings on this machine.
 """
 
 import ast
@@ -25,21 +25,21 @@ from temper.progress import Progress
 from temper.units import size
 
 log = logging.getLogger("temper")
-DOWNLOADS = Path("results/.state/downloads")  # archives, each in a folder named by its sha256
-# A member may be so much larger than its archive, or so large in any case: text shrinks to a tenth, zeros to a
-# thousandth, and an archive of zeros would fill the disk.
+DOWNLOADS = Path("results/.state/downloads")  # downloaded archives, each in a folder named by its sha256
+# A member may be so many times larger than its archive, or of this size in any case. Text shrinks to a tenth, but zeros
+# to a thousandth, so an archive of zeros would fill the disk.
 MOST_GROWTH, SMALL = 200, 2**30
 
 
 def package_archive(source: dict, section: str) -> Path:
-    """The distribution of a `package` source, from an earlier download or an index. Nothing of it is run.
+    """The distribution of a `package` source, from an earlier download or an index. None of its code is run.
 
     Args:
         source: requirement (``name==version``), sha256, sdist.
         section: the config key of the source, for error messages.
 
     Returns:
-        Path of the archive under `DOWNLOADS`; its sha256 has been checked just now.
+        Path of the archive under `DOWNLOADS`, after checking its sha256.
     """
     folder = DOWNLOADS / source["sha256"]
     with locked(folder):
@@ -64,7 +64,7 @@ def _download(source: dict, section: str, folder: Path) -> None:
     """Put the archive into `folder`.
 
     Raises:
-        UserError: no index has it, or none answers, or its sha256 is another.
+        UserError: no index has it or answers, or its sha256 differs.
     """
     import httpx2
     from unearth.errors import HashMismatchError, UnpackError
@@ -92,7 +92,7 @@ def _download(source: dict, section: str, folder: Path) -> None:
 
 
 def pip_settings(section: str) -> dict[str, str]:
-    """pip's settings as `pip config list` shows them (files and PIP_* variables), less the section they stand in."""
+    """pip's settings as `pip config list` shows them (files and PIP_* variables), without their section."""
     command = [sys.executable, "-m", "pip", "config", "list", "--disable-pip-version-check"]
     done = subprocess.run(command, capture_output=True, text=True, errors="replace")
     if done.returncode:
@@ -104,7 +104,7 @@ def pip_settings(section: str) -> dict[str, str]:
         raise UserError(f"{section}: pip's settings cannot be read: {' '.join(done.stderr.split())[:200]}")
     said = dict(line.split("=", 1) for line in done.stdout.splitlines() if "=" in line)
     settings: dict[str, str] = {}
-    for prefix in ("global.", "download.", ":env:."):  # what comes later counts, as for `pip download`
+    for prefix in ("global.", "download.", ":env:."):  # later values win, as for `pip download`
         mine = {key.removeprefix(prefix): value for key, value in said.items() if key.startswith(prefix)}
         settings |= {key.replace("_", "-"): ast.literal_eval(value) for key, value in mine.items()}
     return settings
@@ -115,7 +115,7 @@ def _client(settings: dict[str, str], section: str):
     from unearth.auth import MultiDomainBasicAuth
     from unearth.fetchers import PyPIClient
 
-    # unearth's own remarks name indexes, and an address may hold a password.
+    # unearth's own messages name indexes, and an address may hold a password.
     logging.getLogger("unearth").setLevel(logging.ERROR)
     verify: bool | ssl.SSLContext = True
     if settings.get("cert"):
@@ -136,7 +136,7 @@ def _client(settings: dict[str, str], section: str):
 
 
 def _indexes(settings: dict[str, str]) -> list[str]:
-    """The indexes that the settings name; pip's default one is not among them."""
+    """The indexes named in the settings, without pip's default one."""
     if _no_index(settings):
         return []
     return [*settings.get("index-url", "").split(), *settings.get("extra-index-url", "").split()]
@@ -147,15 +147,15 @@ def _no_index(settings: dict[str, str]) -> bool:
 
 
 def _packages(settings: dict[str, str], client, source: dict) -> tuple[list, list[str]]:
-    """(all files of the package that pip's settings lead to, the reasons why places did not answer).
+    """(all files of the package in the places that pip's settings name, errors of places that did not answer).
 
-    Each place is asked by itself, so that one that does not answer keeps none of the others from it.
+    Each place is asked separately, so that one without an answer does not affect the others.
     """
     import httpx2
     from unearth import PackageFinder
 
     name = source["requirement"].partition("==")[0]
-    # A wheel for another machine will do: it is opened, not installed.
+    # Wheels for other platforms will do, because they are not installed.
     options = {"session": client, "ignore_compatibility": True}
     options["no_binary" if source.get("sdist") else "only_binary"] = [name]
     finders = [PackageFinder(index_urls=[index], **options) for index in _indexes(settings)]
@@ -167,13 +167,13 @@ def _packages(settings: dict[str, str], client, source: dict) -> tuple[list, lis
     for finder in finders:
         try:
             packages += finder.find_all_packages(name, allow_yanked=True)
-        except (httpx2.HTTPError, ValueError) as error:  # ValueError: a find-links folder that is not there
+        except (httpx2.HTTPError, ValueError) as error:  # ValueError: a missing find-links folder
             silent.append(str(error) or type(error).__name__)
     return packages, silent
 
 
 def _of_this_version(packages: list, requirement: str) -> list:
-    """Links to the files of the wanted version."""
+    """Links to the files of the required version."""
     from packaging.requirements import Requirement
 
     wanted = Requirement(requirement).specifier
@@ -181,7 +181,7 @@ def _of_this_version(packages: list, requirement: str) -> list:
 
 
 def _nowhere(source: dict, packages: list, silent: list[str]) -> str:
-    """Why there is nothing to download, and what to do."""
+    """Say why there is nothing to download, and what to do."""
     name, _, version = source["requirement"].partition("==")
     if packages:
         from packaging.version import parse
@@ -223,7 +223,7 @@ def _fetch(client, link, sha256: str, folder: Path) -> None:
 
 
 def member_name(source: dict) -> str:
-    """The name of the file that a `package` source is about: of nested archives, the innermost member's."""
+    """The name of a `package` source's file: of nested archives, the innermost member."""
     member = source["member"]
     return Path(member if isinstance(member, str) else member[-1]).name
 
@@ -232,7 +232,7 @@ def extract_member(archive: Path, member: str | list[str], target: Path, section
     """Write one file of a zip or tar archive to `target`; a list of members goes through nested archives.
 
     Raises:
-        UserError: the member is not there, the archive is damaged or encrypted, or what comes out is out of proportion.
+        UserError: the member is missing, the archive is damaged or encrypted, or its content is too large.
     """
     members = [member] if isinstance(member, str) else member
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".extract-") as scratch:
@@ -246,7 +246,7 @@ def extract_member(archive: Path, member: str | list[str], target: Path, section
 
 @contextlib.contextmanager
 def _readable(member: str, key: str):
-    """One line for whatever zipfile, tarfile and the decompressors raise over a damaged archive."""
+    """Turn errors of zipfile, tarfile and the decompressors about a damaged archive into one line."""
     try:
         yield
     except UserError:

@@ -1,4 +1,4 @@
-"""Branches and tags of the hub stand for one commit each, noted in data/revisions.json."""
+"""Resolves branches and tags of the hub to one commit each, kept in data/revisions.json."""
 
 import json
 import logging
@@ -15,7 +15,7 @@ from temper.sources.hub import hub_info
 
 log = logging.getLogger("temper")
 
-REVISIONS = Path("data/revisions.json")  # the commits that branches and tags stand for here; belongs into git
+REVISIONS = Path("data/revisions.json")  # commits of branches and tags; should be in git
 COMMIT = "^[0-9a-f]{40}$"
 
 
@@ -23,10 +23,10 @@ COMMIT = "^[0-9a-f]{40}$"
 
 
 def pinned(source: dict, kind: str, section: str) -> dict:
-    """A source that says exactly what it is: a hub's branch or tag becomes a commit.
+    """The source with a hub's branch or tag replaced by its commit.
 
-    A branch moves on, and what is made of it must not differ under one key. So its commit is asked for once and kept in
-    `REVISIONS`; taken out of there, it is asked for anew.
+    A branch moves, but one key must always mean the same data. So its commit is asked for once and kept in `REVISIONS`;
+    remove it there to ask again.
 
     Args:
         kind: dataset or model.
@@ -56,7 +56,7 @@ def _known_revisions() -> dict[str, dict[str, str]]:
 
 
 def _cached_commit(source: dict, kind: str, section: str) -> str:
-    """The commit that a branch stood for when the hub was last asked, from the libraries' cache."""
+    """The last known commit of a branch, from the libraries' cache."""
     from huggingface_hub import constants, file_download
 
     folder = Path(constants.HF_HUB_CACHE) / file_download.repo_folder_name(repo_id=source["repository"], repo_type=kind)

@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from transformers import TrainingArguments
 
-# Fields of `train` that are transformers.EarlyStoppingCallback's; all others are TrainingArguments'.
+# Fields of `train` for transformers.EarlyStoppingCallback; all others are those of TrainingArguments.
 EARLY_STOPPING = ("early_stopping_patience", "early_stopping_threshold")
 
 
 def training_arguments(train: dict, seed: int, state: Path) -> "TrainingArguments":
-    """`train` as TrainingArguments, with what Temper decides itself."""
+    """`train` as TrainingArguments, with the fields that Temper sets itself."""
     import torch
     from transformers import TrainingArguments
 
@@ -21,9 +21,9 @@ def training_arguments(train: dict, seed: int, state: Path) -> "TrainingArgument
         **{
             "dataloader_pin_memory": torch.accelerator.is_available(),
             **fields,
-            # A resumed training must know for how long it has not become better.
+            # A resumed training must know for how long it has not improved.
             "restore_callback_states_from_checkpoint": len(fields) < len(train),
-            # Trainer deletes old checkpoints before the new one is sealed, so one more must always stay.
+            # Trainer deletes old checkpoints before the new one is sealed, so keep one more.
             "save_total_limit": max(2, train.get("save_total_limit") or 2),
             "output_dir": str(state),
             "seed": seed,
@@ -31,10 +31,10 @@ def training_arguments(train: dict, seed: int, state: Path) -> "TrainingArgument
             "report_to": "none",
             "disable_tqdm": True,
             "remove_unused_columns": False,
-            "logging_nan_inf_filter": False,  # a diverged run must show its nan, not an average that hides it
+            "logging_nan_inf_filter": False,  # a diverged run must show its NaN, not an average that hides it
         }
     )
-    # Trainer takes all GPUs that it sees and multiplies the batch by their number, which is in no key.
+    # Trainer would use all visible GPUs and multiply the batch size by their number, which is in no key.
     args._n_gpu = min(args.n_gpu, 1)
     return args
 

@@ -1,4 +1,4 @@
-"""What watches a training: exact state, sealed checkpoints, divergence, metrics, progress."""
+"""Callbacks of a training: exact state, sealed checkpoints, divergence, metrics, progress."""
 
 import logging
 import math
@@ -20,11 +20,11 @@ log = logging.getLogger("temper")
 
 
 class ExactState(TrainerCallback):
-    """Makes every step a function of (seed, step) alone.
+    """Makes every step depend only on the seed and its number.
 
-    The random state is set anew before each step and the data order before each epoch, so a run
-    that continues from a checkpoint, in the middle of an epoch or at its end, goes on exactly as if
-    it had never stopped; there is no random state to save.
+    The random state is set before each step and the data order before each epoch. So a run that continues from a
+    checkpoint, in the middle of an epoch or at its end, does exactly what it would have done without stopping, and
+    there is no random state to save.
     """
 
     def __init__(self, trainer: TemperTrainer, epoch_steps: int):
@@ -39,14 +39,14 @@ class ExactState(TrainerCallback):
 
 
 class SealedCheckpoints(TrainerCallback):
-    """Seals each checkpoint, and has one saved, and the training loss logged, where an epoch or the training ends.
+    """Seals each checkpoint. Saves one, and logs the training loss, at the end of each epoch and of the training.
 
-    From an epoch's end the trunk's next segment starts. Where the best model is kept, each evaluation is saved too:
-    which steps it is chosen from must not depend on `save_steps`, which is in no key. The loss is logged with each
-    checkpoint, so that the curve of a training that continues from it is that of one which never stopped.
+    The trunk's next segment starts at the end of an epoch. If the best model is kept, each evaluation is saved too,
+    because the choice must not depend on `save_steps`, which is in no key. The loss is logged with each checkpoint, so
+    that a training that continues from it has the same curve as one that never stopped.
 
     Args:
-        is_plateau: whether training ends where a decay would begin: that is the end of nothing, and not evaluated.
+        is_plateau: whether training ends where a decay would begin. That is not the end of a run, so not evaluated.
     """
 
     def __init__(self, epoch_steps: int, is_plateau: bool):
@@ -70,9 +70,9 @@ class SealedCheckpoints(TrainerCallback):
 
 
 class StopOnDivergence(TrainerCallback):
-    """Ends training when a figure or a weight stopped being finite. That is a result, and recorded as one.
+    """Ends training when a figure or a weight becomes NaN or infinite, and records that as a result.
 
-    Nothing is saved of it, so that who continues from the last checkpoint finds the same end at the same step.
+    Nothing is saved then, so a training that continues from the last checkpoint ends in the same way at the same step.
     """
 
     FIGURES = ("loss", "grad_norm", "eval_loss")
@@ -83,7 +83,7 @@ class StopOnDivergence(TrainerCallback):
     def on_log(self, args, state, control, logs=None, optimizer=None, **_):  # noqa: ARG002
         for name in self.FIGURES:
             value = (logs or {}).get(name, 0.0)
-            # float16's scaler leaves out a step whose gradients overflow, and tries the next with a smaller scale.
+            # float16's scaler skips a step whose gradients overflow, and reduces the scale for the next.
             scaled_down = name == "grad_norm" and getattr(optimizer, "step_was_skipped", False)
             if not math.isfinite(value) and not scaled_down:
                 return self._stop(state, control, f"{name} is {value}")
@@ -105,21 +105,21 @@ class StopOnDivergence(TrainerCallback):
 
 
 def _is_finite(model) -> bool:
-    """Whether all trained weights are numbers. Their last update shows in no loss."""
+    """Whether all trained weights are finite. No loss shows their last update."""
     return all(weight.isfinite().all() for weight in model.parameters() if weight.requires_grad)
 
 
 class MetricsFile(TrainerCallback):
-    """Appends what Trainer logs to metrics.jsonl, the truth that everything else (MLflow, reports) mirrors.
+    """Appends Trainer's logs to metrics.jsonl, which MLflow and reports mirror.
 
-    Each line has the step, the epoch, and the training seconds and real tokens since the very first
-    step, across all interruptions.
+    Each line has the step, the epoch, and the training seconds and real tokens since the first step, across all
+    interruptions.
     """
 
     KEPT = ("loss", "eval_loss", "learning_rate", "grad_norm", *FIGURES, *(f"eval_{name}" for name in FIGURES))
 
     def __init__(self, path: Path, checkpoint: Path | None, trainer: TemperTrainer, listener=None):
-        """Start `path` anew with what stood beside the checkpoint when it was written."""
+        """Start `path` anew with the metrics stored with the checkpoint."""
         self.path, self.trainer, self.listener = path, trainer, listener
         before = known_json_lines(checkpoint.parent / path.name) if checkpoint else []
         self.lines = [line for line in before if line["step"] <= checkpoints.step_of(checkpoint)]
@@ -134,12 +134,12 @@ class MetricsFile(TrainerCallback):
 
     @property
     def seconds(self) -> float:
-        """Training time so far, earlier parts of the run included."""
+        """Training time so far, including earlier parts of the run."""
         return self.seconds_before + time.monotonic() - self.started
 
     @property
     def tokens(self) -> int:
-        """Real tokens so far, earlier parts of the run included."""
+        """Real tokens so far, including earlier parts of the run."""
         return self.tokens_before + self.trainer.tokens
 
     def last(self, name: str, step: int | None = None) -> float | None:
@@ -166,7 +166,7 @@ class MetricsFile(TrainerCallback):
 
 
 def _json_number(value: float) -> float | None:
-    """JSON has no nan: a loss that is not a number becomes null."""
+    """JSON has no NaN, so such a loss becomes null."""
     return value if math.isfinite(value) else None
 
 
@@ -195,7 +195,7 @@ class ShowProgress(TrainerCallback):
 
 
 class Recorded:
-    """A training's callbacks, in the order in which they act, and what they saw."""
+    """A training's callbacks, in their order, and what they recorded."""
 
     def __init__(
         self, trainer: TemperTrainer, state: Path, checkpoint: Path | None, train: dict, listener, is_plateau: bool
@@ -211,12 +211,12 @@ class Recorded:
             ShowProgress(),
             SealedCheckpoints(self.epoch_steps, is_plateau),
             *([EarlyStoppingCallback(**stopping)] if stopping else []),
-            self.divergence,  # has the last word on what is saved
+            self.divergence,  # last, so that it decides what is saved
         ):
             trainer.add_callback(callback)
 
     def facts(self) -> dict:
-        """What training.json says of the training itself."""
+        """The facts about the training itself in training.json."""
         metrics, state = self.metrics, self.trainer.state
         seconds, best = (
             metrics.seconds,
@@ -232,7 +232,7 @@ class Recorded:
             "global_step": state.global_step,
             "best_step": best_step,
             "final_loss": metrics.last("loss"),
-            "eval_loss": metrics.last("eval_loss", best_step or state.global_step),  # of the weights that are saved
+            "eval_loss": metrics.last("eval_loss", best_step or state.global_step),  # of the saved weights
             "diverged_at_step": self.divergence.diverged_at,
             "resumed_from_step": self.start,
             "dtype": str(next(self.trainer.model.parameters()).dtype).removeprefix("torch."),

@@ -1,7 +1,7 @@
-"""Checkpoints that are whole or do not count.
+"""Checkpoints that are complete or ignored.
 
-Trainer writes a checkpoint file by file, so a kill leaves half of one. Ours is whole when its `complete.json`,
-written last, names every file with the sha256 that the file still has.
+Trainer writes a checkpoint file by file, so a kill leaves half of one. A checkpoint is complete (sealed) if its
+`complete.json`, written last, lists every file with its current sha256.
 """
 
 import dataclasses
@@ -17,7 +17,7 @@ from temper.hashing import file_sha256
 log = logging.getLogger("temper")
 SEAL = "complete.json"
 STATE = "trainer_state.json"
-# Without one of these Trainer begins anew with what stood in it, and says nothing.
+# If one of these is missing, Trainer silently starts that part from scratch.
 NEEDED = ("optimizer.pt", "scheduler.pt", "rng_state.pth", STATE)
 NAME = re.compile(r"checkpoint-\d+")
 
@@ -28,7 +28,7 @@ def step_of(checkpoint: Path | None) -> int:
 
 
 def seal(checkpoint: Path) -> None:
-    """Declare a checkpoint whole: everything is on the disk before `complete.json` appears, by one rename."""
+    """Seal a checkpoint: everything is on the disk before `complete.json` appears, by one rename."""
     files = [path for path in sorted(checkpoint.rglob("*")) if path.is_file() and path.name != SEAL]
     for path in files:
         _to_disk(path)
@@ -48,7 +48,7 @@ def _to_disk(path: Path) -> None:
 
 
 def fault(checkpoint: Path) -> str | None:
-    """What is wrong with a checkpoint, in a few words; None when it is whole."""
+    """What is wrong with a checkpoint, in a few words; None if it is complete."""
     if not (checkpoint / SEAL).is_file():
         return "was not written to its end"
     sums, state = known_json(checkpoint / SEAL), known_json(checkpoint / STATE)
@@ -70,7 +70,7 @@ def fault(checkpoint: Path) -> str | None:
 
 
 def _odd_entry(state: dict) -> str | None:
-    """An entry of Trainer's state that it did not write so, or that it needs and is gone."""
+    """An entry of Trainer's state that is missing or not as Trainer writes it."""
     from transformers import TrainerState
 
     kinds = {"epoch": int | float, "log_history": list, "stateful_callbacks": dict}
@@ -80,7 +80,7 @@ def _odd_entry(state: dict) -> str | None:
 
 
 def last_whole(folders: list[Path], up_to: int) -> Path | None:
-    """The newest whole checkpoint in `folders` that is not past step `up_to`. Others are named and passed over."""
+    """The newest complete checkpoint in `folders` up to step `up_to`. Damaged ones are reported and skipped."""
     found = [path for folder in folders for path in folder.glob("checkpoint-*") if path.is_dir()]
     for odd in [path for path in found if not NAME.fullmatch(path.name)]:
         log.info("%s: passed over, for its name is not checkpoint-<step>", odd)

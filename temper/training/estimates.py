@@ -1,21 +1,21 @@
-"""What a training needs, said before it starts: memory of parameters, gradients, optimizer and activations; FLOPs.
+"""Estimates before training: memory of parameters, gradients, optimizer and activations, and FLOPs.
 
-Activations and FLOPs come from no formula for some architecture but are seen: one small real batch goes forward and
-backward, torch counts the operations, and the tensors that autograd keeps are added up. Both grow with the tokens that
-go through the layers (attention's share grows with their square, which is little for rows below some thousand tokens),
-and those are counted on batches of the first epoch: how many it has in common is an affair of the whole batch.
+Activations and FLOPs are measured, not computed by a formula per architecture: one small real batch goes forward and
+backward, torch counts the operations, and the sizes of the tensors that autograd keeps are added. Both grow with the
+number of tokens that go through the layers. (Attention grows with its square, which matters little for rows below some
+thousand tokens.) That number is counted on batches of the first epoch, because the shared prefix depends on the batch.
 """
 
 import dataclasses
 
 from temper import units
 
-# What the C library's heap takes for activations, as a multiple of them: their sizes differ from batch to batch, which
-# leaves holes. Measured in float32 over 25 to 63 steps: 1.4 to 1.6. Giving them back after each step saves nothing.
+# Heap memory per byte of activations: their sizes differ between batches, which leaves holes. Measured in float32 over
+# 25 to 63 steps: 1.4 to 1.6. Returning memory to the system after each step saves nothing.
 HEAP = 1.5
 PROBE_ROWS = 2
-SAMPLED_BATCHES = 32  # of the first epoch, to count tokens
-# Bytes of optimizer state per trained parameter where the name says so, else two moments in float32.
+SAMPLED_BATCHES = 32  # batches of the first epoch whose tokens are counted
+# Bytes of optimizer state per trained parameter, by parts of the name; otherwise two float32 moments.
 STATE_BYTES = {"sgd": 0, "adafactor": 0, "8bit": 2, "adagrad": 4, "lion": 4, "rmsprop": 4}
 TWO_MOMENTS = 8
 
@@ -33,7 +33,7 @@ class Estimate:
 
     @property
     def peak(self) -> int:
-        """All of it is there when a backward pass ends."""
+        """The sum, which is reached at the end of a backward pass."""
         return self.program + self.parameters + self.gradients + self.optimizer + self.activations
 
     def facts(self) -> dict[str, int]:
@@ -58,7 +58,7 @@ class Estimate:
 
 
 def estimate(trainer, lengths: list[int], program: int) -> Estimate:
-    """Send a small batch through the trainer's model, and scale what it took.
+    """Send a small batch through the trainer's model, and scale its costs.
 
     Args:
         trainer: a TemperTrainer, before training; afterwards its model has no gradients, as before.
@@ -85,7 +85,7 @@ def estimate(trainer, lengths: list[int], program: int) -> Estimate:
 
 
 def _tokens_to_compute(trainer, lengths: list[int]) -> tuple[float, int]:
-    """Tokens that go through the layers: (in the first epoch, by some of its batches; in its largest batch)."""
+    """Tokens that go through the layers: (in the first epoch, from a sample of its batches; in its largest batch)."""
     order, size = list(trainer.sampler), trainer.args.train_batch_size
     batches = [order[at : at + size] for at in range(0, len(order), size)]
     longest = max(batches, key=lambda rows: sum(lengths[row] for row in rows))
@@ -120,7 +120,7 @@ def _probe(trainer, batch) -> tuple[int, int]:
 
     model.train()
     with torch.no_grad(), trainer.compute_loss_context_manager():
-        trainer.compute_loss(model, batch)  # the first call also chooses the loss's way, which no step does again
+        trainer.compute_loss(model, batch)  # the first call also chooses how to compute the loss
     with FlopCounterMode(display=False) as counter:
         with saved_tensors_hooks(keep, lambda tensor: tensor), trainer.compute_loss_context_manager():
             loss = trainer.compute_loss(model, batch)

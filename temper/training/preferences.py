@@ -13,7 +13,7 @@ REFERENCES = ("ref_chosen_logps", "ref_rejected_logps")
 
 
 def answer_only(ids: list[int], labels: list[int], prompt_length: int) -> dict:
-    """A row whose last answer alone counts: what stands before it is the same for both answers of a pair."""
+    """A row in which only the last answer counts, because both answers of a pair share everything before it."""
     start = answer_start(ids, prompt_length)
     return {"input_ids": ids, "labels": [IGNORED] * start + list(labels[start:])}
 
@@ -43,7 +43,7 @@ def pairs_batch(rows: list[dict], pad_token_id: int) -> Batch:
 
 @dataclasses.dataclass
 class PreferenceLoss:
-    """The loss of each pair, from what the model and the reference find of its two answers."""
+    """The loss of each pair, from the log-probabilities of its two answers under model and reference."""
 
     beta: float
     loss_type: str

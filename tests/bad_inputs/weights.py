@@ -398,7 +398,7 @@ CASES = [
         name="train_adapter: a bias that the layers lack",
     ),
     _asked(
-        r"'adapter\.alora_invocation_tokens' cannot be set: PEFT cannot make it part",
+        r"'adapter\.alora_invocation_tokens' cannot be set: PEFT cannot merge it",
         "train_adapter",
         "adapter.alora_invocation_tokens=[1,2]",
         name="train_adapter: aLoRA",

@@ -69,7 +69,7 @@ def test_the_adapter_names_a_base_that_others_can_load(project, server, capsys):
     config = json.loads((folder / "tuned/adapter_config.json").read_text())
     assert (config["base_model_name_or_path"], config["r"]) == ("acme/base", 4)
     card = (folder / "tuned/README.md").read_text()
-    assert "That acme/base is the same model was said by hand" in card
+    assert "The author states that acme/base is the same model" in card
 
 
 def test_the_card_says_what_the_run_measured(project, tmp_path, capsys):

@@ -60,7 +60,7 @@ def test_every_file_in_conf_composes_and_validates(workspace):
         ("train.learning_rate=nan", "config: 'train.learning_rate' is nan: a finite number is needed"),
         ("train.learning_rate=true", "config: 'train.learning_rate': input should be a valid number"),
         ("train.num_train_epochs=1e18", "config: 'train.num_train_epochs' must be from 0 to 10000"),
-        ("train.hub_token=x", "a token never belongs into a config"),
+        ("train.hub_token=x", "a config is stored and shown, so it must not hold a token"),
         ("adapter.peft_type=lora", "config: 'adapter.peft_type': 'lora'; did you mean 'LORA'?"),
         ("adapter.lora_dropout=-1", "config: 'adapter.lora_dropout' must be from 0 to below 1"),
         ("seed=range(1,1)", "sweep 'seed=range(1,1)': the axis has no values"),

@@ -138,7 +138,7 @@ MATRIX = (
         fast=False,
     ),
     Edit(
-        "edit a file of a base model of one's own",
+        "edit a file of your own base model",
         {"fetch_model": 1, **TOKENIZE},
         files=(("model/config.json", '"initializer_range": 0.3', '"initializer_range": 0.2'),),
         fast=False,
@@ -183,7 +183,7 @@ MATRIX = (
     ),
     Edit("rename the sweep: `sweep.name=other`", COMPARE, "sweep.name=other", fast=False, back={}),
     Edit(
-        "one epoch more, beside the first: `train.num_train_epochs=1,2`",
+        "add a second number of epochs: `train.num_train_epochs=1,2`",
         TRAIN,  # for each of the two trunks one segment
         "train.num_train_epochs=1,2",
     ),
@@ -276,26 +276,26 @@ MATRIX = (
         ),
     ),
     PairsEdit(
-        "of a DPO sweep on the model's own answers: `method.own_answers.max_new_tokens=3`",
+        "in a DPO sweep on the model's own answers: `method.own_answers.max_new_tokens=3`",
         OWN_ANSWERS,
         "method.own_answers.max_new_tokens=3",
     ),
     PairsEdit(
-        "of the same: a statement in `steps/sample_answers.py`",
+        "in the same sweep: a statement in `steps/sample_answers.py`",
         OWN_ANSWERS,
         files=(("steps/sample_answers.py", LOG, OTHER_LOG),),
     ),
     PairsEdit(
-        "of the same: a statement in `steps/reference_logprobs.py`",
+        "in the same sweep: a statement in `steps/reference_logprobs.py`",
         REFERENCES,
         files=(("steps/reference_logprobs.py", LOG, OTHER_LOG),),
     ),
     PairsEdit(
-        "of the same: a statement in `temper/evaluation/generation.py`",
+        "in the same sweep: a statement in `temper/evaluation/generation.py`",
         {**OWN_ANSWERS, **EVALUATE},
         files=(("temper/evaluation/generation.py", LOG, OTHER_LOG),),
     ),
-    PairsEdit("of the same: `method.beta=0.2`", TRAIN, "method.beta=0.2"),
+    PairsEdit("in the same sweep: `method.beta=0.2`", TRAIN, "method.beta=0.2"),
 )
 
 
