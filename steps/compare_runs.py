@@ -20,7 +20,6 @@ from typing import Any
 
 from temper import tracking
 from temper.errors import UserError
-from temper.evaluation import metrics
 from temper.evaluation.comparison import Ranking, rank
 from temper.evaluation.figures import finite
 from temper.files import read_yaml, write_whole
@@ -57,7 +56,7 @@ def compare(config: dict, output: Path) -> Board:
     """
     from yaml import safe_dump
 
-    ranking = rank(config["runs"], metrics.check_metric(config["eval"]))
+    ranking = rank(config["runs"], config["eval"], config["sweep"].get("choose", "best"))
     _say_missing(config["runs"], ranking)
     sweep, metric = config["sweep"]["name"], ranking.metric
     names = shown_metrics(ranking, config["eval"]["task"])
@@ -73,7 +72,8 @@ def compare(config: dict, output: Path) -> Board:
     runs = [*ranking.runs, *ranking.diverged]
     linked = [{**row, "report": run.report} for row, run in zip(rows, runs, strict=True)]
     base = ranking.best.figures.base
-    board = Board(sweep=sweep, metric=metric, rows=linked, missing=ranking.missing, base=base)
+    chosen = ranking.chosen.name
+    board = Board(sweep=sweep, metric=metric, rows=linked, chosen=chosen, missing=ranking.missing, base=base)
     write_whole(output / "leaderboard.json", json_text(finite(board.model_dump())))
     return board
 

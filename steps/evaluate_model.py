@@ -82,7 +82,8 @@ def run(
     judged = judge(metric, evidence, base)
     found = figures_of(
         metric,
-        _train_gold(rows, settings),
+        _learned(rows, settings),
+        test,
         asked,
         judged,
         base,
@@ -137,10 +138,10 @@ def _rows(model: Path, splits: Path, settings: dict, tokenizer) -> tuple[Dataset
     return loaded, list(loaded["test"])
 
 
-def _train_gold(rows: DatasetDict, settings: dict) -> list[str]:
-    """The training split's gold answers, where a baseline needs them."""
+def _learned(rows: DatasetDict, settings: dict) -> list[dict]:
+    """What the baselines know of the training split."""
     wanted = settings["task"] in ("labels", "tags") and "train" in rows
-    return list(rows["train"]["reference"]) if wanted else []
+    return list(rows["train"].select_columns(["prompt", "reference"])) if wanted else []
 
 
 def _left_out(splits: Path) -> dict:

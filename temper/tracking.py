@@ -559,7 +559,8 @@ def _register_champion(api, plan, board: "Board", ids: dict[str, str]) -> str:
     """
     from mlflow.exceptions import MlflowException
 
-    best, score = board.rows[0], f"test_{board.metric}"
+    best = next(row for row in board.rows if row["run"] == board.chosen)
+    score = f"test_{board.metric}"
     if best[score] is None:  # a diverged run is never the champion
         return "no run has figures, so there is no new champion"
     run = next(run for run in plan.runs if run.name == best["run"])

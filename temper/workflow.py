@@ -272,7 +272,7 @@ def on_success(plan: planning.Plan) -> None:
     with one_line_errors():
         folder = Path(plan.leaderboard).parent
         print_leaderboard(folder)
-        best = read_board(folder).rows[0]["run"]
+        best = read_board(folder).chosen
         print(f"best model: {next(run.artefacts['merge_adapter'] for run in plan.runs if run.name == best)}")
         if plan.tracking["enabled"]:
             print("MLflow: make ui, then http://127.0.0.1:5000")

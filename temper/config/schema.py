@@ -417,6 +417,9 @@ class Sweep(Section):
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$")]
     axes: dict[str, Any] = {}
+    choose: Literal["best", "cheapest_of_tied"] = "best"
+    """Which run is the sweep's choice: the best one, or of those that cannot be told from it the one whose training
+    took the fewest operations."""
 
 
 Seed = Annotated[int, Field(ge=0, lt=2**32)]

@@ -24,7 +24,7 @@ def interval(statistic: Statistic, rows: int) -> list[float]:
     """
     from scipy.stats import binomtest
 
-    if isinstance(statistic, Mean) and set(statistic.values.tolist()) <= {0.0, 1.0}:
+    if isinstance(statistic, Mean) and statistic.is_share:
         share = binomtest(int(statistic.values.sum()), rows).proportion_ci(CONFIDENCE, method="wilson")
         return [float(share.low), float(share.high)]
     return _bootstrap(statistic, rows)
@@ -32,6 +32,8 @@ def interval(statistic: Statistic, rows: int) -> list[float]:
 
 def delta_interval(ours: Statistic, theirs: Statistic, rows: int) -> list[float]:
     """95% interval of `ours` - `theirs` on the same rows: narrower than two intervals side by side suggest."""
+    if isinstance(ours, Mean) and isinstance(theirs, Mean):
+        return _bootstrap(Mean(ours.values - theirs.values), rows)
     return _bootstrap(lambda picked: ours(picked) - theirs(picked), rows)
 
 
@@ -43,18 +45,18 @@ def _bootstrap(statistic: Statistic, rows: int) -> list[float]:
     import numpy as np
     from scipy.stats import DegenerateDataWarning, bootstrap
 
-    picked = np.arange(rows)
     if rows == 1:  # nothing to draw from
-        return [statistic(picked)] * 2
+        return [statistic([0])] * 2
+    values = statistic.values if isinstance(statistic, Mean) else None  # many resamples at a time: 20 times as fast
     with warnings.catch_warnings(), np.errstate(invalid="ignore", divide="ignore"):
         warnings.simplefilter("ignore", DegenerateDataWarning)
         found = bootstrap(
-            (picked,),
-            statistic,
+            (np.arange(rows) if values is None else values,),
+            statistic if values is None else np.mean,
             n_resamples=RESAMPLES,
             confidence_level=CONFIDENCE,
             method="BCa" if rows <= MOST_ROWS else "percentile",
-            vectorized=False,
+            vectorized=values is not None,
             batch=100,  # resamples laid at once: memory
             rng=np.random.default_rng(SEED),
         )

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from temper.data.columns import IGNORED, answer_start
 from temper.errors import UserError
 from temper.evaluation import intervals, metrics
 from temper.evaluation.class_tokens import class_answers
@@ -56,6 +57,7 @@ class Asked:
             choices=self.choices.chosen if self.choices else None,
             loss_sums=self.losses.sums,
             loss_tokens=self.losses.tokens,
+            answer_bytes=_answer_bytes(test),
             pair_logps=self.pair_logps,
             finished=self.answers.finished,
         )
@@ -81,6 +83,13 @@ class Judgement:
     scores: metrics.Scores
     intervals: dict[str, list[float]]
     gain: list[float] | None
+
+
+def _answer_bytes(rows: list[dict]) -> list[int] | None:
+    """Bytes of each gold answer; None where the loss counts more than the answer (loss_on=all, earlier turns)."""
+    starts = [answer_start(row["input_ids"], row["prompt_length"]) for row in rows]
+    more = any(label != IGNORED for row, at in zip(rows, starts, strict=True) for label in row["labels"][:at])
+    return None if more else [len(row["reference"].encode()) for row in rows]
 
 
 # --- what the model says -------------------------------------------------------------------------
@@ -169,6 +178,7 @@ def evidence_of(settings: dict, rows: list[dict]) -> metrics.Evidence:
         choices=column("choice"),
         loss_sums=column("loss_sum"),
         loss_tokens=column("tokens"),
+        answer_bytes=column("bytes"),
         pair_logps=pairs,
         finished=column("finished"),
     )
@@ -193,7 +203,8 @@ def judge(metric: str, evidence: metrics.Evidence, base: BaseReport | None) -> J
 
 def figures_of(
     metric: str,
-    train_gold: list[str],
+    learned: list[dict],
+    test: list[dict],
     asked: Asked,
     judged: Judgement,
     base: BaseReport | None,
@@ -205,14 +216,13 @@ def figures_of(
     """The content of metrics.json.
 
     Args:
-        train_gold: the training split's gold answers, for the majority baseline.
+        learned, test: rows of the training and of the test split (`prompt`, `reference`), for the baselines.
         train, start, left_out: see `Figures`.
     """
     evidence, settings, answers = judged.evidence, judged.evidence.settings, asked.answers
     values, delta = judged.scores.values, None
     if base and judged.gain:
         delta = Delta(value=values[metric] - base.scores.values[metric], interval=judged.gain)
-    sets = settings["task"] in ("labels", "tags")
     return Figures(
         task=settings["task"],
         metric=metric,
@@ -223,7 +233,7 @@ def figures_of(
         intervals=judged.intervals,
         base_intervals=base.figures.intervals if base else None,
         delta=delta,
-        baselines=[metrics.majority_baseline(settings, train_gold, evidence.gold)] if sets else [],
+        baselines=metrics.baselines(settings, learned, test),
         published=settings["published"],
         loss_seconds=round(asked.loss_seconds, 3),
         generate_seconds=round(answers.seconds, 3),
@@ -266,6 +276,8 @@ def _prediction_row(index: int, row: dict, asked: Asked, judged: Judgement, base
 
     line |= {"finished": answers.finished[index]}
     line |= {"loss_sum": asked.losses.sums[index], "tokens": asked.losses.tokens[index]}
+    if judged.evidence.answer_bytes:
+        line["bytes"] = judged.evidence.answer_bytes[index]
     if choices:
         line["label_logps"] = [round(logp, 5) for logp in choices.logps[index]]
     if asked.pair_logps:

@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import inspect
 import math
+import re
 import unicodedata
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -36,6 +37,11 @@ class Mean:
 
     def __call__(self, rows) -> float:
         return float(self.values[rows].mean())
+
+    @property
+    def is_share(self) -> bool:
+        """Whether each row is right or wrong."""
+        return set(self.values.tolist()) <= {0.0, 1.0}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,6 +86,7 @@ class Evidence:
             is usual for multiple-choice tasks: a model that knows the answer but chats around it is not taken for
             ignorant, and the gain by tuning not for larger than it is. Without choices they are those of the answers.
         loss_sums, loss_tokens: cross entropy in nats, summed over the row's supervised tokens, and how many those are.
+        answer_bytes: of the gold answer in UTF-8; None where more than the answer is supervised.
         pair_logps: log-probability of a preference pair's chosen and of its rejected answer.
         start_logps: the same of the model that preference optimization started from, and `beta`, the training's.
         finished: whether the answer ended by itself.
@@ -91,6 +98,7 @@ class Evidence:
     choices: Sequence[str] | None = None
     loss_sums: Sequence[float] | None = None
     loss_tokens: Sequence[int] | None = None
+    answer_bytes: Sequence[int] | None = None
     pair_logps: Sequence[tuple[float, float]] | None = None
     start_logps: Sequence[tuple[float, float]] | None = None
     beta: float | None = None
@@ -296,6 +304,16 @@ def _perplexity(evidence: Evidence) -> Statistic | None:
     return None if loss is None else lambda rows: perplexity(loss(rows))
 
 
+def _bits_per_byte(evidence: Evidence) -> Statistic | None:
+    """bits per byte: cross entropy of the gold answers, with their end, per byte of UTF-8; compares across models."""
+    import numpy as np
+
+    if evidence.loss_sums is None or evidence.answer_bytes is None:
+        return None
+    sums, sizes = (np.asarray(column, dtype=float) for column in (evidence.loss_sums, evidence.answer_bytes))
+    return lambda rows: float(sums[rows].sum() / max(sizes[rows].sum(), 1.0) / math.log(2))
+
+
 def perplexity(loss: float) -> float:
     """exp(loss), kept within what a float holds."""
     return math.exp(min(loss, 700.0))
@@ -338,7 +356,8 @@ def _unfinished(evidence: Evidence) -> Statistic | None:
 
 # --- the rows ------------------------------------------------------------------------------------
 
-PREFERENCE = "preference_accuracy"
+PREFERENCE, BITS_PER_BYTE = "preference_accuracy", "bits_per_byte"
+PER_TOKEN = ("loss", "perplexity")  # not comparable between models that cut text into other tokens
 # A task's own metrics. The first ranks runs unless eval.metric names another, and scores single rows.
 TASKS = {
     "labels": (
@@ -362,6 +381,7 @@ TASKS = {
 ANY_TASK = (
     Metric("loss", _loss, lower_is_better=True),
     Metric("perplexity", _perplexity, lower_is_better=True),
+    Metric(BITS_PER_BYTE, _bits_per_byte, lower_is_better=True),
     Metric(PREFERENCE, _preference_accuracy),
     Metric("rewards/accuracies", _reward_accuracy, ranks=False),
     Metric("rewards/margins", _reward_margin, ranks=False),
@@ -472,14 +492,54 @@ def confusion(evidence: Evidence) -> dict:
     return {"labels": class_names, "columns": columns, "counts": counts.tolist()}
 
 
-def majority_baseline(settings: dict, train_gold: Sequence[str], gold: Sequence[str]) -> dict:
-    """What always giving the training split's most frequent label, or tag, would score on the test split."""
-    task, texts = settings["task"], train_gold or gold
-    if task == "labels":
+MOST_LEARNED = 20_000  # rows that the trained baseline learns from: seconds
+
+
+def baselines(settings: dict, train: list[dict], test: list[dict]) -> list[dict]:
+    """What needs no language model.
+
+    Args:
+        train, test: rows with `prompt` and `reference`.
+
+    Returns:
+        {"name", "answer" where it is always the same, metric: its figure on the test split}
+    """
+    task, gold = settings["task"], [row["reference"] for row in test]
+    given = {}
+    if task in ("labels", "tags"):
+        answer = _most_frequent(settings, [row["reference"] for row in train] or gold)
+        name = "majority class" if task == "labels" else "most frequent tag"
+        given[name] = {"answer": answer}, [answer] * len(gold)
+    if task == "labels" and (answers := _classified(settings, train, test)):
+        given["tf-idf, logistic regression"] = {}, answers
+    found = []
+    for name, (more, answers) in given.items():
+        values = score(Evidence(settings, gold, answers)).values
+        found.append({"name": name, **more, **{metric.name: values[metric.name] for metric in TASKS[task]}})
+    return found
+
+
+def _most_frequent(settings: dict, texts: Sequence[str]) -> str:
+    if settings["task"] == "labels":
         seen = gold_classes(texts, settings["labels"])
     else:
         seen = [tag for text in texts for tag in sorted(read_tags(text, settings["separator"]))]
-    majority = max(collections.Counter(seen).items(), key=lambda counted: counted[1], default=("", 0))[0]
-    values = score(Evidence(settings, gold, [majority] * len(gold))).values
-    name = "majority class" if task == "labels" else "most frequent tag"
-    return {"name": name, "answer": majority, **{metric.name: values[metric.name] for metric in TASKS[task]}}
+    return max(collections.Counter(seen).items(), key=lambda counted: counted[1], default=("", 0))[0]
+
+
+def _classified(settings: dict, train: list[dict], test: list[dict]) -> list[str] | None:
+    """Answers of a classifier that costs nothing, trained on the same rows: any tuned model should beat it.
+
+    Logistic regression on tf-idf of the prompts' words and pairs of words. None where it has nothing to learn.
+    """
+    from sklearn.feature_extraction.text import TfidfVectorizer
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
+
+    learned = train[:MOST_LEARNED]
+    wanted = gold_classes([row["reference"] for row in learned], settings["labels"])
+    prompts = [row["prompt"] for row in learned]
+    if len(set(wanted)) < 2 or not any(re.search(r"\w\w", prompt) for prompt in prompts):
+        return None
+    model = make_pipeline(TfidfVectorizer(ngram_range=(1, 2)), LogisticRegression(max_iter=1000))
+    return model.fit(prompts, wanted).predict([row["prompt"] for row in test]).tolist()

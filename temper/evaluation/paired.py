@@ -39,19 +39,15 @@ def difference(ours: Statistic, theirs: Statistic, rows: int) -> Difference:
     everything = range(rows)
     value = ours(everything) - theirs(everything)
     interval = delta_interval(ours, theirs, rows)
-    if _right_or_wrong(ours) and _right_or_wrong(theirs):
+    if isinstance(ours, Mean) and isinstance(theirs, Mean) and ours.is_share and theirs.is_share:
         return Difference(value, interval, _mcnemar(ours, theirs))
     return Difference(value, interval, _from_spread(value, interval))
-
-
-def _right_or_wrong(statistic: Statistic) -> bool:
-    return isinstance(statistic, Mean) and set(statistic.values.tolist()) <= {0.0, 1.0}
 
 
 def _mcnemar(ours: Mean, theirs: Mean) -> float:
     from scipy.stats import binomtest
 
-    better, worse = (int((ours.values * sign > theirs.values * sign).sum()) for sign in (1, -1))
+    better, worse = int((ours.values > theirs.values).sum()), int((ours.values < theirs.values).sum())
     return float(binomtest(better, better + worse).pvalue) if better + worse else 1.0
 
 

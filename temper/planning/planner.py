@@ -10,7 +10,8 @@ from temper.config.schema import Data
 from temper.config.stages import FOLDERS, NOT_IN_KEY, PLATEAU, stage_config
 from temper.config.validate import sft_config
 from temper.errors import UserError
-from temper.evaluation.metrics import check_metric
+from temper.evaluation.comparison import sweeps_model
+from temper.evaluation.metrics import BITS_PER_BYTE, PER_TOKEN, check_metric
 from temper.folders import check_name
 from temper.hashing import HashCache, canonical_json
 from temper.keys import stage_key
@@ -90,10 +91,15 @@ def _add_comparison(plan: Plan, config: dict, overrides: list[str]) -> None:
     for run in plan.runs:
         if run.config["eval"] != config["eval"] and run.config["eval"]["task"] != config["eval"]["task"]:
             raise UserError("sweep: runs with different eval.task cannot be ranked together: sweep them apart")
+    if sweeps_model(plan.axes) and config["eval"]["metric"] in PER_TOKEN:
+        raise UserError(
+            f"sweep: '{config['eval']['metric']}' is per token, and models have different tokens: rank by "
+            f"eval.metric={BITS_PER_BYTE}, or sweep the models apart"
+        )
     view = {
         "experiment": plan.experiment,
         "eval": config["eval"],
-        "sweep": {"name": plan.sweep, "axes": plan.axes},
+        "sweep": {"name": plan.sweep, "axes": plan.axes, "choose": config["sweep"]["choose"]},
         "runs": [
             {"name": run.name, "point": run.point, "report": run.artefacts["evaluate_model"]} for run in plan.runs
         ],

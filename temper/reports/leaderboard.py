@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict
 from temper import units
 from temper.errors import UserError, visible
 from temper.evaluation import metrics
-from temper.evaluation.comparison import DivergedRun, RankedRun, Ranking
+from temper.evaluation.comparison import DivergedRun, RankedRun, Ranking, sweeps_model
 from temper.evaluation.figures import Number, finite
 from temper.files import read_json
 from temper.reports import html, plots
@@ -29,13 +29,15 @@ EXTRAS = ("tokens_per_second", "peak_memory_bytes", "trainable_parameters")
 class Board(BaseModel):
     """A leaderboard, as leaderboard.json has it: a row for each run, best first, those that diverged below.
 
-    `base`: metric -> figure of the untouched model. `missing`: names of the runs without a report.
+    `chosen`: the name of the run that the sweep chooses. `base`: metric -> figure of the untouched model. `missing`:
+    names of the runs without a report.
     """
 
     model_config = ConfigDict(strict=True, extra="ignore")
     sweep: str
     metric: str
     rows: list[dict[str, Any]]
+    chosen: str
     missing: list[str]
     base: dict[str, Number] | None
 
@@ -43,7 +45,8 @@ class Board(BaseModel):
 def shown_metrics(ranking: Ranking, task: str) -> list[str]:
     """The leaderboard's figures: the ranking one, the task's, the loss; of preference pairs what any run has."""
     pairs = [name for name in OF_PAIRS if any(name in run.figures.test for run in ranking.runs)]
-    return list(dict.fromkeys([ranking.metric, *(metric.name for metric in metrics.TASKS[task]), "loss", *pairs]))
+    loss = metrics.BITS_PER_BYTE if sweeps_model(ranking.best.point) else "loss"
+    return list(dict.fromkeys([ranking.metric, *(metric.name for metric in metrics.TASKS[task]), loss, *pairs]))
 
 
 def leaderboard_row(run: RankedRun, names: list[str], metric: str) -> dict:
@@ -55,7 +58,31 @@ def leaderboard_row(run: RankedRun, names: list[str], metric: str) -> dict:
     row["train_seconds"] = run.train.get("train_seconds")
     row |= {name: run.train.get(name) for name in EXTRAS}
     row |= {f"test_{metric}_low": figures.interval[0], f"test_{metric}_high": figures.interval[1]}
-    return finite(row)
+    row |= {"behind_best": None, "behind_best_low": None, "behind_best_high": None, "p_holm": run.p_holm}
+    if run.behind:
+        row |= {"behind_best": run.behind.value}
+        row["behind_best_low"], row["behind_best_high"] = run.behind.interval
+    return finite({**row, "tied": run.is_tied})
+
+
+def tie_sentence(ranking: Ranking) -> str | None:
+    """Which runs cannot be told from the best one, and what it would take; None for a single run."""
+    runs, tied, rows = ranking.runs, ranking.tied, ranking.best.figures.rows
+    if len(runs) == 1:
+        return None
+    if not ranking.one_rows:
+        return "The runs were judged on different rows, so they are not compared row by row: their order may be chance."
+    if len(tied) == 1:
+        first = f"The best run is told apart from all others on {rows:,} rows"
+    else:
+        first = f"{len(tied)} of {len(runs)} runs cannot be told apart on {rows:,} rows"
+    text = f"{first} (paired test at 5%, Holm's correction)."
+    if shown := ranking.shown():
+        smallest, needed = shown
+        name = html.metric_name(ranking.metric)
+        text += f" A difference in {name} below {smallest:.3f} would often go unseen"
+        text += f"; to see one of 0.01 takes {needed:,} rows."
+    return text
 
 
 def diverged_row(run: DivergedRun, like: dict) -> dict:
@@ -107,7 +134,7 @@ def read_board(folder: Path) -> Board:
         raise UserError(f"{file}: no such file; run the sweep first")
     board = read_json(file, Board, remedy)
     figures = [f"test_{board.metric}", f"test_{board.metric}_low", f"test_{board.metric}_high"]
-    needed = {"run", "report", "train_seconds", *figures}
+    needed = {"run", "report", "train_seconds", "tied", *figures}
     if not board.rows or any(needed - row.keys() for row in board.rows):
         raise UserError(f"{file}: damaged (a row lacks one of {', '.join(sorted(needed))}); {remedy}")
     return board
@@ -127,6 +154,10 @@ def leaderboard_text(board: Board, folder: Path) -> str:
         table.append(["", *("" for _ in keys), *base, "", "", "(base model)"])
 
     lines = [f"sweep {board.sweep}, best {metric} first", "", *_aligned(table), ""]
+    if sum(bool(row["tied"]) for row in rows) > 1:
+        lines.append("=: cannot be told from the best run on these rows (paired test at 5%, Holm's correction)")
+    if board.chosen != rows[0]["run"]:
+        lines.append(f"chosen (sweep.choose): {board.chosen}")
     if board.missing:
         lines.append(f"partial: {len(board.missing)} run(s) without a report: {', '.join(board.missing)}")
     lines += [f"page: {folder / 'report.html'}", f"table: {folder / 'leaderboard.csv'}"]
@@ -141,7 +172,8 @@ def _text_cells(rank: int, row: dict, keys: list[str], shown: list[str], metric:
         return ["", *swept, *("" for _ in shown), what, "", key_of(row)]
     ends = "{:.3f} to {:.3f}".format(row[f"test_{metric}_low"], row[f"test_{metric}_high"])
     figures = [units.figure(row[name]) for name in shown]
-    return [str(rank), *swept, *figures, ends, units.seconds(row["train_seconds"]), key_of(row)]
+    place = f"{rank}=" if rank > 1 and row["tied"] else str(rank)
+    return [place, *swept, *figures, ends, units.seconds(row["train_seconds"]), key_of(row)]
 
 
 def key_of(row: dict) -> str:

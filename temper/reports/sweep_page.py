@@ -12,7 +12,7 @@ from temper.errors import visible
 from temper.evaluation.comparison import ComparedRun, RankedRun, Ranking
 from temper.files import read_json_lines
 from temper.reports import html, plots
-from temper.reports.leaderboard import cell_text, short_names, swept_keys
+from temper.reports.leaderboard import cell_text, short_names, swept_keys, tie_sentence
 
 # --- the page ------------------------------------------------------------------------------------
 
@@ -33,16 +33,19 @@ def write_page(output: Path, config: dict, names: list[str], ranking: Ranking, r
         keys=short_names(keys),
         runs=[_shown(run, output) for run in runs],
         best=ranking.best,
+        tie_sentence=tie_sentence(ranking),
+        chosen=_shown(ranking.chosen, output),
+        cheapest=_shown(ranking.cheapest, output),
+        choose=ranking.choose,
         names=names,
         missing=ranking.missing,
         diverged=[_shown(run, output) for run in ranking.diverged],
         planned=len(config["runs"]),
-        rivals=_rivals(runs),
         published=config["eval"]["published"],
         effects=_effects(runs, keys, ranking.metric),
         curves=plots.sweep_curves([(_label(run), curves_of(run)) for run in runs[: plots.MOST_CURVES]]),
         most_curves=plots.MOST_CURVES,
-        command=_command_for(ranking.best.point, config),
+        command=_command_for(ranking.chosen.point, config),
     )
 
 
@@ -61,13 +64,6 @@ def _label(run: ComparedRun) -> str:
     """A run's swept values, or its name when nothing is swept."""
     names = short_names(list(run.point))
     return ", ".join(f"{names[key]}={cell_text(value)}" for key, value in run.point.items()) or run.name
-
-
-def _rivals(runs: list[RankedRun]) -> int:
-    """How many other runs' intervals overlap with the best one's: their order may be chance."""
-    low, high = runs[0].figures.interval
-    others = (run.figures.interval for run in runs[1:])
-    return sum(other_low <= high and low <= other_high for other_low, other_high in others)
 
 
 def _effects(runs: list[RankedRun], keys: list[str], metric: str) -> list[str]:

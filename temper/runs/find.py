@@ -113,10 +113,11 @@ def _best(sweep: str | None) -> Path:
     if name not in boards:
         raise UserError(f"--sweep {name}: no such sweep in {RESULTS}/sweeps; {suggest(name, sweeps)}")
     remedy = f"delete {boards[name].parent} and run snakemake again, which compares anew"
-    rows = read_json(boards[name], {"rows": list[dict]}, remedy)["rows"]
-    if not rows or not isinstance(rows[0].get("report"), str):
-        raise UserError(f"{boards[name]}: damaged (its first row names no report); {remedy}")
-    return Path(rows[0]["report"])
+    board = read_json(boards[name], {"rows": list[dict], "chosen": str}, remedy)
+    report = next((row.get("report") for row in board["rows"] if row.get("run") == board["chosen"]), None)
+    if not isinstance(report, str):
+        raise UserError(f"{boards[name]}: damaged (the row of the chosen run names no report); {remedy}")
+    return Path(report)
 
 
 def _named(word: str) -> Path:

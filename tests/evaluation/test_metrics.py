@@ -22,6 +22,13 @@ def scored(settings: dict, gold: list[str], predictions: list[str], choices: lis
     return score(Evidence(settings, gold, predictions, choices))
 
 
+def rows_of(gold: list[str], prompts: list[str] | None = None) -> list[dict]:
+    return [
+        {"prompt": prompt, "reference": answer}
+        for prompt, answer in zip(prompts or ["?"] * len(gold), gold, strict=True)
+    ]
+
+
 # --- what may be asked for -----------------------------------------------------------------------
 
 
@@ -164,18 +171,47 @@ def test_a_reference_that_is_no_label_is_named():
 
 
 def test_majority_baseline_comes_from_the_training_split():
-    baseline = metrics.majority_baseline(
-        labels_config(), ["negative"] * 3 + ["positive"], ["positive", "positive", "negative"]
-    )
+    train, test = rows_of(["negative"] * 3 + ["positive"]), rows_of(["positive", "positive", "negative"])
+    baseline = metrics.baselines(labels_config(), train, test)[0]
     assert baseline["answer"] == "negative"
     assert baseline["accuracy"] == pytest.approx(1 / 3)
 
 
 def test_the_most_frequent_tag_is_a_baseline():
     config = Eval(task="tags").model_dump(mode="json")
-    baseline = metrics.majority_baseline(config, ["love, life", "Life", "hope"], ["life", "hope, life", "love"])
+    [baseline] = metrics.baselines(
+        config, rows_of(["love, life", "Life", "hope"]), rows_of(["life", "hope, life", "love"])
+    )
     assert baseline["answer"] == "life"
     assert baseline["f1"] == pytest.approx(scored(config, ["life", "hope, life", "love"], ["life"] * 3).values["f1"])
+
+
+def test_a_classifier_that_costs_nothing_is_a_baseline():
+    prompts = ["a great film", "great fun, truly", "what a bore", "a bore of a film"]
+    train = rows_of(["positive", "positive", "negative", "negative"], prompts)
+    test = rows_of(["positive", "negative", "negative"], ["great!", "a bore", "great bore bore"])
+    found = {one["name"]: one for one in metrics.baselines(labels_config(), train, test)}
+    assert found["tf-idf, logistic regression"]["accuracy"] == 1.0
+    assert found["majority class"]["accuracy"] < 1.0
+
+
+@pytest.mark.parametrize("train", [[], rows_of(["positive"] * 3, ["a", "b c", "d"]), rows_of(LABELS, ["?", "!"])])
+def test_where_there_is_nothing_to_learn_no_classifier_is_a_baseline(train):
+    test = rows_of(["positive", "negative"], ["great", "bore"])
+    assert [one["name"] for one in metrics.baselines(labels_config(), train, test)] == ["majority class"]
+
+
+def test_bits_per_byte_by_hand():
+    import math
+
+    sums = {"loss_sums": [3.0, 1.0], "loss_tokens": [3, 1], "answer_bytes": [5, 3]}
+    values = scored_of(Evidence({"task": "text"}, ["word", "é."], ["a", "b"], **sums))
+    assert values["bits_per_byte"] == pytest.approx(4 / 8 / math.log(2))
+    assert "bits_per_byte" not in scored_of(Evidence({"task": "text"}, ["a"], ["a"], loss_sums=[1.0], loss_tokens=[1]))
+
+
+def scored_of(evidence: Evidence) -> dict:
+    return score(evidence).values
 
 
 def test_tags_by_hand():

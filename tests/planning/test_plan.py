@@ -230,3 +230,11 @@ def test_explain_before_anything_was_fetched(workspace):
     assert "sweep demo: 29 job(s) to run, and the comparison" in text
     assert "nothing like it was made yet" in text
     assert "forecast: nothing to go by yet" in text
+
+
+@pytest.mark.parametrize("metric", ["loss", "perplexity"])
+def test_models_are_not_ranked_by_a_figure_per_token(workspace, metric):
+    models = "model=smollm2_135m,llama3.2_1b"
+    with pytest.raises(UserError, match=f"'{metric}' is per token.*eval.metric=bits_per_byte"):
+        build(models, f"eval.metric={metric}", experiment="smoke")
+    assert build(models, "eval.metric=bits_per_byte", experiment="smoke").runs

@@ -58,6 +58,7 @@ def test_columns(sweep):
         ),
         *("train_seconds", "tokens_per_second", "peak_memory_bytes", "trainable_parameters"),
         *("test_accuracy_low", "test_accuracy_high"),
+        *("behind_best", "behind_best_low", "behind_best_high", "p_holm", "tied"),
     ]
     assert list(row) == columns
     assert (row["train.learning_rate"], row["adapter.r"], row["test_accuracy"]) == ("0.0001", "16", "0.95")
@@ -135,7 +136,66 @@ def test_the_page_admits_that_the_order_may_be_chance(sweep):
     write_report(output.parents[1] / "reports" / "near", 0.94, 0.3)
     config["runs"].append({**config["runs"][0], "name": "near", "report": str(output.parents[1] / "reports" / "near")})
     compare_runs.compare(config, output)
-    assert "one other run overlaps" in (output / "report.html").read_text()
+    page = (output / "report.html").read_text()
+    assert "4 of 5 runs cannot be told apart on 100 rows (paired test at 5%, Holm" in page
+    tied = {row["run"]: row["tied"] for row in board_of(output)}
+    assert tied == {"b": "True", "near": "True", "d": "True", "c": "True", "a": "False"}
+
+
+def test_runs_are_compared_row_by_row(sweep):
+    config, output = sweep
+    compare_runs.compare(config, output)
+    rows = {row["run"]: row for row in board_of(output)}
+    # b has right what d has, and 5 rows more: McNemar's exact p is 2 / 2^5, Holm's the double, as c is like d.
+    assert float(rows["d"]["behind_best"]) == pytest.approx(-0.05)
+    assert float(rows["d"]["p_holm"]) == pytest.approx(2 * 0.0625)
+    assert float(rows["a"]["p_holm"]) == pytest.approx(3 * 2 / 2**15, rel=1e-4)
+    low, high = float(rows["a"]["behind_best_low"]), float(rows["a"]["behind_best_high"])
+    assert low < -0.15 < high < 0
+
+
+def test_the_cheapest_of_those_that_are_tied_may_be_chosen(sweep, capsys):
+    config, output = sweep
+    change(config["runs"][3], train={"flops_per_step": 10**9, "global_step": 50})
+    config["sweep"]["choose"] = "cheapest_of_tied"
+    board = compare_runs.compare(config, output)
+    assert (board.rows[0]["run"], board.chosen) == ("b", "d")
+    leaderboard.print_leaderboard(output)
+    shown = capsys.readouterr().out
+    assert "chosen (sweep.choose): d" in shown
+    assert re.search(r"^2= .*  d$", shown, re.MULTILINE) and re.search(r"^ ?4 .*  a$", shown, re.MULTILINE)
+    page = (output / "report.html").read_text()
+    assert "whose training took fewer operations" in page and "train.learning_rate=0.001 adapter.r=16" in page
+
+
+def test_runs_of_other_rows_are_not_compared_row_by_row(sweep):
+    config, output = sweep
+    file = Path(config["runs"][0]["report"]) / "predictions.jsonl"
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    file.write_text("".join(json.dumps({**row, "id": row["id"] + 1}) + "\n" for row in rows))
+    compare_runs.compare(config, output)
+    assert "judged on different rows" in (output / "report.html").read_text()
+    assert {row["run"]: row["p_holm"] for row in board_of(output)}["a"] == ""
+
+
+def test_models_are_compared_by_bits_per_byte(sweep):
+    """Their tokens differ, so a loss per token says nothing about which is better."""
+    config, output = sweep
+    for run, bits in zip(config["runs"], (3.0, 1.0, 2.0, 4.0), strict=True):
+        change(run, test={**FIGURES, "accuracy": 0.9, "loss": bits * -1 + 5, "bits_per_byte": bits})
+        run["point"] = {"model": run["name"]}
+    board = compare_runs.compare(config, output)
+    assert [row["run"] for row in board.rows] == ["b", "c", "a", "d"], "of equal accuracy"
+    assert "test_bits_per_byte" in board.rows[0] and "test_loss" not in board.rows[0]
+
+
+def test_a_metric_of_the_whole_split_is_compared_by_the_paired_bootstrap(sweep):
+    config, output = sweep
+    config["eval"]["metric"] = "loss"
+    compare_runs.compare(config, output)
+    rows = {row["run"]: row for row in board_of(output)}
+    assert float(rows["b"]["behind_best"]) == pytest.approx(0.1, abs=1e-6)
+    assert float(rows["b"]["behind_best_low"]) > 0 and float(rows["b"]["p_holm"]) < 0.001
 
 
 def test_the_page_shows_html_as_text(sweep):

@@ -34,6 +34,8 @@ def report_figures(accuracy: float, loss: float, base: float | None = 0.5) -> di
             "tokens_per_second": 1400.0,
             "peak_memory_bytes": 2**31,
             "trainable_parameters": 4096,
+            "flops_per_step": 10**9,
+            "global_step": 100,
         },
         "baselines": [],
         "published": [],
@@ -51,6 +53,13 @@ def write_report(folder, accuracy: float, loss: float, base: float | None = 0.5)
     """A report folder as evaluate_model leaves it."""
     folder.mkdir(parents=True)
     (folder / "metrics.json").write_text(json.dumps(report_figures(accuracy, loss, base)))
+    answers = ["positive"] * round(accuracy * 100) + ["negative"] * round(100 - accuracy * 100)
+    rows = [
+        {"id": number, "reference": "positive", "prediction": answer, "choice": answer}
+        | {"score": float(answer == "positive"), "loss_sum": loss * (0.5 + number / 99), "tokens": 1}
+        for number, answer in enumerate(answers)
+    ]
+    (folder / "predictions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     curves = [
         {"step": 1, "epoch": 0.5, "loss": 2.0},
         {"step": 2, "epoch": 1.0, "loss": loss},
