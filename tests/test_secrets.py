@@ -13,6 +13,7 @@ from temper.commands import explain
 from temper.config.stages import FOLDERS, load_stage_config
 from temper.errors import UserError
 from temper.planning import planner
+from temper.reports.leaderboard import Board
 from tests.support import finished
 from tests.support.asking import command
 from tests.support.finished import CONFIG, RUN
@@ -69,7 +70,8 @@ def test_a_run_from_end_to_end_leaves_no_secret_of_the_environment(planted, work
     Path(plan.leaderboard).parent.mkdir(parents=True)
     for name in ("leaderboard.csv", "report.html"):
         Path(plan.leaderboard).with_name(name).touch()
-    done, said = tracking.mirror(plan, {"metric": "accuracy", "rows": rows})
+    board = Board(sweep="tiny", metric="accuracy", rows=rows, chosen=rows[0]["run"], missing=[], base=None)
+    done, said = tracking.mirror(plan, board)
     assert done, said
     print(explain.explain(plan))
     command("publish")(["--run", RUN, "--repository", "acme/tuned", "--merged", "--dry-run", "pushed"])

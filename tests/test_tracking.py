@@ -56,7 +56,7 @@ def plan(workspace, empty_store):
     for index, run in enumerate(made.runs):
         _write(run, accuracy=0.8 + index / 10)
     rows = [{"run": run.name, "test_accuracy": 0.9 - index / 10} for index, run in enumerate(reversed(made.runs))]
-    board = Board(sweep=made.sweep, metric="accuracy", rows=rows, missing=[], base=None)
+    board = Board(sweep=made.sweep, metric="accuracy", rows=rows, chosen=rows[0]["run"], missing=[], base=None)
     folder = Path(made.leaderboard).parent
     folder.mkdir(parents=True)
     for name in ("leaderboard.csv", "report.html"):
@@ -94,7 +94,7 @@ def _write(run, accuracy):
 
 
 def of_rows(board: Board, rows: list[dict]) -> Board:
-    return board.model_copy(update={"rows": rows})
+    return board.model_copy(update={"rows": rows, "chosen": rows[0]["run"]})
 
 
 def runs_of(plan):
@@ -451,7 +451,7 @@ def another_run(plan):
     _write(extra, accuracy=0.99)
     plan.runs.append(extra)
     rows = [{"run": extra.name, "test_accuracy": 0.99}]
-    return Board(sweep=plan.sweep, metric="accuracy", rows=rows, missing=[], base=None)
+    return Board(sweep=plan.sweep, metric="accuracy", rows=rows, chosen=rows[0]["run"], missing=[], base=None)
 
 
 @pytest.mark.parametrize("how", [shutil.copytree, shutil.move])

@@ -46,7 +46,7 @@ def test_another_metric_may_rank(metric):
 def test_unknown_metric_names_the_allowed():
     with pytest.raises(
         UserError,
-        match="'eval.metric': task 'labels' has no metric 'bleu'; allowed: accuracy, exact_match, f1, generated_acc",
+        match="'eval.metric': task 'labels' has no metric 'bleu'; allowed: accuracy, bits_per_byte, exact_match, f1",
     ):
         metrics.check_metric(labels_config(metric="bleu"))
 

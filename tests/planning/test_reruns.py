@@ -423,7 +423,7 @@ def test_the_docs_have_the_matrix():
 
 def table(rows: list[tuple[Edit, dict[str, int], dict[str, int]]]) -> str:
     """The matrix in Markdown: (edit, jobs that ran, jobs that ran when it was taken back)."""
-    lines = ["| edit | jobs that ran | after taking it back |", "|---|---|---|"]
+    lines = ["| edit | jobs that ran | after undoing it |", "|---|---|---|"]
     lines += [f"| {edit.what} | {_jobs(ran)} | {_jobs(back)} |" for edit, ran, back in rows]
     return "\n".join(lines) + "\n"
 
