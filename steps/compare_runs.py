@@ -30,9 +30,8 @@ from temper.provenance import provenance
 from temper.reports.leaderboard import (
     Board,
     csv_text,
-    diverged_row,
     json_text,
-    leaderboard_row,
+    leaderboard_rows,
     print_leaderboard,
     shown_metrics,
 )
@@ -60,8 +59,7 @@ def compare(config: dict, output: Path) -> Board:
     _say_missing(config["runs"], ranking)
     sweep, metric = config["sweep"]["name"], ranking.metric
     names = shown_metrics(ranking, config["eval"]["task"])
-    rows = [leaderboard_row(run, names, metric) for run in ranking.runs]
-    rows += [diverged_row(run, rows[0]) for run in ranking.diverged]
+    rows = leaderboard_rows(ranking, names)
 
     output.mkdir(parents=True, exist_ok=True)
     _keep_other_experiment(output, sweep, config.get("experiment"))

@@ -394,7 +394,17 @@ def _axes(config, overrides: Overrides) -> dict[str, list[str]]:
             axes[key] = parsed.axes.get(key) or alone
 
     axes.update(overrides.axes)  # a swept one replaces it, at its place in the order
-    return axes
+    return axes | _seeds(plain, axes)
+
+
+def _seeds(config: dict, axes: dict[str, list[str]]) -> dict[str, list[str]]:
+    """The axis that `sweep.seeds` stands for."""
+    number, first = config["sweep"].get("seeds"), config.get("seed")
+    if not isinstance(number, int) or not isinstance(first, int) or number < 2:  # what is wrong is said by the schema
+        return {}
+    if "seed" in axes:
+        raise UserError(f"sweep: sweep.seeds={number} and an axis 'seed' are two ways to say one thing: leave one out")
+    return {"seed": [str(first + index) for index in range(number)]}
 
 
 def hydra_text(value, literal: bool = False) -> str:

@@ -417,6 +417,8 @@ class Sweep(Section):
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$")]
     axes: dict[str, Any] = {}
+    seeds: Annotated[int, Field(ge=1, le=1000)] | None = None
+    """How often each point is trained, with the seeds from `seed` on: repeats, which the comparison pools."""
     choose: Literal["best", "cheapest_of_tied"] = "best"
     """Which run is the sweep's choice: the best one, or of those that cannot be told from it the one whose training
     took the fewest operations."""

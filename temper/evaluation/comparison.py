@@ -3,16 +3,28 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
+import statistics
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from temper.errors import UserError
 from temper.evaluation.figures import FILE, Diverged, Figures, read_figures
+from temper.evaluation.intervals import CONFIDENCE
 from temper.evaluation.judge import evidence_of
 from temper.evaluation.metrics import BITS_PER_BYTE, TASKS, Mean, Statistic, check_metric, lower_is_better, metrics_of
-from temper.evaluation.paired import Difference, difference, holm, rows_needed, smallest_difference, spread_of
+from temper.evaluation.paired import (
+    Difference,
+    difference,
+    holm,
+    mean_statistic,
+    rows_needed,
+    smallest_difference,
+    spread_of,
+    with_more_spread,
+)
 from temper.files import read_json_lines
 from temper.folders import made_again
 
@@ -34,26 +46,52 @@ class ComparedRun:
 
 @dataclasses.dataclass
 class RankedRun(ComparedRun):
-    """One with figures.
-
-    `behind`: its figure less that of the best run, on the same rows; None for that one, and where the rows differ.
-    `p_holm`: the p value of this difference, for as many tests as the sweep makes.
-    """
+    """One with figures."""
 
     figures: Figures
-    behind: Difference | None = None
-    p_holm: float | None = None
-
-    @property
-    def is_tied(self) -> bool:
-        """Whether these rows do not tell it from the best run."""
-        return self.p_holm is None or self.p_holm >= ALPHA
 
     @property
     def cost(self) -> float:
         """Floating point operations of its training: the same on every machine, as seconds are not."""
         flops, steps = self.train.get("flops_per_step"), self.train.get("global_step")
         return math.inf if flops is None or steps is None else flops * steps
+
+
+@dataclasses.dataclass
+class Recipe:
+    """A point of the sweep with all its trainings, which differ in nothing but their seed.
+
+    `runs`: by seed. `behind`: its mean less that of the best recipe, on the same rows; None for that one, and where the
+    rows differ. `p_holm`: the p value of this difference, for as many tests as the sweep makes.
+    """
+
+    runs: list[RankedRun]
+    metric: str
+    behind: Difference | None = None
+    p_holm: float | None = None
+
+    @property
+    def values(self) -> list[float]:
+        """The ranking metric of each run."""
+        return [run.figures.test[self.metric] for run in self.runs]
+
+    @property
+    def mean(self) -> float:
+        return statistics.fmean(self.values)
+
+    @property
+    def spread(self) -> float | None:
+        """Standard deviation between its seeds; None for a single one."""
+        return statistics.stdev(self.values) if len(self.runs) > 1 else None
+
+    @property
+    def is_tied(self) -> bool:
+        """Whether it cannot be told from the best recipe."""
+        return self.p_holm is None or self.p_holm >= ALPHA
+
+    @property
+    def cost(self) -> float:
+        return min(run.cost for run in self.runs)
 
 
 @dataclasses.dataclass
@@ -65,45 +103,82 @@ class DivergedRun(ComparedRun):
 
 @dataclasses.dataclass
 class Ranking:
-    """The runs that have figures, best first; those that diverged; the names of those without a report.
+    """The recipes that have figures, best first; runs that diverged; the names of runs without a report.
 
     `choose`: the config's `sweep.choose`. `one_rows`: whether all runs were judged on the same rows.
     """
 
     metric: str
-    runs: list[RankedRun]
+    recipes: list[Recipe]
     diverged: list[DivergedRun]
     missing: list[str]
     choose: str = "best"
     one_rows: bool = True
 
     @property
-    def best(self) -> RankedRun:
-        return self.runs[0]
+    def runs(self) -> list[RankedRun]:
+        return [run for recipe in self.recipes for run in recipe.runs]
 
     @property
-    def tied(self) -> list[RankedRun]:
-        """The best run, and those that cannot be told from it."""
-        return [run for run in self.runs if run.is_tied]
+    def best(self) -> RankedRun:
+        """Of the best recipe the first seed: taking its luckiest one would flatter it."""
+        return self.recipes[0].runs[0]
+
+    @property
+    def tied(self) -> list[Recipe]:
+        """The best recipe, and those that cannot be told from it."""
+        return [recipe for recipe in self.recipes if recipe.is_tied]
 
     @property
     def cheapest(self) -> RankedRun:
-        """Of these the one whose training took the fewest operations; of equally cheap ones the better."""
-        return min(self.tied, key=lambda run: run.cost)
+        """Of the tied recipes the one whose training took the fewest operations; of equally cheap ones the better."""
+        return min(self.tied, key=lambda recipe: recipe.cost).runs[0]
 
     @property
     def chosen(self) -> RankedRun:
         return self.cheapest if self.choose == "cheapest_of_tied" else self.best
 
+    @property
+    def noise(self) -> Noise | None:
+        """What the seed alone changes, by all recipes with several of them."""
+        return _noise(self.recipes)
+
     def shown(self) -> tuple[float, int] | None:
         """(the smallest difference that these rows would show in 80% of the cases, rows that 1 point would take).
 
-        None for less than two runs. By the run whose rows differ from the best one's as much as is usual in this sweep.
+        None for a single recipe. By the one whose rows differ from the best one's as much as is usual in this sweep.
         """
         rows = self.best.figures.rows
-        spreads = sorted(spread_of(run.behind.interval, rows) for run in self.runs if run.behind)
+        spreads = sorted(spread_of(one.behind.interval, rows) for one in self.recipes if one.behind)
         usual = spreads[len(spreads) // 2] if spreads else 0.0
         return (smallest_difference(usual, rows), rows_needed(usual, 0.01)) if usual else None
+
+
+@dataclasses.dataclass(frozen=True)
+class Noise:
+    """What other seeds change.
+
+    `spread`: standard deviation of a figure between the seeds of a recipe, pooled over recipes. `freedom`: its degrees
+    of freedom, runs less recipes.
+    """
+
+    spread: float
+    freedom: int
+
+    @property
+    def told_apart(self) -> float:
+        """How far two runs of one seed each must be apart at least, to differ by more than their seeds (95%)."""
+        from scipy.stats import t
+
+        return float(t.ppf((1 + CONFIDENCE) / 2, self.freedom)) * self.spread * math.sqrt(2)
+
+
+def _noise(recipes: list[Recipe]) -> Noise | None:
+    freedom = sum(len(recipe.runs) - 1 for recipe in recipes)
+    if not freedom:
+        return None
+    squares = sum((value - recipe.mean) ** 2 for recipe in recipes for value in recipe.values)
+    return Noise(math.sqrt(squares / freedom), freedom)
 
 
 def rank(planned: list[dict], settings: dict, choose: str = "best") -> Ranking:
@@ -138,34 +213,72 @@ def rank(planned: list[dict], settings: dict, choose: str = "best") -> Ranking:
         steps = ", ".join(str(run.at_step or "its end") for run in diverged)
         raise UserError(f"every run with a report diverged (at steps {steps}): lower train.learning_rate")
 
-    # Models may cut text into different tokens: then figures per token do not compare.
-    across_models = any(sweeps_model(run.point) for run in ranked)
-    ranked.sort(key=lambda run: _order(run, metric, across_models))
     missing = [run["name"] for run in planned if run not in there]
-    return Ranking(metric, ranked, diverged, missing, choose, _compare_with_best(ranked, settings, metric))
+    recipes = _ordered(_recipes(ranked, metric))
+    return Ranking(metric, recipes, diverged, missing, choose, _compare_with_best(recipes, settings))
 
 
-def _compare_with_best(runs: list[RankedRun], settings: dict, metric: str) -> bool:
-    """Find out how far each run is behind the first; whether all have the same rows."""
-    best, *others = runs
-    rows = _rows(best)
-    theirs, comparable = _statistic(rows, settings, metric), []
-    for run in others:
-        found = _rows(run)
-        if [row["id"] for row in found] == [row["id"] for row in rows]:
-            run.behind = difference(_statistic(found, settings, metric), theirs, len(rows))
-            comparable.append(run)
-    for run, p_value in zip(comparable, holm([run.behind.p_value for run in comparable if run.behind]), strict=True):
-        run.p_holm = p_value
+def _recipes(runs: list[RankedRun], metric: str) -> list[Recipe]:
+    """Runs that differ in nothing but their seed, together."""
+    found: dict[str, list[RankedRun]] = {}
+    for run in runs:
+        rest = {key: value for key, value in run.point.items() if key != "seed"}
+        key = run.name if rest == run.point else json.dumps(rest, sort_keys=True, default=str)
+        found.setdefault(key, []).append(run)
+    return [Recipe(sorted(of_one, key=lambda run: run.point.get("seed", 0)), metric) for of_one in found.values()]
+
+
+def _ordered(recipes: list[Recipe]) -> list[Recipe]:
+    """Best first; of equal figures the lower loss, then the name, so that nothing is left to chance."""
+    # Models may cut text into different tokens: then figures per token do not compare.
+    loss = BITS_PER_BYTE if any(sweeps_model(recipe.runs[0].point) for recipe in recipes) else "loss"
+
+    def place(recipe: Recipe) -> tuple:
+        losses = [run.figures.test.get(loss, math.inf) for run in recipe.runs]
+        mean = recipe.mean if lower_is_better(recipe.metric) else -recipe.mean
+        return mean, statistics.fmean(losses), recipe.runs[0].name
+
+    return sorted(recipes, key=place)
+
+
+def _compare_with_best(recipes: list[Recipe], settings: dict) -> bool:
+    """Find out how far each recipe is behind the first; whether all have the same rows."""
+    best, *others = recipes
+    theirs, rows = _statistic(best, settings)
+    noise, comparable = _noise(recipes), []
+    for recipe in others:
+        ours, found = _statistic(recipe, settings)
+        if found == rows:
+            apart = difference(ours, theirs, len(rows))
+            recipe.behind = apart if noise is None else _with_noise(apart, noise, len(recipe.runs), len(best.runs))
+            comparable.append(recipe)
+    adjusted = holm([recipe.behind.p_value for recipe in comparable if recipe.behind])
+    for recipe, p_value in zip(comparable, adjusted, strict=True):
+        recipe.p_holm = p_value
     return len(comparable) == len(others)
+
+
+def _with_noise(found: Difference, noise: Noise, ours: int, theirs: int) -> Difference:
+    """A difference of means over seeds, of which others would have come out otherwise.
+
+    Args:
+        ours, theirs: numbers of seeds.
+    """
+    return with_more_spread(found, noise.spread * math.sqrt(1 / ours + 1 / theirs), noise.freedom)
+
+
+def _statistic(recipe: Recipe, settings: dict) -> tuple[Statistic, list[tuple]]:
+    """(the ranking metric of a recipe's answers, mean over its seeds; what tells their rows)."""
+    rows = [_rows(run) for run in recipe.runs]
+    found = [_statistic_of(of_run, settings, recipe.metric) for of_run in rows]
+    return mean_statistic(found), [(row["id"], row["reference"]) for row in rows[0]]
 
 
 def _rows(run: RankedRun) -> list[dict]:
     return read_json_lines(Path(run.report) / "predictions.jsonl", {"id": int, "reference": str, "prediction": str})
 
 
-def _statistic(rows: list[dict], settings: dict, metric: str) -> Statistic:
-    """The ranking metric of a report's answers."""
+def _statistic_of(rows: list[dict], settings: dict, metric: str) -> Statistic:
     if metric == TASKS[settings["task"]][0].name:  # the score of each row is this metric already
         return Mean([row["score"] for row in rows])
     found = metrics_of(settings["task"])[metric].statistic(evidence_of(settings, rows))
@@ -197,12 +310,6 @@ def _ranked_by(found: Figures, metric: str, folder: Path) -> Figures:
             f"eval.metric={metric}, or compare by {found.metric}"
         )
     return found.model_copy(update={"metric": metric, "interval": found.intervals[metric]})
-
-
-def _order(run: RankedRun, metric: str, across_models: bool) -> tuple:
-    figures = run.figures.test
-    loss = figures.get(BITS_PER_BYTE, math.inf) if across_models else figures["loss"]
-    return (figures[metric] if lower_is_better(metric) else -figures[metric], loss, run.name)
 
 
 def sweeps_model(point: Iterable[str]) -> bool:

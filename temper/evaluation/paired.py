@@ -55,11 +55,35 @@ def _from_spread(value: float, interval: list[float]) -> float:
     """Two-sided, from a 95% interval."""
     from scipy.stats import norm
 
-    low, high = interval
-    spread = (high - low) / (2 * norm.ppf((1 + CONFIDENCE) / 2))
+    spread = _spread(interval)
     if spread == 0:
         return 1.0 if value == 0 else 0.0
     return float(2 * norm.sf(abs(value) / spread))
+
+
+def with_more_spread(found: Difference, spread: float, freedom: int) -> Difference:
+    """The same difference where its rows are not all that chance decides.
+
+    Args:
+        spread: standard deviation of what else does, and of how many degrees of freedom that is an estimate.
+    """
+    from scipy.stats import t
+
+    of_rows = _spread(found.interval)
+    both = math.hypot(of_rows, spread)
+    reach = float(t.ppf((1 + CONFIDENCE) / 2, freedom)) * both
+    p_value = float(2 * t.sf(abs(found.value) / both, freedom)) if both else found.p_value
+    return Difference(found.value, [found.value - reach, found.value + reach], p_value)
+
+
+def mean_statistic(found: Sequence[Statistic]) -> Statistic:
+    """The mean of a metric over several models, on the same rows."""
+    if len(found) == 1:
+        return found[0]
+    means = [one for one in found if isinstance(one, Mean)]
+    if len(means) == len(found):
+        return Mean(sum(one.values for one in means) / len(means))
+    return lambda rows: sum(one(rows) for one in found) / len(found)
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
@@ -93,9 +117,14 @@ def rows_needed(spread: float, wanted: float) -> int:
 
 def spread_of(interval: list[float], rows: int) -> float:
     """Standard deviation of the rows' differences that an interval of a difference stands for."""
+    return _spread(interval) * math.sqrt(rows)
+
+
+def _spread(interval: list[float]) -> float:
+    """Standard error that a 95% interval stands for."""
     from scipy.stats import norm
 
-    return (interval[1] - interval[0]) / 2 / float(norm.ppf((1 + CONFIDENCE) / 2)) * math.sqrt(rows)
+    return (interval[1] - interval[0]) / (2 * float(norm.ppf((1 + CONFIDENCE) / 2)))
 
 
 def _needed() -> float:

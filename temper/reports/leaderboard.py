@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict
 from temper import units
 from temper.errors import UserError, visible
 from temper.evaluation import metrics
-from temper.evaluation.comparison import DivergedRun, RankedRun, Ranking, sweeps_model
+from temper.evaluation.comparison import DivergedRun, RankedRun, Ranking, Recipe, sweeps_model
 from temper.evaluation.figures import Number, finite
 from temper.files import read_json
 from temper.reports import html, plots
@@ -49,8 +49,19 @@ def shown_metrics(ranking: Ranking, task: str) -> list[str]:
     return list(dict.fromkeys([ranking.metric, *(metric.name for metric in metrics.TASKS[task]), loss, *pairs]))
 
 
-def leaderboard_row(run: RankedRun, names: list[str], metric: str) -> dict:
-    """One line of the leaderboard: the run, its swept values, its figures, the base model's, what it cost."""
+def leaderboard_rows(ranking: Ranking, names: list[str]) -> list[dict]:
+    """The lines of the leaderboard, the best recipe first, those that diverged last."""
+    repeated = ranking.noise is not None
+    rows = [
+        _row(run, names, ranking.metric) | _of_recipe(recipe, place, repeated)
+        for place, recipe in enumerate(ranking.recipes, 1)
+        for run in recipe.runs
+    ]
+    return [finite(row) for row in rows] + [_diverged_row(run, rows[0]) for run in ranking.diverged]
+
+
+def _row(run: RankedRun, names: list[str], metric: str) -> dict:
+    """The run, its swept values, its figures, the base model's, what it cost."""
     figures = run.figures
     row = {"run": run.name, **run.point}
     row |= {f"test_{name}": figures.test.get(name) for name in names}
@@ -58,34 +69,43 @@ def leaderboard_row(run: RankedRun, names: list[str], metric: str) -> dict:
     row["train_seconds"] = run.train.get("train_seconds")
     row |= {name: run.train.get(name) for name in EXTRAS}
     row |= {f"test_{metric}_low": figures.interval[0], f"test_{metric}_high": figures.interval[1]}
-    row |= {"behind_best": None, "behind_best_low": None, "behind_best_high": None, "p_holm": run.p_holm}
-    if run.behind:
-        row |= {"behind_best": run.behind.value}
-        row["behind_best_low"], row["behind_best_high"] = run.behind.interval
-    return finite({**row, "tied": run.is_tied})
+    return row
+
+
+def _of_recipe(recipe: Recipe, place: int, repeated: bool) -> dict:
+    """What the runs of a recipe have in common; `repeated`: whether any recipe of the sweep has several seeds."""
+    row: dict[str, Any] = {"place": place}
+    if repeated:
+        row |= {"seeds": len(recipe.runs), f"mean_{recipe.metric}": recipe.mean, f"sd_{recipe.metric}": recipe.spread}
+    low, high = recipe.behind.interval if recipe.behind else (None, None)
+    row |= {"behind_best": recipe.behind and recipe.behind.value, "behind_best_low": low, "behind_best_high": high}
+    return {**row, "p_holm": recipe.p_holm, "tied": recipe.is_tied}
 
 
 def tie_sentence(ranking: Ranking) -> str | None:
-    """Which runs cannot be told from the best one, and what it would take; None for a single run."""
-    runs, tied, rows = ranking.runs, ranking.tied, ranking.best.figures.rows
-    if len(runs) == 1:
+    """What cannot be told from the best, and what it would take; None where there is one recipe only."""
+    recipes, tied, rows = ranking.recipes, ranking.tied, ranking.best.figures.rows
+    what = "recipes" if ranking.noise else "runs"
+    if len(recipes) == 1:
         return None
     if not ranking.one_rows:
         return "The runs were judged on different rows, so they are not compared row by row: their order may be chance."
     if len(tied) == 1:
-        first = f"The best run is told apart from all others on {rows:,} rows"
+        text = f"The best is told apart from all other {what} on {rows:,} rows"
     else:
-        first = f"{len(tied)} of {len(runs)} runs cannot be told apart on {rows:,} rows"
-    text = f"{first} (paired test at 5%, Holm's correction)."
+        text = f"{len(tied)} of {len(recipes)} {what} cannot be told apart on {rows:,} rows"
+    text += " (paired test at 5%, Holm's correction)."
     if shown := ranking.shown():
         smallest, needed = shown
-        name = html.metric_name(ranking.metric)
-        text += f" A difference in {name} below {smallest:.3f} would often go unseen"
+        text += f" A difference in {html.metric_name(ranking.metric)} below {smallest:.3f} would often go unseen"
         text += f"; to see one of 0.01 takes {needed:,} rows."
+    if noise := ranking.noise:
+        text += f" Trainings of one recipe with other seeds differ by {noise.spread:.3f} (standard deviation)"
+        text += f": two single runs mean something from {noise.told_apart:.3f} apart."
     return text
 
 
-def diverged_row(run: DivergedRun, like: dict) -> dict:
+def _diverged_row(run: DivergedRun, like: dict) -> dict:
     """A line of the leaderboard without figures; it stands below all others."""
     known = {"run": run.name, **run.point, "train_seconds": run.train.get("train_seconds")}
     return {name: known.get(name) for name in like} | {"diverged_at_step": run.at_step}
@@ -134,7 +154,7 @@ def read_board(folder: Path) -> Board:
         raise UserError(f"{file}: no such file; run the sweep first")
     board = read_json(file, Board, remedy)
     figures = [f"test_{board.metric}", f"test_{board.metric}_low", f"test_{board.metric}_high"]
-    needed = {"run", "report", "train_seconds", "tied", *figures}
+    needed = {"run", "report", "train_seconds", "place", "tied", *figures}
     if not board.rows or any(needed - row.keys() for row in board.rows):
         raise UserError(f"{file}: damaged (a row lacks one of {', '.join(sorted(needed))}); {remedy}")
     return board
@@ -148,14 +168,16 @@ def leaderboard_text(board: Board, folder: Path) -> str:
     head = ["", *short_names(keys).values()]
     head += [name.removeprefix("test_") for name in shown] + ["95% interval", "train", "key"]
 
-    table = [head, *(_text_cells(rank, row, keys, shown, metric) for rank, row in enumerate(rows, 1))]
+    table = [head, *(_text_cells(row, keys, shown, metric) for row in rows)]
     if board.base:
         base = [units.figure(board.base.get(name.removeprefix("test_"))) for name in shown]
         table.append(["", *("" for _ in keys), *base, "", "", "(base model)"])
 
     lines = [f"sweep {board.sweep}, best {metric} first", "", *_aligned(table), ""]
     if sum(bool(row["tied"]) for row in rows) > 1:
-        lines.append("=: cannot be told from the best run on these rows (paired test at 5%, Holm's correction)")
+        lines.append("=: cannot be told from the best on these rows (paired test at 5%, Holm's correction)")
+    if "seeds" in rows[0]:
+        lines.append(f"runs of one place differ in their seed; places are by the mean of {metric}")
     if board.chosen != rows[0]["run"]:
         lines.append(f"chosen (sweep.choose): {board.chosen}")
     if board.missing:
@@ -164,7 +186,7 @@ def leaderboard_text(board: Board, folder: Path) -> str:
     return "\n".join(map(visible, [*lines, "each run: results/reports/*-<key>/report.html"]))
 
 
-def _text_cells(rank: int, row: dict, keys: list[str], shown: list[str], metric: str) -> list[str]:
+def _text_cells(row: dict, keys: list[str], shown: list[str], metric: str) -> list[str]:
     swept = [cell_text(row[key]) for key in keys]
     if row[f"test_{metric}"] is None:
         step = row.get("diverged_at_step")
@@ -172,7 +194,7 @@ def _text_cells(rank: int, row: dict, keys: list[str], shown: list[str], metric:
         return ["", *swept, *("" for _ in shown), what, "", key_of(row)]
     ends = "{:.3f} to {:.3f}".format(row[f"test_{metric}_low"], row[f"test_{metric}_high"])
     figures = [units.figure(row[name]) for name in shown]
-    place = f"{rank}=" if rank > 1 and row["tied"] else str(rank)
+    place = f"{row['place']}=" if row["place"] > 1 and row["tied"] else str(row["place"])
     return [place, *swept, *figures, ends, units.seconds(row["train_seconds"]), key_of(row)]
 
 

@@ -9,7 +9,7 @@ from urllib.parse import quote
 
 from temper.config.compose import groups, hydra_text
 from temper.errors import visible
-from temper.evaluation.comparison import ComparedRun, RankedRun, Ranking
+from temper.evaluation.comparison import ComparedRun, RankedRun, Ranking, Recipe
 from temper.files import read_json_lines
 from temper.reports import html, plots
 from temper.reports.leaderboard import cell_text, short_names, swept_keys, tie_sentence
@@ -31,7 +31,11 @@ def write_page(output: Path, config: dict, names: list[str], ranking: Ranking, r
         sweep=config["sweep"]["name"],
         metric=ranking.metric,
         keys=short_names(keys),
-        runs=[_shown(run, output) for run in runs],
+        runs=[
+            _shown(run, output, recipe, place) for place, recipe in enumerate(ranking.recipes, 1) for run in recipe.runs
+        ],
+        recipes=ranking.recipes,
+        noise=ranking.noise,
         best=ranking.best,
         tie_sentence=tie_sentence(ranking),
         chosen=_shown(ranking.chosen, output),
@@ -49,10 +53,11 @@ def write_page(output: Path, config: dict, names: list[str], ranking: Ranking, r
     )
 
 
-def _shown(run: ComparedRun, output: Path) -> dict:
+def _shown(run: ComparedRun, output: Path, recipe: Recipe | None = None, place: int | None = None) -> dict:
     """What the table shows of a run; `page` is relative, so that results/ can be moved or sent as a whole."""
     page = os.path.relpath(Path(run.report) / "report.html", output)
-    return {**vars(run), "page": quote(Path(page).as_posix()), "label": _label(run)}
+    known = {"recipe": recipe, "place": place, "label": _label(run)}
+    return {**vars(run), **known, "page": quote(Path(page).as_posix())}
 
 
 def curves_of(run: ComparedRun) -> list[dict]:

@@ -277,3 +277,12 @@ def test_quoted_values_are_split_as_hydra_reads_them(values):
     parts = [f"key={QuotedString(value, Quote.single).with_quotes()}" for value in values]
     assert compose.split_overrides(" ".join(parts)) == parts
     assert [compose._parsed(part).value() for part in parts] == values
+
+
+def test_seeds_of_a_sweep_are_an_axis(workspace):
+    axes, configs = composed("experiment=smoke", "sweep.seeds=3", "seed=7")
+    assert axes["seed"] == ["7", "8", "9"]
+    assert [config["seed"] for config in configs[:3]] == [7, 8, 9], "the last axis, so that repeats stand together"
+    assert "seed" not in composed("experiment=smoke", "sweep.seeds=1")[0]
+    with pytest.raises(UserError, match="two ways to say one thing"):
+        composed("experiment=smoke", "sweep.seeds=3", "seed=1,2")

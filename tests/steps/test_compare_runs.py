@@ -5,6 +5,7 @@ import json
 import math
 import re
 import shlex
+import shutil
 import time
 from pathlib import Path
 from xml.etree import ElementTree
@@ -58,7 +59,7 @@ def test_columns(sweep):
         ),
         *("train_seconds", "tokens_per_second", "peak_memory_bytes", "trainable_parameters"),
         *("test_accuracy_low", "test_accuracy_high"),
-        *("behind_best", "behind_best_low", "behind_best_high", "p_holm", "tied"),
+        *("place", "behind_best", "behind_best_low", "behind_best_high", "p_holm", "tied"),
     ]
     assert list(row) == columns
     assert (row["train.learning_rate"], row["adapter.r"], row["test_accuracy"]) == ("0.0001", "16", "0.95")
@@ -176,6 +177,44 @@ def test_runs_of_other_rows_are_not_compared_row_by_row(sweep):
     compare_runs.compare(config, output)
     assert "judged on different rows" in (output / "report.html").read_text()
     assert {row["run"]: row["p_holm"] for row in board_of(output)}["a"] == ""
+
+
+@pytest.fixture
+def seeds(sweep):
+    """The sweep's four runs as two recipes of two seeds: 0.80 and 0.95, 0.90 and 0.90."""
+    config, output = sweep
+    for run, (rate, seed) in zip(config["runs"], ((1e-4, 42), (1e-4, 43), (1e-3, 43), (1e-3, 42)), strict=True):
+        run["point"] = {"train.learning_rate": rate, "seed": seed}
+    return config, output
+
+
+def test_seeds_of_a_recipe_are_repeats_and_no_competitors(seeds, capsys):
+    config, output = seeds
+    board = compare_runs.compare(config, output)
+    assert [row["run"] for row in board.rows] == ["d", "c", "a", "b"], "by the mean of the recipe, then by seed"
+    assert board.chosen == "d", "of the best recipe the first seed, not the luckiest"
+    rows = {row["run"]: row for row in board_of(output)}
+    assert [rows[run]["place"] for run in "abcd"] == ["2", "2", "1", "1"]
+    assert float(rows["b"]["mean_accuracy"]) == pytest.approx(0.875)
+    assert float(rows["b"]["sd_accuracy"]) == pytest.approx(0.15 / 2**0.5, rel=1e-4)
+    page = (output / "report.html").read_text()
+    assert "Best of 2 recipes" in page and "2 of 2 recipes cannot be told apart" in page
+    assert "differ by 0.075 (standard deviation): two single runs mean something from 0.456 apart" in page
+    leaderboard.print_leaderboard(output)
+    assert "places are by the mean of accuracy" in capsys.readouterr().out
+
+
+def test_what_seeds_change_counts_in_the_comparison(seeds):
+    """Recipes that rows tell apart, while their own seeds differ as much, are not told apart."""
+    config, output = seeds
+    for run, accuracy in zip(config["runs"], (0.70, 0.88, 0.80, 0.95), strict=True):
+        folder = Path(run["report"])
+        shutil.rmtree(folder)
+        write_report(folder, accuracy, 0.3)
+    compare_runs.compare(config, output)
+    row = {row["run"]: row for row in board_of(output)}["a"]
+    assert float(row["behind_best"]) == pytest.approx(-0.085)
+    assert row["tied"] == "True" and float(row["behind_best_low"]) < -0.3
 
 
 def test_models_are_compared_by_bits_per_byte(sweep):
