@@ -19,6 +19,7 @@ COMMANDS = {
     "plan": "the runs and artefacts that a sweep would make",
     "explain": "what the next `snakemake` will make, why, and how long that may take",
     "leaderboard": "the leaderboard of a finished sweep",
+    "verify": "make stages of a finished sweep again and compare them bit for bit",
     "chat": "talk to a run",
     "predict": "answer a file of prompts with a run",
     "publish": "push a run with a model card to the hub",

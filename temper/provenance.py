@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 from temper.folders import PROVENANCE, sizes
-from temper.keys import code_hashes
+from temper.keys import PACKAGE_ROOT, code_hashes
 from temper.secrets import redacted
 
 PACKAGES = (
@@ -47,6 +47,7 @@ def provenance(stage: str, inputs: dict, seconds: float, facts: dict) -> dict:
         "command": redacted(" ".join(sys.argv)),
         "packages": package_versions(),
         "python": platform.python_version(),
+        "processor": processor(),
         "git": git_commit(),
         "seconds": round(seconds, 3),
         "ended": round(time.time(), 3),
@@ -63,10 +64,19 @@ def package_versions() -> dict[str, str]:
     return versions
 
 
+def processor() -> str:
+    """The kind of processor, with what decides by which products PyTorch computes."""
+    flags: set[str] = set()
+    with contextlib.suppress(OSError):
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+        flags = set(next((line for line in text.splitlines() if line.startswith("flags")), "").split())
+    known = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
+    return " ".join([platform.machine(), *(flag for flag in known if flag in flags)])
+
+
 def git_commit() -> str | None:
     """The commit of the code, with ``+changes`` if the work tree differs; None outside git."""
-    root = Path(__file__).resolve().parents[2]
-    git = ["git", "-C", str(root)]
+    git = ["git", "-C", str(PACKAGE_ROOT)]
     try:
         commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
         status = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, check=True)

@@ -128,3 +128,13 @@ def test_a_name_has_at_most_240_bytes(workspace):
     with folders.locked(Path("a" * 240)), folders.temporary_folder(Path("a" * 240)) as folder:
         (folder / "file").touch()
     assert Path("a" * 240, "file").is_file()
+
+
+def test_provenance_names_the_commit_of_the_code(tmp_path):
+    """Also where Temper is used from a project that is a git repository of its own, or none."""
+    from temper.provenance import git_commit
+
+    if not (ROOT / ".git").exists():
+        pytest.skip("not in a git repository")
+    head = subprocess.run(["git", "-C", ROOT, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout
+    assert (git_commit() or "").startswith(head.strip())
