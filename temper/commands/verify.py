@@ -195,7 +195,7 @@ def _of_file(name: str, before: Path, now: Path) -> Iterator[Difference]:
     elif name.endswith(".safetensors"):
         yield from _of_tensors(name, before, now)
     elif name.endswith(".json"):
-        yield from _of_values(name, *map(_content, (before, now)), "")
+        yield from _of_values(name, _content(before), _content(now), "")
     elif name.endswith(".jsonl"):
         yield from _of_values(name, known_json_lines(before), known_json_lines(now), "line")
     elif before.read_bytes() != now.read_bytes():
