@@ -7,8 +7,8 @@ By hand, with the config that the sweep's folder keeps (``temper plan --json`` s
 
 Reads   each run's report folder: metrics.json, curves.jsonl. Runs without a report (failed, not yet made) are left
         out, and named.
-Writes  leaderboard.csv and leaderboard.json (one row per run, best first), report.html, config.yaml; provenance.json
-        comes last. Each file is replaced by itself, so the folder is made again in place, whenever a report is new.
+Writes  leaderboard.csv and leaderboard.json (one row per run, best first), report.html, config.yaml; receipt.json
+        (hashes of all that the chosen run consists of); provenance.json comes last. Each file is replaced by itself, so the folder is made again in place, whenever a report is new.
 """
 
 import logging
@@ -23,7 +23,7 @@ from temper.errors import UserError
 from temper.evaluation.comparison import Ranking, rank
 from temper.evaluation.figures import finite
 from temper.files import read_yaml, write_whole
-from temper.folders import locked, temporary_folder
+from temper.folders import PROVENANCE, locked, temporary_folder
 from temper.keys import stage_key
 from temper.planning import plan
 from temper.provenance import provenance
@@ -36,6 +36,9 @@ from temper.reports.leaderboard import (
     shown_metrics,
 )
 from temper.reports.sweep_page import write_page
+from temper.runs.find import find
+from temper.runs.receipt import FILE as RECEIPT
+from temper.runs.receipt import receipt_of
 from temper.step import config_and_settings, run_command
 
 STAGE = "compare_runs"
@@ -62,6 +65,7 @@ def compare(config: dict, output: Path) -> Board:
     rows = leaderboard_rows(ranking, names)
 
     output.mkdir(parents=True, exist_ok=True)
+    (output / RECEIPT).unlink(missing_ok=True)  # of the comparison before
     _keep_other_experiment(output, sweep, config.get("experiment"))
     write_whole(output / "config.yaml", safe_dump(config, sort_keys=False, allow_unicode=True))
     write_whole(output / "leaderboard.csv", csv_text(rows))
@@ -128,11 +132,20 @@ def _work(_step, arguments, _inputs) -> None:
             facts["key"] = planned.comparison.key
             facts["mirrored"], said = tracking.mirror(planned, board)
             log.info("%s", said)
+        _write_receipt(output, board)
         reports = {run["name"]: run["report"] for run in config["runs"]}
         facts = provenance(STAGE, reports, time.time() - started, facts)
         write_whole(output / "provenance.json", json_text(facts))
     if not arguments.plan:  # the workflow shows it at its very end
         print_leaderboard(output)
+
+
+def _write_receipt(output: Path, board: Board) -> None:
+    """Hashes of all that the chosen run consists of; none where its report was not written by a step."""
+    report = next(Path(row["report"]) for row in board.rows if row["run"] == board.chosen)
+    if (report / PROVENANCE).is_file():
+        receipt = receipt_of(find(str(report)))
+        write_whole(output / RECEIPT, json_text(receipt.model_dump()))
 
 
 def main(argv=None) -> None:

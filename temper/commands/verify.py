@@ -2,6 +2,7 @@
 
 temper verify --sweep demo --sample 3                       # three stages, drawn by chance
 temper verify --run best --sweep demo --stages train_adapter,evaluate_model
+temper verify --receipt results/sweeps/demo/receipt.json    # nothing is made: are all files of the chosen run as they were?
 
 What is compared: tensors, rows of data sets, and the figures in JSON files but for times and memory. With other
 packages, another processor or other code than recorded, which is said, figures and tensors may differ by 0.001 of their
@@ -53,16 +54,37 @@ def arguments(parser) -> None:
     parser.add_argument("--sweep", help="name of a finished sweep; with --run best: the sweep whose best run is meant")
     parser.add_argument("--stages", help="only these, with commas between them")
     parser.add_argument("--sample", type=int, metavar="N", help="only N of the folders, drawn by chance")
+    parser.add_argument("--receipt", metavar="FILE", help="compare the files of a run with the hashes of its receipt")
     parser.add_argument("--seed", type=int, default=0, help="of the drawing; default: 0")
 
 
 def run(arguments) -> None:
     """Verify the folders that the arguments select; exit with 1 if one differs."""
+    if arguments.receipt:
+        _check_receipt(arguments)
+        return
     folders = _selected(arguments)
     with tempfile.TemporaryDirectory(prefix="temper-verify-") as scratch:
         failed = [folder for number, folder in enumerate(folders) if not _verify(folder, Path(scratch, str(number)))]
     print(f"{len(folders) - len(failed)} of {len(folders)} folder(s) came out the same")
     if failed:
+        sys.exit(1)
+
+
+def _check_receipt(arguments) -> None:
+    from temper.runs.receipt import faults, read_receipt
+
+    if arguments.run or arguments.sweep or arguments.stages or arguments.sample:
+        raise UserError("--receipt: goes alone, as it makes nothing: leave the other flags out")
+    receipt = read_receipt(Path(arguments.receipt))
+    found = faults(receipt)
+    for fault in found:
+        print(visible(fault))
+    files = sum(len(part.files) for part in receipt.parts)
+    print(
+        f"{receipt.run}: {len(found)} fault(s)" if found else f"{receipt.run}: all {files} files are as in the receipt"
+    )
+    if found:
         sys.exit(1)
 
 

@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
+from steps import compare_runs
 from temper.commands import verify
 from temper.folders import sizes
 from tests.support.asking import command
-from tests.support.finished import ADAPTER, RUN
+from tests.support.finished import ADAPTER, MERGED, RUN
 
 SPLITS = "results/splits/reviews-tiny-00000000a2"
 
@@ -72,6 +73,29 @@ def test_what_changed_since_is_said_and_allows_last_digits(copy, capsys):
     assert "1 of 1 folder(s) came out the same" in out
 
 
+def test_a_receipt_names_every_file_that_is_not_as_it_was(copy, capsys):
+    receipt = Path("results/sweeps/tiny/receipt.json")
+    compare_runs.main(["--config", "results/sweeps/tiny/config.yaml", "--output", "results/sweeps/tiny"])
+    told = json.loads(receipt.read_text())
+    stages = [part["stage"] for part in told["parts"]]
+    assert stages[-2:] == ["evaluate_model", "evaluate_model"] and "train_adapter" in stages and told["run"] == RUN
+    command("verify")(["--receipt", str(receipt)])
+    assert f"{RUN}: all " in capsys.readouterr().out
+
+    Path("results/adapters", ADAPTER, "training.json").write_text("{}")
+    Path("results/merged", MERGED, "config.json").unlink()
+    Path(SPLITS, "more.txt").touch()
+    with pytest.raises(SystemExit) as ended:
+        command("verify")(["--receipt", str(receipt)])
+    assert ended.value.code == 1
+    assert capsys.readouterr().out.splitlines() == [
+        f"{SPLITS}: more.txt is not in the receipt",
+        f"results/adapters/{ADAPTER}: training.json has another sha256",
+        f"results/merged/{MERGED}: config.json is missing",
+        f"{RUN}: 3 fault(s)",
+    ]
+
+
 def test_values_are_compared_but_for_times_and_memory():
     before = {"train_seconds": 1.0, "peak_memory_bytes": 3, "loss": 0.5, "rows": [{"a": 1}, {"a": None}], "x": "b"}
     now = {"train_seconds": 2.0, "peak_memory_bytes": 4, "loss": 0.5005, "rows": [{"a": 2}, {"a": None}]}
@@ -93,6 +117,8 @@ def test_values_are_compared_but_for_times_and_memory():
             ["--run", RUN, "--stages", "train_adaptr"],
             "--stages train_adaptr: cannot be verified; did you mean 'train_ad",
         ),
+        (["--receipt", "none.json"], "none.json: no such file; compare the sweep again"),
+        (["--receipt", "none.json", "--run", RUN], "--receipt: goes alone"),
         (["--run", RUN, "--sample", "0"], "--sample 0: draw at least 1"),
     ],
 )

@@ -1,0 +1,87 @@
+"""The receipt of a run: hashes of all that it was made from and of all that was made, and its figures."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+
+from temper.config.stages import STAGES
+from temper.evaluation.figures import Figures, finite, read_figures
+from temper.files import known_json, read_json
+from temper.hashing import file_sha256
+from temper.runs.find import FinishedRun
+from temper.sources.pins import data_files, is_pin
+
+FILE = "receipt.json"
+RECORDED = ("code", "packages", "python", "processor", "git", "inputs")
+
+
+class Part(BaseModel):
+    """What one stage made. `files`: path below `folder` -> sha256; of raw data beside its pin."""
+
+    model_config = ConfigDict(strict=True, extra="ignore")
+    stage: str
+    folder: str
+    made_with: dict[str, Any]
+    files: dict[str, str]
+
+
+class Receipt(BaseModel):
+    """Of the run that a sweep chose."""
+
+    model_config = ConfigDict(strict=True, extra="ignore")
+    run: str
+    metric: str
+    test: dict[str, float | None]
+    parts: list[Part]
+
+
+def receipt_of(run: FinishedRun) -> Receipt:
+    """The receipt of a finished run; folders as they are called in results/."""
+    figures = read_figures(run.part("evaluate_model", "and it has the figures"))
+    assert isinstance(figures, Figures), "a run that diverged is not found"
+    order = list(STAGES)
+    parts = [_part(path) for path in run.parts.values() if path.exists()]
+    parts.sort(key=lambda part: (order.index(part.stage), part.folder))
+    return Receipt(run=run.name, metric=figures.metric, test=finite(figures.test), parts=parts)
+
+
+def read_receipt(path: Path) -> Receipt:
+    """Raises: UserError: it is not there, or damaged."""
+    return read_json(path, Receipt, "compare the sweep again: snakemake writes it anew")
+
+
+def faults(receipt: Receipt) -> list[str]:
+    """What is not as the receipt says, a line each."""
+    found = []
+    for part in receipt.parts:
+        now = _files(Path(part.folder)) if Path(part.folder).exists() else {}
+        if not now:
+            found.append(f"{part.folder}: is missing")
+            continue
+        for name in sorted({*part.files, *now}):
+            if name not in now:
+                found.append(f"{part.folder}: {name} is missing")
+            elif name not in part.files:
+                found.append(f"{part.folder}: {name} is not in the receipt")
+            elif now[name] != part.files[name]:
+                found.append(f"{part.folder}: {name} has another sha256")
+    return found
+
+
+def _part(path: Path) -> Part:
+    recorded = known_json(path if path.is_file() else path / "provenance.json")
+    made_with = {name: recorded[name] for name in RECORDED if name in recorded}
+    stage = recorded.get("stage", "fetch_data")
+    return Part(stage=stage, folder=str(path), made_with=made_with, files=_files(path))
+
+
+def _files(path: Path) -> dict[str, str]:
+    """Name -> sha256. A folder's provenance is hashed as well; Snakemake's own marks are not."""
+    if path.is_file():
+        raw = data_files(path) if is_pin(path) else []
+        return {file.name: file_sha256(file) for file in [path, *raw]}
+    files = (file for file in sorted(path.rglob("*")) if file.is_file() and not file.name.startswith(".snakemake"))
+    return {file.relative_to(path).as_posix(): file_sha256(file) for file in files}
