@@ -8,7 +8,8 @@ By hand, with the config that the sweep's folder keeps (``temper plan --json`` s
 Reads   each run's report folder: metrics.json, curves.jsonl. Runs without a report (failed, not yet made) are left
         out, and named.
 Writes  leaderboard.csv and leaderboard.json (one row per run, best first), report.html, config.yaml; receipt.json
-        (hashes of all that the chosen run consists of); provenance.json comes last. Each file is replaced by itself, so the folder is made again in place, whenever a report is new.
+        (hashes of all that the chosen run consists of); provenance.json comes last. Each file is replaced by itself, so
+        the folder is made again in place, whenever a report is new.
 """
 
 import logging

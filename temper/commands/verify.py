@@ -2,7 +2,7 @@
 
 temper verify --sweep demo --sample 3                       # three stages, drawn by chance
 temper verify --run best --sweep demo --stages train_adapter,evaluate_model
-temper verify --receipt results/sweeps/demo/receipt.json    # nothing is made: are all files of the chosen run as they were?
+temper verify --receipt results/sweeps/demo/receipt.json    # are the chosen run's files as they were?
 
 What is compared: tensors, rows of data sets, and the figures in JSON files but for times and memory. With other
 packages, another processor or other code than recorded, which is said, figures and tensors may differ by 0.001 of their
@@ -81,9 +81,8 @@ def _check_receipt(arguments) -> None:
     for fault in found:
         print(visible(fault))
     files = sum(len(part.files) for part in receipt.parts)
-    print(
-        f"{receipt.run}: {len(found)} fault(s)" if found else f"{receipt.run}: all {files} files are as in the receipt"
-    )
+    verdict = f"{len(found)} fault(s)" if found else f"all {files} files are as in the receipt"
+    print(f"{receipt.run}: {verdict}")
     if found:
         sys.exit(1)
 
