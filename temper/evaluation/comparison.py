@@ -146,13 +146,14 @@ class Ranking:
     def shown(self) -> tuple[float, int] | None:
         """(the smallest difference that these rows would show in 80% of the cases, rows that 1 point would take).
 
-        None for a single recipe, and where seeds differ, which more rows do not mend. By the one whose rows differ from
-        the best one's as much as is usual in this sweep.
+        None for a single recipe, and where seeds differ, which more rows do not mend. By how much the
+        rows of the tied ones differ from those of the best one, in the middle; of all others where none is tied.
         """
         if self.noise:
             return None
         rows = self.best.figures.rows
-        spreads = sorted(spread_of(one.behind.interval, rows) for one in self.recipes if one.behind)
+        others = [one for one in self.tied if one.behind] or [one for one in self.recipes if one.behind]
+        spreads = sorted(spread_of(one.behind.interval, rows) for one in others if one.behind)
         usual = spreads[len(spreads) // 2] if spreads else 0.0
         return (smallest_difference(usual, rows), rows_needed(usual, 0.01)) if usual else None
 
