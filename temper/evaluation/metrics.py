@@ -184,6 +184,9 @@ def _macro_f1(evidence: Evidence) -> Statistic:
     """F1: mean of the F1 of all labels that occur (macro)."""
     import numpy as np
 
+    # As scikit-learn's f1_score, which a test holds it against, counted here: 80 times as fast on 500 rows, and a
+    # bootstrap asks a thousand times.
+
     # An unparsed answer counts against its true class, and is no class of its own in the average. Nor is a label that
     # neither the rows nor the answers have: there is nothing to be right or wrong about.
     class_names = evidence.settings["labels"]
