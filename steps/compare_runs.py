@@ -66,8 +66,8 @@ def compare(config: dict, output: Path) -> Board:
     rows = leaderboard_rows(ranking, names)
 
     output.mkdir(parents=True, exist_ok=True)
-    (output / RECEIPT).unlink(missing_ok=True)  # of the comparison before
     _keep_other_experiment(output, sweep, config.get("experiment"))
+    (output / RECEIPT).unlink(missing_ok=True)  # of the comparison before
     write_whole(output / "config.yaml", safe_dump(config, sort_keys=False, allow_unicode=True))
     write_whole(output / "leaderboard.csv", csv_text(rows))
     write_page(output, config, names, ranking, rows)

@@ -353,6 +353,18 @@ def test_another_sweeps_folder_is_not_overwritten(sweep):
     assert {path.name: path.read_bytes() for path in output.iterdir()} == before
 
 
+def test_the_receipt_of_another_sweep_or_experiment_is_not_lost(sweep):
+    config, output = sweep
+    compare_runs.compare(config, output)
+    (output / "receipt.json").write_text("of demo")
+    with pytest.raises(UserError, match="name another folder"):
+        compare_runs.compare({**config, "sweep": {"name": "mine", "axes": {}}}, output)
+    assert (output / "receipt.json").read_text() == "of demo"
+    compare_runs.compare({**config, "experiment": "other"}, output)
+    assert (output.with_name("rates@demo") / "receipt.json").read_text() == "of demo"
+    assert not (output / "receipt.json").exists(), "it is not of this comparison"
+
+
 # --- anybody's text ------------------------------------------------------------------------------
 
 TEXTS = [
