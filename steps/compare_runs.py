@@ -23,7 +23,7 @@ from temper import tracking
 from temper.errors import UserError
 from temper.evaluation.comparison import Ranking, rank
 from temper.evaluation.figures import finite
-from temper.files import read_yaml, write_whole
+from temper.files import json_text, read_yaml, write_whole
 from temper.folders import PROVENANCE, locked, temporary_folder
 from temper.keys import stage_key
 from temper.planning import plan
@@ -31,7 +31,6 @@ from temper.provenance import provenance
 from temper.reports.leaderboard import (
     Board,
     csv_text,
-    json_text,
     leaderboard_rows,
     print_leaderboard,
     shown_metrics,
@@ -143,7 +142,7 @@ def _work(_step, arguments, _inputs) -> None:
 
 def _write_receipt(output: Path, board: Board) -> None:
     """Hashes of all that the chosen run consists of; none where its report was not written by a step."""
-    report = next(Path(row["report"]) for row in board.rows if row["run"] == board.chosen)
+    report = Path(board.chosen_row["report"])
     if (report / PROVENANCE).is_file():
         receipt = receipt_of(find(str(report)))
         write_whole(output / RECEIPT, json_text(receipt.model_dump()))

@@ -12,7 +12,6 @@ Raw files that were edited are never overwritten.
 """
 
 import contextlib
-import json
 import logging
 import re
 import shutil
@@ -21,7 +20,7 @@ import time
 from pathlib import Path
 
 from temper.errors import UserError
-from temper.files import write_whole
+from temper.files import json_text, write_whole
 from temper.folders import locked
 from temper.hashing import file_sha256
 from temper.provenance import provenance
@@ -57,7 +56,7 @@ def run(source: dict, output: Path) -> None:
         _refuse_to_lose(folder, [pin, *earlier])
         for name in files:
             (scratch / name).replace(folder / name)
-        write_whole(output, json.dumps(pin, indent=2, ensure_ascii=False) + "\n")
+        write_whole(output, json_text(pin))
     for old in earlier:
         for name in {old["path"].name, *old["files"]} - {output.name, *files}:
             (folder / name).unlink(missing_ok=True)

@@ -108,6 +108,11 @@ def write_whole(path: Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
+def json_text(value) -> str:
+    """A value as the text of a JSON file that people read, too."""
+    return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+
+
 def json_lines(rows: list[dict]) -> str:
     """Rows as the text of a JSON lines file."""
     return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)

@@ -8,6 +8,7 @@ imports from the computing rooms.
 import ast
 import functools
 import json
+import os
 from pathlib import Path
 
 from temper.hashing import digest
@@ -16,6 +17,11 @@ PACKAGE_ROOT = Path(__file__).resolve().parents[1]
 # The rooms whose code decides what an artefact holds. Decisions of planning are in a key by their values, because the
 # completed config is hashed. Checks, pages, tracking and commands change no artefact.
 COMPUTING = tuple(f"temper.{room}." for room in ("sources", "data", "model", "training", "evaluation"))
+
+
+def python_path() -> str:
+    """PYTHONPATH for a process that is to run the code whose keys these are, whatever is installed."""
+    return os.pathsep.join(filter(None, [str(PACKAGE_ROOT), os.environ.get("PYTHONPATH")]))
 
 
 def flat(value, prefix: str = "") -> dict[str, str]:

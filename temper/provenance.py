@@ -2,7 +2,6 @@
 
 import contextlib
 import importlib.metadata
-import json
 import platform
 import resource
 import subprocess
@@ -10,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+from temper.files import json_text
 from temper.folders import PROVENANCE, sizes
 from temper.keys import PACKAGE_ROOT, code_hashes
 from temper.secrets import redacted
@@ -35,7 +35,7 @@ def write_provenance(folder: Path, stage: str, config: dict, inputs: dict, secon
     text = yaml.safe_dump(config, sort_keys=False, allow_unicode=True)
     (folder / "config.yaml").write_text(text, encoding="utf-8")
     facts = provenance(stage, inputs, seconds, facts) | {"files": sizes(folder)}
-    (folder / PROVENANCE).write_text(json.dumps(facts, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    (folder / PROVENANCE).write_text(json_text(facts), encoding="utf-8")
 
 
 def provenance(stage: str, inputs: dict, seconds: float, facts: dict) -> dict:

@@ -64,14 +64,15 @@ def _stage(step):
 
 def step_parser(step) -> argparse.ArgumentParser:
     """The parser of a step's flags."""
+    from temper.config.stages import flag_of
+
     parser = argparse.ArgumentParser(
         prog=f"python -m steps.{step.STAGE}",
         description=step.__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     for name, text in _stage(step).inputs.items():
-        flag = "--" + name.rstrip("?").replace("_", "-")
-        parser.add_argument(flag, required=not name.endswith("?"), help=text)
+        parser.add_argument(flag_of(name.rstrip("?")), required=not name.endswith("?"), help=text)
     output_help = getattr(step, "OUTPUT_HELP", "folder to write; must not exist, or be complete already")
     parser.add_argument("--output", required=True, help=output_help)
     parser.add_argument("--config", help="config of this stage: a YAML or JSON file, or JSON text")
@@ -166,11 +167,11 @@ def _readable_weights(folder: Path) -> None:
 
 
 def _input_path(name: str, value: str | None) -> Path | None:
-    from temper.config.stages import makers_of
+    from temper.config.stages import flag_of, makers_of
 
     if value is None:
         return None
-    path, flag = Path(value), "--" + name.replace("_", "-")
+    path, flag = Path(value), flag_of(name)
     if not path.exists():
         raise UserError(f"{flag} {value}: no such file or folder; run the stage that makes it first")
     makers = makers_of(name)

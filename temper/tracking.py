@@ -559,8 +559,7 @@ def _register_champion(api, plan, board: "Board", ids: dict[str, str]) -> str:
     """
     from mlflow.exceptions import MlflowException
 
-    best = next(row for row in board.rows if row["run"] == board.chosen)
-    score = f"test_{board.metric}"
+    best, score = board.chosen_row, f"test_{board.metric}"
     if best[score] is None:  # a diverged run is never the champion
         return "no run has figures, so there is no new champion"
     run = next(run for run in plan.runs if run.name == best["run"])

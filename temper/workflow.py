@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from temper import signals, tracking
-from temper.config.stages import FOLDERS
+from temper.config.stages import FOLDERS, flag_words
 from temper.errors import UserError, one_line_errors, suggest, visible
 from temper.files import read_json
 from temper.folders import is_complete, remove_leftovers
-from temper.keys import PACKAGE_ROOT
+from temper.keys import PACKAGE_ROOT, python_path
 from temper.planning import plan as planning
 from temper.planning import planner
 
@@ -44,7 +44,7 @@ def load_plan(config: dict, workflow) -> planning.Plan:
     asked = _as_written(config, workflow.config_settings.config_args if is_main else [])
     # Jobs run with our Python and the code that the keys were computed from, whatever is installed.
     os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(PACKAGE_ROOT), os.environ.get("PYTHONPATH")]))
+    os.environ["PYTHONPATH"] = python_path()
     with one_line_errors():
         for key in config if is_main else ():  # in another workflow, the other keys belong to that
             if key not in CONFIG_KEYS:
@@ -118,7 +118,7 @@ def flags_of(plan: planning.Plan, stage: str, *names: str):
 
     def flags(wildcards) -> str:
         inputs = plan.job(stage, wildcards.name).inputs
-        return " ".join(f"--{name.replace('_', '-')} {shlex.quote(inputs[name])}" for name in names if name in inputs)
+        return shlex.join(flag_words({name: inputs[name] for name in names if name in inputs}))
 
     return flags
 

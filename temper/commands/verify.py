@@ -24,11 +24,11 @@ from pathlib import Path
 from typing import Any
 
 from temper import units
-from temper.config.stages import STAGES
+from temper.config.stages import STAGES, flag_words
 from temper.errors import UserError, suggest, visible
-from temper.files import known_json, known_json_lines, load_rows
-from temper.folders import refuse_damaged
-from temper.keys import PACKAGE_ROOT, code_hashes
+from temper.files import known_json, known_json_lines, load_rows, read_json
+from temper.folders import PROVENANCE, refuse_damaged
+from temper.keys import code_hashes, python_path
 from temper.planning.plan import RESULTS
 from temper.provenance import package_versions, processor
 
@@ -36,7 +36,7 @@ TOLERANCE = 1e-3  # of a value's size, where another machine computes
 FETCHED = ("fetch_data", "fetch_model")
 # What no two trainings have in common: time and memory. `device` and versions are compared by provenance.
 VOLATILE = ("seconds", "_per_second", "memory_bytes", "resumed_from_step")
-NOT_COMPARED = ("provenance.json", "config.yaml", "report.html", "README.md", ".snakemake_timestamp")
+NOT_COMPARED = (PROVENANCE, "config.yaml", "report.html", "README.md", ".snakemake_timestamp")
 
 
 @dataclasses.dataclass
@@ -92,7 +92,7 @@ def _check_receipt(arguments) -> None:
 
 def _selected(arguments) -> list[Path]:
     stages = _stages(arguments.stages)
-    folders = [folder for folder in _folders(arguments) if _stage(folder) in stages]
+    folders = [folder for stage, folder in _folders(arguments) if stage in stages]
     if not folders:
         raise UserError(f"--stages {arguments.stages}: no folder of these stages here; leave it out")
     if arguments.sample is not None:
@@ -113,9 +113,9 @@ def _stages(given: str | None) -> list[str]:
     return given.split(",")
 
 
-def _folders(arguments) -> list[Path]:
-    """The folders of one run, or of all runs of a sweep, in the order of the pipeline."""
-    from temper.runs.find import find
+def _folders(arguments) -> list[tuple[str, Path]]:
+    """(stage, folder) of all that steps made of one run, or of all runs of a sweep, in the order of the pipeline."""
+    from temper.runs.find import BEST, find
 
     if arguments.run:
         runs = [arguments.run]
@@ -123,14 +123,10 @@ def _folders(arguments) -> list[Path]:
         runs = _reports(arguments.sweep)
     else:
         raise UserError("--sweep or --run is missing: what to verify; results/sweeps has the finished sweeps")
-    found = {
-        path.resolve(): path
-        for name in runs
-        for path in find(name, arguments.sweep if name == "best" else None).parts.values()
-        if path.is_dir() and _stage(path)
-    }
+    made = [part for name in runs for part in find(name, arguments.sweep if name == BEST else None).made()]
+    found = {path.resolve(): (stage, path) for stage, path in made if (path / PROVENANCE).is_file()}
     order = list(STAGES)
-    return sorted(found.values(), key=lambda path: (order.index(_stage(path)), path.name))
+    return sorted(found.values(), key=lambda part: (order.index(part[0]), part[1].name))
 
 
 def _reports(sweep: str) -> list[str]:
@@ -140,17 +136,13 @@ def _reports(sweep: str) -> list[str]:
     return [row["report"] for row in board.rows if row.get(f"test_{board.metric}") is not None]
 
 
-def _stage(folder: Path) -> str:
-    return known_json(folder / "provenance.json").get("stage", "")
-
-
 # --- one folder ----------------------------------------------------------------------------------
 
 
 def _verify(folder: Path, again: Path) -> bool:
     """Make a folder again and say how it compares; whether it is the same."""
     refuse_damaged(folder, "")
-    recorded = known_json(folder / "provenance.json")
+    recorded = read_json(folder / PROVENANCE)
     changed = _changes(recorded)
     for change in changed:
         print(f"{folder}: {change}", flush=True)
@@ -185,10 +177,9 @@ def _changes(recorded: dict) -> list[str]:
 
 def _make_again(folder: Path, recorded: dict, again: Path) -> None:
     """Run the stage by hand, with the recorded inputs and config."""
-    inputs = [word for name, path in recorded["inputs"].items() for word in (f"--{name.replace('_', '-')}", str(path))]
-    command = [sys.executable, "-m", f"steps.{recorded['stage']}", *inputs]
+    command = [sys.executable, "-m", f"steps.{recorded['stage']}", *flag_words(recorded["inputs"])]
     command += ["--config", str(folder / "config.yaml"), "--output", str(again)]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(PACKAGE_ROOT), os.environ.get("PYTHONPATH", "")])}
+    environment = {**os.environ, "PYTHONPATH": python_path()}
     environment.pop("TEMPER_PLAN", None)
     done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     if done.returncode:
@@ -236,10 +227,10 @@ def _of_tensors(name: str, before: Path, now: Path) -> Iterator[Difference]:
     from safetensors import safe_open
 
     with safe_open(before, "pt") as old, safe_open(now, "pt") as new:
-        for key in sorted({*old.keys(), *new.keys()}):
-            if key not in old.keys() or key not in new.keys():  # noqa: SIM118 - safetensors has no `in`
-                yield Difference(name, f"tensor {key} is in one of them only", math.inf)
-                continue
+        old_keys, new_keys = set(old.keys()), set(new.keys())
+        for key in sorted(old_keys ^ new_keys):
+            yield Difference(name, f"tensor {key} is in one of them only", math.inf)
+        for key in sorted(old_keys & new_keys):
             ours, theirs = old.get_tensor(key), new.get_tensor(key)
             if ours.shape != theirs.shape or ours.dtype != theirs.dtype:
                 yield Difference(name, f"tensor {key} has another shape or dtype", math.inf)

@@ -212,6 +212,16 @@ STAGES = {
 FOLDERS = {name: stage.folder for name, stage in STAGES.items() if stage.folder}
 
 
+def flag_of(name: str) -> str:
+    """The flag of a step's input: ``--base-report``."""
+    return "--" + name.replace("_", "-")
+
+
+def flag_words(inputs: dict[str, str]) -> list[str]:
+    """Inputs as words of a step's command."""
+    return [word for name, value in inputs.items() for word in (flag_of(name), value)]
+
+
 def makers_of(flag: str) -> list[Stage]:
     """The stages whose output is read under this flag."""
     return [stage for stage in STAGES.values() if flag in stage.read_as]

@@ -101,8 +101,11 @@ class Batch:
 
     def learned_count(self, ahead: int) -> int:
         """How many tokens `learned` finds."""
-        labels = [row["labels"][ahead:] for row in self.rows]
-        return sum(len(row) - row.count(IGNORED) for row in labels)
+        return sum(count_learned(row["labels"][ahead:]) for row in self.rows)
+
+
+def count_learned(labels: list[int]) -> int:
+    return len(labels) - labels.count(IGNORED)
 
 
 def tensor_on(device, numbers: list, dtype: str = "int64"):

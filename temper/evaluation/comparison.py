@@ -6,20 +6,28 @@ import dataclasses
 import json
 import math
 import statistics
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from temper.errors import UserError
 from temper.evaluation.figures import FILE, Diverged, Figures, read_figures
-from temper.evaluation.intervals import CONFIDENCE
 from temper.evaluation.judge import evidence_of
-from temper.evaluation.metrics import BITS_PER_BYTE, TASKS, Mean, Statistic, check_metric, lower_is_better, metrics_of
+from temper.evaluation.metrics import (
+    BITS_PER_BYTE,
+    TASKS,
+    Mean,
+    Statistic,
+    check_metric,
+    lower_is_better,
+    metrics_of,
+    sweeps_model,
+)
 from temper.evaluation.paired import (
     Difference,
     difference,
     holm,
     mean_statistic,
+    reach,
     rows_needed,
     smallest_difference,
     spread_of,
@@ -172,9 +180,7 @@ class Noise:
     @property
     def told_apart(self) -> float:
         """How far two runs of one seed each must be apart at least, to differ by more than their seeds (95%)."""
-        from scipy.stats import t
-
-        return float(t.ppf((1 + CONFIDENCE) / 2, self.freedom)) * self.spread * math.sqrt(2)
+        return reach(self.freedom) * self.spread * math.sqrt(2)
 
 
 def _noise(recipes: list[Recipe]) -> Noise | None:
@@ -207,12 +213,13 @@ def rank(planned: list[dict], settings: dict, choose: str = "best") -> Ranking:
     diverged: list[DivergedRun] = []
     for run in there:
         figures = read_report(Path(run["report"]), metric)
+        known = {**run, "train": figures.train or {}}
         if isinstance(figures, Diverged):
-            diverged.append(DivergedRun(**run, train=figures.train or {}, at_step=figures.diverged_at_step))
+            diverged.append(DivergedRun(**known, at_step=figures.diverged_at_step))
         elif not figures.are_finite:
-            diverged.append(DivergedRun(**run, train=figures.train or {}, at_step=None))
+            diverged.append(DivergedRun(**known, at_step=None))
         else:
-            ranked.append(RankedRun(**run, train=figures.train or {}, figures=figures))
+            ranked.append(RankedRun(**known, figures=figures))
     if not ranked:
         steps = ", ".join(str(run.at_step or "its end") for run in diverged)
         raise UserError(f"every run with a report diverged (at steps {steps}): lower train.learning_rate")
@@ -314,8 +321,3 @@ def _ranked_by(found: Figures, metric: str, folder: Path) -> Figures:
             f"eval.metric={metric}, or compare by {found.metric}"
         )
     return found.model_copy(update={"metric": metric, "interval": found.intervals[metric]})
-
-
-def sweeps_model(point: Iterable[str]) -> bool:
-    """Whether a model is among swept keys."""
-    return any(key == "model" or key.startswith("model.") for key in point)

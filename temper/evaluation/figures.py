@@ -1,13 +1,12 @@
 """The figures of an evaluation, as a report's metrics.json has them."""
 
-import json
 import math
 from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict
 
-from temper.files import read_json, write_whole
+from temper.files import json_text, read_json, write_whole
 
 FILE = "metrics.json"
 OF_LABELS = ("accuracy_of", "classes", "confusion", "base_confusion")
@@ -30,7 +29,8 @@ Interval = list[Number]  # its two ends
 class _Content(BaseModel):
     """Content of a file. What a later version adds to it is ignored."""
 
-    model_config = ConfigDict(strict=True, extra="ignore")
+    # Built when first used: every command imports this, and few read a report.
+    model_config = ConfigDict(strict=True, extra="ignore", defer_build=True)
 
 
 class Delta(_Content):
@@ -105,7 +105,7 @@ def write_figures(folder: Path, figures: Figures | Diverged) -> None:
     content = finite(figures.model_dump())
     if figures.task != "labels":
         content = {name: value for name, value in content.items() if name not in OF_LABELS}
-    write_whole(folder / FILE, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+    write_whole(folder / FILE, json_text(content))
 
 
 def read_figures(folder: Path) -> Figures | Diverged:

@@ -12,7 +12,7 @@ import inspect
 import math
 import re
 import unicodedata
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from temper.errors import UserError, suggest
@@ -404,6 +404,11 @@ def metrics_of(task: str) -> dict[str, Metric]:
 @functools.cache
 def lower_is_better(name: str) -> bool:
     return any(metric.lower_is_better for metric in ANY_TASK if metric.name == name)
+
+
+def sweeps_model(point: Iterable[str]) -> bool:
+    """Whether a model is among swept keys."""
+    return any(key == "model" or key.startswith("model.") for key in point)
 
 
 def check_metric(settings: dict) -> str:

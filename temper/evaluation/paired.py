@@ -69,11 +69,10 @@ def with_more_spread(found: Difference, spread: float, freedom: int) -> Differen
     """
     from scipy.stats import t
 
-    of_rows = _spread(found.interval)
-    both = math.hypot(of_rows, spread)
-    reach = float(t.ppf((1 + CONFIDENCE) / 2, freedom)) * both
+    both = math.hypot(_spread(found.interval), spread)
+    around = reach(freedom) * both
     p_value = float(2 * t.sf(abs(found.value) / both, freedom)) if both else found.p_value
-    return Difference(found.value, [found.value - reach, found.value + reach], p_value)
+    return Difference(found.value, [found.value - around, found.value + around], p_value)
 
 
 def mean_statistic(found: Sequence[Statistic]) -> Statistic:
@@ -122,13 +121,22 @@ def spread_of(interval: list[float], rows: int) -> float:
 
 def _spread(interval: list[float]) -> float:
     """Standard error that a 95% interval stands for."""
-    from scipy.stats import norm
+    return (interval[1] - interval[0]) / (2 * reach())
 
-    return (interval[1] - interval[0]) / (2 * float(norm.ppf((1 + CONFIDENCE) / 2)))
+
+def reach(freedom: float = math.inf) -> float:
+    """How many standard errors a 95% interval goes to either side.
+
+    Args:
+        freedom: degrees of freedom of the standard error; by itself it is taken as known.
+    """
+    from scipy.stats import t
+
+    return float(t.ppf((1 + CONFIDENCE) / 2, freedom))
 
 
 def _needed() -> float:
     """Standard errors between no difference and one that is found with `POWER`."""
     from scipy.stats import norm
 
-    return float(norm.ppf((1 + CONFIDENCE) / 2) + norm.ppf(POWER))
+    return reach() + float(norm.ppf(POWER))

@@ -10,8 +10,7 @@ from temper.config.schema import Data
 from temper.config.stages import FOLDERS, NOT_IN_KEY, PLATEAU, stage_config
 from temper.config.validate import sft_config
 from temper.errors import UserError
-from temper.evaluation.comparison import sweeps_model
-from temper.evaluation.metrics import BITS_PER_BYTE, PER_TOKEN, check_metric
+from temper.evaluation.metrics import BITS_PER_BYTE, PER_TOKEN, check_metric, sweeps_model
 from temper.folders import check_name
 from temper.hashing import HashCache, canonical_json
 from temper.keys import stage_key

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict
 from temper import units
 from temper.errors import UserError, visible
 from temper.evaluation import metrics
-from temper.evaluation.comparison import DivergedRun, RankedRun, Ranking, Recipe, sweeps_model
+from temper.evaluation.comparison import DivergedRun, RankedRun, Ranking, Recipe
 from temper.evaluation.figures import Number, finite
 from temper.files import read_json
 from temper.reports import html, plots
@@ -41,11 +41,15 @@ class Board(BaseModel):
     missing: list[str]
     base: dict[str, Number] | None
 
+    @property
+    def chosen_row(self) -> dict[str, Any]:
+        return next(row for row in self.rows if row["run"] == self.chosen)
+
 
 def shown_metrics(ranking: Ranking, task: str) -> list[str]:
     """The leaderboard's figures: the ranking one, the task's, the loss; of preference pairs what any run has."""
     pairs = [name for name in OF_PAIRS if any(name in run.figures.test for run in ranking.runs)]
-    loss = metrics.BITS_PER_BYTE if sweeps_model(ranking.best.point) else "loss"
+    loss = metrics.BITS_PER_BYTE if metrics.sweeps_model(ranking.best.point) else "loss"
     return list(dict.fromkeys([ranking.metric, *(metric.name for metric in metrics.TASKS[task]), loss, *pairs]))
 
 
@@ -82,6 +86,12 @@ def _of_recipe(recipe: Recipe, place: int, repeated: bool) -> dict:
     return {**row, "p_holm": recipe.p_holm, "tied": recipe.is_tied}
 
 
+def _diverged_row(run: DivergedRun, like: dict) -> dict:
+    """A line of the leaderboard without figures; it stands below all others."""
+    known = {"run": run.name, **run.point, "train_seconds": run.train.get("train_seconds")}
+    return {name: known.get(name) for name in like} | {"diverged_at_step": run.at_step}
+
+
 def tie_sentence(ranking: Ranking) -> str | None:
     """What cannot be told from the best, and what it would take; None where there is one recipe only."""
     recipes, tied, rows = ranking.recipes, ranking.tied, ranking.best.figures.rows
@@ -105,12 +115,6 @@ def tie_sentence(ranking: Ranking) -> str | None:
     return text
 
 
-def _diverged_row(run: DivergedRun, like: dict) -> dict:
-    """A line of the leaderboard without figures; it stands below all others."""
-    known = {"run": run.name, **run.point, "train_seconds": run.train.get("train_seconds")}
-    return {name: known.get(name) for name in like} | {"diverged_at_step": run.at_step}
-
-
 def csv_text(rows: list[dict]) -> str:
     text = io.StringIO()
     names = dict.fromkeys(name for row in rows for name in row)  # the last may be diverged_at_step
@@ -128,10 +132,6 @@ def _cell(value):
         apostrophe = "'" if value.startswith(FORMULAS) and not NUMBER.fullmatch(value) else ""
         return apostrophe + value.replace("\r", "\\r")  # which Python's csv does not quote, and which ends a line
     return json.dumps(value, ensure_ascii=False) if isinstance(value, dict | list) else value
-
-
-def json_text(value) -> str:
-    return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
 
 
 def print_leaderboard(path: Path) -> None:

@@ -8,7 +8,7 @@ import shlex
 from pathlib import Path
 from urllib.parse import quote
 
-from temper.config.stages import FOLDERS
+from temper.config.stages import FOLDERS, flag_words
 from temper.errors import visible
 from temper.evaluation.figures import FILE, Figures, read_figures
 from temper.evaluation.metrics import metrics_of
@@ -287,9 +287,7 @@ def _rows(prompts: Path | None) -> str:
 def _command(stage: str, folder: Path) -> str:
     """The stage's command, with folders named as in results/."""
     inputs = runs.read_provenance(folder).get("inputs", {})
-    words = [
-        word for name, value in inputs.items() for word in (f"--{name.replace('_', '-')}", _place(name, Path(value)))
-    ]
+    words = flag_words({name: _place(name, Path(value)) for name, value in inputs.items()})
     return visible(shlex.join(["python", "-m", f"steps.{stage}", *words, "--output", _place(stage, folder)]))
 
 

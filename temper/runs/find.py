@@ -8,7 +8,8 @@ found by searching for folders that record it as their input. So any part names 
 import dataclasses
 from pathlib import Path
 
-from temper.config.stages import FOLDERS
+from temper.config.stages import FOLDERS, makers_of
+from temper.config.stages import STAGES as ALL_STAGES
 from temper.errors import UserError, suggest
 from temper.files import read_json, read_yaml
 from temper.folders import made_again, refuse_damaged
@@ -52,6 +53,12 @@ class FinishedRun:
         """The config that a part was made with."""
         return read_config(self.part(stage, purpose))
 
+    def made(self) -> list[tuple[str, Path]]:
+        """(stage, folder or pin) of all parts that are there, in the order of the pipeline."""
+        found = [(_stage_of(part, path), path) for part, path in self.parts.items() if path.exists()]
+        order = list(ALL_STAGES)
+        return sorted(found, key=lambda made: (order.index(made[0]), made[1].name))
+
     @property
     def prompt(self) -> dict:
         """How a conversation became text in training: the config section `prompt`, and the template's `opening`."""
@@ -79,6 +86,12 @@ def read_provenance(folder: Path) -> dict:
     """The provenance.json of an artefact; {} for a folder that no step wrote."""
     path = folder / "provenance.json"
     return read_json(path, {"stage": str, "inputs": dict[str, str]}) if path.is_file() else {}
+
+
+def _stage_of(part: str, path: Path) -> str:
+    """The stage that made a part; of what was put there by hand, without provenance, the one that would have."""
+    recorded = read_provenance(path).get("stage")
+    return recorded or (part if part in ALL_STAGES else makers_of(part)[0].name)
 
 
 # --- finding -------------------------------------------------------------------------------------

@@ -7,11 +7,10 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
-from temper.config.stages import STAGES
 from temper.evaluation.figures import Figures, finite, read_figures
-from temper.files import known_json, read_json
+from temper.files import read_json
 from temper.hashing import file_sha256
-from temper.runs.find import FinishedRun
+from temper.runs.find import FinishedRun, read_provenance
 from temper.sources.pins import data_files, is_pin
 
 FILE = "receipt.json"
@@ -42,9 +41,7 @@ def receipt_of(run: FinishedRun) -> Receipt:
     """The receipt of a finished run; folders as they are called in results/."""
     figures = read_figures(run.part("evaluate_model", "and it has the figures"))
     assert isinstance(figures, Figures), "a run that diverged is not found"
-    order = list(STAGES)
-    parts = [_part(path) for path in run.parts.values() if path.exists()]
-    parts.sort(key=lambda part: (order.index(part.stage), part.folder))
+    parts = [_part(stage, path) for stage, path in run.made()]
     return Receipt(run=run.name, metric=figures.metric, test=finite(figures.test), parts=parts)
 
 
@@ -71,10 +68,9 @@ def faults(receipt: Receipt) -> list[str]:
     return found
 
 
-def _part(path: Path) -> Part:
-    recorded = known_json(path if path.is_file() else path / "provenance.json")
+def _part(stage: str, path: Path) -> Part:
+    recorded = read_provenance(path)
     made_with = {name: recorded[name] for name in RECORDED if name in recorded}
-    stage = recorded.get("stage", "fetch_data")
     return Part(stage=stage, folder=str(path), made_with=made_with, files=_files(path))
 
 

@@ -6,7 +6,7 @@ formulas are those of trl.DPOTrainer with log-probabilities of the reference tha
 
 import dataclasses
 
-from temper.data.batches import Batch, tensor_on
+from temper.data.batches import Batch, count_learned, tensor_on
 from temper.data.columns import IGNORED, answer_start
 
 REFERENCES = ("ref_chosen_logps", "ref_rejected_logps")
@@ -58,7 +58,7 @@ class PreferenceLoss:
         references = tensor_on(logps.device, [row["reference"] for row in batch.rows], "float32")
         (chosen, rejected), (chosen_ratio, rejected_ratio) = logps.chunk(2), (logps - references).chunk(2)
         if self.loss_type == "ipo":  # mean per token: the squared loss would grow with the answers' lengths
-            lengths = [max(1, len(row["labels"]) - row["labels"].count(IGNORED)) for row in batch.rows]
+            lengths = [max(1, count_learned(row["labels"])) for row in batch.rows]
             chosen_length, rejected_length = tensor_on(logps.device, lengths).chunk(2)
             losses = (chosen_ratio / chosen_length - rejected_ratio / rejected_length - 1 / (2 * self.beta)) ** 2
         else:
