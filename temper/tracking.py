@@ -549,6 +549,9 @@ def _results(figures: Figures | Diverged) -> dict:
     if isinstance(figures, Figures):
         values |= {f"{figures.split}_{name}": value for name, value in figures.values.items()}
         values |= {f"base_{figures.split}_{name}": value for name, value in (figures.base or {}).items()}
+    if isinstance(figures, Figures) and (probe := figures.probe):
+        values |= {"probe_bits_per_byte": probe.bits_per_byte, "base_probe_bits_per_byte": probe.base}
+        values["forgetting"] = probe.forgetting and probe.forgetting.value
     numbers = {name: value for name, value in finite(values).items() if isinstance(value, (int, float))}
     return {"step": 0, "seconds": training.get("train_seconds") or 0.0, **numbers}
 
@@ -573,6 +576,8 @@ def _register_champion(api, plan, board: "Board", ids: dict[str, str]) -> str:
     best, score = board.chosen_row, f"{board.split}_{board.metric}"
     if best[score] is None:  # a diverged run is never the champion
         return "no run has figures, so there is no new champion"
+    if board.gate:
+        return "the chosen run does not keep the bounds of eval.gate, so there is no new champion"
     run = next(run for run in plan.runs if run.name == best["run"])
     name = plan.tracking["registered_model_name"] or run.config["data"]["name"]
     measured = f"{score} on {run.artefacts['tokenize_splits']}"

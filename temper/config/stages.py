@@ -5,6 +5,8 @@ import json
 from pathlib import Path
 from typing import Any, Literal
 
+from pydantic import model_validator
+
 from temper import yaml_files
 from temper.config.compose import expand, parse_overrides, to_container
 from temper.config.libraries import check_library_sections
@@ -15,6 +17,7 @@ from temper.config.schema import (
     Method,
     ModelLoad,
     NumThreads,
+    Probe,
     Prompt,
     Quantization,
     Section,
@@ -104,8 +107,17 @@ class MergeAdapter(Section):
     quantization: Quantization
 
 
+class ProbeView(Probe):
+    """`probe` as evaluate_model gets it from the workflow: the identity of the text replaces name and source."""
+
+    @model_validator(mode="after")
+    def _no_settings_of_nothing(self):
+        return self
+
+
 class EvaluateModel(Section):
     eval: Eval
+    probe: ProbeView = ProbeView()
     model: Loaded
     num_threads: NumThreads = 1
 
@@ -213,6 +225,7 @@ STAGES = {
                 "adapter?": "folder of train_adapter, for the training's curves and times",
                 "base_report?": "report of the untouched model on the same splits, to compare with",
                 "references?": "folder of reference_logprobs, after preference optimization",
+                "probe?": "general text as config section probe describes it: its folder, its pin, or one file",
                 "start_report?": "report of the model that the training started from, when that was trained itself",
             },
         ),
@@ -243,6 +256,7 @@ class Planned:
     """What the planner tells a stage besides its config. By hand, `--config` may give it too."""
 
     raw: dict | None = None  # format_prompts: the identity of the raw data; in the key
+    probe_text: dict | None = None  # evaluate_model: the identity of the probe's text; in the key
     files: dict[str, str] | None = None  # fetch_model: name -> sha256 of your own model's files; in the key
     trunk: str | None = None  # this and all below for train_adapter: the name of its checkpoints' folder
     part: str | None = None  # PLATEAU: stop where the decay begins, which is another job
@@ -334,7 +348,8 @@ def _config_file(path: str) -> dict:
 
 # Fields that a stage needs but that do not affect its output.
 NOT_IN_KEY: dict[str, frozenset[str]] = {
-    "eval": frozenset({"test"}),  # which runs are judged there, not how
+    "eval": frozenset({"test", "gate"}),  # what is done with the figures, not how they are made
+    "probe": frozenset({"name", "source"}),  # as of data
     "data": frozenset({"name", "source"}),  # the raw files' identity represents the source
     "method": frozenset({"sft"}),  # the resulting model represents it
     "train": frozenset(
