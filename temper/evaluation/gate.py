@@ -4,6 +4,9 @@ from temper.evaluation.comparison import RankedRun
 from temper.evaluation.metrics import lower_is_better
 
 
+ROUNDING = 1e-9  # a gain of 0.05 is a difference of two figures, and may come out as 0.0499999999999
+
+
 def unmet(chosen: RankedRun, gate: dict | None) -> list[str]:
     """A reason for each bound that the chosen run does not keep.
 
@@ -21,7 +24,7 @@ def _forgetting(chosen: RankedRun, most: float | None) -> str | None:
         return None
     if change is None:
         return f"forgetting was not measured, and may be {most:g} at most: the reports need a probe (--probe)"
-    if change.value <= most:
+    if change.value <= most + ROUNDING:
         return None
     low, high = change.interval
     return f"forgetting {change.value:+.4g} bits per byte [{low:+.4g}, {high:+.4g}] is above {most:g}"
@@ -34,7 +37,7 @@ def _gain(chosen: RankedRun, least: float | None) -> str | None:
     if judged.delta is None:
         return f"the gain was not measured, and must be {least:g} at least: the reports need a base report"
     sign = -1 if lower_is_better(judged.metric) else 1
-    if sign * judged.delta.value >= least:
+    if sign * judged.delta.value >= least - ROUNDING:
         return None
     low, high = sorted(sign * end for end in judged.delta.interval)
     gain = f"gain in {judged.metric} on the {judged.split} split {sign * judged.delta.value:+.4g}"

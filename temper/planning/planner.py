@@ -238,6 +238,11 @@ class _Planner:
         """(the input `probe` of an evaluation, the identity of its text), if there is one."""
         if config["probe"]["source"] is None:
             return {}, {}
+        if config["probe"]["name"] == config["data"]["name"]:
+            raise UserError(
+                f"config: 'probe.name': {config['probe']['name']} is the name of the data, whose folder it "
+                "would share: name the probe otherwise"
+            )
         with told_of_probe():
             return {"probe": self._raw(config["probe"])}, {"probe_text": self._identity(config["probe"])}
 
