@@ -3,7 +3,6 @@
 from temper.evaluation.comparison import RankedRun
 from temper.evaluation.metrics import lower_is_better
 
-
 ROUNDING = 1e-9  # a gain of 0.05 is a difference of two figures, and may come out as 0.0499999999999
 
 
