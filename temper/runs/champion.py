@@ -51,7 +51,7 @@ def register(api, plan, board: "Board", ids: dict[str, str]) -> str:
     tags = {
         KEY_TAG: run.key,
         MEASURED_TAG: f"{figure} on rows {_identity(rows)}",
-        SHOWN_TAG: f"{figure} on {len(rows)} rows of {run.artefacts['tokenize_splits']}",
+        SHOWN_TAG: f"{figure} {best[figure]:.3f} on {len(rows)} rows of {run.artefacts['tokenize_splits']}",
         SCORE_TAG: str(best[figure]),
     }
     alias, rival, why = _place(api, name, tags)
@@ -115,8 +115,8 @@ def _holds(held: dict, tags: dict, metric: str) -> bool:
 
 
 def _said(tags: dict) -> str:
-    """A version's figure and what it was measured on, for people."""
-    return f"{tags.get(SCORE_TAG)}, {tags.get(SHOWN_TAG) or tags.get(MEASURED_TAG)}"
+    """A version's figure and what it was measured on, for people; that of an older Temper as that wrote it."""
+    return tags.get(SHOWN_TAG) or f"{tags.get(MEASURED_TAG)}: {tags.get(SCORE_TAG)}"
 
 
 def _rows(run: runs.FinishedRun) -> list[dict]:
@@ -201,7 +201,7 @@ def _card(run: runs.FinishedRun, model_id: str) -> str:
             "",
             "# with MLFLOW_TRACKING_URI set to the address of the store",
             f'model = mlflow.pyfunc.load_model("models:/{model_id}")',
-            'print(model.predict({"prompt": ["Your prompt here."]}))',
+            'print(model.predict([{"prompt": "Your prompt here."}]))',
         ]
     )
     base = model_card.untouched_origin(run, None)

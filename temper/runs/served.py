@@ -172,8 +172,8 @@ def finished_run(data: Path) -> runs.FinishedRun:
     report = next((path for place in places if (path := place / said["report"]).is_dir()), None)
     if report is None:
         raise UserError(
-            f"{data.parent.parent}: refers to {said['results']}/{said['report']}, which is not there: make it again with "
-            "snakemake, or register the model with a server (tracking.tracking_uri), which gets all it needs"
+            f"{data.parent.parent}: refers to {said['results']}/{said['report']}, which is not there: make it again "
+            "with snakemake, or register the model with a server (tracking.tracking_uri), which gets all it needs"
         )
     return runs.find(str(report))
 
@@ -221,7 +221,7 @@ class Served:
             row = predict.row(f"row {number}", columns)
             ids.append(predict.ids_of(row, self.prompter, settings.max_new_tokens))
         if not ids:
-            raise UserError("there is no prompt in the input")
+            raise UserError("there is no prompt in the input: a row has a column 'prompt' or 'messages'")
         with self.one_at_a_time:
             return prompting.answer_all(
                 self.network, self.prompter, ids, settings, batch_size, seed=params.get(SEED, 0)
