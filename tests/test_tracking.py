@@ -17,6 +17,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import temper
+from steps import merge_adapter, train_adapter
 from temper import tracking, workflow
 from temper.errors import UserError
 from temper.planning import planner
@@ -554,3 +556,32 @@ def test_a_variable_that_is_not_used_is_said(workspace, monkeypatch, capsys):
     tracking.prepare(SETTINGS, "s")
     said = capsys.readouterr().err
     assert "MLFLOW_TRACKING_URI is set, but not used" in said and "s3cret" not in said
+
+
+# --- what is registered --------------------------------------------------------------------------
+
+
+def test_a_fully_trained_champion_is_sent_to_a_server_and_answers_from_there(plan, server, tmp_path, monkeypatch):
+    import mlflow
+
+    plan, board = plan
+    if server.process is None or server.process.poll() is not None:
+        server.start()
+    plan.tracking["tracking_uri"] = server.uri
+    best = next(run for run in plan.runs if run.name == board.chosen).artefacts
+    shutil.rmtree(best["train_adapter"])
+    shutil.rmtree(best["merge_adapter"])
+    config = [*(override for override in finished.CONFIG if override != "adapter.r=4"), "adapter=full"]
+    given = ["--model", best["fetch_model"], *config]
+    train_adapter.main(["--splits", best["tokenize_splits"], "--output", best["train_adapter"], *given])
+    merge_adapter.main(["--adapter", best["train_adapter"], "--output", best["merge_adapter"], *given])
+    done, said = tracking.mirror(plan, board)
+    assert done and "champion of 'movie_reviews' is version 1" in said, said
+    expected = temper.load(best["evaluate_model"]).answer("A joy.", max_new_tokens=8)
+    shutil.move("results", "gone")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", server.uri)
+    model = mlflow.pyfunc.load_model("models:/movie_reviews@champion")
+    assert model.predict([{"prompt": "A joy."}])["prediction"].tolist() == [expected]
+    folder = Path(mlflow.artifacts.download_artifacts("models:/movie_reviews@champion", dst_path=str(tmp_path)))
+    weights = list(folder.rglob("*.safetensors"))
+    assert [path.parent.parent.name for path in weights] == ["merged"], "once, and without the adapter's copy"

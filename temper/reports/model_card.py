@@ -128,7 +128,7 @@ def model_card(run: runs.FinishedRun, card: Card) -> str:
     return markdown.render(
         "model_card.md",
         card_data=None if card.usage else Markdown(_metadata(card, data, figures, training).to_yaml()),
-        title=card.repository.rpartition("/")[2],
+        title=card.repository.partition("/")[2] or card.repository,
         what=f"A {_peft_type(training)} adapter" if not card.merged else "A model",
         base=card.base,
         data=data,
@@ -163,7 +163,7 @@ def _metadata(card: Card, data: Origin, figures: Figures | None, training: dict)
         license=card.license,
         pipeline_tag="text-generation",
         tags=[*([] if card.merged else [kind, "peft"]), training.get("method", {}).get("name", "sft"), "temper"],
-        model_name=card.repository.rpartition("/")[2],
+        model_name=card.repository.partition("/")[2] or card.repository,
         eval_results=_eval_results(data, figures) if figures else None,
     )
 
