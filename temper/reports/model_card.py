@@ -38,12 +38,16 @@ class Origin:
 
 @dataclasses.dataclass
 class Card:
-    """What a card needs besides the run."""
+    """What a card needs besides the run.
+
+    `usage`: code that uses the model; None: for a `repository` on the hub, which also reads the front matter.
+    """
 
     repository: str
     base: Origin
     merged: bool
     license: str | None = None
+    usage: str | None = None
 
 
 def base_origin(run: runs.FinishedRun, base_model: str | None) -> Origin:
@@ -110,7 +114,7 @@ def _words(source: dict) -> Markdown:
 
 
 def model_card(run: runs.FinishedRun, card: Card) -> str:
-    """The card, with its front matter."""
+    """The card, for the hub with its front matter."""
     from yaml import safe_dump
 
     made = {stage: run.parts[stage] for stage in CONFIGS if run.has(stage)}
@@ -123,8 +127,8 @@ def model_card(run: runs.FinishedRun, card: Card) -> str:
     hyperparameters = {name: training.get(name) for name in SHOWN if name in training}
     return markdown.render(
         "model_card.md",
-        card_data=Markdown(_metadata(card, data, figures, training).to_yaml()),
-        title=card.repository.partition("/")[2],
+        card_data=None if card.usage else Markdown(_metadata(card, data, figures, training).to_yaml()),
+        title=card.repository.partition("/")[2] or card.repository,
         what=f"A {_peft_type(training)} adapter" if not card.merged else "A model",
         base=card.base,
         data=data,
@@ -134,7 +138,7 @@ def model_card(run: runs.FinishedRun, card: Card) -> str:
         span=_span,
         number=_number,
         code=code,
-        usage=markdown.block(usage(run, card), "python"),
+        usage=markdown.block(card.usage or usage(run, card), "python"),
         rows=_rows(made.get("format_prompts")),
         prompt=configs["tokenize_splits"]["prompt"],
         train=_json(made.get("train_adapter"), "training.json"),
@@ -159,7 +163,7 @@ def _metadata(card: Card, data: Origin, figures: Figures | None, training: dict)
         license=card.license,
         pipeline_tag="text-generation",
         tags=[*([] if card.merged else [kind, "peft"]), training.get("method", {}).get("name", "sft"), "temper"],
-        model_name=card.repository.partition("/")[2],
+        model_name=card.repository.partition("/")[2] or card.repository,
         eval_results=_eval_results(data, figures) if figures else None,
     )
 
