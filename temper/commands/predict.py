@@ -65,7 +65,7 @@ def predict(arguments) -> None:
     settings, batch_size = _settings(run, arguments)
     rows = read_prompts(arguments.input)
     _check_columns(rows)
-    prompter = prompting.Prompter(runs.model_folder(run), run.prompt, arguments.system, runs.virtual_tokens(run))
+    prompter = prompting.prompter_of(run, arguments.system)
     prompts = [_ids(row, prompter, settings.max_new_tokens) for row in rows]
     if output:
         _check_writable(output)

@@ -164,7 +164,8 @@ class _Planner:
             learnt = {**config, "method": {**config["method"], "own_answers": None}}
         adapters = self._adapters(learnt, {"splits": pairs.path, "model": start.path, **references})
         adapter, slug = adapters[-1], _slug(config)
-        merged = self._job("merge_adapter", slug, config, {"model": start.path, "adapter": adapter.path})
+        parts = {"model": start.path, "adapter": adapter.path, "splits": splits.path}
+        merged = self._job("merge_adapter", slug, config, parts)
         inputs = {"model": merged.path, "splits": splits.path, "adapter": adapter.path, "base_report": base_report.path}
         if Data.model_validate(config["data"]).has_pairs:  # sampled answers make no pairs of the test split
             inputs |= references
