@@ -121,9 +121,7 @@ class _Merging:
             facts |= {"distances": {base: dataclasses.asdict(distance) for base, distance in distances.items()}}
             for base, distance in distances.items():
                 log.info("merged into the base %s, beside the trained network: %s", base, distance)
-            log.info(
-                "taken: the base %s (%s)", taken, "nearer" if len(distances) > 1 else "no other comes into question"
-            )
+            log.info("taken: the base %s (%s)", taken, "nearer" if len(distances) > 1 else "no other is asked for")
         return network, {"base": taken, **facts}
 
     # --- precisions ---------------------------------------------------------------------------------
