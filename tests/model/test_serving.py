@@ -32,7 +32,7 @@ def sums(folder: str) -> dict:
 
 def edit_template(folder: str) -> None:
     path = Path(folder, TEMPLATE)
-    path.write_text(path.read_text().replace("role", "ROLE", 0) + "{# edited #}")
+    path.write_text(path.read_text() + "{# edited #}")
 
 
 def edit_weights(folder: str) -> None:
@@ -139,7 +139,7 @@ def test_answers_that_turn_are_counted_up_to_where_they_do():
     assert (found.answers, found.answers_alike) == (2, 1)
     assert found.turn == pytest.approx(3.0 / spread)
     assert found.logit_difference == pytest.approx((0.06 + 3.5) / 12 / spread)
-    assert not found.within(10.0) or found.turn <= agreement.TIE * found.logit_difference
+    assert found.within(10.0) == (found.turn <= agreement.TIE * found.logit_difference)
     assert not agreement.compare([first], [torch.full_like(first, torch.nan)]).within(0.1)
 
 
