@@ -278,8 +278,8 @@ def _merging(run: runs.FinishedRun) -> str:
     if "logit_difference" not in made:
         return ""
     said = (
-        f"merged in {made['dtype']}: logits differ from those before by {made['logit_difference']:.2g} of their spread, "
-        f"{made['answers_alike']} of {made['answers']} greedy answers are the same"
+        f"merged in {made['dtype']}: logits differ from those before by {made['logit_difference']:.2g} of their "
+        f"spread, {made['answers_alike']} of {made['answers']} greedy answers are the same"
     )
     distances = made.get("distances", {})
     if distances:
