@@ -96,13 +96,13 @@ def _rows(config: TrainAdapter, planned: Planned, splits: Path, model: Path, ref
     from datasets import DatasetDict, concatenate_datasets
 
     rows = load_rows(splits)
-    answered = ["test"] if planned.max_new_tokens else []  # the split that the evaluation prompts
+    judged = list(dict.fromkeys(split for one in planned.evaluations for split in checks.splits_judged(one)))
     virtual_tokens = config.adapter.get("num_virtual_tokens") or 0
-    limits.check(model, rows, answered, planned.max_new_tokens or 0, virtual_tokens=virtual_tokens)
+    limits.check(model, rows, judged, planned.max_new_tokens or 0, virtual_tokens=virtual_tokens)
     if planned.evaluations:
         tokenizer = load_tokenizer(model)
         for evaluation in planned.evaluations:
-            checks.check(evaluation, splits, rows, tokenizer)
+            checks.check(evaluation, splits, rows, tokenizer, checks.splits_judged(evaluation))
     if config.method.name != "dpo":
         return rows
     if references is None:
