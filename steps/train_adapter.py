@@ -6,7 +6,8 @@ By hand::
         --output results/adapters/Z experiment=smoke train.learning_rate=1e-3
 
 Reads   the train and validation splits; the base model; for method=dpo the reference's log-probabilities.
-Writes  the adapter as PEFT saves it; metrics.jsonl (curves); training.json (time, memory, speed, sizes).
+Writes  the adapter as PEFT saves it; metrics.jsonl (curves); training.json (time, memory, speed, sizes); serving.json
+        (sums of the base's weights, tokenizer and template, without which the adapter means nothing).
 
 Checkpoints are in ``results/.state/<trunk>/``, outside the output, and training continues from the last one by itself.
 Runs that differ only in ``num_train_epochs`` share a trunk if the schedule does not depend on the total: epoch 2
@@ -29,7 +30,7 @@ from temper.files import json_lines, load_rows, write_whole
 from temper.folders import locked
 from temper.hashing import HashCache, digest
 from temper.keys import code_key
-from temper.model import limits
+from temper.model import limits, serving
 from temper.model.adapters import refuse_diverged
 from temper.model.loading import load_tokenizer
 from temper.model.threads import computing_threads
@@ -55,16 +56,20 @@ def run(
     """Train, or continue training, up to ``train.num_train_epochs`` (or ``train.max_steps``).
 
     Raises:
-        UserError: nothing to train on, an adapter config that does not fit the model, rows or answers that are longer
-            than the model's context, or that the evaluation would refuse, or references of other rows.
+        UserError: nothing to train on, splits of another tokenizer or template, an adapter config that does not fit the
+            model, rows or answers that are longer than the model's context, or that the evaluation would refuse, or
+            references of other rows.
     """
     quiet_libraries()
     refuse_diverged(model)
+    served_with = serving.refuse_other_splits(splits, model)
     inputs = [splits, model, *([references] if references else [])]
     state = STATE / (planned.trunk or _by_hand(config, inputs))
     with locked(state), computing_threads(config.num_threads):
         rows = _rows(config, planned, splits, model, references)
-        return _train(config, planned, rows, model, output, state)
+        facts = _train(config, planned, rows, model, output, state)
+    serving.write(output, served_with)
+    return facts
 
 
 def _by_hand(config: TrainAdapter, inputs: list[Path]) -> str:

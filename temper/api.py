@@ -104,8 +104,7 @@ class Tuned:
     def __init__(self, folder: Path, temporary: tempfile.TemporaryDirectory | None = None):
         self.folder, self.temporary = folder, temporary
         self.run = runs.find(str(folder))
-        model, virtual_tokens = runs.model_folder(self.run), runs.virtual_tokens(self.run)
-        self.prompter = prompting.Prompter(model, self.run.prompt, virtual_tokens=virtual_tokens)
+        self.prompter = prompting.prompter_of(self.run)
         self.model = None
 
     def answer(self, prompt: str | list[dict], **generation) -> str:

@@ -601,6 +601,8 @@ def test_a_fully_trained_champion_is_sent_to_a_server_and_answers_from_there(pla
     monkeypatch.setenv("MLFLOW_TRACKING_URI", server.uri)
     model = mlflow.pyfunc.load_model("models:/movie_reviews@champion")
     assert asked(model) == expected
-    folder = Path(mlflow.artifacts.download_artifacts("models:/movie_reviews@champion", dst_path=str(tmp_path / "copy")))
+    folder = Path(
+        mlflow.artifacts.download_artifacts("models:/movie_reviews@champion", dst_path=str(tmp_path / "copy"))
+    )
     weights = list(folder.rglob("*.safetensors"))
     assert [path.parent.parent.name for path in weights] == ["merged"], "once, and without the adapter's copy"

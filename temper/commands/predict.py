@@ -65,7 +65,7 @@ def predict(arguments) -> None:
     settings, batch_size = settings_of(run, vars(arguments))
     rows = read_prompts(arguments.input)
     _check_columns(rows)
-    prompter = prompter_of(run, arguments.system)
+    prompter = prompting.prompter_of(run, arguments.system)
     prompts = [ids_of(row, prompter, settings.max_new_tokens) for row in rows]
     if output:
         _check_writable(output)
@@ -94,11 +94,6 @@ def checked_batch_size(batch_size: int) -> int:
     if batch_size < 1:
         raise UserError(f"batch_size must be at least 1 (found {batch_size})")
     return batch_size
-
-
-def prompter_of(run: runs.FinishedRun, system: str | None = None) -> prompting.Prompter:
-    """What prompts the run's model as in training. `system`: replaces its system message; "" leaves it out."""
-    return prompting.Prompter(runs.model_folder(run), run.prompt, system, runs.virtual_tokens(run))
 
 
 # --- the prompts ---------------------------------------------------------------------------------

@@ -335,8 +335,9 @@ class Merge(Section):
     """Precision of the merged model on disk, and the base that a QLoRA adapter is merged into."""
 
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    dequantized_base: bool = False
-    """For QLoRA. true: merge into the dequantized base; false: into the original."""
+    dequantized_base: bool | None = None
+    """For QLoRA. true: merge into the dequantized base; false: into the original; null: into that of the two whose
+    merged model is nearer to the trained network."""
 
 
 # --- evaluation, tracking, sweep -----------------------------------------------------------------

@@ -199,7 +199,11 @@ STAGES = {
             "merged",
             ("model",),
             ("config.json", "diverged.json"),
-            {"model": "folder of fetch_model", "adapter": "folder of train_adapter"},
+            {
+                "model": "folder of fetch_model",
+                "adapter": "folder of train_adapter",
+                "splits?": "folder of tokenize_splits, for the rows that the merged model is checked on",
+            },
         ),
         Stage(
             "evaluate_model",

@@ -191,7 +191,8 @@ class _Planner:
             learnt = {**config, "method": {**config["method"], "own_answers": None}}
         adapters = self._adapters(learnt, {"splits": pairs.path, "model": start.path, **references})
         adapter, slug = adapters[-1], _slug(config)
-        merged = self._job("merge_adapter", slug, config, {"model": start.path, "adapter": adapter.path})
+        parts = {"model": start.path, "adapter": adapter.path, "splits": splits.path}
+        merged = self._job("merge_adapter", slug, config, parts)
         inputs = {"model": merged.path, "splits": splits.path, "adapter": adapter.path}
         if Data.model_validate(config["data"]).has_pairs:  # by which runs are judged, not by sampled ones
             inputs |= self._references(config, start, splits)

@@ -147,6 +147,7 @@ def model_card(run: runs.FinishedRun, card: Card) -> str:
         commit=latest.get("git"),
         commands=markdown.block("\n".join(_command(stage, folder) for stage, folder in made.items())),
         config=markdown.block(safe_dump(_without_sources(configs), sort_keys=False, allow_unicode=True), "yaml"),
+        merging=_merging(run) if card.merged else "",
         packages=", ".join(f"{name} {version}" for name, version in latest.get("packages", {}).items()),
         limits=_limits(run, card, figures, data),
     )
@@ -273,6 +274,24 @@ def _json(folder: Path | None, name: str) -> dict:
 
 def _peft_type(training: dict) -> str:
     return training.get("adapter", {}).get("peft_type") or "full"
+
+
+def _merging(run: runs.FinishedRun) -> str:
+    """How far the merged model is from the trained network; empty where nothing was merged."""
+    made = runs.read_provenance(run.parts["merge_adapter"]) if run.has("merge_adapter") else {}
+    if "logit_difference" not in made:
+        return ""
+    said = (
+        f"merged in {made['dtype']}: logits differ from those before by {made['logit_difference']:.2g} of their "
+        f"spread, {made['answers_alike']} of {made['answers']} greedy answers are the same"
+    )
+    distances = made.get("distances", {})
+    if distances:
+        said += f"; into the base {made['base']}. Beside the network trained over the quantized base: " + ", ".join(
+            f"{base} {each['logit_difference']:.2g} ({each['answers_alike']} of {each['answers']} answers)"
+            for base, each in distances.items()
+        )
+    return said
 
 
 def _span(interval, form: str = "%.3f") -> str:

@@ -191,7 +191,7 @@ class Served:
 
     def __init__(self, run: runs.FinishedRun):
         self.settings, self.batch_size = predict.settings_of(run, {})
-        self.prompter = predict.prompter_of(run)
+        self.prompter = prompting.prompter_of(run)
         self.network = runs.load_network(run)
         self.one_at_a_time = threading.Lock()  # a server asks from several threads
 
