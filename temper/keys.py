@@ -76,11 +76,17 @@ def _reachable(module: str) -> set[str]:
 def _tree(module: str) -> tuple[str, frozenset[str]]:
     """(dump of the module's syntax tree without docstrings, the modules of computing rooms that it imports)."""
     tree = ast.parse(_source_path(module).read_text(encoding="utf-8"))
+    text = code_text(tree)
+    computing = {name for name in imports_of(tree) if name.startswith(COMPUTING) and _source_path(name).is_file()}
+    return text, frozenset(computing)
+
+
+def code_text(tree: ast.Module) -> str:
+    """A syntax tree as text, without docstrings, which are taken out of it."""
     for node in ast.walk(tree):
         if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
             _drop_docstring(node)
-    computing = {name for name in imports_of(tree) if name.startswith(COMPUTING) and _source_path(name).is_file()}
-    return ast.dump(tree), frozenset(computing)
+    return ast.dump(tree)
 
 
 def imports_of(tree: ast.Module) -> set[str]:

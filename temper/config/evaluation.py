@@ -8,6 +8,7 @@ from pathlib import Path
 
 from temper.data.columns import IGNORED
 from temper.errors import UserError
+from temper.evaluation import own_metrics
 from temper.evaluation.class_names import gold_class
 from temper.evaluation.class_tokens import class_answers
 from temper.evaluation.metrics import MOST_UNSEEN, check_metric, refuse_without_pairs, rouge_unseen
@@ -20,7 +21,8 @@ def check(settings: dict, splits: Path, rows, tokenizer) -> None:
 
     Raises:
         UserError: no test rows, or nothing supervised in them; a metric that the task or the rows do not support; an
-            answer that is not a label; labels with equal or no tokens; text that ROUGE cannot see.
+            answer that is not a label; labels with equal or no tokens; text that ROUGE cannot see; a metric of
+            your own that fails on a row's reference.
     """
     metric = check_metric(settings)
     if "test" not in rows:
@@ -35,6 +37,7 @@ def check(settings: dict, splits: Path, rows, tokenizer) -> None:
         class_answers(settings["labels"], rows, tokenizer)
     if settings["task"] == "text":
         _check_rouge(settings, metric, list(rows["test"]["reference"]))
+    own_metrics.try_out(settings, rows["test"][0])
 
 
 def _check_gold(rows, class_names: list[str]) -> None:

@@ -233,6 +233,7 @@ class Planned:
 
     raw: dict | None = None  # format_prompts: the identity of the raw data; in the key
     files: dict[str, str] | None = None  # fetch_model: name -> sha256 of your own model's files; in the key
+    own_code: dict[str, str] | None = None  # file -> hash, of eval.metrics; in the key
     trunk: str | None = None  # this and all below for train_adapter: the name of its checkpoints' folder
     part: str | None = None  # PLATEAU: stop where the decay begins, which is another job
     plateau: str | None = None  # the folder of the plateau that it continues
