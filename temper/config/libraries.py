@@ -19,6 +19,7 @@ import warnings
 from pathlib import Path
 
 from temper.config import options
+from temper.config.best import judged_metric
 from temper.errors import UserError, found, suggest, told_by_library, words
 from temper.hashing import digest
 from temper.keys import code_key
@@ -166,6 +167,8 @@ def _check_best(args, train: dict, method: str) -> None:
             "train.load_best_model_at_end=true (with eval_strategy and save_strategy alike)"
         )
     name = (args.metric_for_best_model or "loss").removeprefix("eval_")
+    if judged_metric(train) is not None:  # temper/config/best.py checks these, by `eval`
+        return
     known = ["loss"]
     if name not in known and method == "dpo":
         from temper.training.preferences import FIGURES

@@ -125,7 +125,7 @@ def ask(folder: Path, config: dict, rows: DatasetDict, test: list[dict], tokeniz
 
     choices = None
     if settings["task"] == "labels":
-        choices = _likeliest(model, rows, test, settings["labels"], tokenizer, size)
+        choices = likeliest(model, rows, test, settings["labels"], tokenizer, size)
 
     stop_ids = loading.stop_token_ids(folder, tokenizer)
     known = generation.greedy_gold(test, losses.matched, settings, stop_ids)
@@ -140,7 +140,7 @@ ALONE = "the log-probability of its tokens"
 WITH_END = "the log-probability of its tokens and of the one that ends an answer"
 
 
-def _likeliest(model, rows: DatasetDict, test: list[dict], class_names: list[str], tokenizer, size: tuple[int, int]):
+def likeliest(model, rows: DatasetDict, test: list[dict], class_names: list[str], tokenizer, size: tuple[int, int]):
     """The label that the model finds the likeliest, row by row.
 
     As lm-eval compares the choices of a question: by their own tokens. Where a label is the beginning of another one

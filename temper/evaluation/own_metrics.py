@@ -82,13 +82,18 @@ def try_out(settings: dict, row: dict) -> None:
     """
     if not settings.get("metrics"):
         return
-    answered = {**row_of(row), "prediction": row["reference"]}
-    known = [name for metric in settings["metrics"] for line in _lines(metric, [answered]) for name in line]
+    known = names(settings, row)
     asked = [("eval.metric", settings["metric"])]
     asked += [("eval.published", figure["metric"]) for figure in settings["published"]]
     for key, name in asked:
         if name and is_own(settings, name) and name not in known:
             raise UserError(f"config: '{key}': no metric '{name}'; {suggest(name, known)}")
+
+
+def names(settings: dict, row: dict) -> list[str]:
+    """The names of all figures, by a row whose answer is the reference."""
+    answered = {**row_of(row), "prediction": row["reference"], "finished": True}
+    return [name for metric in settings["metrics"] for line in _lines(metric, [answered]) for name in line]
 
 
 def is_own(settings: dict, name: str) -> bool:

@@ -5,6 +5,7 @@ import os
 from pathlib import Path
 
 from temper import tracking
+from temper.config.best import JUDGING
 from temper.config.compose import chosen_experiment, expand, own_folder, parse_overrides, split_overrides, use_folder
 from temper.config.schema import Data
 from temper.config.stages import FOLDERS, NOT_IN_KEY, PLATEAU, stage_config
@@ -14,7 +15,7 @@ from temper.evaluation import own_metrics
 from temper.evaluation.metrics import BITS_PER_BYTE, PER_TOKEN, check_metric, sweeps_model
 from temper.folders import check_name
 from temper.hashing import HashCache, canonical_json
-from temper.keys import stage_key
+from temper.keys import code_key, stage_key
 from temper.model.adapters import load_for_training
 from temper.model.layout import model_files
 from temper.planning.plan import RESULTS, STATE, Job, Plan, PlannedRun
@@ -295,6 +296,8 @@ class _Planner:
         """(key, hashed config, settings) of an artefact. `extra` adds to its config, `upstream` to its inputs' keys."""
         keyed, settings = _without_unkeyed(stage_config(stage, config))
         keyed.update(extra or {})
+        if stage == "train_adapter" and "eval" in keyed:
+            keyed["judging_code"] = code_key(JUDGING)
         if keyed.get("eval", {}).get("metrics"):
             keyed["own_code"] = self._own_code(keyed["eval"])
         keys = {name: self.jobs[path].key for name, path in inputs.items() if name not in unkeyed | {"raw"}}
