@@ -1,4 +1,4 @@
-"""Answers that choose the checkpoint: what they are judged by, beside plain transformers, and that nothing else moves."""
+"""Answers that choose the checkpoint: judged as plain transformers would, and nothing else moves for it."""
 
 import json
 import shutil
@@ -18,6 +18,7 @@ from temper.files import read_json_lines
 from temper.model.adapters import put_on
 from temper.model.loading import load_model, load_tokenizer, stop_token_ids
 from temper.planning import planner
+from tests.conftest import rarely
 from tests.support.trainings import SMALL, assert_equal, train
 
 BEST = ["train.load_best_model_at_end=true", "train.save_total_limit=20", "train.num_train_epochs=4"]
@@ -98,6 +99,28 @@ def test_it_moves_no_weight_and_resumes_exactly(workspace, tiny_splits, tiny_mod
     for name in ("eval_exact_match", "eval_loss", "loss"):
         assert curve("resumed", name) == curve("judged", name)
     assert facts("resumed")["best_step"] == facts("judged")["best_step"]
+
+
+WAYS = {
+    "virtual tokens": (["adapter=prompt_tuning", "~adapter.r", "~adapter.lora_dropout"], "adapter_model.safetensors"),
+    "all parameters": (["adapter=full", "~adapter.r", "~adapter.lora_dropout"], "model.safetensors"),
+    "less memory": (["train.gradient_checkpointing=true"], "adapter_model.safetensors"),
+    "in 4 bits": (["quantization=4bit", "adapter.lora_dropout=0.1"], "adapter_model.safetensors"),
+}
+
+
+@pytest.mark.parametrize("name", rarely(WAYS, ("less memory", "in 4 bits")))
+def test_any_training_can_be_judged(workspace, tiny_splits, tiny_model, name):
+    options, file = WAYS[name]
+    found = []
+    for metric in ("loss", "exact_match"):
+        by = [*chosen_by(metric), "train.num_train_epochs=1", *options]
+        arguments = ["--splits", str(tiny_splits), "--model", str(tiny_model), "--output", metric]
+        config = load_stage_config("train_adapter", None, [*SMALL, *by]) | {"trunk": metric}
+        train_adapter.main([*arguments, "--config", json.dumps(config)])
+        found.append(load_file(f"results/.state/{metric}/checkpoint-{facts(metric)['global_step']}/{file}"))
+    assert_equal(*found)
+    assert curve("exact_match", "eval_exact_match") and not curve("loss", "eval_exact_match")
 
 
 def test_preference_pairs(workspace, tiny_pairs, tiny_model):
