@@ -20,6 +20,7 @@ import logging
 import math
 import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from temper.config import best
@@ -137,7 +138,7 @@ def _train(config: TrainAdapter, planned: Planned, rows, model: Path, output: Pa
     end = _plateau_end(args, total) if planned.part == PLATEAU else total
     plateau = [Path(planned.plateau)] if planned.plateau else []
     checkpoint = checkpoints.last_whole([state, *plateau], end)
-    judge = _judge(config, planned, rows, model, _evaluations(args, end, epoch_steps))
+    judge = _judge(config, planned, rows, model, lambda: _evaluations(args, end, epoch_steps))
     trainer = _trainer(config, rows, model, args, total, judge)
     sizes = parameter_counts(trainer.model)
     log.info("%s", _headline(rows, sizes, args, end, checkpoint, config.num_threads))
@@ -195,7 +196,7 @@ def _evaluations(args, end: int, epoch_steps: int) -> int:
     return math.ceil(end / every) + args.eval_on_start
 
 
-def _judge(config: TrainAdapter, planned: Planned, rows, model: Path, evaluations: int):
+def _judge(config: TrainAdapter, planned: Planned, rows, model: Path, evaluations: Callable[[], int]):
     """What gives the metric of answers that chooses the checkpoint, if one does."""
     metric = best.judged_metric(config.train)
     if metric is None or config.eval is None:
@@ -205,7 +206,9 @@ def _judge(config: TrainAdapter, planned: Planned, rows, model: Path, evaluation
     # By name: otherwise the code that judges answers would be in the key of every training.
     choosing = importlib.import_module(best.JUDGING)
     tokenizer = load_tokenizer(model)
-    return choosing.ValidationJudge(metric, settings, by_answers, rows, model, tokenizer, evaluations, planned.own_code)
+    return choosing.ValidationJudge(
+        metric, settings, by_answers, rows, model, tokenizer, evaluations(), planned.own_code
+    )
 
 
 def _trainer(config: TrainAdapter, rows, model: Path, args, total: int, judge):

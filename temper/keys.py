@@ -11,7 +11,7 @@ import json
 import os
 from pathlib import Path
 
-from temper.hashing import digest
+from temper.hashing import code_text, digest
 
 PACKAGE_ROOT = Path(__file__).resolve().parents[1]
 # The rooms whose code decides what an artefact holds. Decisions of planning are in a key by their values, because the
@@ -81,14 +81,6 @@ def _tree(module: str) -> tuple[str, frozenset[str]]:
     return text, frozenset(computing)
 
 
-def code_text(tree: ast.Module) -> str:
-    """A syntax tree as text, without docstrings, which are taken out of it."""
-    for node in ast.walk(tree):
-        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
-            _drop_docstring(node)
-    return ast.dump(tree)
-
-
 def imports_of(tree: ast.Module) -> set[str]:
     """Names of all modules that a syntax tree imports, and of the names imported from them, which may be modules."""
     imports: set[str] = set()
@@ -99,11 +91,6 @@ def imports_of(tree: ast.Module) -> set[str]:
             imports.add(node.module)
             imports.update(f"{node.module}.{alias.name}" for alias in node.names)
     return imports
-
-
-def _drop_docstring(node) -> None:
-    if ast.get_docstring(node, clean=False) is not None:
-        node.body = node.body[1:] or [ast.Pass()]
 
 
 def _source_path(module: str) -> Path:

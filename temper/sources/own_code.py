@@ -8,6 +8,7 @@ import ast
 import contextlib
 import functools
 import importlib
+import os
 import sys
 import types
 from collections.abc import Callable, Iterator
@@ -15,18 +16,24 @@ from importlib.machinery import PathFinder
 from pathlib import Path
 
 from temper.errors import UserError, lack, suggest, words
-from temper.hashing import digest, file_sha256
-from temper.keys import code_text
+from temper.hashing import code_text, digest, file_sha256
 
+OWN_CONF = "TEMPER_CONF"  # environment variable: a folder of your own configs
 OURS = ("temper", "steps")
 _added: set[str] = set()  # folders that `_import` put on sys.path
 _loaded: dict[str, tuple[dict, types.ModuleType]] = {}  # module -> (what stood for its code when it was loaded, it)
 
 
+def own_folder() -> Path | None:
+    """The folder of your own configs, if there is one."""
+    own = os.environ.get(OWN_CONF)
+    if own and not Path(own).is_dir():
+        raise UserError(f"{OWN_CONF}={own}: no such folder; correct the variable, or unset it")
+    return Path(own) if own else None
+
+
 def folders() -> list[Path]:
     """The folders that are searched, in this order."""
-    from temper.config.compose import own_folder
-
     own = own_folder()
     return list(dict.fromkeys([*([own.absolute()] if own else []), Path.cwd()]))
 
