@@ -12,6 +12,7 @@
     train_adapter       splits, model, references               ->  results/adapters/
     merge_adapter       model, adapter                          ->  results/merged/
     evaluate_model      model, splits, adapter, base_report     ->  results/reports/      (evaluate_base: model, splits)
+    rank_runs           validation reports                      ->  results/rankings/     (which runs to test)
     compare_runs        reports                                 ->  results/sweeps/
 
 Every path below results/ ends in a key that hashes everything it was made from (see temper/planning/plan.py), so a
@@ -51,6 +52,7 @@ localrules:
     fetch_data,
     fetch_model,
     format_prompts,
+    rank_runs,
     compare_runs,
 
 
@@ -218,7 +220,7 @@ rule merge_adapter:
 
 
 rule evaluate_base:
-    "The untouched model on the test split: what every run is compared with."
+    "The untouched model on one split: what every run is compared with."
     input:
         model=path_of("evaluate_model", "model"),
         splits=path_of("evaluate_model", "splits"),
@@ -242,7 +244,7 @@ rule evaluate_base:
 
 
 rule evaluate_model:
-    "A tuned model on the test split, beside the untouched one."
+    "A tuned model on one split, beside the untouched one."
     input:
         model=path_of("evaluate_model", "model"),
         splits=path_of("evaluate_model", "splits"),
@@ -273,10 +275,26 @@ rule evaluate_model:
         " 2>&1 | log_to {log:q}"
 
 
+checkpoint rank_runs:
+    "The runs by their validation reports: only those chosen here are judged on the test split."
+    input:
+        reports=temper.ranked_reports(PLAN, path_of),
+    output:
+        update(directory("results/rankings/{name}")),
+    log:
+        "results/logs/rank_runs/{name}.log",
+    shell:
+        "python -m steps.rank_runs"
+        ' --plan "$TEMPER_PLAN"'
+        " --output {output:q}"
+        " 2>&1 | log_to {log:q}"
+
+
 rule compare_runs:
     "Leaderboard and page of the sweep; completes MLflow and names the champion."
     input:
         reports=temper.reports(PLAN, workflow),
+        test_reports=temper.test_reports(PLAN, checkpoints),
     output:
         update(f"{SWEEP}/leaderboard.csv"),
         update(f"{SWEEP}/leaderboard.json"),

@@ -5,8 +5,8 @@ By hand, with the config that the sweep's folder keeps (``temper plan --json`` s
     python -m steps.compare_runs --config results/sweeps/demo/config.yaml --output results/sweeps/demo
     temper leaderboard demo
 
-Reads   each run's report folder: metrics.json, curves.jsonl. Runs without a report (failed, not yet made) are left
-        out, and named.
+Reads   each run's report folder: metrics.json, predictions.jsonl, curves.jsonl. Runs without a report (failed, not yet
+        made) are left out, and named. Of the runs chosen for the test split their report on that, too.
 Writes  leaderboard.csv and leaderboard.json (one row per run, best first), report.html, config.yaml; receipt.json
         (hashes of all that the chosen run consists of); provenance.json comes last. Each file is replaced by itself, so
         the folder is made again in place, whenever a report is new.
@@ -21,7 +21,7 @@ from typing import Any
 
 from temper import tracking
 from temper.errors import UserError
-from temper.evaluation.comparison import Ranking, rank
+from temper.evaluation.comparison import Ranking, add_tested, rank
 from temper.evaluation.figures import finite
 from temper.files import json_text, read_yaml, write_whole
 from temper.folders import PROVENANCE, locked, temporary_folder
@@ -50,8 +50,9 @@ def compare(config: dict, output: Path) -> Board:
     """Rank the runs and write the sweep's folder.
 
     Args:
-        config: {"eval", "sweep": {"name", "axes"}, "runs": [{"name", "point", "report"}]}, and optionally
-            "experiment" and "overrides" (those that are not axes), for the command that makes the best run again.
+        config: {"eval", "sweep": {"name", "axes"}, "runs": [{"name", "point", "report", "test_report"}]}, and
+            optionally "experiment" and "overrides" (those that are not axes), for the command that makes the chosen
+            run again.
 
     Raises:
         UserError: no run has a report.
@@ -60,6 +61,8 @@ def compare(config: dict, output: Path) -> Board:
 
     ranking = rank(config["runs"], config["eval"], config["sweep"].get("choose", "best"))
     _say_missing(config["runs"], ranking)
+    for name in add_tested(ranking, config["eval"]["test"]):
+        log.info("%s: chosen for the test split, and has no report on it yet", name)
     sweep, metric = config["sweep"]["name"], ranking.metric
     names = shown_metrics(ranking, config["eval"]["task"])
     rows = leaderboard_rows(ranking, names)
@@ -73,9 +76,17 @@ def compare(config: dict, output: Path) -> Board:
 
     runs = [*ranking.runs, *ranking.diverged]
     linked = [{**row, "report": run.report} for row, run in zip(rows, runs, strict=True)]
-    base = ranking.best.figures.base
-    chosen = ranking.chosen.name
-    board = Board(sweep=sweep, metric=metric, rows=linked, chosen=chosen, missing=ranking.missing, base=base)
+    tested = next((run.test for run in ranking.runs if run.test), None)
+    board = Board(
+        sweep=sweep,
+        metric=metric,
+        split=ranking.split,
+        rows=linked,
+        chosen=ranking.chosen.name,
+        missing=ranking.missing,
+        base=ranking.best.figures.base,
+        base_test=tested.base if tested else None,
+    )
     write_whole(output / "leaderboard.json", json_text(finite(board.model_dump())))
     return board
 

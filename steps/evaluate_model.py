@@ -1,4 +1,4 @@
-"""Judge a model on the test split: its loss, its answers, and a page to read.
+"""Judge a model on one split: its loss, its answers, and a page to read.
 
 By hand::
 
@@ -7,8 +7,8 @@ By hand::
     python -m steps.evaluate_model --model results/merged/Z --splits results/splits/X --adapter results/adapters/Z \\
         --base-report results/reports/base --output results/reports/Z eval=sentiment
 
-Reads   the test split (and, for the majority baseline, the training split's gold answers); a merged or an untouched
-        model; of the adapter only its curves and its config; the untouched model's report, to compare with; after
+Reads   the split that `eval.split` names (and, for the baselines, the training split); a merged or an untouched model;
+        of the adapter only its curves and its config; the untouched model's report, to compare with; after
         preference optimization the reference's log-probabilities, and the report of the model that it started from.
 Writes  metrics.json (all figures, see `figures_of`); predictions.jsonl (one answer a line); curves.jsonl (the
         training's, if there was one); report.html (one page, nothing fetched from elsewhere).
@@ -73,21 +73,22 @@ def run(
         return _report_divergence(model, settings, metric, training, output)
 
     tokenizer = load_tokenizer(model)
-    rows, test = _rows(model, splits, settings, tokenizer)
-    base = _base(base_report, settings, test) if base_report else None
+    rows = _rows(model, splits, settings, tokenizer)
+    judged_on = list(rows[config.eval.split])
+    base = _base(base_report, settings, judged_on) if base_report else None
     with computing_threads(config.num_threads):
-        asked = ask(model, config.model_dump(), rows, test, tokenizer)
+        asked = ask(model, config.model_dump(), rows, tokenizer)
 
-    evidence = asked.evidence(settings, test)
-    evidence.own = own_metrics.values(settings, asked.answered(test))
+    evidence = asked.evidence(settings, judged_on)
+    evidence.own = own_metrics.values(settings, asked.answered(judged_on))
     train = read_json(adapter / "training.json") if adapter else None
     if train and references:
-        evidence.start_logps, evidence.beta = _start_logps(references, test), train["beta"]
+        evidence.start_logps, evidence.beta = _start_logps(references, config.eval.split, judged_on), train["beta"]
     judged = judge(metric, evidence, base)
     found = figures_of(
         metric,
         _learned(rows, settings),
-        test,
+        judged_on,
         asked,
         judged,
         base,
@@ -97,11 +98,11 @@ def run(
     )
 
     curves = read_json_lines(adapter / "metrics.jsonl") if adapter else []
-    predictions = prediction_rows(test, asked, judged, base)
+    predictions = prediction_rows(judged_on, asked, judged, base)
     _write_files(output, found, predictions, curves)
     write_page(output, found, predictions, curves, settings, configs_shown(config.model_dump(), model, splits, adapter))
     log.info("%s", headline(found))
-    return {"metric": metric, "value": found.test[metric], "rows": len(test)}
+    return {"metric": metric, "value": found.values[metric], "rows": len(judged_on)}
 
 
 def _needed(adapter: Path | None, why: str) -> Path:
@@ -134,12 +135,12 @@ def _report_divergence(model: Path, settings: dict, metric: str, adapter: Path, 
 # --- what goes in --------------------------------------------------------------------------------
 
 
-def _rows(model: Path, splits: Path, settings: dict, tokenizer) -> tuple[DatasetDict, list[dict]]:
-    """(all splits, the test rows)."""
-    loaded = load_rows(splits)
-    checks.check(settings, splits, loaded, tokenizer)
-    limits.check(model, {"test": loaded["test"]}, ["test"], settings["max_new_tokens"])
-    return loaded, list(loaded["test"])
+def _rows(model: Path, splits: Path, settings: dict, tokenizer) -> DatasetDict:
+    """All splits, checked."""
+    loaded, split = load_rows(splits), settings["split"]
+    checks.check(settings, splits, loaded, tokenizer, [split])
+    limits.check(model, {split: loaded[split]}, [split], settings["max_new_tokens"])
+    return loaded
 
 
 def _learned(rows: DatasetDict, settings: dict) -> list[dict]:
@@ -156,14 +157,15 @@ def _left_out(splits: Path) -> dict:
     }
 
 
-def _base(folder: Path, settings: dict, test: list[dict]) -> BaseReport:
+def _base(folder: Path, settings: dict, judged_on: list[dict]) -> BaseReport:
     """The untouched model's figures and answers, scored again so that differences can be judged row by row."""
     found = read_figures(folder)
     rows = read_json_lines(folder / "predictions.jsonl", dict)
-    same = found.task == settings["task"] and [row["id"] for row in rows] == [row["id"] for row in test]
+    same = found.task == settings["task"] and [row["id"] for row in rows] == [row["id"] for row in judged_on]
     if isinstance(found, Diverged) or not same:
         raise UserError(
-            f"--base-report {folder}: other test rows or another task; evaluate the base model on these splits"
+            f"--base-report {folder}: other rows or another task; evaluate the base model on these splits, with "
+            f"eval.split={settings['split']}"
         )
     scores = metrics.score(evidence_of(settings, rows))
     for name in [metrics.check_metric(settings), *(figure["metric"] for figure in settings["published"])]:
@@ -172,12 +174,12 @@ def _base(folder: Path, settings: dict, test: list[dict]) -> BaseReport:
     return BaseReport(found, rows, scores)
 
 
-def _start_logps(folder: Path, test: list[dict]) -> list[tuple[float, float]]:
-    """Log-probabilities of the test pairs, by the model that preference optimization started from."""
+def _start_logps(folder: Path, split: str, judged_on: list[dict]) -> list[tuple[float, float]]:
+    """Log-probabilities of the pairs, by the model that preference optimization started from."""
     found = load_rows(folder)
-    rows = list(found["test"]) if "test" in found else []
-    if [row["id"] for row in rows] != [row["id"] for row in test]:
-        raise UserError(f"--references {folder}: of other test rows; run reference_logprobs on these splits")
+    rows = list(found[split]) if split in found else []
+    if [row["id"] for row in rows] != [row["id"] for row in judged_on]:
+        raise UserError(f"--references {folder}: of other {split} rows; run reference_logprobs on these splits")
     return [(row["ref_chosen_logps"], row["ref_rejected_logps"]) for row in rows]
 
 
@@ -188,19 +190,19 @@ def _start(folder: Path | None, metric: str) -> Start | None:
     found = read_figures(folder)
     if isinstance(found, Diverged):
         raise UserError(f"--start-report {folder}: its training diverged, so nothing could have started from it")
-    return Start(name="after fine-tuning", test=found.test, intervals=found.intervals, metric=metric)
+    return Start(name="after fine-tuning", values=found.values, intervals=found.intervals, metric=metric)
 
 
 def headline(found: Figures) -> str:
     """One line: the ranking figure, how sure it is, and what tuning changed."""
-    metric, value = found.metric, found.test[found.metric]
+    metric, value = found.metric, found.values[found.metric]
     low, high = found.interval
     of = " of the likeliest label" if found.task == "labels" and metric in ("accuracy", "f1") else ""
-    text = f"test {html.metric_name(metric)}{of} {value:.3f} [{low:.3f}, {high:.3f}] on {found.rows} rows"
+    text = f"{found.split} {html.metric_name(metric)}{of} {value:.3f} [{low:.3f}, {high:.3f}] on {found.rows} rows"
     if found.delta and found.base:
         gain, (low, high) = found.delta.value, found.delta.interval
         text += f"; base model {found.base[metric]:.3f}, tuning {gain:+.3f} [{low:+.3f}, {high:+.3f}]"
-    if unparsed := found.test.get(UNPARSED):
+    if unparsed := found.values.get(UNPARSED):
         text += f"; {unparsed:.1%} of the free answers name no label"
     return text
 

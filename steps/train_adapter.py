@@ -97,19 +97,20 @@ def _rows(config: TrainAdapter, planned: Planned, splits: Path, model: Path, ref
     from datasets import DatasetDict, concatenate_datasets
 
     rows = load_rows(splits)
-    answered = {"test": planned.max_new_tokens or 0}  # the splits that are prompted
-    judged, evaluations = best.judged_metric(config.train), list(planned.evaluations)
-    if judged and config.eval:
-        settings = {**config.eval.model_dump(), "metric": judged}
-        evaluations = evaluations or [settings]
-        answered["validation"] = settings["max_new_tokens"] if best.needs_answers(settings, judged) else 0
-    virtual_tokens = config.adapter.get("num_virtual_tokens") or 0
+    evaluations = [(one, checks.splits_judged(one)) for one in planned.evaluations]
+    answered = {split: planned.max_new_tokens or 0 for _, judged in evaluations for split in judged}
+    if (metric := best.judged_metric(config.train)) and config.eval:
+        settings = {**config.eval.model_dump(), "metric": metric}
+        evaluations = evaluations or [(settings, ["validation"])]
+        tokens = settings["max_new_tokens"] if best.needs_answers(settings, metric) else 0
+        answered["validation"] = max(tokens, answered.get("validation", 0))
     asked = [split for split, tokens in answered.items() if tokens]
-    limits.check(model, rows, asked, max(answered.values()), virtual_tokens=virtual_tokens)
+    virtual_tokens = config.adapter.get("num_virtual_tokens") or 0
+    limits.check(model, rows, asked, max(answered.values(), default=0), virtual_tokens=virtual_tokens)
     if evaluations:
         tokenizer = load_tokenizer(model)
-        for evaluation in evaluations:
-            checks.check(evaluation, splits, rows, tokenizer)
+        for evaluation, judged in evaluations:
+            checks.check(evaluation, splits, rows, tokenizer, judged)
     if config.method.name != "dpo":
         return rows
     if references is None:

@@ -420,6 +420,7 @@ def mirror(plan, board: "Board | None", unfinished: str = "FAILED") -> tuple[boo
         ids, refused = _mirror_runs(api, experiment, plan)
         _finish_sweep(api, experiment, plan, board, "FINISHED" if len(ids) == len(plan.runs) else unfinished)
         _end_running(api, experiment, plan.sweep, unfinished)
+        _mirror_tests(api, plan, board, ids)
         champion = f"; {_register_champion(api, plan, board, ids)}" if board and not refused else ""
     except Exception as error:  # the results are in files
         return False, f"tracking: not up to date: {_one_line(error)}; {_again(error)}"
@@ -444,6 +445,16 @@ def _mirror_runs(api, experiment: str, plan) -> tuple[dict[str, str], list[str]]
                 raise
             refused.append(f"{run.name}: {_one_line(error)}; {_again(error)}")
     return ids, refused
+
+
+def _mirror_tests(api, plan, board: "Board | None", ids: dict[str, str]) -> None:
+    """Add the figures on the test split to the runs that were chosen for it."""
+    tested = [row["run"] for row in board.rows if row.get(f"test_{board.metric}") is not None] if board else []
+    for run in plan.runs:
+        report = Path(run.artefacts["test_report"])
+        if run.name in tested and run.name in ids and (report / FILE).is_file():
+            _Curves(api, ids[run.name]).send([_results(read_figures(report))])
+            api.log_artifact(ids[run.name], str(report / "report.html"), "test")
 
 
 def _mirror_run(api, experiment: str, sweep: str, run) -> str:
@@ -536,8 +547,8 @@ def _results(figures: Figures | Diverged) -> dict:
         for name in ("train_seconds", "tokens_per_second", "peak_memory_bytes", "trainable_parameters")
     }
     if isinstance(figures, Figures):
-        values |= {f"test_{name}": value for name, value in figures.test.items()}
-        values |= {f"base_test_{name}": value for name, value in (figures.base or {}).items()}
+        values |= {f"{figures.split}_{name}": value for name, value in figures.values.items()}
+        values |= {f"base_{figures.split}_{name}": value for name, value in (figures.base or {}).items()}
     numbers = {name: value for name, value in finite(values).items() if isinstance(value, (int, float))}
     return {"step": 0, "seconds": training.get("train_seconds") or 0.0, **numbers}
 
@@ -559,7 +570,7 @@ def _register_champion(api, plan, board: "Board", ids: dict[str, str]) -> str:
     """
     from mlflow.exceptions import MlflowException
 
-    best, score = board.chosen_row, f"test_{board.metric}"
+    best, score = board.chosen_row, f"{board.split}_{board.metric}"
     if best[score] is None:  # a diverged run is never the champion
         return "no run has figures, so there is no new champion"
     run = next(run for run in plan.runs if run.name == best["run"])

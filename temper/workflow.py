@@ -123,6 +123,26 @@ def flags_of(plan: planning.Plan, stage: str, *names: str):
     return flags
 
 
+def ranked_reports(plan: planning.Plan, path_of):
+    """Input function: the reports by which runs are ranked. `path_of`: see `inputs`."""
+
+    def inputs(wildcards) -> list[str]:
+        path_of("rank_runs", "reports")(wildcards)  # looking it up is what finds an incomplete folder
+        return list(plan.ranking.inputs.values())
+
+    return inputs
+
+
+def test_reports(plan: planning.Plan, checkpoints):
+    """Input function: the reports on the test split that the ranking asks for; before there is one, the ranking."""
+
+    def inputs(_wildcards) -> list[str]:
+        checkpoints.rank_runs.get(name=Path(plan.ranking.path).name)
+        return plan.test_reports()
+
+    return inputs
+
+
 def reports(plan: planning.Plan, workflow):
     """Input function: the reports that the comparison waits for.
 

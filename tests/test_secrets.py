@@ -65,12 +65,21 @@ def test_a_run_from_end_to_end_leaves_no_secret_of_the_environment(planted, work
         }
         for stage, name in places.items():
             run.artefacts[stage] = f"results/{FOLDERS[stage]}/{name}"
-    rows = [{"run": run.name, "test_accuracy": 0.5} for run in plan.runs]
+    rows = [{"run": run.name, "validation_accuracy": 0.5} for run in plan.runs]
     plan.tracking["tracking_uri"] = None
     Path(plan.leaderboard).parent.mkdir(parents=True)
     for name in ("leaderboard.csv", "report.html"):
         Path(plan.leaderboard).with_name(name).touch()
-    board = Board(sweep="tiny", metric="accuracy", rows=rows, chosen=rows[0]["run"], missing=[], base=None)
+    board = Board(
+        sweep="tiny",
+        metric="accuracy",
+        rows=rows,
+        chosen=rows[0]["run"],
+        missing=[],
+        split="validation",
+        base=None,
+        base_test=None,
+    )
     done, said = tracking.mirror(plan, board)
     assert done, said
     print(explain.explain(plan))

@@ -55,8 +55,17 @@ def plan(workspace, empty_store):
     made = planner.build("smoke", None, ["tracking.experiment_name=test", "tracking.flush_seconds=0.2"])
     for index, run in enumerate(made.runs):
         _write(run, accuracy=0.8 + index / 10)
-    rows = [{"run": run.name, "test_accuracy": 0.9 - index / 10} for index, run in enumerate(reversed(made.runs))]
-    board = Board(sweep=made.sweep, metric="accuracy", rows=rows, chosen=rows[0]["run"], missing=[], base=None)
+    rows = [{"run": run.name, "validation_accuracy": 0.9 - index / 10} for index, run in enumerate(reversed(made.runs))]
+    board = Board(
+        sweep=made.sweep,
+        metric="accuracy",
+        rows=rows,
+        chosen=rows[0]["run"],
+        missing=[],
+        split="validation",
+        base=None,
+        base_test=None,
+    )
     folder = Path(made.leaderboard).parent
     folder.mkdir(parents=True)
     for name in ("leaderboard.csv", "report.html"):
@@ -76,7 +85,8 @@ def _write(run, accuracy):
             "metrics.json": json.dumps(
                 report_figures(accuracy, 0.5)
                 | {
-                    "test": {"accuracy": accuracy, "loss": 0.5},
+                    "split": "validation",
+                    "values": {"accuracy": accuracy, "loss": 0.5},
                     "base": {"accuracy": 0.6},
                     "train": {"train_seconds": 12.5},
                 }
@@ -116,15 +126,15 @@ def test_mirror_makes_complete_runs_once(plan):
         assert run.info.status == "FINISHED"
         assert run.data.tags["mlflow.parentRunId"] == parent.info.run_id
         assert [metric.step for metric in api.get_metric_history(run.info.run_id, "loss")] == [1, 2, 3, 4]
-        assert run.data.metrics["test_accuracy"] in (0.8, 0.9)
-        assert run.data.metrics["base_test_accuracy"] == 0.6
+        assert run.data.metrics["validation_accuracy"] in (0.8, 0.9)
+        assert run.data.metrics["base_validation_accuracy"] == 0.6
         assert run.data.metrics["train_seconds"] == 12.5
         assert run.data.params["train.learning_rate"] in ("0.0003", "0.001")
         assert run.inputs.dataset_inputs[0].dataset.name == "movie_reviews"
         names = {file.path for file in api.list_artifacts(run.info.run_id)}
         assert {"adapter", "report.html", "config.yaml"} <= names
     champion = api.get_model_version_by_alias("movie_reviews", "champion")
-    assert api.get_run(champion.run_id).data.metrics["test_accuracy"] == 0.9
+    assert api.get_run(champion.run_id).data.metrics["validation_accuracy"] == 0.9
     assert parent.info.status == "FINISHED"
 
 
@@ -299,7 +309,7 @@ def test_training_a_complete_run_again_does_not_leave_it_running(plan):
     api, runs = runs_of(plan)
     assert {run.info.status for run in runs} == {"FINISHED"}
     assert all(steps_of(api, run) == [1, 2, 3, 4] for run in runs if run.data.tags[tracking.RUN_TAG] != "-")
-    assert all(steps_of(api, run, "test_loss") == [0] for run in runs if run.data.tags[tracking.RUN_TAG] != "-")
+    assert all(steps_of(api, run, "validation_loss") == [0] for run in runs if run.data.tags[tracking.RUN_TAG] != "-")
 
 
 def test_what_has_no_report_is_ended_as_failed(plan):
@@ -450,8 +460,17 @@ def another_run(plan):
     }
     _write(extra, accuracy=0.99)
     plan.runs.append(extra)
-    rows = [{"run": extra.name, "test_accuracy": 0.99}]
-    return Board(sweep=plan.sweep, metric="accuracy", rows=rows, chosen=rows[0]["run"], missing=[], base=None)
+    rows = [{"run": extra.name, "validation_accuracy": 0.99}]
+    return Board(
+        sweep=plan.sweep,
+        metric="accuracy",
+        rows=rows,
+        chosen=rows[0]["run"],
+        missing=[],
+        split="validation",
+        base=None,
+        base_test=None,
+    )
 
 
 @pytest.mark.parametrize("how", [shutil.copytree, shutil.move])
@@ -585,7 +604,7 @@ def test_a_diverged_run_is_mirrored_and_never_the_champion(plan):
         json.dumps({"task": "labels", "metric": "accuracy", "diverged_at_step": 2, "train": {"train_seconds": 1.0}})
     )
     Path(diverged.artefacts["train_adapter"], "metrics.jsonl").write_text('{"step": 1, "seconds": 1, "loss": NaN}\n')
-    rows = [{"run": diverged.name, "test_accuracy": None, "diverged_at_step": 2}]
+    rows = [{"run": diverged.name, "validation_accuracy": None, "diverged_at_step": 2}]
     done, said = tracking.mirror(plan, of_rows(board, rows))
     assert done and said.endswith("no run has figures, so there is no new champion")
     assert "is version 1" in tracking.mirror(plan, of_rows(board, [board.rows[1], *rows]))[1]

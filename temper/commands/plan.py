@@ -45,6 +45,8 @@ def describe(plan: planning.Plan) -> str:
     lines += [f"not whole, and made again: {path} ({wrong})" for path, wrong in plan.damaged().items()]
     counts = collections.Counter(job.stage for job in missing)
     todo = ", ".join(f"{stage} {count}" for stage, count in counts.items())
+    if counts["rank_runs"] and plan.comparison.config["eval"]["test"] in ("chosen", "tied"):
+        lines.append("test split: opened for the run that the ranking will choose (the jobs count one)")
     lines.append(f"jobs to do: {todo}" if todo else "jobs to do: none but the comparison, if its inputs changed")
     lines.append(f"results: {Path(plan.leaderboard).parent}/")
     return "\n".join(lines)

@@ -104,7 +104,7 @@ def _selected(arguments) -> list[Path]:
 
 
 def _stages(given: str | None) -> list[str]:
-    known = [name for name in STAGES if name not in (*FETCHED, "compare_runs")]
+    known = [name for name in STAGES if name not in (*FETCHED, "rank_runs", "compare_runs")]
     if given is None:
         return known
     for name in given.split(","):
@@ -133,7 +133,7 @@ def _reports(sweep: str) -> list[str]:
     from temper.reports.leaderboard import read_board
 
     board = read_board(RESULTS / "sweeps" / sweep)
-    return [row["report"] for row in board.rows if row.get(f"test_{board.metric}") is not None]
+    return [row["report"] for row in board.rows if row.get(f"{board.split}_{board.metric}") is not None]
 
 
 # --- one folder ----------------------------------------------------------------------------------

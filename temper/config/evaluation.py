@@ -4,6 +4,7 @@ In no key, because this code only refuses or reports and changes no artefact.
 """
 
 import logging
+from collections.abc import Iterable
 from pathlib import Path
 
 from temper.data.columns import IGNORED
@@ -16,28 +17,43 @@ from temper.evaluation.metrics import MOST_UNSEEN, check_metric, refuse_without_
 log = logging.getLogger("temper")
 
 
-def check(settings: dict, splits: Path, rows, tokenizer) -> None:
+def splits_judged(settings: dict) -> list[str]:
+    """The splits on which runs may be judged: the one that ranks them, and the test split for those chosen."""
+    return list(dict.fromkeys([settings["split"], *(["test"] if settings["test"] != "none" else [])]))
+
+
+def check(settings: dict, splits: Path, rows, tokenizer, judged: Iterable[str]) -> None:
     """Check splits, as tokenize_splits makes them, against the config section `eval`.
 
+    Args:
+        judged: names of the splits on which a model is evaluated.
+
     Raises:
-        UserError: no test rows, or nothing supervised in them; a metric that the task or the rows do not support; an
-            answer that is not a label; labels with equal or no tokens; text that ROUGE cannot see; a metric of
-            your own that fails on a row's reference.
+        UserError: no rows in one of them, or nothing supervised; a metric that the task or the rows do not support; an
+            answer that is not a label; labels with equal or no tokens; text that ROUGE cannot see; a metric of your own
+            that fails on a row's reference.
     """
     metric = check_metric(settings)
-    if "test" not in rows:
-        raise UserError(
-            f"{splits}: no rows in the test split; raise data.splits.test, or see which rows audit.json left out"
-        )
-    if all(label == IGNORED for row in rows["test"] for label in row["labels"]):
-        raise UserError(f"{splits}: no supervised token in the test split; see audit.json there, and prompt.loss_on")
-    refuse_without_pairs(settings, "rejected" in rows["test"].column_names)
+    for split in judged:
+        _check_split(settings, metric, splits, rows, split)
     if settings["task"] == "labels":
         _check_gold(rows, settings["labels"])
         class_answers(settings["labels"], rows, tokenizer)
+
+
+def _check_split(settings: dict, metric: str, splits: Path, rows, split: str) -> None:
+    if split not in rows:
+        instead = ", or rank the runs by the test split itself (eval.split=test)" if split == "validation" else ""
+        raise UserError(
+            f"{splits}: no rows in the {split} split; raise data.splits.{split}, or see which rows audit.json left out"
+            + instead
+        )
+    if all(label == IGNORED for row in rows[split] for label in row["labels"]):
+        raise UserError(f"{splits}: no supervised token in the {split} split; see audit.json there, and prompt.loss_on")
+    refuse_without_pairs(settings, "rejected" in rows[split].column_names)
     if settings["task"] == "text":
-        _check_rouge(settings, metric, list(rows["test"]["reference"]))
-    own_metrics.try_out(settings, rows["test"][0])
+        _check_rouge(settings, metric, split, list(rows[split]["reference"]))
+    own_metrics.try_out(settings, rows[split][0])
 
 
 def _check_gold(rows, class_names: list[str]) -> None:
@@ -50,9 +66,9 @@ def _check_gold(rows, class_names: list[str]) -> None:
                 known.add(gold)
 
 
-def _check_rouge(settings: dict, metric: str, gold: list[str]) -> None:
+def _check_rouge(settings: dict, metric: str, split: str, gold: list[str]) -> None:
     unseen = rouge_unseen(gold)
-    what = f"ROUGE-L sees the letters a to z and digits only, and {unseen:.1%} of the test split's references is other"
+    what = f"ROUGE-L sees the letters a to z and digits only, and {unseen:.1%} of the {split} references is other"
     if unseen > MOST_UNSEEN:
         if metric == "rouge_l":
             raise UserError(f"config: 'eval.metric': {what}: set eval.metric=chrf")

@@ -409,7 +409,7 @@ def _named_function(value):
 
 
 class Eval(Section):
-    """How a model is evaluated on the test split."""
+    """How a model is evaluated, on which split."""
 
     task: Literal["labels", "tags", "text"]
     labels: list[str] | None = None
@@ -420,13 +420,19 @@ class Eval(Section):
     """Metric that ranks the runs. null: the task's default."""
     metrics: list[Annotated[OwnMetric, BeforeValidator(_named_function, json_schema_input_type=OwnMetric | str)]] = []
     """Figures of your own beside the task's: my_module:function, a regular expression or a JSON schema."""
+    split: Literal["validation", "test"] = "validation"
+    """Split that ranks the runs. With `test`, for data that can spare no rows for validation, the choice flatters the
+    figure of the chosen run."""
+    test: Literal["chosen", "tied", "all", "none"] = "chosen"
+    """Runs that are then judged on the test split, beside the untouched model: the chosen one; also those that cannot
+    be told from the best; all; none."""
     batch_size: Annotated[int, Field(gt=0)] = 32
     max_new_tokens: Annotated[int, Field(gt=0, le=100_000)] = 64
     do_sample: bool = False
     temperature: Annotated[float, Field(gt=0)] = 1.0
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     samples: Annotated[int, Field(ge=0)] = 20
-    """Number of test rows shown side by side in the report."""
+    """Number of rows shown side by side in the report."""
     published: list[Published] = []
 
     @model_validator(mode="after")

@@ -3,7 +3,7 @@
 import dataclasses
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from temper import yaml_files
 from temper.config import best
@@ -112,6 +112,16 @@ class EvaluateModel(Section):
     num_threads: NumThreads = 1
 
 
+class Chooses(Part):
+    choose: Literal["best", "cheapest_of_tied"] = "best"
+
+
+class RankRuns(Section):
+    eval: Eval
+    sweep: Chooses
+    runs: list[dict[str, Any]]
+
+
 class CompareRuns(Section):
     experiment: str | None = None
     eval: Eval
@@ -208,6 +218,7 @@ STAGES = {
                 "start_report?": "report of the model that the training started from, when that was trained itself",
             },
         ),
+        Stage("rank_runs", RankRuns, "rankings", holds=("ranking.json",)),
         Stage("compare_runs", CompareRuns, "sweeps"),
     )
 }
@@ -333,6 +344,7 @@ def _config_file(path: str) -> dict:
 
 # Fields that a stage needs but that do not affect its output.
 NOT_IN_KEY: dict[str, frozenset[str]] = {
+    "eval": frozenset({"test"}),  # which runs are judged there, not how
     "data": frozenset({"name", "source"}),  # the raw files' identity represents the source
     "method": frozenset({"sft"}),  # the resulting model represents it
     "train": frozenset(

@@ -87,6 +87,11 @@ def _check_validation(config: dict) -> None:
 def _check_together(config: dict) -> None:
     """Refuse sections that do not go together."""
     _check_validation(config)
+    if config["data"]["splits"]["validation"] == 0 and config["eval"]["split"] == "validation":
+        raise UserError(
+            "config: 'data.splits.validation': 0 leaves no rows to choose a run by: raise it, or rank the runs by the "
+            "test split itself (eval.split=test), which flatters the best one"
+        )
     quantized = config["quantization"]["load_in_4bit"] or config["quantization"]["load_in_8bit"]
     if quantized and config["adapter"]["peft_type"] is None:
         raise UserError("config: a quantized base cannot be trained itself: set adapter=qlora, or quantization=none")

@@ -43,20 +43,23 @@ ALPHA = 0.05  # what a p value is held against
 class ComparedRun:
     """A run of a sweep that has a report.
 
-    `point`: swept key -> its value. `report`: the folder of its evaluation. `train`: the figures of its training.
+    `point`: swept key -> its value. `report`: the folder of its evaluation; `test_report`: of the one on the test
+    split, which most runs never get. `train`: the figures of its training.
     """
 
     name: str
     point: dict[str, Any]
     report: str
+    test_report: str | None
     train: dict[str, Any]
 
 
 @dataclasses.dataclass
 class RankedRun(ComparedRun):
-    """One with figures."""
+    """One with figures. `test`: those on the test split, where it was judged on that too."""
 
     figures: Figures
+    test: Figures | None = None
 
     @property
     def cost(self) -> float:
@@ -81,7 +84,7 @@ class Recipe:
     @property
     def values(self) -> list[float]:
         """The ranking metric of each run."""
-        return [run.figures.test[self.metric] for run in self.runs]
+        return [run.figures.values[self.metric] for run in self.runs]
 
     @property
     def mean(self) -> float:
@@ -113,10 +116,12 @@ class DivergedRun(ComparedRun):
 class Ranking:
     """The recipes that have figures, best first; runs that diverged; the names of runs without a report.
 
-    `choose`: the config's `sweep.choose`. `one_rows`: whether all runs were judged on the same rows.
+    `split`: the one that they are ranked by. `choose`: the config's `sweep.choose`. `one_rows`: whether all runs were
+    judged on the same rows.
     """
 
     metric: str
+    split: str
     recipes: list[Recipe]
     diverged: list[DivergedRun]
     missing: list[str]
@@ -145,6 +150,15 @@ class Ranking:
     @property
     def chosen(self) -> RankedRun:
         return self.cheapest if self.choose == "cheapest_of_tied" else self.best
+
+    def tested(self, test: str) -> list[RankedRun]:
+        """The runs that are to be judged on the test split as well. `test`: the config's `eval.test`."""
+        if self.split == "test" or test == "none":
+            return []
+        if test == "all":
+            return self.runs
+        tied = [run for recipe in self.tied for run in recipe.runs] if test == "tied" else []
+        return [self.chosen, *(run for run in tied if run is not self.chosen)]
 
     @property
     def noise(self) -> Noise | None:
@@ -195,7 +209,7 @@ def rank(planned: list[dict], settings: dict, choose: str = "best") -> Ranking:
     """Read the runs' reports, order them by a metric (alike in it, by their loss), and compare each with the best one.
 
     Args:
-        planned: name, point and report of each run.
+        planned: name, point, report and test_report of each run.
         settings: the config section `eval`.
         choose: see `Ranking`.
 
@@ -213,7 +227,7 @@ def rank(planned: list[dict], settings: dict, choose: str = "best") -> Ranking:
     diverged: list[DivergedRun] = []
     for run in there:
         figures = read_report(Path(run["report"]), metric)
-        known = {**run, "train": figures.train or {}}
+        known = {"test_report": None, **run, "train": figures.train or {}}
         if isinstance(figures, Diverged):
             diverged.append(DivergedRun(**known, at_step=figures.diverged_at_step))
         elif not figures.are_finite:
@@ -225,8 +239,36 @@ def rank(planned: list[dict], settings: dict, choose: str = "best") -> Ranking:
         raise UserError(f"every run with a report diverged (at steps {steps}): lower train.learning_rate")
 
     missing = [run["name"] for run in planned if run not in there]
-    recipes = _ordered(_recipes(ranked, metric))
-    return Ranking(metric, recipes, diverged, missing, choose, _compare_with_best(recipes, settings))
+    recipes = ordered_recipes(ranked, metric)
+    one_rows = _compare_with_best(recipes, settings)
+    return Ranking(metric, _one_split(ranked), recipes, diverged, missing, choose, one_rows)
+
+
+def _one_split(runs: list[RankedRun]) -> str:
+    first = runs[0].figures.split
+    for run in runs:
+        if run.figures.split != first:
+            raise UserError(
+                f"{run.report}: is of the {run.figures.split} split, and {runs[0].report} of the {first} split: runs "
+                "are ranked by one split"
+            )
+    return first
+
+
+def add_tested(ranking: Ranking, test: str) -> list[str]:
+    """Read the test figures of the runs that the ranking chose for it; the names of those that have none yet.
+
+    Args:
+        test: the config's `eval.test`.
+    """
+    if ranking.split == "test":
+        for run in ranking.runs:
+            run.test = run.figures
+    for run in ranking.tested(test):
+        if run.test_report and (Path(run.test_report) / FILE).is_file():
+            found = read_report(Path(run.test_report), ranking.metric)
+            run.test = found if isinstance(found, Figures) else None
+    return [run.name for run in ranking.tested(test) if run.test is None]
 
 
 def _recipes(runs: list[RankedRun], metric: str) -> list[Recipe]:
@@ -239,13 +281,14 @@ def _recipes(runs: list[RankedRun], metric: str) -> list[Recipe]:
     return [Recipe(sorted(of_one, key=lambda run: run.point.get("seed", 0)), metric) for of_one in found.values()]
 
 
-def _ordered(recipes: list[Recipe]) -> list[Recipe]:
+def ordered_recipes(runs: list[RankedRun], metric: str) -> list[Recipe]:
     """Best first; of equal figures the lower loss, then the name, so that nothing is left to chance."""
+    recipes = _recipes(runs, metric)
     # Models may cut text into different tokens: then figures per token do not compare.
     loss = BITS_PER_BYTE if any(sweeps_model(recipe.runs[0].point) for recipe in recipes) else "loss"
 
     def place(recipe: Recipe) -> tuple:
-        losses = [run.figures.test.get(loss, math.inf) for run in recipe.runs]
+        losses = [run.figures.values.get(loss, math.inf) for run in recipe.runs]
         mean = recipe.mean if lower_is_better(recipe.metric) else -recipe.mean
         return mean, statistics.fmean(losses), recipe.runs[0].name
 
@@ -305,7 +348,7 @@ def read_report(folder: Path, metric: str) -> Figures | Diverged:
     """
     found = read_figures(folder)
     if isinstance(found, Figures):
-        lacking = [name for name in (metric, "loss") if name not in found.test]
+        lacking = [name for name in (metric, "loss") if name not in found.values]
         if lacking or len(found.interval) != 2:
             what = f"figure '{lacking[0]}'" if lacking else "interval of two ends"
             raise UserError(f"{folder / FILE}: damaged (it has no {what}); {made_again(folder)}")

@@ -44,19 +44,20 @@ class Start(_Content):
     """Figures of the model that a training started from, when that was trained itself."""
 
     name: str
-    test: dict[str, Number]
+    values: dict[str, Number]
     intervals: dict[str, Interval]
     metric: str
 
 
 class Figures(_Content):
-    """The figures of a model on the test split."""
+    """The figures of a model on one split."""
 
     task: str
     metric: str
     """The one that ranks runs."""
+    split: str
     rows: int
-    test: dict[str, Number]
+    values: dict[str, Number]
     """Metric -> figure of this model."""
     base: dict[str, Number] | None
     """The same of the untouched model."""
@@ -88,7 +89,7 @@ class Figures(_Content):
     @property
     def are_finite(self) -> bool:
         """Whether the figures that rank runs are numbers."""
-        return all(map(math.isfinite, (self.test[self.metric], self.test["loss"], *self.interval)))
+        return all(map(math.isfinite, (self.values[self.metric], self.values["loss"], *self.interval)))
 
 
 class Diverged(_Content):

@@ -1,4 +1,4 @@
-"""Asking a model the test rows, and judging what it answers."""
+"""Asking a model the rows of a split, and judging what it answers."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Choices:
 
 @dataclasses.dataclass
 class Asked:
-    """What a model said of the test rows.
+    """What a model said of the rows.
 
     `pair_logps`: log-probability of each preference pair's chosen and of its rejected answer.
     """
@@ -48,16 +48,16 @@ class Asked:
     choices: Choices | None
     pair_logps: list[tuple[float, float]] | None
 
-    def evidence(self, settings: dict, test: list[dict]) -> metrics.Evidence:
+    def evidence(self, settings: dict, asked: list[dict]) -> metrics.Evidence:
         """All there is to judge this model by, but for what preference optimization changed."""
         return metrics.Evidence(
             settings,
-            gold=[row["reference"] for row in test],
+            gold=[row["reference"] for row in asked],
             predictions=self.answers.texts,
             choices=self.choices.chosen if self.choices else None,
             loss_sums=self.losses.sums,
             loss_tokens=self.losses.tokens,
-            answer_bytes=_answer_bytes(test),
+            answer_bytes=_answer_bytes(asked),
             pair_logps=self.pair_logps,
             finished=self.answers.finished,
         )
@@ -84,7 +84,7 @@ class BaseReport:
 
 @dataclasses.dataclass
 class Judgement:
-    """How good a model is on the test split.
+    """How good a model is on a split.
 
     `intervals`: of the metrics that the page's head shows. `gain`: interval of the gain over the base model.
     """
@@ -105,8 +105,11 @@ def _answer_bytes(rows: list[dict]) -> list[int] | None:
 # --- what the model says -------------------------------------------------------------------------
 
 
-def ask(folder: Path, config: dict, rows: DatasetDict, test: list[dict], tokenizer) -> Asked:
-    """Loss of each row, an answer to each prompt and, for labels, how likely the model finds each of them.
+def ask(folder: Path, config: dict, rows: DatasetDict, tokenizer) -> Asked:
+    """Loss of each row of a split, an answer to each prompt and, for labels, how likely the model finds each of them.
+
+    Args:
+        rows: all splits, of which ``eval.split`` names the one to ask.
 
     Raises:
         UserError: a loss that is not finite.
@@ -115,23 +118,24 @@ def ask(folder: Path, config: dict, rows: DatasetDict, test: list[dict], tokeniz
     from temper.model import loading
 
     settings = config["eval"]
+    asked = list(rows[settings["split"]])
     model = loading.load_model(folder, config["model"]["load"]).eval()
     size = settings["batch_size"], tokenizer.pad_token_id
 
     started = time.perf_counter()
-    losses = likelihoods.row_losses(model, test, *size)
+    losses = likelihoods.row_losses(model, asked, *size)
     loss_seconds = time.perf_counter() - started
-    _check_finite(folder, test, losses.sums)
+    _check_finite(folder, settings["split"], asked, losses.sums)
 
     choices = None
     if settings["task"] == "labels":
-        choices = likeliest(model, rows, test, settings["labels"], tokenizer, size)
+        choices = likeliest(model, rows, asked, settings["labels"], tokenizer, size)
 
     stop_ids = loading.stop_token_ids(folder, tokenizer)
-    known = generation.greedy_gold(test, losses.matched, settings, stop_ids)
-    answers = generation.generate_answers(model, tokenizer, test, settings, stop_ids, known)
+    known = generation.greedy_gold(asked, losses.matched, settings, stop_ids)
+    answers = generation.generate_answers(model, tokenizer, asked, settings, stop_ids, known)
 
-    pairs = likelihoods.pair_logps(model, test, *size) if "rejected_input_ids" in test[0] else None
+    pairs = likelihoods.pair_logps(model, asked, *size) if "rejected_input_ids" in asked[0] else None
     return Asked(losses, loss_seconds, answers, choices, pairs)
 
 
@@ -140,7 +144,7 @@ ALONE = "the log-probability of its tokens"
 WITH_END = "the log-probability of its tokens and of the one that ends an answer"
 
 
-def likeliest(model, rows: DatasetDict, test: list[dict], class_names: list[str], tokenizer, size: tuple[int, int]):
+def likeliest(model, rows: DatasetDict, asked: list[dict], class_names: list[str], tokenizer, size: tuple[int, int]):
     """The label that the model finds the likeliest, row by row.
 
     As lm-eval compares the choices of a question: by their own tokens. Where a label is the beginning of another one
@@ -152,7 +156,7 @@ def likeliest(model, rows: DatasetDict, test: list[dict], class_names: list[str]
     ended = class_answers(class_names, rows, tokenizer)
     alone = [answer[:-1] for answer in ended]
     with_end = _one_begins_another(alone)
-    logps = likelihoods.class_logps(model, test, ended if with_end else alone, *size)
+    logps = likelihoods.class_logps(model, asked, ended if with_end else alone, *size)
     chosen = [class_names[max(range(len(class_names)), key=of_row.__getitem__)] for of_row in logps]
     return Choices(chosen, WITH_END if with_end else ALONE, logps)
 
@@ -162,12 +166,12 @@ def _one_begins_another(answers: list[list[int]]) -> bool:
     return any(after[: len(label)] == label for label, after in itertools.pairwise(ordered))
 
 
-def _check_finite(folder: Path, test: list[dict], sums: list[float]) -> None:
-    for row, total in zip(test, sums, strict=True):
+def _check_finite(folder: Path, split: str, rows: list[dict], sums: list[float]) -> None:
+    for row, total in zip(rows, sums, strict=True):
         if not math.isfinite(total):
             raise UserError(
-                f"{folder}: the loss of test row {row['id']} is {total}, so no figure would mean anything: the weights "
-                "are not finite, or model.load.dtype is too narrow for them (try float32)"
+                f"{folder}: the loss of {split} row {row['id']} is {total}, so no figure would mean anything: the "
+                "weights are not finite, or model.load.dtype is too narrow for them (try float32)"
             )
 
 
@@ -215,7 +219,7 @@ def judge(metric: str, evidence: metrics.Evidence, base: BaseReport | None) -> J
 def figures_of(
     metric: str,
     learned: list[dict],
-    test: list[dict],
+    rows: list[dict],
     asked: Asked,
     judged: Judgement,
     base: BaseReport | None,
@@ -227,7 +231,7 @@ def figures_of(
     """The content of metrics.json.
 
     Args:
-        learned, test: rows of the training and of the test split (`prompt`, `reference`), for the baselines.
+        learned, rows: of the training split and of the one judged on (`prompt`, `reference`), for the baselines.
         train, start, left_out: see `Figures`.
     """
     evidence, settings, answers = judged.evidence, judged.evidence.settings, asked.answers
@@ -237,14 +241,15 @@ def figures_of(
     return Figures(
         task=settings["task"],
         metric=metric,
+        split=settings["split"],
         rows=len(evidence),
-        test=values,
-        base=base.figures.test if base else None,
+        values=values,
+        base=base.figures.values if base else None,
         interval=judged.intervals[metric],
         intervals=judged.intervals,
         base_intervals=base.figures.intervals if base else None,
         delta=delta,
-        baselines=metrics.baselines(settings, learned, test),
+        baselines=metrics.baselines(settings, learned, rows),
         published=settings["published"],
         loss_seconds=round(asked.loss_seconds, 3),
         generate_seconds=round(answers.seconds, 3),
@@ -268,9 +273,9 @@ def _of_labels(choices: Choices, evidence: metrics.Evidence, base: BaseReport | 
     }
 
 
-def prediction_rows(test: list[dict], asked: Asked, judged: Judgement, base: BaseReport | None) -> list[dict]:
-    """The lines of predictions.jsonl, in the order of the test split."""
-    return [_prediction_row(index, row, asked, judged, base) for index, row in enumerate(test)]
+def prediction_rows(rows: list[dict], asked: Asked, judged: Judgement, base: BaseReport | None) -> list[dict]:
+    """The lines of predictions.jsonl, in the order of the split."""
+    return [_prediction_row(index, row, asked, judged, base) for index, row in enumerate(rows)]
 
 
 def _prediction_row(index: int, row: dict, asked: Asked, judged: Judgement, base: BaseReport | None) -> dict:

@@ -1,4 +1,4 @@
-"""The test loss: how surprised a model is by the gold answers, row by row."""
+"""The loss of a split: how surprised a model is by the gold answers, row by row."""
 
 import dataclasses
 import math
@@ -39,7 +39,7 @@ def row_losses(model, rows: list[dict], batch_size: int, pad_token_id: int) -> R
 
     result = RowLosses([0.0] * len(rows), [0] * len(rows), [0] * len(rows))
     loss, in_decoder = SupervisedLoss(), model.config.is_encoder_decoder
-    for members, batch in _in_batches(rows, batch_size, Batch, pad_token_id, ("test loss", "rows")):
+    for members, batch in _in_batches(rows, batch_size, Batch, pad_token_id, ("loss", "rows")):
         # What predicts the answer's first token: the decoder's first position, or that of the prompt's last token.
         places = [0 if in_decoder else rows[row]["prompt_length"] - 1 for row in members]
         with torch.inference_mode():
@@ -99,7 +99,7 @@ def answer_logps(model, texts: list, at_once: int, pad_token_id: int, shown: tup
         for place, row in enumerate(members):
             result[row] = tuple(-sums[number * count + place] for number in range(answers))
             if not all(map(math.isfinite, result[row])):
-                raise UserError(f"test row {row + 1}: an answer's log-probability is not finite; try float32")
+                raise UserError(f"row {row + 1} of the split: an answer's log-probability is not finite; try float32")
     return result
 
 

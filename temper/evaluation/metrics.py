@@ -536,22 +536,22 @@ def confusion(evidence: Evidence) -> dict:
 MOST_LEARNED = 20_000  # rows that the trained baseline learns from: seconds
 
 
-def baselines(settings: dict, train: list[dict], test: list[dict]) -> list[dict]:
+def baselines(settings: dict, train: list[dict], rows: list[dict]) -> list[dict]:
     """What needs no language model.
 
     Args:
-        train, test: rows with `prompt` and `reference`.
+        train, rows: those learned from and those judged on, with `prompt` and `reference`.
 
     Returns:
-        {"name", "answer" where it is always the same, metric: its figure on the test split}
+        {"name", "answer" where it is always the same, metric: its figure on `rows`}
     """
-    task, gold = settings["task"], [row["reference"] for row in test]
+    task, gold = settings["task"], [row["reference"] for row in rows]
     given = {}
     if task in ("labels", "tags"):
         answer = _most_frequent(settings, [row["reference"] for row in train] or gold)
         name = "majority class" if task == "labels" else "most frequent tag"
         given[name] = {"answer": answer}, [answer] * len(gold)
-    if task == "labels" and (answers := _classified(settings, train, test)):
+    if task == "labels" and (answers := _classified(settings, train, rows)):
         given["tf-idf, logistic regression"] = {}, answers
     found = []
     for name, (more, answers) in given.items():
@@ -568,7 +568,7 @@ def _most_frequent(settings: dict, texts: Sequence[str]) -> str:
     return max(collections.Counter(seen).items(), key=lambda counted: counted[1], default=("", 0))[0]
 
 
-def _classified(settings: dict, train: list[dict], test: list[dict]) -> list[str] | None:
+def _classified(settings: dict, train: list[dict], rows: list[dict]) -> list[str] | None:
     """Answers of a classifier that costs nothing, trained on the same rows: any tuned model should beat it.
 
     Logistic regression on tf-idf of the prompts' words and pairs of words. None where it has nothing to learn.
@@ -583,4 +583,4 @@ def _classified(settings: dict, train: list[dict], test: list[dict]) -> list[str
     if len(set(wanted)) < 2 or not any(re.search(r"\w\w", prompt) for prompt in prompts):
         return None
     model = make_pipeline(TfidfVectorizer(ngram_range=(1, 2)), LogisticRegression(max_iter=1000))
-    return model.fit(prompts, wanted).predict([row["prompt"] for row in test]).tolist()
+    return model.fit(prompts, wanted).predict([row["prompt"] for row in rows]).tolist()

@@ -89,6 +89,9 @@ class Forecast:
 
     def add(self, job, like: Made | None) -> None:
         """Expect of `job` what `like` took; None, or a `like` of another model, tells nothing."""
+        if job.stage == "rank_runs":  # a second, and of another sweep's runs it tells nothing
+            self.jobs[job.path] = 0.0
+            return
         if like is None or not _same_model(job, like):
             self.unknown += 1
             self.jobs[job.path] = 0.0
@@ -100,16 +103,25 @@ class Forecast:
         """How much more a job has to do than `like` had."""
         if job.stage == "train_adapter":
             return self._rows(job, like, "train") * _epochs(job, like)
-        return self._rows(job, like, "test") if job.stage == "evaluate_model" else 1.0
+        return self._judged(job, like) if job.stage == "evaluate_model" else 1.0
+
+    def _judged(self, job, like: Made) -> float:
+        """The ratio of the rows that a model is judged on, which may be of different splits."""
+        before = rows_of(Path(like.provenance["inputs"]["splits"]), like.config.get("eval.split", "test"))
+        now = self._rows_now(job, job.config["eval"]["split"])
+        return now / before if now and before else 1.0
 
     def _rows(self, job, like: Made, split: str) -> float:
         """The ratio of the rows of a split. One still to be made has what the config limits it to, else as many."""
-        before = rows_of(Path(like.provenance["inputs"]["splits"]), split)
+        before, now = rows_of(Path(like.provenance["inputs"]["splits"]), split), self._rows_now(job, split)
+        return now / before if now and before else 1.0
+
+    def _rows_now(self, job, split: str) -> int | None:
         now = rows_of(Path(job.inputs["splits"]), split)
         if now is None:
             prompts = self.plan.jobs[self.plan.jobs[job.inputs["splits"]].inputs["prompts"]]
             now = prompts.config["data"]["limit"][split]
-        return now / before if now and before else 1.0
+        return now
 
     def wall_clock(self) -> float:
         """Seconds from start to end when every job starts as soon as it can. Needs are met in the plan's order."""

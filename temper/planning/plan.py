@@ -14,6 +14,7 @@ from temper.hashing import digest
 RESULTS = Path("results")
 STATE = RESULTS / ".state"
 PLANS = RESULTS / ".plans"
+RANKING = "ranking.json"
 
 
 @dataclasses.dataclass
@@ -46,7 +47,8 @@ class PlannedRun:
     key: str
     point: dict  # swept config key -> value
     config: dict
-    # stage -> path; `base_report`: of the untouched model; `start_report`: of the training before this one
+    # stage -> path; `base_report`: of the untouched model; `start_report`: of the training before this one;
+    # `test_report`: made only if the ranking asks for it
     artefacts: dict[str, str]
     segments: list[str] = dataclasses.field(default_factory=list)  # adapters along the trunk, oldest first
 
@@ -81,6 +83,25 @@ class Plan:
         return self.jobs[str(RESULTS / "sweeps" / self.sweep)]
 
     @property
+    def ranking(self) -> Job:
+        """The job that decides which runs are judged on the test split."""
+        return next(job for job in self.jobs.values() if job.stage == "rank_runs")
+
+    def test_reports(self) -> list[str]:
+        """Reports on the test split that the ranking, which must be there, asks for."""
+        file = Path(self.ranking.path) / RANKING
+        tested = read_json(file, {"tested": list[str]})["tested"]
+        return [run.artefacts["test_report"] for run in self.runs if run.name in tested]
+
+    def _likely_test_reports(self) -> list[str]:
+        """The same. Before there is a ranking, the first run stands for the chosen one."""
+        if self.is_made(self.ranking):
+            return self.test_reports()
+        test = self.comparison.config["eval"]["test"]
+        number = {"none": 0, "all": len(self.runs)}.get(test, 1)
+        return [run.artefacts["test_report"] for run in self.runs[:number]]
+
+    @property
     def untouched(self) -> list[str]:
         """The names of the untouched models' reports, recognized by what they are made from."""
         reports = (job for job in self.jobs.values() if job.stage == "evaluate_model" and "adapter" not in job.inputs)
@@ -92,11 +113,14 @@ class Plan:
         return {path: wrong for path in there if (wrong := fault(Path(path)))}
 
     def missing(self) -> list[Job]:
-        """The jobs to run before the comparison: whatever a report needs that is missing or damaged."""
+        """The jobs to run before the comparison: whatever it needs that is missing or damaged.
+
+        Before there is a ranking, the first run stands for the one that it will choose for the test split.
+        """
         found = dict.fromkeys(self.damaged())
-        todo = [run.artefacts["evaluate_model"] for run in self.runs] + [
-            path for broken in found for path in self.jobs[broken].inputs.values()
-        ]
+        todo = [self.ranking.path, *self._likely_test_reports()]
+        todo += [run.artefacts["evaluate_model"] for run in self.runs]
+        todo += [path for broken in found for path in self.jobs[broken].inputs.values()]
         while todo:
             path = todo.pop()
             if path not in found and not Path(path).exists():

@@ -90,26 +90,39 @@ def _add_tracking_targets(plan: Plan) -> None:
 def _add_comparison(plan: Plan, config: dict, overrides: list[str]) -> None:
     """The last job: compare all reports of the sweep. `overrides`: those that are not axes."""
     for run in plan.runs:
-        if run.config["eval"] != config["eval"] and run.config["eval"]["task"] != config["eval"]["task"]:
-            raise UserError("sweep: runs with different eval.task cannot be ranked together: sweep them apart")
+        for key in ("task", "split"):
+            if run.config["eval"][key] != config["eval"][key]:
+                raise UserError(f"sweep: runs with different eval.{key} cannot be ranked together: sweep them apart")
     if sweeps_model(plan.axes) and config["eval"]["metric"] in PER_TOKEN:
         raise UserError(
             f"sweep: '{config['eval']['metric']}' is per token, and models have different tokens: rank by "
             f"eval.metric={BITS_PER_BYTE}, or sweep the models apart"
         )
+    reports = {run.name: run.artefacts["evaluate_model"] for run in plan.runs}
+    runs = [{"name": run.name, "point": run.point, "report": reports[run.name]} for run in plan.runs]
+    choose = config["sweep"]["choose"]
+    _add_ranking(plan, {"eval": config["eval"], "sweep": {"choose": choose}, "runs": runs}, reports)
+
+    for run, planned in zip(plan.runs, runs, strict=True):
+        planned["test_report"] = run.artefacts["test_report"]
     view = {
         "experiment": plan.experiment,
         "eval": config["eval"],
-        "sweep": {"name": plan.sweep, "axes": plan.axes, "choose": config["sweep"]["choose"]},
-        "runs": [
-            {"name": run.name, "point": run.point, "report": run.artefacts["evaluate_model"]} for run in plan.runs
-        ],
+        "sweep": {"name": plan.sweep, "axes": plan.axes, "choose": choose},
+        "runs": runs,
     }
     path = str(RESULTS / "sweeps" / plan.sweep)
-    reports = {run.name: run.artefacts["evaluate_model"] for run in plan.runs}
     # The overrides are not in the key: the page only shows them, and what they change is in the runs.
     key = stage_key("compare_runs", view, {})
     plan.jobs[path] = Job("compare_runs", path, key, {**view, "overrides": overrides, **_own_configs()}, reports)
+
+
+def _add_ranking(plan: Plan, view: dict, reports: dict[str, str]) -> None:
+    """The job that decides which runs are judged on the test split."""
+    view = copy.deepcopy(view)
+    key = stage_key("rank_runs", view, {})  # the reports' paths, which it has, end in their keys
+    path = str(RESULTS / FOLDERS["rank_runs"] / f"{plan.sweep}-{key}")
+    plan.jobs[path] = Job("rank_runs", path, key, view, reports)
 
 
 def _own_configs() -> dict[str, str]:
@@ -136,14 +149,12 @@ class _Planner:
         base = self._job("fetch_model", model, config, {}, extra=self._model_files(config))
         prompts = self._job("format_prompts", data, config, {"raw": pin}, extra={"raw": self._identity(config)})
         splits = self._job("tokenize_splits", f"{data}-{model}", config, {"prompts": prompts.path, "model": base.path})
-        base_report = self._job(
-            "evaluate_model", f"base-{data}-{model}", config, {"model": base.path, "splits": splits.path}
-        )
-        start, extra = base, {}
+        bases = self._reports(f"base-{data}-{model}", config, {"model": base.path, "splits": splits.path})
+        start, starts = base, {}
         if config["method"].get("sft"):
-            start, report = self._tuned(sft_config(config), base, splits, base_report)[1:]
-            extra = {"start_report": report.path}
-        adapters, merged, report = self._tuned(config, start, splits, base_report, extra)
+            start, starts = self._tuned(sft_config(config), base, splits, bases)[1:]
+        adapters, merged, reports = self._tuned(config, start, splits, bases, starts)
+        split = config["eval"]["split"]
         artefacts = {
             "fetch_data": pin,
             "fetch_model": base.path,
@@ -151,15 +162,31 @@ class _Planner:
             "tokenize_splits": splits.path,
             "train_adapter": adapters[-1].path,
             "merge_adapter": merged.path,
-            "evaluate_model": report.path,
-            "base_report": base_report.path,
-            **extra,
+            "evaluate_model": reports[split].path,
+            "base_report": bases[split].path,
+            "test_report": reports["test"].path,
+            **({"start_report": starts[split].path} if starts else {}),
         }
-        name = Path(report.path).name
-        return PlannedRun(name, report.key, point, config, artefacts, [segment.path for segment in adapters])
+        name, key = Path(reports[split].path).name, reports[split].key
+        return PlannedRun(name, key, point, config, artefacts, [segment.path for segment in adapters])
 
-    def _tuned(self, config: dict, start: Job, splits: Job, base_report: Job, reports: dict | None = None):
-        """(training jobs, merge, evaluation) of a model trained from `start`."""
+    def _reports(self, slug: str, config: dict, inputs: dict[str, str], **others: dict[str, Job]) -> dict[str, Job]:
+        """Split -> the report of a model: on the split that ranks the runs, and on the test split.
+
+        Args:
+            others: name of an input -> reports of another model, of which each report reads the one of its own split.
+        """
+        found = {}
+        for split in dict.fromkeys([config["eval"]["split"], "test"]):
+            view = {**config, "eval": {**config["eval"], "split": split}}
+            beside = {name: reports[split].path for name, reports in others.items() if reports}
+            found[split] = self._job(
+                "evaluate_model", slug if split == "validation" else f"{slug}-{split}", view, {**inputs, **beside}
+            )
+        return found
+
+    def _tuned(self, config: dict, start: Job, splits: Job, bases: dict[str, Job], starts: dict | None = None):
+        """(training jobs, merge, reports) of a model trained from `start`."""
         pairs = self._own_answers(config, start, splits)
         references = self._references(config, start, pairs)
         learnt = config
@@ -168,11 +195,11 @@ class _Planner:
         adapters = self._adapters(learnt, {"splits": pairs.path, "model": start.path, **references})
         adapter, slug = adapters[-1], _slug(config)
         merged = self._job("merge_adapter", slug, config, {"model": start.path, "adapter": adapter.path})
-        inputs = {"model": merged.path, "splits": splits.path, "adapter": adapter.path, "base_report": base_report.path}
-        if Data.model_validate(config["data"]).has_pairs:  # sampled answers make no pairs of the test split
-            inputs |= references
-        report = self._job("evaluate_model", slug, config, {**inputs, **(reports or {})})
-        return adapters, merged, report
+        inputs = {"model": merged.path, "splits": splits.path, "adapter": adapter.path}
+        if Data.model_validate(config["data"]).has_pairs:  # by which runs are judged, not by sampled ones
+            inputs |= self._references(config, start, splits)
+        reports = self._reports(slug, config, inputs, base_report=bases, start_report=starts or {})
+        return adapters, merged, reports
 
     def _own_answers(self, config: dict, start: Job, splits: Job) -> Job:
         """The splits to learn from: as they are, or with the wrong answers of `start` as rejected ones."""

@@ -13,7 +13,7 @@ from temper import units
 from temper.errors import UserError, visible
 from temper.evaluation import metrics
 from temper.evaluation.comparison import DivergedRun, RankedRun, Ranking, Recipe
-from temper.evaluation.figures import Number, finite
+from temper.evaluation.figures import Figures, Number, finite
 from temper.files import read_json
 from temper.reports import html, plots
 
@@ -29,17 +29,20 @@ EXTRAS = ("tokens_per_second", "peak_memory_bytes", "trainable_parameters")
 class Board(BaseModel):
     """A leaderboard, as leaderboard.json has it: a row for each run, best first, those that diverged below.
 
-    `chosen`: the name of the run that the sweep chooses. `base`: metric -> figure of the untouched model. `missing`:
-    names of the runs without a report.
+    `split`: the one that ranks. `chosen`: the name of the run that the sweep chooses. `base`: metric -> figure of the
+    untouched model; `base_test`: on the test split, where that was opened. `missing`: names of the runs without a
+    report.
     """
 
     model_config = ConfigDict(strict=True, extra="ignore")
     sweep: str
     metric: str
+    split: str
     rows: list[dict[str, Any]]
     chosen: str
     missing: list[str]
     base: dict[str, Number] | None
+    base_test: dict[str, Number] | None
 
     @property
     def chosen_row(self) -> dict[str, Any]:
@@ -48,9 +51,9 @@ class Board(BaseModel):
 
 def shown_metrics(ranking: Ranking, task: str) -> list[str]:
     """The leaderboard's figures: the ranking one, the task's, own ones, the loss; of pairs what any run has."""
-    pairs = [name for name in OF_PAIRS if any(name in run.figures.test for run in ranking.runs)]
+    pairs = [name for name in OF_PAIRS if any(name in run.figures.values for run in ranking.runs)]
     loss = metrics.BITS_PER_BYTE if metrics.sweeps_model(ranking.best.point) else "loss"
-    own = [name for name in ranking.best.figures.test if name not in metrics.metrics_of(task)]
+    own = [name for name in ranking.best.figures.values if name not in metrics.metrics_of(task)]
     return list(dict.fromkeys([ranking.metric, *(metric.name for metric in metrics.TASKS[task]), *own, loss, *pairs]))
 
 
@@ -58,22 +61,28 @@ def leaderboard_rows(ranking: Ranking, names: list[str]) -> list[dict]:
     """The lines of the leaderboard, the best recipe first, those that diverged last."""
     repeated = ranking.noise is not None
     rows = [
-        _row(run, names, ranking.metric) | _of_recipe(recipe, place, repeated)
+        _row(run, names, ranking) | _of_recipe(recipe, place, repeated)
         for place, recipe in enumerate(ranking.recipes, 1)
         for run in recipe.runs
     ]
     return [finite(row) for row in rows] + [_diverged_row(run, rows[0]) for run in ranking.diverged]
 
 
-def _row(run: RankedRun, names: list[str], metric: str) -> dict:
-    """The run, its swept values, its figures, the base model's, what it cost."""
-    figures = run.figures
+def _row(run: RankedRun, names: list[str], ranking: Ranking) -> dict:
+    """The run, its swept values, its figures and the base model's on each split, what it cost."""
+    judged: dict[str, Figures | None] = {ranking.split: run.figures}
+    if any(one.test for one in ranking.runs):
+        judged["test"] = run.test
     row = {"run": run.name, **run.point}
-    row |= {f"test_{name}": figures.test.get(name) for name in names}
-    row |= {f"base_test_{name}": (figures.base or {}).get(name) for name in names}
+    for split, figures in judged.items():
+        values, base = (figures.values, figures.base or {}) if figures else ({}, {})
+        row |= {f"{split}_{name}": values.get(name) for name in names}
+        row |= {f"base_{split}_{name}": base.get(name) for name in names}
     row["train_seconds"] = run.train.get("train_seconds")
     row |= {name: run.train.get(name) for name in EXTRAS}
-    row |= {f"test_{metric}_low": figures.interval[0], f"test_{metric}_high": figures.interval[1]}
+    for split, figures in judged.items():
+        low, high = figures.interval if figures else (None, None)
+        row |= {f"{split}_{ranking.metric}_low": low, f"{split}_{ranking.metric}_high": high}
     return row
 
 
@@ -102,9 +111,9 @@ def tie_sentence(ranking: Ranking) -> str | None:
     if not ranking.one_rows:
         return "The runs were judged on different rows, so they are not compared row by row: their order may be chance."
     if len(tied) == 1:
-        text = f"The best is told apart from all other {what} on {rows:,} rows"
+        text = f"The best is told apart from all other {what} on {rows:,} {ranking.split} rows"
     else:
-        text = f"{len(tied)} of {len(recipes)} {what} cannot be told apart on {rows:,} rows"
+        text = f"{len(tied)} of {len(recipes)} {what} cannot be told apart on {rows:,} {ranking.split} rows"
     text += " (paired test at 5%, Holm's correction)."
     if shown := ranking.shown():
         smallest, needed = shown
@@ -154,7 +163,7 @@ def read_board(folder: Path) -> Board:
     if not file.is_file():
         raise UserError(f"{file}: no such file; run the sweep first")
     board = read_json(file, Board, remedy)
-    figures = [f"test_{board.metric}", f"test_{board.metric}_low", f"test_{board.metric}_high"]
+    figures = [f"{board.split}_{board.metric}{end}" for end in ("", "_low", "_high")]
     needed = {"run", "report", "train_seconds", "place", "tied", *figures}
     if not board.rows or any(needed - row.keys() for row in board.rows):
         raise UserError(f"{file}: damaged (a row lacks one of {', '.join(sorted(needed))}); {remedy}")
@@ -163,18 +172,19 @@ def read_board(folder: Path) -> Board:
 
 def leaderboard_text(board: Board, folder: Path) -> str:
     """The leaderboard as text: a run a line, best first, and the base model below."""
-    metric, rows = board.metric, board.rows
+    metric, rows, prefix = board.metric, board.rows, f"{board.split}_"
     keys = swept_keys(rows)
-    shown = [name for name in rows[0] if name.startswith("test_") and not name.endswith(("_low", "_high"))]
+    shown = [name for name in rows[0] if name.startswith(prefix) and not name.endswith(("_low", "_high"))]
     head = ["", *short_names(keys).values()]
-    head += [name.removeprefix("test_") for name in shown] + ["95% interval", "train", "key"]
+    head += [name.removeprefix(prefix) for name in shown] + ["95% interval", "train", "key"]
 
-    table = [head, *(_text_cells(row, keys, shown, metric) for row in rows)]
+    table = [head, *(_text_cells(row, keys, shown, f"{prefix}{metric}") for row in rows)]
     if board.base:
-        base = [units.figure(board.base.get(name.removeprefix("test_"))) for name in shown]
+        base = [units.figure(board.base.get(name.removeprefix(prefix))) for name in shown]
         table.append(["", *("" for _ in keys), *base, "", "", "(base model)"])
 
-    lines = [f"sweep {board.sweep}, best {metric} first", "", *_aligned(table), ""]
+    lines = [f"sweep {board.sweep}, best {metric} on the {board.split} split first", "", *_aligned(table), ""]
+    lines += _tested_lines(board)
     if sum(bool(row["tied"]) for row in rows) > 1:
         lines.append("=: cannot be told from the best on these rows (paired test at 5%, Holm's correction)")
     if "seeds" in rows[0]:
@@ -187,16 +197,35 @@ def leaderboard_text(board: Board, folder: Path) -> str:
     return "\n".join(map(visible, [*lines, "each run: results/reports/*-<key>/report.html"]))
 
 
-def _text_cells(row: dict, keys: list[str], shown: list[str], metric: str) -> list[str]:
+def _tested_lines(board: Board) -> list[str]:
+    """What the test split says of the runs that were judged on it."""
+    name = f"test_{board.metric}"
+    if board.split == "test":
+        return ["ranked by the test split itself, so the figure of the best is flattered by the choice"]
+    tested = [row for row in board.rows if row.get(name) is not None]
+    if not tested:
+        return ["the test split was not opened"]
+    base = f", base model {units.figure(board.base_test[board.metric])}" if board.base_test else ""
+    return [
+        f"test split: {key_of(row)} {board.metric} {units.figure(row[name])} ({_ends(row, name)}){base}"
+        for row in tested
+    ]
+
+
+def _ends(row: dict, name: str) -> str:
+    return "{:.3f} to {:.3f}".format(row[f"{name}_low"], row[f"{name}_high"])
+
+
+def _text_cells(row: dict, keys: list[str], shown: list[str], name: str) -> list[str]:
+    """`name`: the column that ranks."""
     swept = [cell_text(row[key]) for key in keys]
-    if row[f"test_{metric}"] is None:
+    if row[name] is None:
         step = row.get("diverged_at_step")
         what = "no finite figures" if step is None else f"diverged, step {step}"
         return ["", *swept, *("" for _ in shown), what, "", key_of(row)]
-    ends = "{:.3f} to {:.3f}".format(row[f"test_{metric}_low"], row[f"test_{metric}_high"])
-    figures = [units.figure(row[name]) for name in shown]
+    figures = [units.figure(row[column]) for column in shown]
     place = f"{row['place']}=" if row["place"] > 1 and row["tied"] else str(row["place"])
-    return [place, *swept, *figures, ends, units.seconds(row["train_seconds"]), key_of(row)]
+    return [place, *swept, *figures, _ends(row, name), units.seconds(row["train_seconds"]), key_of(row)]
 
 
 def key_of(row: dict) -> str:
@@ -207,7 +236,7 @@ def key_of(row: dict) -> str:
 def swept_keys(rows: list[dict]) -> list[str]:
     """The swept keys of a leaderboard: its columns between the run's name and the first figure."""
     names = list(rows[0])
-    first = next(index for index, name in enumerate(names) if name.startswith("test_"))
+    first = next(index for index, name in enumerate(names) if name.startswith(("validation_", "test_")))
     return names[1:first]
 
 

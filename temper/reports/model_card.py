@@ -116,7 +116,7 @@ def model_card(run: runs.FinishedRun, card: Card) -> str:
     made = {stage: run.parts[stage] for stage in CONFIGS if run.has(stage)}
     made = {stage: folder for stage, folder in made.items() if (folder / "config.yaml").is_file()}
     configs = {stage: runs.read_config(folder) for stage, folder in made.items()}
-    figures = _figures(made.get("evaluate_model"))
+    figures = _figures(run.judged)
     training = configs.get("train_adapter", {})
     latest = runs.read_provenance(next(made[stage] for stage in reversed(CONFIGS) if stage in made))
     data = data_origin(run)
@@ -130,7 +130,7 @@ def model_card(run: runs.FinishedRun, card: Card) -> str:
         data=data,
         method=training.get("method", {}).get("name", "sft"),
         figures=figures,
-        metrics=with_own(figures.task, figures.test) if figures else {},
+        metrics=with_own(figures.task, figures.values) if figures else {},
         span=_span,
         number=_number,
         code=code,
@@ -165,22 +165,22 @@ def _metadata(card: Card, data: Origin, figures: Figures | None, training: dict)
 
 
 def _eval_results(data: Origin, figures: Figures) -> list:
-    """The test figures in the hub's own form."""
+    """The figures in the hub's own form."""
     from huggingface_hub import EvalResult
 
-    name, metrics = data.name or "own data", with_own(figures.task, figures.test)
+    name, metrics = data.name or "own data", with_own(figures.task, figures.values)
     return [
         EvalResult(
             task_type=TASKS[figures.task],
             dataset_type=name,
             dataset_name=name,
-            dataset_split="test",
+            dataset_split=figures.split,
             metric_type=metric,
             metric_value=round(value, 6),
             metric_name=metrics[metric].title,
             metric_args={"interval_95": interval} if (interval := figures.intervals.get(metric)) else None,
         )
-        for metric, value in figures.test.items()
+        for metric, value in figures.values.items()
         if value is not None and metrics[metric].ranks
     ]
 
@@ -234,7 +234,7 @@ def _limits(run: runs.FinishedRun, card: Card, figures: Figures | None, data: Or
     limits: list[str] = []
     if figures:
         limits.append(
-            f"The figures come from one test split ({figures.rows} rows) of the data set it was trained on. "
+            f"The figures come from one {figures.split} split ({figures.rows} rows) of the data set it was trained on. "
             "On other texts they may be quite different."
         )
     if figures and figures.task == "labels":

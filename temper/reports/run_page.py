@@ -22,7 +22,7 @@ def write_page(output: Path, figures: Figures, predictions: list, curves: list, 
         name=output.name,
         figures=figures,
         metric=figures.metric,
-        metrics=with_own(figures.task, figures.test),
+        metrics=with_own(figures.task, figures.values),
         lower_is_better=lower_is_better,
         panels=plots.comparison(_panels(figures)),
         loss_curves=plots.loss_curves(curves),
@@ -47,11 +47,11 @@ def _panel_entries(figures: Figures, metric: str) -> list[dict]:
         return {"name": name, "value": values[metric], "interval": (intervals or {}).get(metric), "kind": kind}
 
     ours = "tuned" if figures.base or figures.train else "this model"
-    entries = [entry(ours, figures.test, figures.intervals, "tuned")]
+    entries = [entry(ours, figures.values, figures.intervals, "tuned")]
     if figures.base:
         entries.append(entry("base model", figures.base, figures.base_intervals, "base"))
     if figures.start:
-        entries.append(entry(figures.start.name, figures.start.test, figures.start.intervals, "other"))
+        entries.append(entry(figures.start.name, figures.start.values, figures.start.intervals, "other"))
 
     others = [(baseline["name"], baseline.get(metric)) for baseline in figures.baselines]
     others += [

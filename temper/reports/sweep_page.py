@@ -35,6 +35,8 @@ def write_page(output: Path, config: dict, names: list[str], ranking: Ranking, r
             _shown(run, output, recipe, place) for place, recipe in enumerate(ranking.recipes, 1) for run in recipe.runs
         ],
         recipes=ranking.recipes,
+        split=ranking.split,
+        tested=[run for run in runs if run.test],
         noise=ranking.noise,
         best=ranking.best,
         tie_sentence=tie_sentence(ranking),
@@ -54,10 +56,16 @@ def write_page(output: Path, config: dict, names: list[str], ranking: Ranking, r
 
 
 def _shown(run: ComparedRun, output: Path, recipe: Recipe | None = None, place: int | None = None) -> dict:
-    """What the table shows of a run; `page` is relative, so that results/ can be moved or sent as a whole."""
-    page = os.path.relpath(Path(run.report) / "report.html", output)
-    known = {"recipe": recipe, "place": place, "label": _label(run)}
-    return {**vars(run), **known, "page": quote(Path(page).as_posix())}
+    """What the table shows of a run."""
+    known = {"recipe": recipe, "place": place, "label": _label(run), "page": _page(run.report, output)}
+    if run.test_report:
+        known["test_page"] = _page(run.test_report, output)
+    return {**vars(run), **known}
+
+
+def _page(report: str, output: Path) -> str:
+    """The link to a report, relative, so that results/ can be moved or sent as a whole."""
+    return quote(Path(os.path.relpath(Path(report) / "report.html", output)).as_posix())
 
 
 def curves_of(run: ComparedRun) -> list[dict]:
@@ -78,7 +86,7 @@ def _effects(runs: list[RankedRun], keys: list[str], metric: str) -> list[str]:
         points = [
             {
                 "x": _plain(run.point[key]),
-                "y": run.figures.test[metric],
+                "y": run.figures.values[metric],
                 "interval": run.figures.interval,
                 "others": json.dumps({other: run.point[other] for other in keys if other != key}, default=str),
                 "best": run is runs[0],

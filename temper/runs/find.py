@@ -27,7 +27,9 @@ class FinishedRun:
     """The folders of a run. Parts may be missing, or deleted since."""
 
     asked: Path  # the folder that was named, or found by name
-    parts: dict[str, Path]  # stage -> folder; `model`: what training started from; `base_report`: the untouched model's
+    # stage -> folder; `model`: what training started from; `base_report`: the untouched model's; `test_report`: the
+    # report on the test split where there is one beside that of `evaluate_model`, by which runs are ranked
+    parts: dict[str, Path]
 
     @property
     def name(self) -> str:
@@ -58,6 +60,11 @@ class FinishedRun:
         found = [(_stage_of(part, path), path) for part, path in self.parts.items() if path.exists()]
         order = list(ALL_STAGES)
         return sorted(found, key=lambda made: (order.index(made[0]), made[1].name))
+
+    @property
+    def judged(self) -> Path | None:
+        """The report that says how good the run is: on the test split, if it was judged on that."""
+        return next((self.parts[part] for part in ("test_report", "evaluate_model") if self.has(part)), None)
 
     @property
     def prompt(self) -> dict:
@@ -167,7 +174,7 @@ def _from_folder(folder: Path) -> FinishedRun:
         raise UserError(f"--run {folder}: is {what}; name one of {', '.join(FOLDERS[name] for name in STAGES)}")
 
     parts: dict[str, Path] = {}
-    _add(parts, stage, folder)
+    _add(parts, _part_at(stage, folder), folder)
 
     # A folder does not know what was made from it. Several may have been: an adapter merged in two precisions, a model
     # evaluated twice. The newest is taken; the others are found by their own keys.
@@ -176,15 +183,42 @@ def _from_folder(folder: Path) -> FinishedRun:
         if newest:
             _add(parts, above, newest)
 
+    if "evaluate_model" not in parts:  # ranked by the test split itself
+        parts |= {name: parts.pop(other) for other, name in OF_TEST.items() if other in parts}
     _refuse_diverged(parts)
     return FinishedRun(folder, parts)
 
 
-# (stage, name of its input, stage that made that), from the adapter up to the report.
-MADE_FROM = (("merge_adapter", "adapter", "train_adapter"), ("evaluate_model", "model", "merge_adapter"))
+# (part, name of its input, part that is), from the adapter up to the reports.
+MADE_FROM = (
+    ("merge_adapter", "adapter", "train_adapter"),
+    ("evaluate_model", "model", "merge_adapter"),
+    ("test_report", "model", "merge_adapter"),
+)
+# Reports on the test split -> what the one on the split that ranks is called.
+OF_TEST = {
+    "test_report": "evaluate_model",
+    "test_base_report": "base_report",
+    "test_start_report": "start_report",
+}
+
+
+def _part_at(stage: str, folder: Path) -> str:
+    """The part of a run that a folder of `stage` is."""
+    if stage != "evaluate_model" or not (folder / "config.yaml").is_file():
+        return stage
+    return "test_report" if read_config(folder)["eval"].get("split") == "test" else stage
+
+
 # Input name -> the part it is. What `model` is depends on the stage that reads it.
 INPUTS = {"adapter": "train_adapter", "splits": "tokenize_splits", "prompts": "format_prompts", "raw": "fetch_data"}
-READ_ON = (*STAGES, "sample_answers", "tokenize_splits", "format_prompts")  # parts whose inputs are followed
+READ_ON = (
+    *STAGES,
+    "test_report",
+    "sample_answers",
+    "tokenize_splits",
+    "format_prompts",
+)  # parts whose inputs are followed
 
 
 def _add(parts: dict[str, Path], part: str, folder: Path) -> None:
@@ -197,14 +231,16 @@ def _add(parts: dict[str, Path], part: str, folder: Path) -> None:
 
         # Stages before the training read a model only for its tokenizer, or to sample answers. The base model is the
         # one that the training read: after fine-tuning, DPO starts from another model than its splits were made with.
-        if below not in parts and (name != "model" or part in STAGES):
+        if below not in parts and (name != "model" or part in (*STAGES, "test_report")):
             _add(parts, below, path)
 
 
 def _part(reader: str, name: str, path: Path, of_a_run: bool) -> str:
     """The part that the input `name` of the part `reader` is."""
     if name == "model":
-        return "merge_adapter" if reader == "evaluate_model" and of_a_run else "model"
+        return "merge_adapter" if reader in ("evaluate_model", "test_report") and of_a_run else "model"
+    if reader == "test_report" and f"test_{name}" in OF_TEST:
+        return f"test_{name}"
     if name == "splits":  # of tokenize_splits, or of sample_answers
         return read_provenance(path).get("stage", INPUTS[name])
     return INPUTS.get(name, name)
@@ -217,12 +253,13 @@ def _moved(folder: Path, recorded: Path) -> Path:
     return next((path for path in places if path.exists()), recorded)
 
 
-def _newest(stage: str, name: str, made_from: Path) -> Path | None:
-    """The newest folder of `stage` that has `made_from` as its input `name`."""
-    found = []
+def _newest(part: str, name: str, made_from: Path) -> Path | None:
+    """The newest folder that is this part and has `made_from` as its input `name`."""
+    stage, found = OF_TEST.get(part, part), []
     for path in (made_from.parent.parent / FOLDERS[stage]).glob("*/provenance.json"):
         recorded = read_provenance(path.parent).get("inputs", {}).get(name)
-        if recorded and Path(recorded).parts[-2:] == made_from.absolute().parts[-2:]:
+        of_it = recorded and Path(recorded).parts[-2:] == made_from.absolute().parts[-2:]
+        if of_it and _part_at(stage, path.parent) == part:
             found.append(path)
     return max(found, key=lambda path: path.stat().st_mtime).parent if found else None
 

@@ -33,16 +33,17 @@ class Receipt(BaseModel):
     model_config = ConfigDict(strict=True, extra="ignore")
     run: str
     metric: str
-    test: dict[str, float | None]
+    split: str
+    values: dict[str, float | None]
     parts: list[Part]
 
 
 def receipt_of(run: FinishedRun) -> Receipt:
     """The receipt of a finished run; folders as they are called in results/."""
-    figures = read_figures(run.part("evaluate_model", "and it has the figures"))
+    figures = read_figures(run.judged or run.part("evaluate_model", "and it has the figures"))
     assert isinstance(figures, Figures), "a run that diverged is not found"
     parts = [_part(stage, path) for stage, path in run.made()]
-    return Receipt(run=run.name, metric=figures.metric, test=finite(figures.test), parts=parts)
+    return Receipt(run=run.name, metric=figures.metric, split=figures.split, values=finite(figures.values), parts=parts)
 
 
 def read_receipt(path: Path) -> Receipt:

@@ -154,7 +154,7 @@ CASES = [
     _bad("figures lack the metric", SHAPE % ("metrics.json", "no figure 'accuracy'"), "compare_runs",
          "report/metrics.json", _without("test", "accuracy")),
     _bad("figures of a wrong type", SHAPE % ("metrics.json", "'test'.*valid dictionary"), "compare_runs",
-         "report/metrics.json", _changed(test=[])),
+         "report/metrics.json", _changed(values=[])),
     _bad("curves of the report broken", NO_JSON % "curves.jsonl", "compare_runs", "report/curves.jsonl", _with("{")),
     _bad("leaderboard no JSON", NO_JSON % "leaderboard.json", "show", "sweep/leaderboard.json", _with("{")),
     _bad("leaderboard no JSON", NO_JSON % "leaderboard.json", "best", "sweep/leaderboard.json", _with("{")),

@@ -164,7 +164,14 @@ def test_labels_are_judged_whole_with_their_end(model, tokenizer, rows, name, ba
 def report(model, splits, output, *overrides):
     arguments = ["--model", str(model), "--splits", str(splits), "--output", output, "experiment=smoke", "sweep=none"]
     evaluate_model.main(
-        [*arguments, "eval.published=[]", "model.load.dtype=float32", "eval.max_new_tokens=4", *overrides]
+        [
+            *arguments,
+            "eval.split=test",
+            "eval.published=[]",
+            "model.load.dtype=float32",
+            "eval.max_new_tokens=4",
+            *overrides,
+        ]
     )
     return read_json(Path(output, "metrics.json")), read_json_lines(Path(output, "predictions.jsonl"))
 
@@ -178,7 +185,7 @@ def test_the_spelling_of_a_row_changes_no_other(workspace, tiny_model, model, to
     after, before = found[: len(spelt)], found[len(spelt) :]
     assert [after[0]["reference"], before[0]["reference"]] == ["Positive", "positive"]
     assert [(row["choice"], row["score"]) for row in after] == [(row["choice"], row["score"]) for row in before]
-    assert facts["test"]["accuracy"] == sum(row["score"] for row in before) / len(before)
+    assert facts["values"]["accuracy"] == sum(row["score"] for row in before) / len(before)
     assert facts["accuracy_of"] == judge.ALONE
     labels = [tokenizer(label, add_special_tokens=False)["input_ids"] for label in ("negative", "positive")]
     expected = [one_by_one(model, tiny.tiny_row(tokenizer, 0, *row), labels) for row in [first, *others]]
@@ -200,7 +207,7 @@ def test_labels_that_begin_alike_are_judged_as_all_others(workspace, tiny_model,
         made = tiny.tiny_row(tokenizer, 0, prompt, reference)
         assert row["label_logps"] == pytest.approx(one_by_one(model, made, answers), abs=1e-3)
     right = [row["choice"] == row["reference"] for row in rows]
-    assert facts["test"]["accuracy"] == sum(right) / len(right)
+    assert facts["values"]["accuracy"] == sum(right) / len(right)
 
 
 def test_where_a_label_begins_another_the_end_counts(workspace, tiny_model, model, tokenizer):
@@ -282,11 +289,11 @@ def test_what_is_proposed_for_text_that_rouge_does_not_see_works(workspace, tiny
     splits = tiny.make_tiny_splits(workspace / "splits", tiny_model, rows={"train": texts[:8], "test": texts[8:]})
     as_text = ["eval.task=text", "eval.labels=null"]  # what is proposed where labels would be ignored
     facts, _ = report(tiny_model, splits, "report", *as_text, "eval.metric=chrf")
-    assert facts["metric"] == "chrf" and "rouge_l" not in facts["test"]
+    assert facts["metric"] == "chrf" and "rouge_l" not in facts["values"]
 
 
 def test_what_rouge_misses_of_accented_text_is_said(tokenizer, caplog):
     part = Dataset.from_list([tiny.tiny_row(tokenizer, 1, "What is it?", "Un café très agréable, naturellement")])
     with caplog.at_level("INFO", "temper"):
-        checks.check(Eval(task="text").model_dump(), Path("splits"), {"test": part}, tokenizer)
-    assert "and 9.7% of the test split's references is other: eval.metric=chrf sees all" in caplog.text
+        checks.check(Eval(task="text").model_dump(), Path("splits"), {"test": part}, tokenizer, ["test"])
+    assert "and 9.7% of the test references is other: eval.metric=chrf sees all" in caplog.text

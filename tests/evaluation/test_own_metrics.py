@@ -177,10 +177,11 @@ def paths(*overrides):
 
 def test_an_edit_evaluates_again_and_trains_nothing(mine):
     before, plain = paths(*METRICS), paths()
-    assert {path.split("/")[1] for path in before - plain} == {"reports"}
+    assert {path.split("/")[1] for path in before - plain} == {"reports", "rankings"}
     write("mine.py", MODULE + "\n\ndef other():\n    pass\n")
     after = paths(*METRICS)
-    assert len(after - before) == 2 and {path.split("/")[1] for path in after - before} == {"reports"}
+    assert {path.split("/")[1] for path in after - before} == {"reports", "rankings"}
+    assert len(after) == len(before) and not {path for path in after & before if path.startswith("results/reports")}
     write("mine.py", MODULE + "\n# a comment\n")
     assert paths(*METRICS) == before
 
@@ -202,15 +203,15 @@ def test_an_evaluation_has_them_everywhere(mine, tiny_model, tiny_splits, capsys
     figures, rows = read_figures(mine / "out"), read_json_lines(mine / "out/predictions.jsonl")
     wanted = [1 / (1 + abs(len(row["prediction"]) - len(row["reference"]))) for row in rows]
     assert [row["metrics"]["closeness"] for row in rows] == wanted
-    assert figures.test["closeness"] == pytest.approx(np.mean(wanted))
+    assert figures.values["closeness"] == pytest.approx(np.mean(wanted))
     assert figures.interval == interval(Mean(wanted), len(rows))
-    assert figures.delta.value == 0 and figures.base["letters"] == figures.test["letters"]
+    assert figures.delta.value == 0 and figures.base["letters"] == figures.values["letters"]
     page = (mine / "out/report.html").read_text()
     assert "of your own (eval.metrics), mean over rows" in page and "<strong>0." in page
 
     runs = [{"name": name, "point": {"seed": 1}, "report": name} for name in ("out", "base")]
     board = compare_runs.compare({"eval": own, "sweep": {"name": "s", "axes": {}}, "runs": runs}, mine / "sweeps/s")
-    assert {"test_closeness", "test_letters"} <= board.rows[0].keys()
+    assert {"validation_closeness", "validation_letters"} <= board.rows[0].keys()
 
     other = {**config, "eval": settings("mine:closeness", {"name": "digits", "regex": "[0-9]"}, metric="digits")}
     with pytest.raises(SystemExit):

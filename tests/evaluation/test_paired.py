@@ -5,6 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from temper.evaluation.comparison import RankedRun, Ranking, ordered_recipes
+from temper.evaluation.figures import Figures
 from temper.evaluation.metrics import Mean
 from temper.evaluation.paired import (
     difference,
@@ -26,6 +28,41 @@ def two_models(rng, rows: int, accuracy: float, gain: float, correlation: float)
         return (correlation**0.5 * common + (1 - correlation) ** 0.5 * noise < norm.ppf(share)).astype(float)
 
     return answers(own, accuracy), answers(other, accuracy + gain)
+
+
+def judged(name: str, split: str, right) -> Figures:
+    """A run's figures, by its right and wrong answers; equal ones differ in their loss, as runs do."""
+    values = {"accuracy": float(right.mean()), "loss": float(name)}
+    return Figures.model_construct(metric="accuracy", split=split, rows=len(right), values=values)
+
+
+def chosen_of_equals(rng) -> tuple[float, float]:
+    """(validation, test) accuracy of the run that a sweep of 8 chooses, all of which are right in 86% of all rows."""
+    common, own = rng.standard_normal(1000), rng.standard_normal((8, 1000))
+    answers = 0.6**0.5 * common + 0.4**0.5 * own < 1.0803  # the 86% quantile
+    runs = [
+        RankedRun(
+            name=str(number),
+            point={"adapter.r": number},
+            report="",
+            test_report=None,
+            train={},
+            figures=judged(str(number), "validation", right[:500]),
+            test=judged(str(number), "test", right[500:]),
+        )
+        for number, right in enumerate(answers)
+    ]
+    ranking = Ranking("accuracy", "validation", ordered_recipes(runs, "accuracy"), [], [])
+    assert ranking.tested("chosen") == [ranking.chosen]
+    return ranking.chosen.figures.values["accuracy"], ranking.chosen.test.values["accuracy"]
+
+
+def test_the_choice_flatters_the_validation_figure_and_not_that_of_the_test_split():
+    rng = np.random.default_rng(3)
+    validation, test = np.array([chosen_of_equals(rng) for _ in range(500)]).T
+    assert validation.mean() - 0.86 > 0.01, "the best of eight is lucky on its rows"
+    error = test.std() / len(test) ** 0.5
+    assert abs(test.mean() - 0.86) < 3 * error, "and not on others"
 
 
 def test_mcnemar_by_hand():

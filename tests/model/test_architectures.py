@@ -134,7 +134,7 @@ def test_the_whole_chain(workspace, family):
     with torch.no_grad():
         assert torch.allclose(plain(**batch).logits, tuned(**batch).logits, atol=1e-3), "merged is what was trained"
 
-    facts = json.loads(Path("report/metrics.json").read_text())["test"]
+    facts = json.loads(Path("report/metrics.json").read_text())["values"]
     total, tokens = own_loss(plain, test, tokenizer.pad_token_id)
     assert facts["loss"] == pytest.approx(total / tokens, rel=1e-4)
     answers = [json.loads(line) for line in Path("report/predictions.jsonl").read_text().splitlines()]
@@ -263,7 +263,7 @@ def test_preferences_of_an_encoder_decoder(workspace):
             assert figure[name] == pytest.approx(-own_loss(network, [side(row)], 0)[0], rel=1e-4)
     answers = [{"input_ids": [5, 2], "labels": [token, 2]} for token in (7, 8)]
     assert len({reference_logprobs._key(answer) for answer in answers}) == 2, "remembered apart"
-    facts = json.loads(Path("report/metrics.json").read_text())["test"]
+    facts = json.loads(Path("report/metrics.json").read_text())["values"]
     assert math.isfinite(facts["rewards/margins"])
     assert facts["preference_accuracy"] >= 0.5
 
@@ -276,7 +276,7 @@ def test_every_adapter_of_an_encoder_decoder(workspace, family, adapter):
     run_chain(family, f"adapter={adapter}")
     model, test = loading.load_model(Path("merged"), LOAD).eval(), list(load_from_disk("splits")["test"])
     total, tokens = own_loss(model, test, 0)
-    assert json.loads(Path("report/metrics.json").read_text())["test"]["loss"] == pytest.approx(
+    assert json.loads(Path("report/metrics.json").read_text())["values"]["loss"] == pytest.approx(
         total / tokens, rel=1e-4
     )
     together = generation.generate_answers(model, tokenizer_of(family), test, GREEDY, [2]).ids

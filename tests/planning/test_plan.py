@@ -39,7 +39,8 @@ def test_the_demo_is_eight_runs_over_four_trunks(workspace):
         "tokenize_splits": 1,
         "train_adapter": 8,  # 4 trunks x 2 epochs, each epoch once
         "merge_adapter": 8,
-        "evaluate_model": 9,  # and the untouched model
+        "evaluate_model": 18,  # and the untouched model, on validation and on the test split
+        "rank_runs": 1,
         "compare_runs": 1,
     }
 
@@ -47,22 +48,25 @@ def test_the_demo_is_eight_runs_over_four_trunks(workspace):
 @pytest.mark.parametrize(
     ("override", "stages"),
     [
-        ("train.learning_rate=5e-4", {"train_adapter", "merge_adapter", "evaluate_model"}),
-        ("seed=7", {"train_adapter", "merge_adapter", "evaluate_model"}),
-        ("eval.max_new_tokens=9", {"evaluate_model"}),
-        ("tokenize.max_length=99", {"tokenize_splits", "train_adapter", "merge_adapter", "evaluate_model"}),
-        ("merge.dtype=float32", {"merge_adapter", "evaluate_model"}),
+        ("train.learning_rate=5e-4", {"train_adapter", "merge_adapter", "evaluate_model", "rank_runs"}),
+        ("seed=7", {"train_adapter", "merge_adapter", "evaluate_model", "rank_runs"}),
+        ("eval.max_new_tokens=9", {"evaluate_model", "rank_runs"}),
+        (
+            "tokenize.max_length=99",
+            {"tokenize_splits", "train_adapter", "merge_adapter", "evaluate_model", "rank_runs"},
+        ),
+        ("merge.dtype=float32", {"merge_adapter", "evaluate_model", "rank_runs"}),
         ("tracking.experiment_name=other", set()),
         ("tracking=none", set()),
         ("train.logging_steps=3", set()),
         ("train.save_total_limit=9", set()),
         (
             "prompt.system=Other",
-            {"format_prompts", "tokenize_splits", "train_adapter", "merge_adapter", "evaluate_model"},
+            {"format_prompts", "tokenize_splits", "train_adapter", "merge_adapter", "evaluate_model", "rank_runs"},
         ),
         (
             "data.splits.test=0.3",
-            {"format_prompts", "tokenize_splits", "train_adapter", "merge_adapter", "evaluate_model"},
+            {"format_prompts", "tokenize_splits", "train_adapter", "merge_adapter", "evaluate_model", "rank_runs"},
         ),
     ],
 )
@@ -227,7 +231,7 @@ def test_explain_before_anything_was_fetched(workspace):
     from temper.commands import explain
 
     text = explain.explain(build())
-    assert "sweep demo: 29 job(s) to run, and the comparison" in text
+    assert "sweep demo: 32 job(s) to run, and the comparison" in text
     assert "nothing like it was made yet" in text
     assert "forecast: nothing to go by yet" in text
 

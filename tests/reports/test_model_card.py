@@ -57,7 +57,7 @@ def card_of(run, folder: Path, text: str, merged: bool) -> str:
     facts = {
         "published": [{"name": text, "metric": "accuracy", "value": 0.5, "source": text}],
         "baselines": [{"name": text, "accuracy": 0.5}],
-        "start": {"name": text, "metric": "accuracy", "test": {"accuracy": 0.5}, "intervals": {}},
+        "start": {"name": text, "metric": "accuracy", "values": {"accuracy": 0.5}, "intervals": {}},
     }
     file.write_text(json.dumps(json.loads(file.read_text()) | facts))
     pin = parts["fetch_data"] = folder / "pin-0123456789.json"

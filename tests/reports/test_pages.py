@@ -71,7 +71,12 @@ def run_page_of(report: Path, folder: Path, text: str) -> Path:
     facts["published"] = [{"name": f"{text} p", "metric": "accuracy", "value": 0.5, "source": text}]
     facts["baselines"] = [{"name": f"{text} b", "accuracy": 0.5}]
     facts |= {
-        "start": {"name": f"{text} s", "test": facts["test"], "intervals": facts["intervals"], "metric": "accuracy"},
+        "start": {
+            "name": f"{text} s",
+            "values": facts["values"],
+            "intervals": facts["intervals"],
+            "metric": "accuracy",
+        },
         "accuracy_of": text,
     }
     facts["train"] |= {"dtype": text, "device": text}

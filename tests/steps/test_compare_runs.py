@@ -12,7 +12,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from steps import compare_runs
+from steps import compare_runs, rank_runs
 from temper.config.schema import Eval
 from temper.errors import UserError
 from temper.reports import html, leaderboard, plots, sweep_page
@@ -40,7 +40,7 @@ def test_a_metric_that_is_better_when_lower(sweep):
     config["eval"]["metric"] = "loss"
     board = compare_runs.compare(config, output)
     assert [row["run"] for row in board.rows] == ["a", "b", "d", "c"]
-    assert next(name for name in board.rows[0] if name.startswith("test_")) == "test_loss"
+    assert next(name for name in board.rows[0] if name.startswith("validation_")) == "validation_loss"
 
 
 def test_columns(sweep):
@@ -49,21 +49,27 @@ def test_columns(sweep):
     row = board_of(output)[0]
     columns = [
         *("run", "train.learning_rate", "adapter.r"),
-        *("test_accuracy", "test_f1", "test_generated_accuracy", "test_exact_match", "test_loss"),
         *(
-            "base_test_accuracy",
-            "base_test_f1",
-            "base_test_generated_accuracy",
-            "base_test_exact_match",
-            "base_test_loss",
+            "validation_accuracy",
+            "validation_f1",
+            "validation_generated_accuracy",
+            "validation_exact_match",
+            "validation_loss",
+        ),
+        *(
+            "base_validation_accuracy",
+            "base_validation_f1",
+            "base_validation_generated_accuracy",
+            "base_validation_exact_match",
+            "base_validation_loss",
         ),
         *("train_seconds", "tokens_per_second", "peak_memory_bytes", "trainable_parameters"),
-        *("test_accuracy_low", "test_accuracy_high"),
+        *("validation_accuracy_low", "validation_accuracy_high"),
         *("place", "behind_best", "behind_best_low", "behind_best_high", "p_holm", "tied"),
     ]
     assert list(row) == columns
-    assert (row["train.learning_rate"], row["adapter.r"], row["test_accuracy"]) == ("0.0001", "16", "0.95")
-    assert (row["base_test_accuracy"], row["train_seconds"]) == ("0.5", "90")
+    assert (row["train.learning_rate"], row["adapter.r"], row["validation_accuracy"]) == ("0.0001", "16", "0.95")
+    assert (row["base_validation_accuracy"], row["train_seconds"]) == ("0.5", "90")
 
 
 def test_a_run_without_a_report_is_left_out_and_named(sweep, capsys):
@@ -98,7 +104,7 @@ def test_made_again_in_place_from_its_own_config(sweep, capsys):
     (output / "config.yaml").write_text((output / "config.yaml").read_text().replace("reports/a", "reports/e"))
     compare_runs.main(["--config", str(output / "config.yaml"), "--output", str(output)])
     assert capsys.readouterr().out != first
-    assert board_of(output)[0]["test_accuracy"] == "0.99"
+    assert board_of(output)[0]["validation_accuracy"] == "0.99"
     left = sorted(path.name for path in output.iterdir())
     assert left == ["config.yaml", "leaderboard.csv", "leaderboard.json", "provenance.json", "report.html"]
 
@@ -108,11 +114,88 @@ def test_show_prints_the_leaderboard(sweep, capsys):
     compare_runs.compare(config, output)
     command("leaderboard")([str(output)])
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == "sweep rates, best accuracy first"
+    assert lines[0] == "sweep rates, best accuracy on the validation split first"
     assert lines[2].split()[:4] == ["learning_rate", "r", "accuracy", "f1"]
     assert lines[3].split()[:4] == ["1", "0.0001", "16", "0.950"]
     assert lines[7].split() == ["0.500", "0.800", "0.750", "0.700", "3.000", "(base", "model)"]
     assert f"page: {output / 'report.html'}" in lines
+
+
+def with_tests(config: dict, output, test: str = "chosen", **figures: tuple[float, float]) -> None:
+    """Give runs a report on the test split: name -> (accuracy, loss)."""
+    config["eval"]["test"] = test
+    for run in config["runs"]:
+        run["test_report"] = str(output.parents[1] / "reports" / f"{run['name']}-test")
+        if run["name"] in figures:
+            write_report(Path(run["test_report"]), *figures[run["name"]])
+            change({"report": run["test_report"]}, split="test")
+
+
+def test_the_chosen_run_has_figures_of_both_splits(sweep, capsys):
+    config, output = sweep
+    with_tests(config, output, b=(0.88, 0.35), a=(0.99, 0.1))  # a has a report, and was not chosen
+    board = compare_runs.compare(config, output)
+    assert [row["run"] for row in board.rows] == ["b", "d", "c", "a"], "the test split moves none"
+    assert [row["test_accuracy"] for row in board.rows] == [0.88, None, None, None]
+    assert (board.rows[0]["base_test_accuracy"], board.rows[0]["validation_accuracy"]) == (0.5, 0.95)
+    command("leaderboard")([str(output)])
+    said = capsys.readouterr().out
+    assert "test split: b accuracy 0.880 (0.860 to 0.900), base model 0.500" in said
+    page = (output / "report.html").read_text()
+    assert "opened for the chosen run only" in page
+    assert 'href="../../reports/b-test/report.html"' in page
+    assert "a-test" not in page
+
+
+def test_which_runs_are_judged_on_the_test_split(sweep):
+    config, output = sweep
+    names = {}
+    for test in ("none", "chosen", "tied", "all"):
+        with_tests(config, output, test)
+        made = output.parent / test
+        rank_runs.main(["--config", write_config(made, config), "--output", str(made / "ranking")])
+        ranking = json.loads((made / "ranking" / "ranking.json").read_text())
+        names[test] = ranking["tested"]
+        assert (ranking["chosen"], ranking["split"]) == ("b", "validation")
+    assert names["none"] == []
+    assert names["chosen"] == ["b"]
+    assert names["tied"] == ["b", *(name for name in ranking["tied"] if name != "b")]
+    assert sorted(names["all"]) == ["a", "b", "c", "d"]
+
+
+def write_config(folder: Path, config: dict) -> str:
+    folder.mkdir(parents=True)
+    view = {"eval": config["eval"], "sweep": {"choose": "best"}, "runs": config["runs"]}
+    (folder / "config.json").write_text(json.dumps(view))
+    return str(folder / "config.json")
+
+
+def test_the_test_split_stays_closed_until_all_runs_are_ranked(sweep, capsys):
+    config, output = sweep
+    shutil.rmtree(config["runs"][2]["report"])
+    with pytest.raises(SystemExit) as stopped:
+        rank_runs.main(["--config", write_config(output.parent / "x", config), "--output", str(output.parent / "r")])
+    assert stopped.value.code == 2
+    assert "has no report yet" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_runs_judged_on_different_splits_are_not_ranked(sweep):
+    config, output = sweep
+    change(config["runs"][1], split="test")
+    with pytest.raises(UserError, match="is of the test split, and .* of the validation split"):
+        compare_runs.compare(config, output)
+
+
+def test_ranked_by_the_test_split_itself(sweep, capsys):
+    config, output = sweep
+    for run in config["runs"]:
+        change(run, split="test")
+    board = compare_runs.compare(config, output)
+    assert board.rows[0]["test_accuracy"] == 0.95
+    assert not any(name.startswith("validation") for name in board.rows[0])
+    command("leaderboard")([str(output)])
+    assert "flattered by the choice" in capsys.readouterr().out
+    assert "flattered a little" in (output / "report.html").read_text()
 
 
 def test_show_without_a_leaderboard(tmp_path, capsys):
@@ -138,7 +221,7 @@ def test_the_page_admits_that_the_order_may_be_chance(sweep):
     config["runs"].append({**config["runs"][0], "name": "near", "report": str(output.parents[1] / "reports" / "near")})
     compare_runs.compare(config, output)
     page = (output / "report.html").read_text()
-    assert "4 of 5 runs cannot be told apart on 100 rows (paired test at 5%, Holm" in page
+    assert "4 of 5 runs cannot be told apart on 100 validation rows (paired test at 5%, Holm" in page
     tied = {row["run"]: row["tied"] for row in board_of(output)}
     assert tied == {"b": "True", "near": "True", "d": "True", "c": "True", "a": "False"}
 
@@ -221,11 +304,11 @@ def test_models_are_compared_by_bits_per_byte(sweep):
     """Their tokens differ, so a loss per token says nothing about which is better."""
     config, output = sweep
     for run, bits in zip(config["runs"], (3.0, 1.0, 2.0, 4.0), strict=True):
-        change(run, test={**FIGURES, "accuracy": 0.9, "loss": bits * -1 + 5, "bits_per_byte": bits})
+        change(run, values={**FIGURES, "accuracy": 0.9, "loss": bits * -1 + 5, "bits_per_byte": bits})
         run["point"] = {"model": run["name"]}
     board = compare_runs.compare(config, output)
     assert [row["run"] for row in board.rows] == ["b", "c", "a", "d"], "of equal accuracy"
-    assert "test_bits_per_byte" in board.rows[0] and "test_loss" not in board.rows[0]
+    assert "validation_bits_per_byte" in board.rows[0] and "validation_loss" not in board.rows[0]
 
 
 def test_a_metric_of_the_whole_split_is_compared_by_the_paired_bootstrap(sweep):
@@ -253,7 +336,7 @@ def test_a_single_run_without_a_base_model(tmp_path, capsys):
     runs = [{"name": "only", "point": {}, "report": report}]
     output = tmp_path / "results" / "sweeps" / "single"
     compare_runs.compare({"eval": settings, "sweep": {"name": "single", "axes": {}}, "runs": runs}, output)
-    assert board_of(output)[0]["base_test_accuracy"] == ""
+    assert board_of(output)[0]["base_validation_accuracy"] == ""
     page = (output / "report.html").read_text()
     assert "Best of 1 run: " in page and "What each swept value does" not in page
     leaderboard.print_leaderboard(output)
@@ -268,7 +351,7 @@ def test_a_diverged_run_stands_below_the_others_without_figures(sweep, capsys):
     board = compare_runs.compare(config, output)
     assert board.rows[-1]["run"] == config["runs"][0]["name"]
     row = board_of(output)[-1]
-    assert (row["test_accuracy"], row["train_seconds"], row["diverged_at_step"]) == ("", "3", "7")
+    assert (row["validation_accuracy"], row["train_seconds"], row["diverged_at_step"]) == ("", "3", "7")
     leaderboard.print_leaderboard(output)
     assert "diverged, step 7" in capsys.readouterr().out
     assert "<strong>Diverged:</strong>" in (output / "report.html").read_text()
@@ -286,12 +369,12 @@ def test_figures_that_are_not_finite_stand_below_all_others(sweep, capsys, metri
     config["eval"]["metric"] = metric
     a, b, c, d = config["runs"]
     for run, broken in ((a, {metric: math.nan}), (b, {"loss": -math.inf}), (c, {"f1": math.nan})):
-        change(run, test={**FIGURES, "accuracy": 0.99, "loss": 0.1, **broken})
+        change(run, values={**FIGURES, "accuracy": 0.99, "loss": 0.1, **broken})
     change(d, interval=[math.nan, 1.0], intervals={metric: [math.nan, 1.0]})
     assert compare_runs.compare(config, output).rows[0]["run"] == "c"
     text = (output / "leaderboard.json").read_text()
     rows = json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))["rows"]
-    assert [row[f"test_{metric}"] is None for row in rows] == [False, True, True, True]
+    assert [row[f"validation_{metric}"] is None for row in rows] == [False, True, True, True]
     assert not {"nan", "inf", "-inf"} & {cell for row in board_of(output) for cell in row.values()}
     leaderboard.print_leaderboard(output)
     assert capsys.readouterr().out.count("no finite figures") == 3

@@ -18,7 +18,8 @@ NASTY = "<script>alert('x')</script> & <b>bold</b>"
 
 
 def config(task: str = "labels", **changes) -> dict:
-    settings = {"labels": LABELS if task == "labels" else None, "max_new_tokens": 6, "batch_size": 3, **changes}
+    settings = {"labels": LABELS if task == "labels" else None, "max_new_tokens": 6, "batch_size": 3}
+    settings |= {"split": "test", **changes}
     return {"eval": Eval(task=task, **settings).model_dump(mode="json"), "model": {"load": LOAD}, "num_threads": 1}
 
 
@@ -246,17 +247,29 @@ def test_metrics_of_a_base_model(reports):
     base, _, _ = reports
     assert (base["task"], base["metric"], base["rows"]) == ("labels", "accuracy", 3)
     assert base["base"] is base["train"] is base["delta"] is None
-    assert {"accuracy", "f1", "exact_match", "loss", "perplexity", "unparsed", "unfinished"} <= set(base["test"])
-    assert base["interval"][0] <= base["test"]["accuracy"] <= base["interval"][1]
+    assert {"accuracy", "f1", "exact_match", "loss", "perplexity", "unparsed", "unfinished"} <= set(base["values"])
+    assert base["interval"][0] <= base["values"]["accuracy"] <= base["interval"][1]
     assert base["baselines"][0]["name"] == "majority class"
 
 
 def test_metrics_of_a_tuned_model(reports):
     base, tuned, _ = reports
-    assert tuned["base"] == base["test"]
-    assert tuned["test"]["loss"] == pytest.approx(base["test"]["loss"])  # it is the same model here
+    assert tuned["base"] == base["values"]
+    assert tuned["values"]["loss"] == pytest.approx(base["values"]["loss"])  # it is the same model here
     assert tuned["delta"] == {"value": 0, "interval": [0, 0]}
     assert tuned["train"]["train_seconds"] == 12
+
+
+def test_a_model_is_judged_on_the_split_that_is_named(folder, tmp_path):
+    from datasets import load_from_disk
+
+    rows = load_from_disk(str(folder / "splits"))
+    assert list(rows["validation"]["id"]) != list(rows["test"]["id"])
+    for split in ("validation", "test"):
+        found = evaluate(folder, tmp_path / split, config(split=split))
+        lines = [json.loads(line) for line in (tmp_path / split / "predictions.jsonl").read_text().splitlines()]
+        assert (found["split"], [line["id"] for line in lines]) == (split, list(rows[split]["id"]))
+        assert f"{split} rows" in (tmp_path / split / "report.html").read_text()
 
 
 def test_predictions_are_in_the_order_of_the_split(reports):
@@ -299,7 +312,7 @@ def test_the_page_is_the_same_each_time(reports, tmp_path):
 def test_other_tasks(folder, tmp_path, task, answer):
     make_tiny_splits(tmp_path / "splits", folder / "model", rows={"test": [("Quote", answer), ("Another", answer)]})
     facts = evaluate(folder, tmp_path / "report", config(task), splits=tmp_path / "splits")
-    assert facts["metric"] in facts["test"]
+    assert facts["metric"] in facts["values"]
     assert "confusion" not in facts
     again = evaluate(
         folder, tmp_path / "tuned", config(task), "--base-report", tmp_path / "report", splits=tmp_path / "splits"
@@ -337,12 +350,16 @@ def test_unknown_metric(folder, tmp_path, capsys):
 
 def test_base_report_of_other_rows(folder, tmp_path, reports, capsys):
     line = refused(capsys, folder, tmp_path / "report", config(), "--base-report", reports[2] / "base")
-    assert "other test rows" in line
+    assert "other rows" in line
+    assert "eval.split=test" in line
 
 
-def test_no_test_split(folder, tmp_path, capsys):
-    make_tiny_splits(tmp_path / "splits", folder / "model", rows={"test": 0})
-    assert "no rows in the test split" in refused(capsys, folder, tmp_path / "r", config(), splits=tmp_path / "splits")
+@pytest.mark.parametrize("split", ["validation", "test"])
+def test_no_rows_in_the_split(folder, tmp_path, capsys, split):
+    make_tiny_splits(tmp_path / "splits", folder / "model", rows={split: 0})
+    line = refused(capsys, folder, tmp_path / "r", config(split=split), splits=tmp_path / "splits")
+    assert f"no rows in the {split} split" in line
+    assert ("eval.split=test" in line) == (split == "validation")
 
 
 # --- samples -------------------------------------------------------------------------------------

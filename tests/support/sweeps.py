@@ -22,8 +22,9 @@ def report_figures(accuracy: float, loss: float, base: float | None = 0.5) -> di
     return {
         "task": "labels",
         "metric": "accuracy",
+        "split": "validation",
         "rows": 100,
-        "test": {"accuracy": accuracy, "loss": loss, **FIGURES},
+        "values": {"accuracy": accuracy, "loss": loss, **FIGURES},
         "base": None if base is None else {"accuracy": base, "loss": 3.0, **FIGURES},
         "interval": [accuracy - 0.02, accuracy + 0.02],
         "intervals": {"accuracy": [accuracy - 0.02, accuracy + 0.02], "loss": [loss - 0.1, loss + 0.1]},

@@ -17,10 +17,13 @@ JOBS_OF_TWO = {
     "tokenize_splits": 1,
     "train_adapter": 2,
     "merge_adapter": 2,
-    "evaluate_base": 1,
-    "evaluate_model": 2,
+    "evaluate_base": 2,
+    "evaluate_model": 3,
+    "rank_runs": 1,
     "compare_runs": 1,
-}  # all of a sweep of two runs
+}  # all of a sweep of two runs, of which one is judged on the test split
+# What a dry run knows of them: the ranking will say which one.
+PLANNED_OF_TWO = {**JOBS_OF_TWO, "evaluate_base": 1, "evaluate_model": 2}
 
 
 def snakemake_command(folder: Path, project: Path = ROOT) -> list[str]:
@@ -62,7 +65,7 @@ def executed(done: subprocess.CompletedProcess[str]) -> dict[str, int]:
 def jobs_in(output: str) -> dict[str, int]:
     """As `executed`, from the text that Snakemake printed."""
     counts: dict[str, int] = {}
-    for rule in re.findall(r"^\s*(?:local)?rule (\w+):", output, flags=re.MULTILINE):
+    for rule in re.findall(r"^\s*(?:local)?(?:rule|checkpoint) (\w+):", output, flags=re.MULTILINE):
         counts[rule] = counts.get(rule, 0) + 1
     counts.pop("all", None)
     return counts

@@ -334,8 +334,8 @@ def test_merge_and_report_of_a_preference_optimization(workspace, tiny_pairs, ti
     base = evaluate(tiny_model, tiny_pairs, "base")
     flags = ["--adapter", "adapter", "--base-report", "base", "--references", references, "--start-report", "base"]
     facts = evaluate("merged", tiny_pairs, "report", *flags)
-    assert "rewards/accuracies" not in base["test"], "the untouched model has no reference"
-    figures = facts["test"]
+    assert "rewards/accuracies" not in base["values"], "the untouched model has no reference"
+    figures = facts["values"]
     assert figures["rewards/accuracies"] > 0.7
     assert figures["rewards/margins"] == pytest.approx(figures["rewards/chosen"] - figures["rewards/rejected"])
     lines = [json.loads(line) for line in Path("report/predictions.jsonl").read_text().splitlines()]
@@ -343,7 +343,7 @@ def test_merge_and_report_of_a_preference_optimization(workspace, tiny_pairs, ti
     assert figures["preference_accuracy"] == sum(right) / len(right)
     gains = [
         0.1 * (line["chosen_logp"] - figure["ref_chosen_logps"])
-        for line, figure in zip(lines, load_from_disk(references)["test"], strict=True)
+        for line, figure in zip(lines, load_from_disk(references)["validation"], strict=True)
     ]
     assert figures["rewards/chosen"] == pytest.approx(sum(gains) / len(gains))
     page = Path("report/report.html").read_text()

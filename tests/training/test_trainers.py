@@ -454,7 +454,9 @@ def test_the_number_of_cores_changes_no_bit_of_a_workflow(workspace, wide_model)
         assert ("1 training(s) of 1 thread(s) on 4 cores: num_threads=4 is faster" in done.stderr) is (cores == "4")
         [row] = leaderboard(folder, "single")
         [adapter] = (folder / "results" / "adapters").glob("*/adapter_model.safetensors")
-        figures = {name: row[name] for name in ("run", "test_loss", "base_test_loss", "test_accuracy")}
+        figures = {
+            name: row[name] for name in ("run", "validation_loss", "base_validation_loss", "validation_accuracy")
+        }
         found.append((figures, load_file(adapter)))
     (figures, weights), (other_figures, other_weights) = found
     assert figures == other_figures

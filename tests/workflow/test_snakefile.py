@@ -11,7 +11,7 @@ import pytest
 from temper.planning import planner
 from tests.conftest import ROOT, rarely
 from tests.support import tiny
-from tests.support.workflow_tools import JOBS_OF_TWO, environment, executed, own_sources, snakemake
+from tests.support.workflow_tools import PLANNED_OF_TWO, environment, executed, own_sources, snakemake
 
 OTHERS = ["--rulegraph", "--filegraph", "--detailed-summary", "--lint", "--report"]
 
@@ -67,7 +67,7 @@ def test_no_name_of_a_users_decides_what_is_made(sources, name):
         (sweep / file).write_text('{"key": "of another plan"}')
     named = overrides.replace("data.name=tiny", f"data.name={name}").replace("model.name=tiny", f"model.name={name}")
     done = dry_run(folder, f"{named} sweep.name={name} train.learning_rate=1e-3,1e-2")
-    assert executed(done) == JOBS_OF_TWO, done.stdout + done.stderr
+    assert executed(done) == PLANNED_OF_TWO, done.stdout + done.stderr
     tuned = [command for command in commands(done.stdout) if "evaluate_model" in command and "--adapter" in command]
     assert len(tuned) == 2
     assert all("--base-report" in command for command in tuned)

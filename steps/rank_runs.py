@@ -1,0 +1,59 @@
+"""Rank the runs of a sweep by their reports, and say which of them are to be judged on the test split.
+
+By hand, with the config that the folder keeps::
+
+    python -m steps.rank_runs --config results/rankings/X/config.yaml --output results/rankings/new
+
+Reads   each run's report: metrics.json and predictions.jsonl.
+Writes  ranking.json: the recipes best first, those tied with the best one, the chosen run, the runs to be tested.
+
+The test split is opened for the chosen run only: whoever looks at it for every run and takes the best figure gets one
+that is too good, for it was chosen by the same rows (`eval.test`).
+"""
+
+import logging
+import sys
+from pathlib import Path
+
+from temper.config.stages import RankRuns
+from temper.errors import UserError
+from temper.evaluation.comparison import rank
+from temper.files import json_text, write_whole
+from temper.planning.plan import RANKING
+from temper.step import run_command
+
+STAGE = "rank_runs"
+log = logging.getLogger("temper")
+
+
+def run(config: RankRuns, output: Path) -> dict:
+    """Rank the runs and write ranking.json.
+
+    Raises:
+        UserError: a run has no report, or all diverged.
+    """
+    ranking = rank(config.runs, config.eval.model_dump(), config.sweep.choose)
+    if ranking.missing:
+        raise UserError(
+            f"{ranking.missing[0]}: has no report yet, and the test split is opened once, after all have one"
+        )
+    tested = [run.name for run in ranking.tested(config.eval.test)]
+    content = {
+        "metric": ranking.metric,
+        "split": ranking.split,
+        "order": [[run.name for run in recipe.runs] for recipe in ranking.recipes],
+        "tied": [run.name for recipe in ranking.tied for run in recipe.runs],
+        "chosen": ranking.chosen.name,
+        "tested": tested,
+    }
+    write_whole(output / RANKING, json_text(content))
+    log.info("chosen by %s on %s: %s", ranking.metric, ranking.split, ranking.chosen.name)
+    return {"inputs": {run["name"]: run["report"] for run in config.runs}}
+
+
+def main(argv=None) -> None:
+    run_command(sys.modules[__name__], argv)
+
+
+if __name__ == "__main__":
+    main()
