@@ -147,6 +147,7 @@ def _trained(config: dict, rows: list[dict], validation: list[dict], model: str 
 
 def _config(options: dict, method: str, adapter: str, run: dict) -> dict:
     """The whole config: defaults from conf/, each option in the section that has it, and `run` at the top level."""
+    from temper.config.best import judged_metric
     from temper.config.compose import expand, parse_overrides
     from temper.config.validate import validated
 
@@ -162,6 +163,11 @@ def _config(options: dict, method: str, adapter: str, run: dict) -> dict:
         if section is None:
             raise UserError(f"train: unknown option '{name}'; {_hint(name, known)}")
         config[section][name] = value
+    if metric := judged_metric(config["train"]):
+        raise UserError(
+            f"train: metric_for_best_model='{metric}': how answers are judged is said by a pipeline's config (eval); "
+            "here the validation loss chooses"
+        )
     return validated(config)
 
 

@@ -11,7 +11,7 @@ from urllib.parse import quote
 from temper.config.stages import FOLDERS, flag_words
 from temper.errors import visible
 from temper.evaluation.figures import FILE, Figures, read_figures
-from temper.evaluation.metrics import metrics_of
+from temper.evaluation.metrics import with_own
 from temper.files import read_json
 from temper.keys import flat
 from temper.model.loading import is_encoder_decoder
@@ -134,7 +134,7 @@ def model_card(run: runs.FinishedRun, card: Card) -> str:
         data=data,
         method=training.get("method", {}).get("name", "sft"),
         figures=figures,
-        metrics=metrics_of(figures.task) if figures else {},
+        metrics=with_own(figures.task, figures.values) if figures else {},
         span=_span,
         number=_number,
         code=code,
@@ -173,7 +173,7 @@ def _eval_results(data: Origin, figures: Figures) -> list:
     """The figures in the hub's own form."""
     from huggingface_hub import EvalResult
 
-    name, metrics = data.name or "own data", metrics_of(figures.task)
+    name, metrics = data.name or "own data", with_own(figures.task, figures.values)
     return [
         EvalResult(
             task_type=TASKS[figures.task],
