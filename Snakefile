@@ -10,7 +10,7 @@
     sample_answers      splits, model                           ->  results/pairs/        (method.own_answers)
     reference_logprobs  splits, model                           ->  results/references/   (method=dpo)
     train_adapter       splits, model, references               ->  results/adapters/
-    merge_adapter       model, adapter                          ->  results/merged/
+    merge_adapter       model, adapter, splits                  ->  results/merged/
     evaluate_model      model, splits, adapter, base_report     ->  results/reports/      (evaluate_base: model, splits;
                                                                                            both: probe, if there is one)
     rank_runs           validation reports                      ->  results/rankings/     (which runs to test)
@@ -38,9 +38,10 @@ SWEEP = PLAN.comparison.path
 # (stage, input's name) -> function that gives a job's path for that input, or nothing if the job has no such input.
 path_of = temper.inputs(PLAN, workflow)
 
-# On a signal the shell waits for its step, and the log is written to its last line.
+# A step's exit code is its job's, for all that its log goes through a pipe (a prefix replaces Snakemake's own, which says
+# so). On a signal the shell waits for its step, and the log is written to its last line.
 shell.prefix(
-    "trap : INT TERM HUP; log_to() {{ trap '' INT TERM HUP; exec tee \"$1\"; }}; "
+    "set -euo pipefail; trap : INT TERM HUP; log_to() {{ trap '' INT TERM HUP; exec tee \"$1\"; }}; "
 )
 
 
@@ -207,6 +208,7 @@ rule merge_adapter:
     input:
         model=path_of("merge_adapter", "model"),
         adapter=path_of("merge_adapter", "adapter"),
+        splits=path_of("merge_adapter", "splits"),
     output:
         update(directory("results/merged/{name}")),
     log:
@@ -215,6 +217,7 @@ rule merge_adapter:
         "python -m steps.merge_adapter"
         " --model {input.model:q}"
         " --adapter {input.adapter:q}"
+        " --splits {input.splits:q}"
         ' --plan "$TEMPER_PLAN"'
         " --output {output:q}"
         " 2>&1 | log_to {log:q}"

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING
 from temper.config import evaluation as checks
 from temper.config.stages import NOT_PLANNED, EvaluateModel, Planned
 from temper.errors import UserError
-from temper.evaluation import forgetting, metrics
+from temper.evaluation import forgetting, metrics, own_metrics
 from temper.evaluation.class_names import UNPARSED
 from temper.evaluation.figures import Diverged, Figures, Start, read_figures, write_figures
 from temper.evaluation.judge import BaseReport, ask, evidence_of, figures_of, judge, prediction_rows
@@ -39,6 +39,7 @@ from temper.progress import quiet_libraries
 from temper.reports import html, plots
 from temper.reports.run_page import configs_shown, write_page
 from temper.sources import pins as raw_data
+from temper.sources.own_code import refuse_changed
 from temper.step import run_command
 
 if TYPE_CHECKING:
@@ -71,6 +72,7 @@ def run(
     quiet_libraries()
     settings = config.eval.model_dump()
     metric = metrics.check_metric(settings)
+    refuse_changed(planned.own_code, own_metrics.code(settings))
     if references:
         _needed(adapter, "--references")
     if (model / DIVERGED).is_file():
@@ -86,6 +88,7 @@ def run(
         asked = ask(model, config.model_dump(), rows, tokenizer, passages)
 
     evidence = asked.evidence(settings, judged_on)
+    evidence.own = own_metrics.values(settings, asked.answered(judged_on))
     train = read_json(adapter / "training.json") if adapter else None
     if train and references:
         evidence.start_logps, evidence.beta = _start_logps(references, config.eval.split, judged_on), train["beta"]
@@ -183,7 +186,11 @@ def _base(folder: Path, settings: dict, judged_on: list[dict]) -> BaseReport:
             f"--base-report {folder}: other rows or another task; evaluate the base model on these splits, with "
             f"eval.split={settings['split']}"
         )
-    return BaseReport(found, rows, metrics.score(evidence_of(settings, rows)))
+    scores = metrics.score(evidence_of(settings, rows))
+    for name in [metrics.check_metric(settings), *(figure["metric"] for figure in settings["published"])]:
+        if name not in scores.values and own_metrics.is_own(settings, name):
+            raise UserError(f"--base-report {folder}: has no '{name}': evaluate the base model with these eval.metrics")
+    return BaseReport(found, rows, scores)
 
 
 def _start_logps(folder: Path, split: str, judged_on: list[dict]) -> list[tuple[float, float]]:

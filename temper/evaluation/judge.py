@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from temper.data.columns import IGNORED, answer_start
 from temper.errors import UserError
-from temper.evaluation import intervals, metrics
+from temper.evaluation import intervals, metrics, own_metrics
 from temper.evaluation.class_tokens import class_answers
 from temper.evaluation.figures import Delta, Figures, Start
 from temper.provenance import peak_memory
@@ -64,6 +64,16 @@ class Asked:
             pair_logps=self.pair_logps,
             finished=self.answers.finished,
         )
+
+    def answered(self, test: list[dict]) -> list[dict]:
+        """The rows with their answers, as metrics of your own get them."""
+        more: dict[str, list] = {"prediction": self.answers.texts, "finished": self.answers.finished}
+        if self.choices:
+            more["choice"] = self.choices.chosen
+        return [
+            own_metrics.row_of(row) | {name: column[index] for name, column in more.items()}
+            for index, row in enumerate(test)
+        ]
 
 
 @dataclasses.dataclass
@@ -123,7 +133,7 @@ def ask(folder: Path, config: dict, rows: DatasetDict, tokenizer, passages: list
 
     choices = None
     if settings["task"] == "labels":
-        choices = _likeliest(model, rows, asked, settings["labels"], tokenizer, size)
+        choices = likeliest(model, rows, asked, settings["labels"], tokenizer, size)
 
     stop_ids = loading.stop_token_ids(folder, tokenizer)
     known = generation.greedy_gold(asked, losses.matched, settings, stop_ids)
@@ -139,7 +149,7 @@ ALONE = "the log-probability of its tokens"
 WITH_END = "the log-probability of its tokens and of the one that ends an answer"
 
 
-def _likeliest(model, rows: DatasetDict, asked: list[dict], class_names: list[str], tokenizer, size: tuple[int, int]):
+def likeliest(model, rows: DatasetDict, asked: list[dict], class_names: list[str], tokenizer, size: tuple[int, int]):
     """The label that the model finds the likeliest, row by row.
 
     As lm-eval compares the choices of a question: by their own tokens. Where a label is the beginning of another one
@@ -190,6 +200,7 @@ def evidence_of(settings: dict, rows: list[dict]) -> metrics.Evidence:
         answer_bytes=column("bytes"),
         pair_logps=pairs,
         finished=column("finished"),
+        own={name: [row["metrics"][name] for row in rows] for name in rows[0].get("metrics", ())},
     )
 
 
@@ -290,6 +301,8 @@ def _prediction_row(index: int, row: dict, asked: Asked, judged: Judgement, base
         line["bytes"] = judged.evidence.answer_bytes[index]
     if choices:
         line["label_logps"] = [round(logp, 5) for logp in choices.logps[index]]
+    if own := judged.evidence.own:
+        line["metrics"] = {name: figures[index] for name, figures in own.items()}
     if asked.pair_logps:
         line["chosen_logp"], line["rejected_logp"] = asked.pair_logps[index]
     if "rejected" in row:
