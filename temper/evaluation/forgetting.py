@@ -32,6 +32,7 @@ from temper.sources import pins
 FILE = "probe.jsonl"
 TEXT = (".txt", ".md")  # endings of files that are text, not rows
 MOST_TOKENS = 1024  # in a window, also where a model's context is longer: cost, and models stay comparable
+TRIED = 24  # tokens of the rows on which the way of computing is tried
 AT_ONCE = 1024  # tokens that go through the model together: logits of 200 MB for a vocabulary of 49,152
 FEWEST = 2  # passages: of one there is no interval
 OF_DATA = re.compile(r"(?<![\w/])data\.(source|field|format|csv\.(?:delimiter|quotechar|escapechar|fieldnames))\b")
@@ -223,10 +224,13 @@ def _losses(model, rows: list[dict], pad_token_id: int) -> list[float]:
     from temper.model.predictions import SupervisedLoss
 
     sums, loss = [0.0] * len(rows), SupervisedLoss()
-    # The shortest first: on them the loss finds out by which way this model can be computed.
-    order = sorted(range(len(rows)), key=lambda row: len(rows[row]["input_ids"]))
-    at_once = max(1, AT_ONCE // len(rows[order[-1]]["input_ids"]))
+    order = sorted(range(len(rows)), key=lambda row: len(rows[row]["input_ids"]), reverse=True)
+    at_once = max(1, AT_ONCE // len(rows[order[0]]["input_ids"]))
+    # On its first batch the loss finds out by which way this model can be computed. That takes several passes, which
+    # are most of the time, unless the batch is small.
+    short = [{name: row[name][:TRIED] for name in ("input_ids", "labels")} for row in rows[:4]]
     with Progress(len(rows), "probe", "windows") as progress, torch.inference_mode():
+        loss.predictions(model, Batch(short, pad_token_id))
         for start in range(0, len(order), at_once):
             members = order[start : start + at_once]
             batch = Batch([rows[row] for row in members], pad_token_id)
