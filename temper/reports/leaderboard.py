@@ -159,7 +159,8 @@ def _cell(value):
 def end_at_gate(board: Board) -> None:
     """End the process with 1 where the chosen run does not keep its bounds; the reasons are on the leaderboard."""
     if board.gate:
-        print(f"gate: {board.chosen} keeps {len(board.gate)} bound(s) of eval.gate not: exit code 1", file=sys.stderr)
+        bounds = "a bound" if len(board.gate) == 1 else f"{len(board.gate)} bounds"
+        print(f"{board.chosen} does not keep {bounds} of eval.gate: exit code 1", file=sys.stderr)
         sys.exit(1)
 
 

@@ -273,7 +273,7 @@ def test_by_hand_the_comparison_ends_with_1_after_all_is_written(probed, tmp_pat
     assert caught.value.code == 1
     said = capsys.readouterr()
     assert said.out.count("gate: ") == 2
-    assert "keeps 2 bound(s) of eval.gate not" in said.err
+    assert "does not keep 2 bounds of eval.gate: exit code 1" in said.err
     assert len(json.loads((output / "provenance.json").read_text())["gate"]) == 2
 
 

@@ -439,6 +439,8 @@ def test_a_probe_and_a_gate(project):
     jobs, code, again = ended(probe, "eval.gate={forgetting:-9}")
     assert (jobs, code) == (COMPARE, 1), again
     assert leaderboard(project, "mine")[0]["forgetting"]
+    receipt = json.loads((project / "results/sweeps/mine/receipt.json").read_text())
+    assert any("probe.txt" in part["files"] for part in receipt["parts"])
     jobs, code, said = ended(probe, "eval.gate={forgetting:9}")
     assert (jobs, code) == (COMPARE, 0), said
     assert ended(probe, "eval.gate={forgetting:9}")[:2] == ({}, 0)
