@@ -375,6 +375,9 @@ class Eval(Section):
     samples: Annotated[int, Field(ge=0)] = 20
     """Number of rows shown side by side in the report."""
     published: list[Published] = []
+    suspects: Annotated[int, Field(ge=0)] = 50
+    """Rows to list as suspicious, likely mislabelled ones: of training and validation those that the chosen run trusts
+    the least. 0: none."""
 
     @model_validator(mode="after")
     def _settings_belong_to_their_task(self):

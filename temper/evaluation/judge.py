@@ -115,11 +115,11 @@ def ask(folder: Path, config: dict, rows: DatasetDict, tokenizer) -> Asked:
     started = time.perf_counter()
     losses = likelihoods.row_losses(model, asked, *size)
     loss_seconds = time.perf_counter() - started
-    _check_finite(folder, settings["split"], asked, losses.sums)
+    check_finite(folder, settings["split"], asked, losses.sums)
 
     choices = None
     if settings["task"] == "labels":
-        choices = _likeliest(model, rows, asked, settings["labels"], tokenizer, size)
+        choices = likeliest(model, rows, asked, settings["labels"], tokenizer, size)
 
     stop_ids = loading.stop_token_ids(folder, tokenizer)
     known = generation.greedy_gold(asked, losses.matched, settings, stop_ids)
@@ -134,7 +134,7 @@ ALONE = "the log-probability of its tokens"
 WITH_END = "the log-probability of its tokens and of the one that ends an answer"
 
 
-def _likeliest(model, rows: DatasetDict, asked: list[dict], class_names: list[str], tokenizer, size: tuple[int, int]):
+def likeliest(model, rows: DatasetDict, asked: list[dict], class_names: list[str], tokenizer, size: tuple[int, int]):
     """The label that the model finds the likeliest, row by row.
 
     As lm-eval compares the choices of a question: by their own tokens. Where a label is the beginning of another one
@@ -156,7 +156,7 @@ def _one_begins_another(answers: list[list[int]]) -> bool:
     return any(after[: len(label)] == label for label, after in itertools.pairwise(ordered))
 
 
-def _check_finite(folder: Path, split: str, rows: list[dict], sums: list[float]) -> None:
+def check_finite(folder: Path, split: str, rows: list[dict], sums: list[float]) -> None:
     for row, total in zip(rows, sums, strict=True):
         if not math.isfinite(total):
             raise UserError(
