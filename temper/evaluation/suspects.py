@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from temper.evaluation import likelihoods
+from temper.evaluation.choices import likeliest
 from temper.evaluation.class_names import gold_class
-from temper.evaluation.judge import check_finite, likeliest
 from temper.model.loading import load_model
 
 if TYPE_CHECKING:
@@ -82,7 +82,7 @@ def _by_margin(model, rows, split: str, asked: list[dict], tokenizer, settings: 
 
 def _by_loss(folder: Path, model, split: str, asked: list[dict], tokenizer, settings: dict) -> list[Score]:
     losses = likelihoods.row_losses(model, asked, settings["batch_size"], tokenizer.pad_token_id)
-    check_finite(folder, split, asked, losses.sums)
+    likelihoods.check_finite(folder, split, asked, losses.sums)
     pairs = zip(asked, losses.sums, losses.tokens, strict=True)
     return [_score(row, split, total / max(1, tokens)) for row, total, tokens in pairs]
 
