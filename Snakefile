@@ -10,7 +10,7 @@
     sample_answers      splits, model                           ->  results/pairs/        (method.own_answers)
     reference_logprobs  splits, model                           ->  results/references/   (method=dpo)
     train_adapter       splits, model, references               ->  results/adapters/
-    merge_adapter       model, adapter                          ->  results/merged/
+    merge_adapter       model, adapter, splits                  ->  results/merged/
     evaluate_model      model, splits, adapter, base_report     ->  results/reports/      (evaluate_base: model, splits)
     rank_runs           validation reports                      ->  results/rankings/     (which runs to test)
     score_rows          model, splits, prompts, raw             ->  results/suspects/     (of the chosen run)
@@ -207,6 +207,7 @@ rule merge_adapter:
     input:
         model=path_of("merge_adapter", "model"),
         adapter=path_of("merge_adapter", "adapter"),
+        splits=path_of("merge_adapter", "splits"),
     output:
         update(directory("results/merged/{name}")),
     log:
@@ -215,6 +216,7 @@ rule merge_adapter:
         "python -m steps.merge_adapter"
         " --model {input.model:q}"
         " --adapter {input.adapter:q}"
+        " --splits {input.splits:q}"
         ' --plan "$TEMPER_PLAN"'
         " --output {output:q}"
         " 2>&1 | log_to {log:q}"

@@ -22,9 +22,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from temper.config import evaluation as checks
-from temper.config.stages import EvaluateModel
+from temper.config.stages import NOT_PLANNED, EvaluateModel, Planned
 from temper.errors import UserError
-from temper.evaluation import metrics
+from temper.evaluation import metrics, own_metrics
 from temper.evaluation.class_names import UNPARSED
 from temper.evaluation.figures import Diverged, Figures, Start, read_figures, write_figures
 from temper.evaluation.judge import BaseReport, ask, evidence_of, figures_of, judge, prediction_rows
@@ -36,6 +36,7 @@ from temper.model.threads import computing_threads
 from temper.progress import quiet_libraries
 from temper.reports import html, plots
 from temper.reports.run_page import configs_shown, write_page
+from temper.sources.own_code import refuse_changed
 from temper.step import run_command
 
 if TYPE_CHECKING:
@@ -53,6 +54,7 @@ def run(
     base_report: Path | None = None,
     references: Path | None = None,
     start_report: Path | None = None,
+    planned: Planned = NOT_PLANNED,
 ) -> dict:
     """Evaluate `model` and write its report.
 
@@ -63,6 +65,7 @@ def run(
     quiet_libraries()
     settings = config.eval.model_dump()
     metric = metrics.check_metric(settings)
+    refuse_changed(planned.own_code, own_metrics.code(settings))
     if references:
         _needed(adapter, "--references")
     if (model / DIVERGED).is_file():
@@ -77,6 +80,7 @@ def run(
         asked = ask(model, config.model_dump(), rows, tokenizer)
 
     evidence = asked.evidence(settings, judged_on)
+    evidence.own = own_metrics.values(settings, asked.answered(judged_on))
     train = read_json(adapter / "training.json") if adapter else None
     if train and references:
         evidence.start_logps, evidence.beta = _start_logps(references, config.eval.split, judged_on), train["beta"]
@@ -163,7 +167,11 @@ def _base(folder: Path, settings: dict, judged_on: list[dict]) -> BaseReport:
             f"--base-report {folder}: other rows or another task; evaluate the base model on these splits, with "
             f"eval.split={settings['split']}"
         )
-    return BaseReport(found, rows, metrics.score(evidence_of(settings, rows)))
+    scores = metrics.score(evidence_of(settings, rows))
+    for name in [metrics.check_metric(settings), *(figure["metric"] for figure in settings["published"])]:
+        if name not in scores.values and own_metrics.is_own(settings, name):
+            raise UserError(f"--base-report {folder}: has no '{name}': evaluate the base model with these eval.metrics")
+    return BaseReport(found, rows, scores)
 
 
 def _start_logps(folder: Path, split: str, judged_on: list[dict]) -> list[tuple[float, float]]:

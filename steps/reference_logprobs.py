@@ -29,7 +29,7 @@ from temper.files import known_json_lines, load_rows
 from temper.folders import locked
 from temper.hashing import digest, file_sha256
 from temper.keys import code_key
-from temper.model import limits
+from temper.model import limits, serving
 from temper.model.adapters import refuse_diverged
 from temper.model.threads import computing_threads
 from temper.progress import Progress, quiet_libraries
@@ -61,6 +61,7 @@ def run(config: ReferenceLogprobs, splits: Path, model: Path, output: Path) -> d
             "data.rejected_from, and make the splits again"
         )
     refuse_diverged(model)
+    serving.refuse_other_splits(splits, model)
     limits.check(model, pairs)
     path = KNOWN / f"{_identity(model, config)}.jsonl"
     known = _read(path)

@@ -25,7 +25,7 @@ from temper.config.stages import SampleAnswers
 from temper.data.columns import IGNORED, features
 from temper.errors import UserError
 from temper.files import json_lines, load_rows, read_json
-from temper.model import limits
+from temper.model import limits, serving
 from temper.model.adapters import refuse_diverged
 from temper.model.threads import computing_threads
 from temper.progress import quiet_libraries
@@ -52,6 +52,7 @@ def run(config: SampleAnswers, splits: Path, model: Path, output: Path) -> dict:
         raise UserError("config: 'method.own_answers' is not set, and it says how the model answers: see method=dpo")
     settings = config.method.own_answers.model_dump()
     refuse_diverged(model)
+    served_with = serving.refuse_other_splits(splits, model)
     rows = load_rows(splits)
     limits.check(model, rows, SAMPLED, settings["max_new_tokens"], "method.own_answers.max_new_tokens")
     tokenizer = loading.load_tokenizer(model)
@@ -71,6 +72,7 @@ def run(config: SampleAnswers, splits: Path, model: Path, output: Path) -> dict:
             rows[split] = Dataset.from_list(pairs, features=features(pairs=True))
             log.info("%s: %d rows, %d answered wrongly and kept", split, counts[split]["read"], len(pairs))
     DatasetDict(rows).save_to_disk(output)
+    serving.write(output, {name: value for name, value in served_with.items() if name != serving.BASE})
     text = json.dumps({**read_json(splits / "audit.json"), "own_answers": counts}, indent=2)
     (output / "audit.json").write_text(text + "\n", encoding="utf-8")
     return {"own_answers": counts}

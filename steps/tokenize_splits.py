@@ -12,6 +12,7 @@ Writes  a `datasets.DatasetDict` (train, validation, test) with the columns id, 
         answer; the other columns then hold the chosen one. For a causal model, labels align with input_ids, and
         input_ids[:prompt_length] is exactly the prompt that the finished model gets. For an encoder-decoder model,
         input_ids is the prompt alone, and labels the answer with its end.
+        serving.json (sums of tokenizer and template: `temper.model.serving`).
         audit.json (counts, length histogram, suggested max_length) and audit.txt (rows with their learned tokens
         marked).
 """
@@ -34,7 +35,7 @@ from temper.data.encoder import DATE, Encoded, Encoder
 from temper.data.rendering import ChatTemplate
 from temper.errors import UserError
 from temper.files import each_json_line
-from temper.model import limits
+from temper.model import limits, serving
 from temper.progress import Progress, quiet_libraries
 from temper.step import run_command
 
@@ -76,6 +77,7 @@ def run(config: TokenizeSplits, prompts: Path, model: Path, output: Path) -> dic
     audit = {"max_length": config.tokenize.max_length, "splits": audits}
     (output / "audit.json").write_text(json.dumps(audit, indent=2) + "\n", encoding="utf-8")
     (output / "audit.txt").write_text(shown, encoding="utf-8")
+    serving.write(output, serving.of_folder(model, tokenizer))
     report(audits)
     return {"rows": {split: audit["rows"] for split, audit in audits.items()}, "opening": encoder.renderer.opening}
 

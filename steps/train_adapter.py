@@ -6,7 +6,8 @@ By hand::
         --output results/adapters/Z experiment=smoke train.learning_rate=1e-3
 
 Reads   the train and validation splits; the base model; for method=dpo the reference's log-probabilities.
-Writes  the adapter as PEFT saves it; metrics.jsonl (curves); training.json (time, memory, speed, sizes).
+Writes  the adapter as PEFT saves it; metrics.jsonl (curves); training.json (time, memory, speed, sizes); serving.json
+        (sums of the base's weights, tokenizer and template, without which the adapter means nothing).
 
 Checkpoints are in ``results/.state/<trunk>/``, outside the output, and training continues from the last one by itself.
 Runs that differ only in ``num_train_epochs`` share a trunk if the schedule does not depend on the total: epoch 2
@@ -14,13 +15,16 @@ continues where epoch 1 ended. Under ``warmup_stable_decay`` they share the plat
 instead of an adapter; the decay of each run branches off from there.
 """
 
+import importlib
 import json
 import logging
 import math
 import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
+from temper.config import best
 from temper.config import evaluation as checks
 from temper.config.libraries import ignores_warmup, refuse_without_validation
 from temper.config.stages import NOT_PLANNED, PLATEAU, Planned, TrainAdapter
@@ -29,7 +33,7 @@ from temper.files import json_lines, load_rows, write_whole
 from temper.folders import locked
 from temper.hashing import HashCache, digest
 from temper.keys import code_key
-from temper.model import limits
+from temper.model import limits, serving
 from temper.model.adapters import refuse_diverged
 from temper.model.loading import load_tokenizer
 from temper.model.threads import computing_threads
@@ -55,16 +59,20 @@ def run(
     """Train, or continue training, up to ``train.num_train_epochs`` (or ``train.max_steps``).
 
     Raises:
-        UserError: nothing to train on, an adapter config that does not fit the model, rows or answers that are longer
-            than the model's context, or that the evaluation would refuse, or references of other rows.
+        UserError: nothing to train on, splits of another tokenizer or template, an adapter config that does not fit the
+            model, rows or answers that are longer than the model's context, or that the evaluation would refuse, or
+            references of other rows.
     """
     quiet_libraries()
     refuse_diverged(model)
+    served_with = serving.refuse_other_splits(splits, model)
     inputs = [splits, model, *([references] if references else [])]
     state = STATE / (planned.trunk or _by_hand(config, inputs))
     with locked(state), computing_threads(config.num_threads):
         rows = _rows(config, planned, splits, model, references)
-        return _train(config, planned, rows, model, output, state)
+        facts = _train(config, planned, rows, model, output, state)
+    serving.write(output, served_with)
+    return facts
 
 
 def _by_hand(config: TrainAdapter, inputs: list[Path]) -> str:
@@ -78,7 +86,10 @@ def _by_hand(config: TrainAdapter, inputs: list[Path]) -> str:
         for folder in inputs
     ]
     hashes.save()
-    return f"by-hand-{digest([config.model_dump(), made_of, code_key(f'steps.{STAGE}')])}"
+    code = [code_key(f"steps.{STAGE}")]
+    if config.eval is not None:
+        code += [code_key(best.JUDGING), importlib.import_module(best.JUDGING).own_code(config.eval.model_dump())]
+    return f"by-hand-{digest([config.model_dump(), made_of, *code])}"
 
 
 def _counts(path: Path) -> bool:
@@ -91,13 +102,20 @@ def _rows(config: TrainAdapter, planned: Planned, splits: Path, model: Path, ref
     from datasets import DatasetDict, concatenate_datasets
 
     rows = load_rows(splits)
-    judged = list(dict.fromkeys(split for one in planned.evaluations for split in checks.splits_judged(one)))
+    evaluations = [(one, checks.splits_judged(one)) for one in planned.evaluations]
+    answered = {split: planned.max_new_tokens or 0 for _, judged in evaluations for split in judged}
+    if (metric := best.judged_metric(config.train)) and config.eval:
+        settings = {**config.eval.model_dump(), "metric": metric}
+        evaluations = evaluations or [(settings, ["validation"])]
+        tokens = settings["max_new_tokens"] if best.needs_answers(settings, metric) else 0
+        answered["validation"] = max(tokens, answered.get("validation", 0))
+    asked = [split for split, tokens in answered.items() if tokens]
     virtual_tokens = config.adapter.get("num_virtual_tokens") or 0
-    limits.check(model, rows, judged, planned.max_new_tokens or 0, virtual_tokens=virtual_tokens)
-    if planned.evaluations:
+    limits.check(model, rows, asked, max(answered.values(), default=0), virtual_tokens=virtual_tokens)
+    if evaluations:
         tokenizer = load_tokenizer(model)
-        for evaluation in planned.evaluations:
-            checks.check(evaluation, splits, rows, tokenizer, checks.splits_judged(evaluation))
+        for evaluation, judged in evaluations:
+            checks.check(evaluation, splits, rows, tokenizer, judged)
     if config.method.name != "dpo":
         return rows
     if references is None:
@@ -117,13 +135,17 @@ def _train(config: TrainAdapter, planned: Planned, rows, model: Path, output: Pa
 
     before = peak_memory()
     with told_by_library("train"):
-        args = arguments.training_arguments(_without_validation(config.train, rows), config.seed, state)
+        train = _without_validation(config.train, rows)
+        if best.judged_metric(train):  # Trainer would go by the end of its name
+            train = {**train, "greater_is_better": True}
+        args = arguments.training_arguments(train, config.seed, state)
     epoch_steps = _epoch_steps(rows, args)
     total = args.max_steps if args.max_steps > 0 else math.ceil(epoch_steps * args.num_train_epochs)
     end = _plateau_end(args, total) if planned.part == PLATEAU else total
     plateau = [Path(planned.plateau)] if planned.plateau else []
     checkpoint = checkpoints.last_whole([state, *plateau], end)
-    trainer = _trainer(config, rows, model, args, total)
+    judge = _judge(config, planned, rows, model, lambda: _evaluations(args, end, epoch_steps))
+    trainer = _trainer(config, rows, model, args, total, judge)
     sizes = parameter_counts(trainer.model)
     log.info("%s", _headline(rows, sizes, args, end, checkpoint, config.num_threads))
     needs = estimates.estimate(trainer, trainer.sampler.lengths, before)
@@ -171,7 +193,31 @@ def _epoch_steps(rows, args) -> int:
     return steps
 
 
-def _trainer(config: TrainAdapter, rows, model: Path, args, total: int):
+def _evaluations(args, end: int, epoch_steps: int) -> int:
+    """About how often the validation split is evaluated."""
+    if args.eval_strategy == "epoch":
+        every = float(epoch_steps)
+    else:
+        every = args.eval_steps if args.eval_steps >= 1 else args.eval_steps * end
+    return math.ceil(end / every) + args.eval_on_start
+
+
+def _judge(config: TrainAdapter, planned: Planned, rows, model: Path, evaluations: Callable[[], int]):
+    """What gives the metric of answers that chooses the checkpoint, if one does."""
+    metric = best.judged_metric(config.train)
+    if metric is None or config.eval is None:
+        return None
+    settings = config.eval.model_dump()
+    by_answers = best.needs_answers(settings, metric)
+    # By name: otherwise the code that judges answers would be in the key of every training.
+    choosing = importlib.import_module(best.JUDGING)
+    tokenizer = load_tokenizer(model)
+    return choosing.ValidationJudge(
+        metric, settings, by_answers, rows, model, tokenizer, evaluations(), planned.own_code
+    )
+
+
+def _trainer(config: TrainAdapter, rows, model: Path, args, total: int, judge):
     """The trainer of this config's method, for a schedule over `total` steps."""
     from temper.model.adapters import add_adapter, load_for_training
     from temper.model.fast_layers import use_fast_layers
@@ -192,6 +238,7 @@ def _trainer(config: TrainAdapter, rows, model: Path, args, total: int):
             eval_dataset=rows.get("validation"),  # data.splits.validation=0 leaves it out
             pad_token_id=pad_token_id,
             schedule_steps=total,
+            judge=judge,
         )
         trainer.create_optimizer()  # train() needs it; make it now, so that its errors come before training
     return trainer

@@ -104,8 +104,7 @@ class Tuned:
     def __init__(self, folder: Path, temporary: tempfile.TemporaryDirectory | None = None):
         self.folder, self.temporary = folder, temporary
         self.run = runs.find(str(folder))
-        model, virtual_tokens = runs.model_folder(self.run), runs.virtual_tokens(self.run)
-        self.prompter = prompting.Prompter(model, self.run.prompt, virtual_tokens=virtual_tokens)
+        self.prompter = prompting.prompter_of(self.run)
         self.model = None
 
     def answer(self, prompt: str | list[dict], **generation) -> str:
@@ -148,6 +147,7 @@ def _trained(config: dict, rows: list[dict], validation: list[dict], model: str 
 
 def _config(options: dict, method: str, adapter: str, run: dict) -> dict:
     """The whole config: defaults from conf/, each option in the section that has it, and `run` at the top level."""
+    from temper.config.best import judged_metric
     from temper.config.compose import expand, parse_overrides
     from temper.config.validate import validated
 
@@ -163,6 +163,11 @@ def _config(options: dict, method: str, adapter: str, run: dict) -> dict:
         if section is None:
             raise UserError(f"train: unknown option '{name}'; {_hint(name, known)}")
         config[section][name] = value
+    if metric := judged_metric(config["train"]):
+        raise UserError(
+            f"train: metric_for_best_model='{metric}': how answers are judged is said by a pipeline's config (eval); "
+            "here the validation loss chooses"
+        )
     return validated(config)
 
 

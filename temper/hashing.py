@@ -1,5 +1,6 @@
-"""Hashes of JSON values and of files; those of files are cached by size and times."""
+"""Hashes of JSON values, code and files; those of files are cached by size and times."""
 
+import ast
 import hashlib
 import json
 import os
@@ -19,6 +20,19 @@ def canonical_json(value) -> str:
 def digest(value) -> str:
     """Short hash of any JSON value."""
     return hashlib.sha256(canonical_json(value).encode()).hexdigest()[:KEY_LENGTH]
+
+
+def code_text(tree: ast.Module) -> str:
+    """A syntax tree as text, without docstrings, which are taken out of it."""
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
+            _drop_docstring(node)
+    return ast.dump(tree)
+
+
+def _drop_docstring(node) -> None:
+    if ast.get_docstring(node, clean=False) is not None:
+        node.body = node.body[1:] or [ast.Pass()]
 
 
 def file_sha256(path: str | os.PathLike) -> str:

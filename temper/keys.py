@@ -11,7 +11,7 @@ import json
 import os
 from pathlib import Path
 
-from temper.hashing import digest
+from temper.hashing import code_text, digest
 
 PACKAGE_ROOT = Path(__file__).resolve().parents[1]
 # The rooms whose code decides what an artefact holds. Decisions of planning are in a key by their values, because the
@@ -76,11 +76,9 @@ def _reachable(module: str) -> set[str]:
 def _tree(module: str) -> tuple[str, frozenset[str]]:
     """(dump of the module's syntax tree without docstrings, the modules of computing rooms that it imports)."""
     tree = ast.parse(_source_path(module).read_text(encoding="utf-8"))
-    for node in ast.walk(tree):
-        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
-            _drop_docstring(node)
+    text = code_text(tree)
     computing = {name for name in imports_of(tree) if name.startswith(COMPUTING) and _source_path(name).is_file()}
-    return ast.dump(tree), frozenset(computing)
+    return text, frozenset(computing)
 
 
 def imports_of(tree: ast.Module) -> set[str]:
@@ -93,11 +91,6 @@ def imports_of(tree: ast.Module) -> set[str]:
             imports.add(node.module)
             imports.update(f"{node.module}.{alias.name}" for alias in node.names)
     return imports
-
-
-def _drop_docstring(node) -> None:
-    if ast.get_docstring(node, clean=False) is not None:
-        node.body = node.body[1:] or [ast.Pass()]
 
 
 def _source_path(module: str) -> Path:

@@ -23,11 +23,9 @@ import sys
 import threading
 from pathlib import Path
 from typing import TYPE_CHECKING
-from urllib.parse import unquote, urlsplit
 
 from temper.errors import UserError, lack
 from temper.evaluation.figures import FILE, Diverged, Figures, finite, read_figures
-from temper.evaluation.metrics import lower_is_better
 from temper.files import read_json, read_json_lines, whole_file
 from temper.folders import locked
 from temper.hashing import digest
@@ -165,6 +163,7 @@ ADDRESSES = (
     ("runs", "artifact_uri"),
     ("model_versions", "source"),
     ("model_versions", "storage_location"),
+    ("logged_models", "artifact_location"),
 )
 
 
@@ -421,7 +420,7 @@ def mirror(plan, board: "Board | None", unfinished: str = "FAILED") -> tuple[boo
         _finish_sweep(api, experiment, plan, board, "FINISHED" if len(ids) == len(plan.runs) else unfinished)
         _end_running(api, experiment, plan.sweep, unfinished)
         _mirror_tests(api, plan, board, ids)
-        champion = f"; {_register_champion(api, plan, board, ids)}" if board and not refused else ""
+        champion = f"; {_champion(api, plan, board, ids)}" if board and not refused else ""
     except Exception as error:  # the results are in files
         return False, f"tracking: not up to date: {_one_line(error)}; {_again(error)}"
     if refused:
@@ -451,8 +450,10 @@ def _mirror_tests(api, plan, board: "Board | None", ids: dict[str, str]) -> None
     """Add the figures on the test split to the runs that were chosen for it."""
     tested = [row["run"] for row in board.rows if row.get(f"test_{board.metric}") is not None] if board else []
     for run in plan.runs:
+        if run.name not in tested or run.name not in ids:
+            continue
         report = Path(run.artefacts["test_report"])
-        if run.name in tested and run.name in ids and (report / FILE).is_file():
+        if (report / FILE).is_file():
             _Curves(api, ids[run.name]).send([_results(read_figures(report))])
             api.log_artifact(ids[run.name], str(report / "report.html"), "test")
 
@@ -553,6 +554,12 @@ def _results(figures: Figures | Diverged) -> dict:
     return {"step": 0, "seconds": training.get("train_seconds") or 0.0, **numbers}
 
 
+def _champion(api, plan, board: "Board", ids: dict[str, str]) -> str:
+    from temper.runs import champion  # with all that a model needs; only a comparison does
+
+    return champion.register(api, plan, board, ids)
+
+
 def _finish_sweep(api, experiment: str, plan, board: "Board | None", status: str) -> None:
     run_id = _sweep_run(api, experiment, plan.sweep)
     for axis, values in plan.axes.items():
@@ -561,72 +568,6 @@ def _finish_sweep(api, experiment: str, plan, board: "Board | None", status: str
         for name in ("leaderboard.csv", "report.html"):
             api.log_artifact(run_id, str(Path(plan.leaderboard).with_name(name)))
     api.set_terminated(run_id, status=status)
-
-
-def _register_champion(api, plan, board: "Board", ids: dict[str, str]) -> str:
-    """Register the best run under the data set's name, with the alias ``champion``.
-
-    A better champion of an earlier sweep on the same splits and by the same metric stays.
-    """
-    from mlflow.exceptions import MlflowException
-
-    best, score = board.chosen_row, f"{board.split}_{board.metric}"
-    if best[score] is None:  # a diverged run is never the champion
-        return "no run has figures, so there is no new champion"
-    run = next(run for run in plan.runs if run.name == best["run"])
-    name = plan.tracking["registered_model_name"] or run.config["data"]["name"]
-    measured = f"{score} on {run.artefacts['tokenize_splits']}"
-    try:
-        api.create_registered_model(name)
-    except MlflowException as error:
-        if error.error_code != "RESOURCE_ALREADY_EXISTS":
-            raise
-    holder = _champion(api, name)
-    if holder is not None and _is_there(holder.source) and _holds(holder.tags, measured, best[score], board.metric):
-        return f"champion of '{name}' is still version {holder.version}"
-    source = _model_source(api, plan.tracking, run, ids[best["run"]])
-    tags = {"temper.measured": measured, "temper.score": str(best[score])}
-    version = api.create_model_version(name, source, run_id=ids[best["run"]], tags=tags).version
-    api.set_registered_model_alias(name, "champion", version)
-    return f"champion of '{name}' is version {version}"
-
-
-def _model_source(api, tracking: dict, run, run_id: str) -> str:
-    """Where the registered model is: an adapter among the run's artifacts, a fully trained model in results/.
-
-    The latter is gigabytes, so it is copied only to a store that cannot reach results/.
-    """
-    artifacts = api.get_run(run_id).info.artifact_uri
-    if (Path(run.artefacts["train_adapter"]) / "adapter_config.json").is_file():
-        return f"{artifacts}/adapter"
-    folders = (Path(run.artefacts[stage]) for stage in ("merge_adapter", "train_adapter"))
-    model = next(folder for folder in folders if folder.is_dir())
-    if tracking["tracking_uri"] is None:
-        return model.resolve().as_uri()
-    api.log_artifacts(run_id, str(model), "model")
-    return f"{artifacts}/model"
-
-
-def _is_there(source: str) -> bool:
-    """Whether a registered model still exists; assumed if it is not on this machine's disk."""
-    return not source.startswith("file:") or Path(unquote(urlsplit(source).path)).exists()
-
-
-def _holds(tags: dict, measured: str, score: float, metric: str) -> bool:
-    """Whether the champion with these tags was measured in the same way and is at least as good as `score`."""
-    if tags.get("temper.measured") != measured:
-        return False
-    held = float(tags["temper.score"])
-    return held <= score if lower_is_better(metric) else held >= score
-
-
-def _champion(api, name: str):
-    from mlflow.exceptions import MlflowException
-
-    try:
-        return api.get_model_version_by_alias(name, "champion")
-    except MlflowException:
-        return None
 
 
 # --- what can be wrong with a store --------------------------------------------------------------

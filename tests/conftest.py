@@ -1,5 +1,6 @@
 """Shared fixtures: every test runs in a folder of its own, on tiny models that are made once."""
 
+import contextlib
 import os
 import signal
 from pathlib import Path
@@ -77,3 +78,13 @@ def project(finished_run, monkeypatch) -> Path:
     """The same, as the current folder."""
     monkeypatch.chdir(finished_run)
     return finished_run
+
+
+@pytest.fixture(scope="session")
+def empty_store(tmp_path_factory) -> Path:
+    """An SQLite file with MLflow's tables, which take seconds to make. Copy it to results/mlflow.db."""
+    from temper import tracking
+
+    with contextlib.chdir(tmp_path_factory.mktemp("store")):
+        tracking.open_own_store()
+        return Path("results/mlflow.db").resolve()

@@ -1,6 +1,5 @@
 """MLflow: one run per sweep point, complete, repeatable, and never in the way of training."""
 
-import contextlib
 import copy
 import json
 import os
@@ -21,11 +20,11 @@ from hypothesis import strategies as st
 from steps import merge_adapter, train_adapter
 from temper import tracking, workflow
 from temper.errors import UserError
-from temper.model.loading import load_model
 from temper.planning import planner
 from temper.reports.leaderboard import Board
-from tests.support import stores
+from tests.support import finished, stores
 from tests.support.sweeps import report_figures
+from tests.test_champion import asked, predicted
 
 SETTINGS = {
     "enabled": True,
@@ -34,27 +33,20 @@ SETTINGS = {
     "registered_model_name": None,
     "flush_seconds": 0.2,
 }
+NAME = "tracking.registered_model_name=movie_reviews"
 LINES = [
     {"step": step, "epoch": step / 4, "loss": 1 / step, "seconds": 1.0, "tokens": 10 * step} for step in (1, 2, 3, 4)
 ]
 
 
-@pytest.fixture(scope="module")
-def empty_store(tmp_path_factory):
-    """MLflow's tables, which take seconds to make."""
-    with contextlib.chdir(tmp_path_factory.mktemp("store")):
-        tracking.open_own_store()
-        return Path("results/mlflow.db").resolve()
-
-
 @pytest.fixture
-def plan(workspace, empty_store):
+def plan(workspace, empty_store, finished_run):
     """A plan of two runs with everything in place that the stages would have written."""
     Path("results").mkdir()
     shutil.copy(empty_store, "results/mlflow.db")
-    made = planner.build("smoke", None, ["tracking.experiment_name=test", "tracking.flush_seconds=0.2"])
+    made = planner.build("smoke", None, ["tracking.experiment_name=test", "tracking.flush_seconds=0.2", NAME])
     for index, run in enumerate(made.runs):
-        _write(run, accuracy=0.8 + index / 10)
+        _write(run, finished_run, accuracy=0.8 + index / 10)
     rows = [{"run": run.name, "validation_accuracy": 0.9 - index / 10} for index, run in enumerate(reversed(made.runs))]
     board = Board(
         sweep=made.sweep,
@@ -73,34 +65,17 @@ def plan(workspace, empty_store):
     return made, board
 
 
-def _write(run, accuracy):
-    files = {
-        "train_adapter": {
-            "metrics.jsonl": "".join(json.dumps(line) + "\n" for line in LINES),
-            "adapter_config.json": "{}",
-            "config.yaml": "",
-            "provenance.json": "{}",
-        },
-        "evaluate_model": {
-            "metrics.json": json.dumps(
-                report_figures(accuracy, 0.5)
-                | {
-                    "split": "validation",
-                    "values": {"accuracy": accuracy, "loss": 0.5},
-                    "base": {"accuracy": 0.6},
-                    "train": {"train_seconds": 12.5},
-                }
-            ),
-            "report.html": "<p>",
-            "predictions.jsonl": "",
-        },
-        "tokenize_splits": {"audit.json": json.dumps({"splits": {"train": {"rows": 3}}})},
+def _write(run, finished_run, accuracy):
+    finished.put(finished_run, run.artefacts)
+    figures = report_figures(accuracy, 0.5) | {
+        "split": "validation",
+        "values": {"accuracy": accuracy, "loss": 0.5},
+        "base": {"accuracy": 0.6},
+        "train": {"train_seconds": 12.5},
     }
-    for stage, contents in files.items():
-        folder = Path(run.artefacts[stage])
-        folder.mkdir(parents=True, exist_ok=True)
-        for name, text in contents.items():
-            (folder / name).write_text(text)
+    Path(run.artefacts["evaluate_model"], "metrics.json").write_text(json.dumps(figures))
+    lines = "".join(json.dumps(line) + "\n" for line in LINES)
+    Path(run.artefacts["train_adapter"], "metrics.jsonl").write_text(lines)
 
 
 def of_rows(board: Board, rows: list[dict]) -> Board:
@@ -449,7 +424,7 @@ def files_below(folder) -> dict[str, tuple]:
     return {path: (stat.st_ino, stat.st_mtime_ns, stat.st_size) for path, stat in stats.items()}
 
 
-def another_run(plan):
+def another_run(plan, finished_run):
     """The plan as it is after one more run."""
     extra = copy.deepcopy(plan.runs[0])
     extra.name, extra.key = "one-more-0123456789", "0123456789"
@@ -458,7 +433,7 @@ def another_run(plan):
         "evaluate_model": "results/reports/one-more",
         "train_adapter": "results/adapters/more",
     }
-    _write(extra, accuracy=0.99)
+    _write(extra, finished_run, accuracy=0.99)
     plan.runs.append(extra)
     rows = [{"run": extra.name, "validation_accuracy": 0.99}]
     return Board(
@@ -474,7 +449,7 @@ def another_run(plan):
 
 
 @pytest.mark.parametrize("how", [shutil.copytree, shutil.move])
-def test_a_copied_or_moved_project_writes_into_itself_only(plan, tmp_path, tmp_path_factory, monkeypatch, how):
+def test_a_copied_or_moved_project_writes_into_itself_only(plan, finished_run, tmp_path_factory, monkeypatch, how):
     plan, board = plan
     tracking.mirror(plan, board)
     original, copied = Path.cwd(), tmp_path_factory.mktemp("other") / "here"
@@ -482,7 +457,7 @@ def test_a_copied_or_moved_project_writes_into_itself_only(plan, tmp_path, tmp_p
     before = files_below(original)
     monkeypatch.chdir(copied)
     monkeypatch.setattr("mlflow.tracking._tracking_service.utils._artifact_repos_cache", OrderedDict())  # a new process
-    board = another_run(plan)
+    board = another_run(plan, finished_run)
     done, said = tracking.mirror(plan, board)
     assert done, said
     assert files_below(original) == before, "nothing is written where the project was"
@@ -492,7 +467,7 @@ def test_a_copied_or_moved_project_writes_into_itself_only(plan, tmp_path, tmp_p
         assert run.info.artifact_uri.startswith(Path("results").resolve().as_uri())
         assert Path(local_path(run.info.artifact_uri), "report.html").is_file(), "old and new artifacts are found"
     for version in api.search_model_versions("name = 'movie_reviews'"):
-        assert Path(local_path(version.source), "adapter_config.json").is_file()
+        assert Path(local_path(version.source), "MLmodel").is_file()
         download = api.get_model_version_download_uri("movie_reviews", version.version)
         assert Path(local_path(download)).is_dir()
 
@@ -525,75 +500,6 @@ def test_a_project_whose_path_has_signs_of_addresses(tmp_path, monkeypatch, name
     assert [file.path for file in api.list_artifacts(runs["r"].info.run_id)] == ["a.txt"]
     assert [path.name for path in tmp_path.iterdir()] == [name]
     assert sorted(path.name for path in folder.iterdir()) == ["a.txt", "results"]
-
-
-# --- what is registered --------------------------------------------------------------------------
-
-
-def test_a_fully_trained_champion_is_there_and_loads(plan, tiny_model):
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    plan, board = plan
-    for run in plan.runs:
-        (Path(run.artefacts["train_adapter"]) / "adapter_config.json").unlink()
-        shutil.copytree(tiny_model, run.artefacts["merge_adapter"])
-    tracking.mirror(plan, board)
-    api, _ = runs_of(plan)
-    champion = api.get_model_version_by_alias("movie_reviews", "champion")
-    folder = local_path(api.get_model_version_download_uri("movie_reviews", champion.version))
-    AutoModelForCausalLM.from_pretrained(folder)
-    AutoTokenizer.from_pretrained(folder)
-    assert "still version 1" in tracking.mirror(plan, board)[1]
-    for run in plan.runs:  # the champion's folder goes; what was trained is still there
-        shutil.rmtree(run.artefacts["merge_adapter"])
-    assert "is version 2" in tracking.mirror(plan, board)[1]
-    source = api.get_model_version_by_alias("movie_reviews", "champion").source
-    assert Path(local_path(source)).is_dir()
-
-
-def test_a_fully_trained_champion_is_sent_to_a_server(plan, server, tiny_model, tmp_path):
-    from transformers import AutoModelForCausalLM
-
-    plan, board = plan
-    if server.process is None or server.process.poll() is not None:
-        server.start()
-    plan.tracking["tracking_uri"] = server.uri
-    for run in plan.runs:
-        (Path(run.artefacts["train_adapter"]) / "adapter_config.json").unlink()
-        shutil.copytree(tiny_model, run.artefacts["merge_adapter"])
-    done, said = tracking.mirror(plan, board)
-    assert done, said
-    import mlflow
-
-    champion = tracking.client(plan.tracking).get_model_version_by_alias("movie_reviews", "champion")
-    got = mlflow.artifacts.download_artifacts(
-        artifact_uri=champion.source, dst_path=str(tmp_path / "got"), tracking_uri=server.uri
-    )
-    AutoModelForCausalLM.from_pretrained(got)
-
-
-def test_registered_virtual_tokens_load_through_mlflow_and_answer(plan, tiny_model, tiny_splits, tmp_path, monkeypatch):
-    import mlflow
-    import torch
-    from peft import AutoPeftModelForCausalLM
-    from transformers import AutoTokenizer
-
-    plan, board = plan
-    best = next(run for run in plan.runs if run.name == board.rows[0]["run"]).artefacts
-    shutil.rmtree(best["train_adapter"])
-    given = ["--model", str(tiny_model), "experiment=smoke", "adapter=prompt_tuning", "model.load.dtype=float32"]
-    train_adapter.main(["--splits", str(tiny_splits), "--output", best["train_adapter"], *given])
-    merge_adapter.main(["--adapter", best["train_adapter"], "--output", best["merge_adapter"], *given])
-    assert tracking.mirror(plan, board)[0]
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", tracking.store_uri(plan.tracking))
-    folder = mlflow.artifacts.download_artifacts("models:/movie_reviews@champion", dst_path=str(tmp_path / "got"))
-    registered = AutoPeftModelForCausalLM.from_pretrained(folder).eval()
-    bundled = load_model(Path(best["merge_adapter"]), {"dtype": "float32", "attn_implementation": "fastest"}).eval()
-    inputs = AutoTokenizer.from_pretrained(tiny_model)("The plot falls flat.", return_tensors="pt")
-    answers = [model.generate(**inputs, max_new_tokens=8, do_sample=False) for model in (registered, bundled)]
-    assert torch.equal(*answers) and answers[0].shape[1] > inputs["input_ids"].shape[1]
-    base = registered.get_base_model()(**inputs).logits
-    assert not torch.equal(base, registered(**inputs).logits[:, -base.shape[1] :]), "the tokens are in front"
 
 
 def test_a_diverged_run_is_mirrored_and_never_the_champion(plan):
@@ -669,3 +575,34 @@ def test_a_variable_that_is_not_used_is_said(workspace, monkeypatch, capsys):
     tracking.prepare(SETTINGS, "s")
     said = capsys.readouterr().err
     assert "MLFLOW_TRACKING_URI is set, but not used" in said and "s3cret" not in said
+
+
+# --- what is registered --------------------------------------------------------------------------
+
+
+def test_a_fully_trained_champion_is_sent_to_a_server_and_answers_from_there(plan, server, tmp_path, monkeypatch):
+    import mlflow
+
+    plan, board = plan
+    if server.process is None or server.process.poll() is not None:
+        server.start()
+    plan.tracking["tracking_uri"] = server.uri
+    best = next(run for run in plan.runs if run.name == board.chosen).artefacts
+    shutil.rmtree(best["train_adapter"])
+    shutil.rmtree(best["merge_adapter"])
+    config = [*(override for override in finished.CONFIG if override != "adapter.r=4"), "adapter=full"]
+    given = ["--model", best["fetch_model"], *config]
+    train_adapter.main(["--splits", best["tokenize_splits"], "--output", best["train_adapter"], *given])
+    merge_adapter.main(["--adapter", best["train_adapter"], "--output", best["merge_adapter"], *given])
+    done, said = tracking.mirror(plan, board)
+    assert done and "champion of 'movie_reviews' is version 1" in said, said
+    expected = predicted(best["evaluate_model"], tmp_path)
+    shutil.move("results", "gone")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", server.uri)
+    model = mlflow.pyfunc.load_model("models:/movie_reviews@champion")
+    assert asked(model) == expected
+    folder = Path(
+        mlflow.artifacts.download_artifacts("models:/movie_reviews@champion", dst_path=str(tmp_path / "copy"))
+    )
+    weights = list(folder.rglob("*.safetensors"))
+    assert [path.parent.parent.name for path in weights] == ["merged"], "once, and without the adapter's copy"

@@ -50,7 +50,7 @@ def chat(arguments) -> None:
     given = {field.name: getattr(arguments, field.name) for field in dataclasses.fields(prompting.Generation)}
     settings = prompting.generation_settings(prompting.Generation(), given)
     run = runs.find(arguments.run, arguments.sweep)
-    prompter = prompting.Prompter(runs.model_folder(run), run.prompt, arguments.system, runs.virtual_tokens(run))
+    prompter = prompting.prompter_of(run, arguments.system)
     typed = sys.stdin.isatty()
     speakers = _speakers(run, arguments.compare)
     if typed:

@@ -18,6 +18,7 @@ from pathlib import Path
 from temper.commands import flags
 from temper.errors import UserError
 from temper.files import whole_file
+from temper.model import serving
 from temper.progress import quiet_libraries
 from temper.runs import find as runs
 from temper.runs.prompting import tokenizer_to_ship
@@ -49,6 +50,7 @@ def run(arguments) -> None:
     tuned = runs.find(arguments.run, arguments.sweep)
     folder = tuned.part("merge_adapter", "and it is what is exported")
     runs.refuse_bundled(folder, "there is no one file of that")
+    serving.check(folder, folder, leaves=True)
     export(folder, output, arguments.outtype, tuned.prompt)
     print(f"wrote {output} ({output.stat().st_size:,} bytes)")
     if not tuned.prompt["apply_chat_template"]:
@@ -74,6 +76,8 @@ def export(folder: Path, output: Path, outtype: str, prompt: dict) -> None:
         writer = GGUFWriter(part, "llama")
         _add_config(writer, config, folder.name)
         _add_tokenizer(writer, tokenizer, config, folder, splits_words)
+        for name, value in serving.of_folder(folder, tokenizer).items():
+            writer.add_string(f"temper.serving.{name}", value)
         _add_weights(writer, folder, config, outtype)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()

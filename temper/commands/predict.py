@@ -62,11 +62,11 @@ def predict(arguments) -> None:
     quiet_libraries()
     output = None if arguments.output == STDIO else flags.new_file(arguments.output, ".jsonl", NO_LINES)
     run = runs.find(arguments.run, arguments.sweep)
-    settings, batch_size = _settings(run, arguments)
+    settings, batch_size = settings_of(run, vars(arguments))
     rows = read_prompts(arguments.input)
     _check_columns(rows)
-    prompter = prompting.Prompter(runs.model_folder(run), run.prompt, arguments.system, runs.virtual_tokens(run))
-    prompts = [_ids(row, prompter, settings.max_new_tokens) for row in rows]
+    prompter = prompting.prompter_of(run, arguments.system)
+    prompts = [ids_of(row, prompter, settings.max_new_tokens) for row in rows]
     if output:
         _check_writable(output)
     answers = prompting.answer_all(runs.load_network(run), prompter, prompts, settings, batch_size, seed=arguments.seed)
@@ -75,16 +75,25 @@ def predict(arguments) -> None:
     _summarise(answers, settings, output)
 
 
-def _settings(run: runs.FinishedRun, arguments) -> tuple[prompting.Generation, int]:
-    """Generation settings: those of the run's evaluation, overridden by flags."""
+def settings_of(run: runs.FinishedRun, given: dict) -> tuple[prompting.Generation, int]:
+    """Generation settings and batch size: those of the run's evaluation, overridden by `given` (None: not given)."""
     evaluated = runs.read_config(run.parts["evaluate_model"])["eval"] if run.has("evaluate_model") else {}
     names = [field.name for field in dataclasses.fields(prompting.Generation)]
     defaults = prompting.Generation(**{name: evaluated[name] for name in names if name in evaluated})
-    given = {name: getattr(arguments, name) for name in names}
-    batch_size = arguments.batch_size if arguments.batch_size is not None else evaluated.get("batch_size", 32)
+    batch_size = given.get("batch_size")
+    batch_size = checked_batch_size(evaluated.get("batch_size", 32) if batch_size is None else batch_size)
+    return prompting.generation_settings(defaults, {name: given.get(name) for name in names}), batch_size
+
+
+def checked_batch_size(batch_size: int) -> int:
+    """The number of prompts per batch.
+
+    Raises:
+        UserError: it is not at least 1.
+    """
     if batch_size < 1:
-        raise UserError(f"--batch-size must be at least 1 (found {batch_size})")
-    return prompting.generation_settings(defaults, given), batch_size
+        raise UserError(f"batch_size must be at least 1 (found {batch_size})")
+    return batch_size
 
 
 # --- the prompts ---------------------------------------------------------------------------------
@@ -177,10 +186,15 @@ def _table(path: Path):
         raise UserError(f"--input {path}: name a file that ends in .txt, {', '.join(FORMATS)}")
     file = RawFile(path)
     for number, columns in file:
-        try:
-            yield Row(file.place(number), columns, conversation(columns))
-        except UserError as error:
-            raise UserError(f"{file.place(number)}: {error}") from None
+        yield row(file.place(number), columns)
+
+
+def row(place: str, columns: dict) -> Row:
+    """One row, checked; an error names its place."""
+    try:
+        return Row(place, columns, conversation(columns))
+    except UserError as error:
+        raise UserError(f"{place}: {error}") from None
 
 
 def conversation(columns: dict) -> list[dict]:
@@ -215,7 +229,8 @@ def _message(message, where: str) -> dict:
     return {"role": message["role"], "content": message["content"]}
 
 
-def _ids(row: Row, prompter: prompting.Prompter, max_new_tokens: int) -> list[int]:
+def ids_of(row: Row, prompter: prompting.Prompter, max_new_tokens: int) -> list[int]:
+    """The tokens that ask a row's prompt; an error names its place."""
     try:
         return prompter.ids(row.messages, max_new_tokens)
     except UserError as error:

@@ -24,6 +24,7 @@ from pathlib import Path
 from temper.commands import flags
 from temper.errors import UserError, words
 from temper.files import read_json
+from temper.model import serving
 from temper.model.adapters import is_adapter, put_on
 from temper.model.layout import model_files
 from temper.model.loading import check_weights, load_model, load_tokenizer
@@ -111,7 +112,8 @@ def _add_merged(run: runs.FinishedRun, files: Path) -> None:
     runs.refuse_bundled(folder, "publish the adapter, without --merged")
     check_weights(folder)
     load_tokenizer(folder)
-    prompting.tokenizer_to_ship(folder, run.prompt).save_pretrained(files)
+    serving.check(folder, folder, leaves=True)
+    _add_tokenizer(run, folder, folder, files)
     names = model_files([path.name for path in folder.iterdir()], str(folder))
     _link([folder / name for name in names if name not in ("provenance.json", "README.md")], files)
 
@@ -124,11 +126,19 @@ def _add_adapter(run: runs.FinishedRun, adapter: Path, base: model_card.Origin, 
             "adapter: publish with --merged, or say where the model is on the hub with --base-model user/name"
         )
     put_on(load_model(runs.base_folder(run), run.load), adapter)  # that they fit, before others find out
-    prompting.tokenizer_to_ship(runs.base_folder(run), run.prompt).save_pretrained(files)
+    serving.refuse_other_base(adapter, runs.base_folder(run))
+    _add_tokenizer(run, runs.base_folder(run), adapter, files)
     config = read_json(adapter / "adapter_config.json")
     config |= {"base_model_name_or_path": base.repository, "revision": base.commit}
     (files / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     _link([path for path in adapter.glob("adapter_model*") if path.is_file()], files)
+
+
+def _add_tokenizer(run: runs.FinishedRun, model: Path, recorded_in: Path, files: Path) -> None:
+    """The tokenizer that goes along, with the sums of what is published."""
+    tokenizer = prompting.tokenizer_to_ship(model, run.prompt)
+    tokenizer.save_pretrained(files)
+    serving.write(files, {**serving.read(recorded_in), **serving.of_folder(model, tokenizer)})
 
 
 def _link(paths: list[Path], files: Path) -> None:

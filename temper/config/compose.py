@@ -15,9 +15,9 @@ from temper.config.validate import validated
 from temper.errors import UserError, suggest, words
 from temper.errors import short as _short
 from temper.keys import PACKAGE_ROOT
+from temper.sources.own_code import OWN_CONF, own_folder
 
 CONF = PACKAGE_ROOT / "conf"
-OWN_CONF = "TEMPER_CONF"  # environment variable: a folder of your own configs
 MOST_POINTS = 10_000  # of one sweep: planning them takes a minute
 MOST_DEPTH = 40  # brackets within brackets in an override
 
@@ -34,14 +34,6 @@ def use_folder(path: str) -> None:
     if not Path(path).is_dir():
         raise UserError(f"conf_dir: {path}: no such folder; name one with data/, experiment/, ... as in {CONF}")
     os.environ[OWN_CONF] = str(Path(path).absolute())
-
-
-def own_folder() -> Path | None:
-    """The folder of your own configs, if there is one."""
-    own = os.environ.get(OWN_CONF)
-    if own and not Path(own).is_dir():
-        raise UserError(f"{OWN_CONF}={own}: no such folder; correct the variable, or unset it")
-    return Path(own) if own else None
 
 
 def folders() -> list[Path]:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from temper.data.columns import IGNORED
 from temper.errors import UserError
+from temper.evaluation import own_metrics
 from temper.evaluation.class_names import gold_class
 from temper.evaluation.class_tokens import class_answers
 from temper.evaluation.metrics import MOST_UNSEEN, check_metric, refuse_without_pairs, rouge_unseen
@@ -29,7 +30,8 @@ def check(settings: dict, splits: Path, rows, tokenizer, judged: Iterable[str]) 
 
     Raises:
         UserError: no rows in one of them, or nothing supervised; a metric that the task or the rows do not support; an
-            answer that is not a label; labels with equal or no tokens; text that ROUGE cannot see.
+            answer that is not a label; labels with equal or no tokens; text that ROUGE cannot see; a metric of your own
+            that fails on a row's reference.
     """
     metric = check_metric(settings)
     for split in judged:
@@ -51,6 +53,7 @@ def _check_split(settings: dict, metric: str, splits: Path, rows, split: str) ->
     refuse_without_pairs(settings, "rejected" in rows[split].column_names)
     if settings["task"] == "text":
         _check_rouge(settings, metric, split, list(rows[split]["reference"]))
+    own_metrics.try_out(settings, rows[split][0])
 
 
 def _check_gold(rows, class_names: list[str]) -> None:

@@ -19,11 +19,12 @@ import warnings
 from pathlib import Path
 
 from temper.config import options
+from temper.config.best import judged_metric
 from temper.errors import UserError, found, suggest, told_by_library, words
 from temper.hashing import digest
 from temper.keys import code_key
 from temper.model.adapters import ATTENTION
-from temper.training.arguments import EARLY_STOPPING
+from temper.training.arguments import EARLY_STOPPING, trainer_fields
 
 CHECKED = Path("results/.state/checked-configs")  # sections found valid, by hash
 
@@ -144,8 +145,7 @@ def _check_train(train: dict, method: str) -> None:
             f"config: 'train.max_steps' must be above 0, or -1 for num_train_epochs (found {train['max_steps']})"
         )
     with told_by_library("train"):
-        own = {name: value for name, value in train.items() if name not in EARLY_STOPPING}
-        args = TrainingArguments(output_dir="unused", **{**own, "report_to": "none"})
+        args = TrainingArguments(output_dir="unused", **{**trainer_fields(train), "report_to": "none"})
         args.get_process_log_level()
     if args.fp16 and args.device.type == "cpu":
         raise UserError("config: 'train.fp16' does nothing without a GPU; leave it out, see model.load.dtype")
@@ -166,6 +166,8 @@ def _check_best(args, train: dict, method: str) -> None:
             "train.load_best_model_at_end=true (with eval_strategy and save_strategy alike)"
         )
     name = (args.metric_for_best_model or "loss").removeprefix("eval_")
+    if judged_metric(train) is not None:  # temper/config/best.py checks these, by `eval`
+        return
     known = ["loss"]
     if name not in known and method == "dpo":
         from temper.training.preferences import FIGURES

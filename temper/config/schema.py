@@ -5,6 +5,7 @@ other sections are the models below.
 """
 
 import datetime
+import json
 import re
 from typing import Annotated, Any, Literal
 
@@ -335,8 +336,9 @@ class Merge(Section):
     """Precision of the merged model on disk, and the base that a QLoRA adapter is merged into."""
 
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    dequantized_base: bool = False
-    """For QLoRA. true: merge into the dequantized base; false: into the original."""
+    dequantized_base: bool | None = None
+    """For QLoRA. true: merge into the dequantized base; false: into the original; null: into that of the two whose
+    merged model is nearer to the trained network."""
 
 
 # --- evaluation, tracking, sweep -----------------------------------------------------------------
@@ -351,6 +353,62 @@ class Published(Section):
     source: str
 
 
+class OwnMetric(Section):
+    """A figure of your own, the mean over rows, higher is better: exactly one of a Python function, a regular
+    expression and a JSON schema."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$", max_length=60)] | None = None
+    """Its name in files and pages. null: the function's."""
+    function: Annotated[str, Field(pattern=r"^[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*$")] | None = None
+    """module:function of (prediction, reference, row, **arguments), which returns a number, or a dictionary of them."""
+    arguments: dict[str, Any] = {}
+    """Further arguments of the function."""
+    files: list[Annotated[str, Field(min_length=1)]] = []
+    """Files that the function reads: an edit to one evaluates again."""
+    regex: str | None = None
+    """Whether this regular expression (Python's) is found in the answer; ^ and $ are its ends."""
+    json_schema: dict[str, Any] | Annotated[str, Field(min_length=1)] | None = None
+    """Whether the answer is JSON and valid under this JSON Schema, or the one in this file."""
+
+    @model_validator(mode="after")
+    def _one_kind(self):
+        kinds = [name for name in ("function", "regex", "json_schema") if getattr(self, name) is not None]
+        if len(kinds) != 1:
+            raise ValueError(
+                f"needs one of 'function', 'regex' and 'json_schema' (found {' and '.join(kinds) or 'none'})"
+            )
+        if kinds != ["function"] and (self.arguments or self.files):
+            raise ValueError(f"'arguments' and 'files' are for 'function': leave them out beside '{kinds[0]}'")
+        if self.function and self.name is None:
+            self.name = self.function.rpartition(":")[2]
+        if self.name is None:
+            raise ValueError(f"'name' is missing: what the figure of this '{kinds[0]}' is called")
+        return self
+
+    @field_validator("regex")
+    @classmethod
+    def _compiles(cls, value: str | None) -> str | None:
+        try:
+            re.compile(value or "")
+        except (re.error, OverflowError, RecursionError) as error:
+            raise ValueError(f"is not a regular expression: {error}") from None
+        return value
+
+    @field_validator("arguments", "json_schema")
+    @classmethod
+    def _is_json(cls, value):
+        try:
+            json.dumps(value, allow_nan=False)
+        except ValueError:
+            raise ValueError("must hold finite numbers only") from None
+        return value
+
+
+def _named_function(value):
+    """``my_module:function`` alone is a metric, too."""
+    return {"function": value} if isinstance(value, str) else value
+
+
 class Eval(Section):
     """How a model is evaluated, on which split."""
 
@@ -361,6 +419,8 @@ class Eval(Section):
     """For task tags: what separates them."""
     metric: str | None = None
     """Metric that ranks the runs. null: the task's default."""
+    metrics: list[Annotated[OwnMetric, BeforeValidator(_named_function, json_schema_input_type=OwnMetric | str)]] = []
+    """Figures of your own beside the task's: my_module:function, a regular expression or a JSON schema."""
     split: Literal["validation", "test"] = "validation"
     """Split that ranks the runs. With `test`, for data that can spare no rows for validation, the choice flatters the
     figure of the chosen run."""

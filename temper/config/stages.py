@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from temper import yaml_files
+from temper.config import best
 from temper.config.compose import expand, parse_overrides, to_container
 from temper.config.libraries import check_library_sections
 from temper.config.schema import (
@@ -97,6 +98,7 @@ class TrainAdapter(Section):
     seed: Seed
     model: Loaded
     num_threads: NumThreads = 1
+    eval: Eval | None = None  # only where answers choose the checkpoint, and then what they are judged by
 
 
 class MergeAdapter(Section):
@@ -214,7 +216,11 @@ STAGES = {
             "merged",
             ("model",),
             ("config.json", "diverged.json"),
-            {"model": "folder of fetch_model", "adapter": "folder of train_adapter"},
+            {
+                "model": "folder of fetch_model",
+                "adapter": "folder of train_adapter",
+                "splits?": "folder of tokenize_splits, for the rows that the merged model is checked on",
+            },
         ),
         Stage(
             "evaluate_model",
@@ -271,6 +277,8 @@ class Planned:
 
     raw: dict | None = None  # format_prompts: the identity of the raw data; in the key
     files: dict[str, str] | None = None  # fetch_model: name -> sha256 of your own model's files; in the key
+    own_code: dict[str, str] | None = None  # file -> hash, of eval.metrics; in the key
+    judging_code: str | None = None  # train_adapter: of what judges answers, where they choose a checkpoint; in the key
     trunk: str | None = None  # this and all below for train_adapter: the name of its checkpoints' folder
     part: str | None = None  # PLATEAU: stop where the decay begins, which is another job
     plateau: str | None = None  # the folder of the plateau that it continues
@@ -294,13 +302,16 @@ PLATEAU = "plateau"
 
 def stage_config(stage: str, config: dict) -> dict:
     """The part of a whole config that a stage may see, with the same nesting."""
-    view = {}
+    view: dict[str, Any] = {}
     for name, field in STAGES[stage].config.model_fields.items():
         kind = field.annotation
         if isinstance(kind, type) and issubclass(kind, Part):
             view[name] = {key: config[name][key] for key in kind.model_fields}
         else:
             view[name] = config[name]
+    if stage == "train_adapter":
+        judging = best.judging_settings(config["train"], view.pop("eval"))
+        view |= {} if judging is None else {"eval": judging}
     return json.loads(canonical_json(view))
 
 
@@ -315,6 +326,9 @@ def validated_stage(stage: str, view: dict) -> dict:
     found = typed(stage, sections)
     if isinstance(found, TrainAdapter):
         check_library_sections(found.train, found.adapter, found.method.name)
+        best.check(found.train, None if found.eval is None else found.eval.model_dump())
+        if found.eval and best.judged_metric(found.train) is None:
+            raise UserError("config: 'eval' does nothing here: no metric of it is train.metric_for_best_model")
     return {**found.model_dump(), **planned}
 
 

@@ -1,5 +1,6 @@
 """Check a composed config: it becomes values of the schema's types, or one clear error line."""
 
+from temper.config import best
 from temper.config.libraries import check_library_sections, refuse_without_validation
 from temper.config.schema import METHODS, SOURCE_KINDS, Config, Data
 from temper.errors import UserError, suggest
@@ -19,6 +20,7 @@ def validated(config: dict) -> dict:
     config = _normalised(config)
     filled = checked(Config, config, "").model_dump()
     check_library_sections(filled["train"], filled["adapter"], filled["method"]["name"])
+    best.check(filled["train"], filled["eval"])
     _check_together(filled)
     _check_method(filled)
     _check_secrets(filled)
@@ -64,6 +66,7 @@ def _check_method(config: dict) -> None:
         first = sft_config(config)
         try:
             check_library_sections(first["train"], first["adapter"], "sft")
+            best.check(first["train"], config["eval"])
             _check_validation(first)
         except UserError as error:
             raise UserError(f"config: 'method.sft': {str(error).removeprefix('config: ')}") from None
@@ -177,6 +180,6 @@ def _fields_at(model, location) -> list[str]:
             annotation = model.model_fields[part].annotation
             if hasattr(annotation, "model_fields"):
                 model = annotation
-            elif part in ("published", "sft", "own_answers"):
+            elif part in ("published", "metrics", "sft", "own_answers"):
                 model = annotation.__args__[0]  # list[Published], SftFirst | None, ...
     return list(model.model_fields)

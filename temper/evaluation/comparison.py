@@ -19,8 +19,8 @@ from temper.evaluation.metrics import (
     Statistic,
     check_metric,
     lower_is_better,
-    metrics_of,
     sweeps_model,
+    with_own,
 )
 from temper.evaluation.paired import (
     Difference,
@@ -337,7 +337,7 @@ def _rows(run: RankedRun) -> list[dict]:
 def _statistic_of(rows: list[dict], settings: dict, metric: str) -> Statistic:
     if metric == TASKS[settings["task"]][0].name:  # the score of each row is this metric already
         return Mean([row["score"] for row in rows])
-    found = metrics_of(settings["task"])[metric].statistic(evidence_of(settings, rows))
+    found = with_own(settings["task"], [metric])[metric].statistic(evidence_of(settings, rows))
     assert found is not None, "a run is ranked by a metric that it has"
     return found
 

@@ -7,6 +7,7 @@ import time
 
 from temper.data.columns import answer_start, answer_text
 from temper.model.adapters import is_prompt_learning
+from temper.model.loading import decoder_start
 from temper.progress import Progress
 
 log = logging.getLogger("temper")
@@ -110,17 +111,6 @@ def _greedy(model, settings: dict, tokenizer, stop_ids: list[int]):
         pad_token_id=tokenizer.pad_token_id,
         use_cache=True,
     )
-
-
-def decoder_start(model) -> int | None:
-    """What an encoder-decoder's decoder starts from: exactly what its training puts before the labels."""
-    import torch
-
-    if not model.config.is_encoder_decoder:
-        return None
-    if not hasattr(model, "prepare_decoder_input_ids_from_labels"):
-        return model.config.decoder_start_token_id
-    return int(model.prepare_decoder_input_ids_from_labels(labels=torch.zeros((1, 1), dtype=torch.int64))[0, 0])
 
 
 def _batch(model, rows: list[dict], settings: dict, pad_token_id: int) -> list[list[int]]:

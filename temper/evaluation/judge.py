@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from temper.data.columns import IGNORED, answer_start
-from temper.evaluation import intervals, metrics
+from temper.evaluation import intervals, metrics, own_metrics
 from temper.evaluation.choices import Choices, likeliest
 from temper.evaluation.figures import Delta, Figures, Start
 from temper.provenance import peak_memory
@@ -46,6 +46,16 @@ class Asked:
             pair_logps=self.pair_logps,
             finished=self.answers.finished,
         )
+
+    def answered(self, test: list[dict]) -> list[dict]:
+        """The rows with their answers, as metrics of your own get them."""
+        more: dict[str, list] = {"prediction": self.answers.texts, "finished": self.answers.finished}
+        if self.choices:
+            more["choice"] = self.choices.chosen
+        return [
+            own_metrics.row_of(row) | {name: column[index] for name, column in more.items()}
+            for index, row in enumerate(test)
+        ]
 
 
 @dataclasses.dataclass
@@ -134,6 +144,7 @@ def evidence_of(settings: dict, rows: list[dict]) -> metrics.Evidence:
         answer_bytes=column("bytes"),
         pair_logps=pairs,
         finished=column("finished"),
+        own={name: [row["metrics"][name] for row in rows] for name in rows[0].get("metrics", ())},
     )
 
 
@@ -234,6 +245,8 @@ def _prediction_row(index: int, row: dict, asked: Asked, judged: Judgement, base
         line["bytes"] = judged.evidence.answer_bytes[index]
     if choices:
         line["label_logps"] = [round(logp, 5) for logp in choices.logps[index]]
+    if own := judged.evidence.own:
+        line["metrics"] = {name: figures[index] for name, figures in own.items()}
     if asked.pair_logps:
         line["chosen_logp"], line["rejected_logp"] = asked.pair_logps[index]
     if "rejected" in row:

@@ -17,6 +17,7 @@ from typing import Any
 
 from temper.errors import UserError, suggest
 from temper.evaluation.class_names import UNPARSED, check_class_names, gold_class, read_class
+from temper.evaluation.own_metrics import is_own
 
 # What ROUGE may miss of the gold answers. Accents are up to 5% of German, French, Spanish or Portuguese text, and cost
 # it little; of Czech or Vietnamese, where it is more than 10%, the pieces of words between them are compared.
@@ -90,6 +91,7 @@ class Evidence:
         pair_logps: log-probability of a preference pair's chosen and of its rejected answer.
         start_logps: the same of the model that preference optimization started from, and `beta`, the training's.
         finished: whether the answer ended by itself.
+        own: name -> figures of the rows by metrics of your own (`eval.metrics`).
     """
 
     settings: dict
@@ -103,6 +105,7 @@ class Evidence:
     start_logps: Sequence[tuple[float, float]] | None = None
     beta: float | None = None
     finished: Sequence[bool] | None = None
+    own: dict[str, list[float]] = dataclasses.field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.gold)
@@ -360,6 +363,7 @@ def _unfinished(evidence: Evidence) -> Statistic | None:
 # --- the rows ------------------------------------------------------------------------------------
 
 PREFERENCE, BITS_PER_BYTE = "preference_accuracy", "bits_per_byte"
+TRAINING_FIGURES = {"logps", "learned_tokens", "pairs"}  # of training and its validation, beside those here
 PER_TOKEN = ("loss", "perplexity")  # not comparable between models that cut text into other tokens
 # A task's own metrics. The first ranks runs unless eval.metric names another, and scores single rows.
 TASKS = {
@@ -401,6 +405,20 @@ def metrics_of(task: str) -> dict[str, Metric]:
     return {metric.name: metric for metric in (*TASKS[task], *ANY_TASK)}
 
 
+def with_own(task: str, names: Iterable[str]) -> dict[str, Metric]:
+    """`metrics_of` a task, and those of your own among `names`, which have their name for a title."""
+    known = metrics_of(task)
+    return known | {name: Metric(name, _own(name)) for name in names if name not in known}
+
+
+def _own(name: str) -> Callable[[Evidence], Statistic | None]:
+    def statistic(evidence: Evidence) -> Statistic | None:
+        return Mean(evidence.own[name]) if name in evidence.own else None
+
+    statistic.__doc__ = f"{name}: of your own (eval.metrics), mean over rows."
+    return statistic
+
+
 @functools.cache
 def lower_is_better(name: str) -> bool:
     return any(metric.lower_is_better for metric in ANY_TASK if metric.name == name)
@@ -424,15 +442,29 @@ def check_metric(settings: dict) -> str:
     task = settings["task"]
     allowed = [name for name, metric in metrics_of(task).items() if metric.ranks]
     name = settings.get("metric") or allowed[0]
-    if name not in allowed:
+    _check_own_names(settings)
+    allowed += [metric["name"] for metric in settings.get("metrics") or []]
+    if name not in allowed and not is_own(settings, name):
         raise UserError(f"config: 'eval.metric': task '{task}' has no metric '{name}'; {suggest(name, allowed)}")
     for figure in settings.get("published") or []:
-        if figure["metric"] not in allowed:
+        if figure["metric"] not in allowed and not is_own(settings, figure["metric"]):
             known = suggest(figure["metric"], allowed)
             raise UserError(f"config: 'eval.published': '{figure['name']}' has metric '{figure['metric']}'; {known}")
     if task == "labels":
         check_class_names(settings["labels"])
     return name
+
+
+def _check_own_names(settings: dict) -> None:
+    """Refuse names of own metrics that would be taken for something else."""
+    ours = {metric.name.partition("/")[0] for metrics in (*TASKS.values(), ANY_TASK) for metric in metrics}
+    names = [metric["name"] for metric in settings.get("metrics") or []]
+    for name in names:
+        if name in ours | TRAINING_FIGURES or name.endswith(("_low", "_high")):
+            why = "is a figure of Temper's" if name in ours | TRAINING_FIGURES else "looks like the end of an interval"
+            raise UserError(f"config: 'eval.metrics': '{name}' {why}: give it another name")
+        if names.count(name) > 1:
+            raise UserError(f"config: 'eval.metrics': two are called '{name}': give one of them another name")
 
 
 def refuse_without_pairs(settings: dict, has_pairs: bool) -> None:
@@ -466,7 +498,8 @@ def score(evidence: Evidence) -> Scores:
     Raises:
         UserError: task labels, and a gold answer is none of them.
     """
-    found = {name: metric.statistic(evidence) for name, metric in metrics_of(evidence.settings["task"]).items()}
+    known = with_own(evidence.settings["task"], evidence.own)
+    found = {name: metric.statistic(evidence) for name, metric in known.items()}
     statistics = {name: statistic for name, statistic in found.items() if statistic is not None}
     everything = range(len(evidence))
     values = {name: statistic(everything) for name, statistic in statistics.items()}

@@ -125,7 +125,7 @@ def _network(folder: Path, config, **arguments):
 
     transformers would fill missing weights with random numbers and drop unknown ones; here both are refused.
     """
-    for file in _weight_files(folder):
+    for file in weight_files(folder):
         _shapes(file)  # names the damaged file
     network, info = _from_pretrained(
         _auto_class(config), folder, output_loading_info=True, ignore_mismatched_sizes=True, **arguments
@@ -153,7 +153,7 @@ def check_weights(folder: Path) -> None:
     refuse_unmergeable(folder, config)
     if is_stored_quantized(config):
         return  # packed tensors have different names and shapes; `load_model` checks them
-    stored = {name: shape for file in _weight_files(folder) for name, shape in _shapes(file).items()}
+    stored = {name: shape for file in weight_files(folder) for name, shape in _shapes(file).items()}
     with reading(folder), torch.device("meta"):  # a device without memory
         kind = type(_auto_class(config).from_config(config, trust_remote_code=False))
         tensors = {name: torch.empty(shape) for name, shape in stored.items()}
@@ -168,7 +168,7 @@ def check_weights(folder: Path) -> None:
     refuse_misfits(folder, info)
 
 
-def _weight_files(folder: Path) -> list[Path]:
+def weight_files(folder: Path) -> list[Path]:
     """The files with the weights: one, or those named in an index."""
     for name in ("model.safetensors", "pytorch_model.bin"):
         index = folder / f"{name}.index.json"
@@ -297,3 +297,14 @@ def stop_token_ids(folder: Path, tokenizer) -> list[int]:
         if not isinstance(number, int) or number < 0:
             raise UserError(f"{path}: eos_token_id is {eos!r:.60}, not the number of a token or a list of them")
     return sorted({tokenizer.eos_token_id, *ids})
+
+
+def decoder_start(model) -> int | None:
+    """What an encoder-decoder's decoder starts from: exactly what its training puts before the labels."""
+    import torch
+
+    if not model.config.is_encoder_decoder:
+        return None
+    if not hasattr(model, "prepare_decoder_input_ids_from_labels"):
+        return model.config.decoder_start_token_id
+    return int(model.prepare_decoder_input_ids_from_labels(labels=torch.zeros((1, 1), dtype=torch.int64))[0, 0])

@@ -89,8 +89,7 @@ class Forecast:
 
     def add(self, job, like: Made | None) -> None:
         """Expect of `job` what `like` took; None, or a `like` of another model, tells nothing."""
-        if job.stage == "rank_runs":  # a second, and of another sweep's runs it tells nothing
-            self.jobs[job.path] = 0.0
+        if job.stage == "rank_runs":  # it takes a second
             return
         if like is None or not _same_model(job, like):
             self.unknown += 1

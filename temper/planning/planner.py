@@ -5,15 +5,17 @@ import os
 from pathlib import Path
 
 from temper import tracking
+from temper.config.best import JUDGING
 from temper.config.compose import chosen_experiment, expand, own_folder, parse_overrides, split_overrides, use_folder
 from temper.config.schema import Data
 from temper.config.stages import FOLDERS, PLATEAU, keys_hidden, stage_config
 from temper.config.validate import sft_config
 from temper.errors import UserError
+from temper.evaluation import own_metrics
 from temper.evaluation.metrics import BITS_PER_BYTE, PER_TOKEN, check_metric, sweeps_model
 from temper.folders import check_name
 from temper.hashing import HashCache, canonical_json
-from temper.keys import stage_key
+from temper.keys import code_key, stage_key
 from temper.model.adapters import load_for_training
 from temper.model.layout import model_files
 from temper.planning.plan import RESULTS, STATE, Job, Plan, PlannedRun
@@ -139,6 +141,7 @@ class _Planner:
         self.jobs: dict[str, Job] = {}
         self.identities: dict[str, dict] = {}
         self.sources: dict[str, str] = {}  # data set's name -> its pin
+        self.own_code: dict[str, dict[str, str]] = {}  # eval.metrics -> file -> hash
         self.exact: dict[str, dict] = {}  # source as the config has it -> the same, pinned
 
     def add_run(self, config: dict, point: dict) -> PlannedRun:
@@ -196,7 +199,8 @@ class _Planner:
             learnt = {**config, "method": {**config["method"], "own_answers": None}}
         adapters = self._adapters(learnt, {"splits": pairs.path, "model": start.path, **references})
         adapter, slug = adapters[-1], _slug(config)
-        merged = self._job("merge_adapter", slug, config, {"model": start.path, "adapter": adapter.path})
+        parts = {"model": start.path, "adapter": adapter.path, "splits": splits.path}
+        merged = self._job("merge_adapter", slug, config, parts)
         inputs = {"model": merged.path, "splits": splits.path, "adapter": adapter.path}
         if Data.model_validate(config["data"]).has_pairs:  # by which runs are judged, not by sampled ones
             inputs |= self._references(config, start, splits)
@@ -264,6 +268,13 @@ class _Planner:
         names = model_files([path.name for path in folder.iterdir()], f"model.source.path: {folder}")
         return {"files": {name: self.hashes.sha256(folder / name) for name in names}}
 
+    def _own_code(self, settings: dict) -> dict[str, str]:
+        """What stands for your own metrics: an edit to a function evaluates again, and trains nothing."""
+        asked = canonical_json(settings["metrics"])
+        if asked not in self.own_code:
+            self.own_code[asked] = own_metrics.code(settings)
+        return self.own_code[asked]
+
     def _adapters(self, config: dict, inputs: dict[str, str]) -> list[Job]:
         """The training jobs of a run: one, or one per epoch if runs can share them (see `planning.trunks`).
 
@@ -318,6 +329,10 @@ class _Planner:
         """(key, hashed config, settings) of an artefact. `extra` adds to its config, `upstream` to its inputs' keys."""
         keyed, settings = _without_unkeyed(stage, stage_config(stage, config))
         keyed.update(extra or {})
+        if stage == "train_adapter" and "eval" in keyed:
+            keyed["judging_code"] = code_key(JUDGING)
+        if keyed.get("eval", {}).get("metrics"):
+            keyed["own_code"] = self._own_code(keyed["eval"])
         keys = {name: self.jobs[path].key for name, path in inputs.items() if name not in unkeyed | {"raw"}}
         return stage_key(stage, keyed, keys | (upstream or {})), keyed, settings
 

@@ -50,10 +50,11 @@ class Board(BaseModel):
 
 
 def shown_metrics(ranking: Ranking, task: str) -> list[str]:
-    """The leaderboard's figures: the ranking one, the task's, the loss; of preference pairs what any run has."""
+    """The leaderboard's figures: the ranking one, the task's, own ones, the loss; of pairs what any run has."""
     pairs = [name for name in OF_PAIRS if any(name in run.figures.values for run in ranking.runs)]
     loss = metrics.BITS_PER_BYTE if metrics.sweeps_model(ranking.best.point) else "loss"
-    return list(dict.fromkeys([ranking.metric, *(metric.name for metric in metrics.TASKS[task]), loss, *pairs]))
+    own = [name for name in ranking.best.figures.values if name not in metrics.metrics_of(task)]
+    return list(dict.fromkeys([ranking.metric, *(metric.name for metric in metrics.TASKS[task]), *own, loss, *pairs]))
 
 
 def leaderboard_rows(ranking: Ranking, names: list[str]) -> list[dict]:

@@ -11,7 +11,7 @@ from urllib.parse import quote
 from temper.config.stages import FOLDERS, flag_words
 from temper.errors import visible
 from temper.evaluation.figures import FILE, Figures, read_figures
-from temper.evaluation.metrics import metrics_of
+from temper.evaluation.metrics import with_own
 from temper.files import read_json
 from temper.keys import flat
 from temper.model.loading import is_encoder_decoder
@@ -38,12 +38,16 @@ class Origin:
 
 @dataclasses.dataclass
 class Card:
-    """What a card needs besides the run."""
+    """What a card needs besides the run.
+
+    `usage`: code that uses the model; None: for a `repository` on the hub, which also reads the front matter.
+    """
 
     repository: str
     base: Origin
     merged: bool
     license: str | None = None
+    usage: str | None = None
 
 
 def base_origin(run: runs.FinishedRun, base_model: str | None) -> Origin:
@@ -110,7 +114,7 @@ def _words(source: dict) -> Markdown:
 
 
 def model_card(run: runs.FinishedRun, card: Card) -> str:
-    """The card, with its front matter."""
+    """The card, for the hub with its front matter."""
     from yaml import safe_dump
 
     made = {stage: run.parts[stage] for stage in CONFIGS if run.has(stage)}
@@ -123,18 +127,18 @@ def model_card(run: runs.FinishedRun, card: Card) -> str:
     hyperparameters = {name: training.get(name) for name in SHOWN if name in training}
     return markdown.render(
         "model_card.md",
-        card_data=Markdown(_metadata(card, data, figures, training).to_yaml()),
-        title=card.repository.partition("/")[2],
+        card_data=None if card.usage else Markdown(_metadata(card, data, figures, training).to_yaml()),
+        title=card.repository.partition("/")[2] or card.repository,
         what=f"A {_peft_type(training)} adapter" if not card.merged else "A model",
         base=card.base,
         data=data,
         method=training.get("method", {}).get("name", "sft"),
         figures=figures,
-        metrics=metrics_of(figures.task) if figures else {},
+        metrics=with_own(figures.task, figures.values) if figures else {},
         span=_span,
         number=_number,
         code=code,
-        usage=markdown.block(usage(run, card), "python"),
+        usage=markdown.block(card.usage or usage(run, card), "python"),
         rows=_rows(made.get("format_prompts")),
         prompt=configs["tokenize_splits"]["prompt"],
         train=_json(made.get("train_adapter"), "training.json"),
@@ -143,6 +147,7 @@ def model_card(run: runs.FinishedRun, card: Card) -> str:
         commit=latest.get("git"),
         commands=markdown.block("\n".join(_command(stage, folder) for stage, folder in made.items())),
         config=markdown.block(safe_dump(_without_sources(configs), sort_keys=False, allow_unicode=True), "yaml"),
+        merging=_merging(run) if card.merged else "",
         packages=", ".join(f"{name} {version}" for name, version in latest.get("packages", {}).items()),
         limits=_limits(run, card, figures, data),
     )
@@ -159,7 +164,7 @@ def _metadata(card: Card, data: Origin, figures: Figures | None, training: dict)
         license=card.license,
         pipeline_tag="text-generation",
         tags=[*([] if card.merged else [kind, "peft"]), training.get("method", {}).get("name", "sft"), "temper"],
-        model_name=card.repository.partition("/")[2],
+        model_name=card.repository.partition("/")[2] or card.repository,
         eval_results=_eval_results(data, figures) if figures else None,
     )
 
@@ -168,7 +173,7 @@ def _eval_results(data: Origin, figures: Figures) -> list:
     """The figures in the hub's own form."""
     from huggingface_hub import EvalResult
 
-    name, metrics = data.name or "own data", metrics_of(figures.task)
+    name, metrics = data.name or "own data", with_own(figures.task, figures.values)
     return [
         EvalResult(
             task_type=TASKS[figures.task],
@@ -269,6 +274,24 @@ def _json(folder: Path | None, name: str) -> dict:
 
 def _peft_type(training: dict) -> str:
     return training.get("adapter", {}).get("peft_type") or "full"
+
+
+def _merging(run: runs.FinishedRun) -> str:
+    """How far the merged model is from the trained network; empty where nothing was merged."""
+    made = runs.read_provenance(run.parts["merge_adapter"]) if run.has("merge_adapter") else {}
+    if "logit_difference" not in made:
+        return ""
+    said = (
+        f"merged in {made['dtype']}: logits differ from those before by {made['logit_difference']:.2g} of their "
+        f"spread, {made['answers_alike']} of {made['answers']} greedy answers are the same"
+    )
+    distances = made.get("distances", {})
+    if distances:
+        said += f"; into the base {made['base']}. Beside the network trained over the quantized base: " + ", ".join(
+            f"{base} {each['logit_difference']:.2g} ({each['answers_alike']} of {each['answers']} answers)"
+            for base, each in distances.items()
+        )
+    return said
 
 
 def _span(interval, form: str = "%.3f") -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from temper.evaluation.figures import Figures
-from temper.evaluation.metrics import lower_is_better, metrics_of
+from temper.evaluation.metrics import lower_is_better, with_own
 from temper.files import read_json, read_yaml
 from temper.keys import flat
 from temper.reports import html, plots
@@ -22,7 +22,7 @@ def write_page(output: Path, figures: Figures, predictions: list, curves: list, 
         name=output.name,
         figures=figures,
         metric=figures.metric,
-        metrics=metrics_of(figures.task),
+        metrics=with_own(figures.task, figures.values),
         lower_is_better=lower_is_better,
         panels=plots.comparison(_panels(figures)),
         loss_curves=plots.loss_curves(curves),

@@ -13,6 +13,7 @@ from temper.config.stages import STAGES as ALL_STAGES
 from temper.errors import UserError, suggest
 from temper.files import read_json, read_yaml
 from temper.folders import made_again, refuse_damaged
+from temper.model import serving
 from temper.model.adapters import DIVERGED, is_adapter, load_for_training, put_on
 from temper.model.limits import virtual_tokens_of
 from temper.model.loading import BUNDLED, load_model
@@ -305,6 +306,14 @@ def _make(folder: Path | None) -> str:
     return f"make it again with snakemake --cores all {folder} --config ... (as for its sweep)"
 
 
+def check_serving(run: FinishedRun) -> None:
+    """Say, or refuse, what of the run's tokenizer and template is no longer as in training."""
+    answering = (
+        "merge_adapter" if run.uses_merged else "train_adapter" if run.has("train_adapter") else "tokenize_splits"
+    )
+    serving.check(run.part(answering, "and it knows how the model is prompted"), model_folder(run))
+
+
 def model_folder(run: FinishedRun) -> Path:
     """The folder with the tokenizer and the config of the run's model."""
     return run.part("merge_adapter", "and it answers") if run.uses_merged else base_folder(run)
@@ -333,4 +342,5 @@ def load_network(run: FinishedRun):
     adapter = run.part("train_adapter", "and it answers")
     if not is_adapter(adapter):
         return load_model(adapter, load_for_training(read_config(adapter)["adapter"], run.load)).eval()
+    serving.refuse_other_weights(adapter, base_folder(run))
     return put_on(load_model(base_folder(run), run.load), adapter).eval()

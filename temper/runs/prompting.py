@@ -11,6 +11,7 @@ from temper.data.layouts import without_system
 from temper.errors import UserError
 from temper.model.adapters import is_prompt_learning
 from temper.model.limits import limits_of
+from temper.runs import find as runs
 
 
 class Prompter:
@@ -58,6 +59,12 @@ class Prompter:
                 if start == len(history) - 1:
                     raise
         raise AssertionError(f"a conversation of {len(history)} messages does not end with the user's")
+
+
+def prompter_of(run: runs.FinishedRun, system: str | None = None) -> Prompter:
+    """The `Prompter` of a run, whose tokenizer and template are checked to be those of training."""
+    runs.check_serving(run)
+    return Prompter(runs.model_folder(run), run.prompt, system, runs.virtual_tokens(run))
 
 
 def tokenizer_to_ship(folder: Path, prompt: dict):
@@ -154,7 +161,7 @@ def stream_answer(
     import torch
     from transformers import GenerationConfig
 
-    from temper.evaluation.generation import decoder_start
+    from temper.model.loading import decoder_start
 
     owner = model.get_base_model() if is_prompt_learning(model) else model
     owner.generation_config = GenerationConfig()  # some models come with sampling or penalties switched on

@@ -11,18 +11,31 @@ if TYPE_CHECKING:
 EARLY_STOPPING = ("early_stopping_patience", "early_stopping_threshold")
 
 
+def trainer_fields(train: dict) -> dict:
+    """The fields of `train` that are TrainingArguments'.
+
+    When to save is in no key, so a stage's config may lack it, while Trainer wants the candidates for the best model
+    saved as they are evaluated: `SealedCheckpoints` saves them in any case.
+    """
+    fields = {name: value for name, value in train.items() if name not in EARLY_STOPPING}
+    if not train.get("load_best_model_at_end"):
+        return fields
+    evaluated = {f"save_{name}": train[f"eval_{name}"] for name in ("strategy", "steps") if f"eval_{name}" in train}
+    return {**evaluated, **fields}
+
+
 def training_arguments(train: dict, seed: int, state: Path) -> "TrainingArguments":
     """`train` as TrainingArguments, with the fields that Temper sets itself."""
     import torch
     from transformers import TrainingArguments
 
-    fields = {name: value for name, value in train.items() if name not in EARLY_STOPPING}
+    fields = trainer_fields(train)
     args = TrainingArguments(
         **{
             "dataloader_pin_memory": torch.accelerator.is_available(),
             **fields,
             # A resumed training must know for how long it has not improved.
-            "restore_callback_states_from_checkpoint": len(fields) < len(train),
+            "restore_callback_states_from_checkpoint": any(name in train for name in EARLY_STOPPING),
             # Trainer deletes old checkpoints before the new one is sealed, so keep one more.
             "save_total_limit": max(2, train.get("save_total_limit") or 2),
             "output_dir": str(state),

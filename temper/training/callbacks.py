@@ -121,6 +121,7 @@ class MetricsFile(TrainerCallback):
     def __init__(self, path: Path, checkpoint: Path | None, trainer: TemperTrainer, listener=None):
         """Start `path` anew with the metrics stored with the checkpoint."""
         self.path, self.trainer, self.listener = path, trainer, listener
+        self.kept = (*self.KEPT, *([f"eval_{trainer.judge.metric}"] if trainer.judge else []))
         before = known_json_lines(checkpoint.parent / path.name) if checkpoint else []
         self.lines = [line for line in before if line["step"] <= checkpoints.step_of(checkpoint)]
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -148,7 +149,7 @@ class MetricsFile(TrainerCallback):
         return next((line[name] for line in lines if name in line), None)
 
     def on_log(self, args, state, control, logs=None, **_):  # noqa: ARG002
-        values = {name: logs[name] for name in self.KEPT if name in (logs or {})}
+        values = {name: logs[name] for name in self.kept if name in (logs or {})}
         if not values:
             return
         line = {
@@ -223,6 +224,7 @@ class Recorded:
             state.best_model_checkpoint if self.trainer.args.load_best_model_at_end else None,
         )
         best_step = checkpoints.step_of(Path(best)) if best else None
+        judged = [f"eval_{self.trainer.judge.metric}"] if self.trainer.judge else []
         return {
             "train_rows": len(self.trainer.train_dataset),
             "train_seconds": round(seconds, 3),
@@ -233,6 +235,7 @@ class Recorded:
             "best_step": best_step,
             "final_loss": metrics.last("loss"),
             "eval_loss": metrics.last("eval_loss", best_step or state.global_step),  # of the saved weights
+            **{name: metrics.last(name, best_step or state.global_step) for name in judged},
             "diverged_at_step": self.divergence.diverged_at,
             "resumed_from_step": self.start,
             "dtype": str(next(self.trainer.model.parameters()).dtype).removeprefix("torch."),

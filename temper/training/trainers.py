@@ -5,6 +5,7 @@ Imported inside `run()` only: it needs torch and transformers.
 
 import functools
 import logging
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -34,8 +35,12 @@ class TemperTrainer(Trainer):
     train_dataset: Any
     batch_of: Callable = staticmethod(Batch)  # rows and the pad token
 
-    def __init__(self, *, pad_token_id: int, schedule_steps: int, **arguments):
-        """`schedule_steps`: the total that the learning-rate schedule is made for; the training may end before."""
+    def __init__(self, *, pad_token_id: int, schedule_steps: int, judge: Any = None, **arguments):
+        """Arguments beside Trainer's.
+
+        `schedule_steps`: the total that the learning-rate schedule is made for; the training may end before. `judge`:
+        gives the figure `metric` of a model, where answers choose the checkpoint.
+        """
         super().__init__(data_collator=functools.partial(self.batch_of, pad_token_id=pad_token_id), **arguments)
         self.remove_callback(PrinterCallback)
         if self.args.gradient_checkpointing:  # train() does it again; the estimate before it must see it too
@@ -47,6 +52,7 @@ class TemperTrainer(Trainer):
             self.neftune_noise_alpha = None
         self.supervised_loss = SupervisedLoss()
         self.schedule_steps = schedule_steps
+        self.judge = judge
         self.tokens = 0  # real ones (no padding) that were trained on
         rows = self.args.train_batch_size * self.args.world_size * self.args.gradient_accumulation_steps
         self.sampler = EpochSampler(_lengths(self.train_dataset), rows, self.args.seed)
@@ -140,6 +146,10 @@ class TemperTrainer(Trainer):
         figures, items = self.mean_figures(eval_dataset if eval_dataset is not None else self.eval_dataset)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in figures.items()}
         metrics[f"{metric_key_prefix}_{self.ITEMS}"] = items
+        if self.judge is not None:  # what has diverged gives no answers
+            finite = math.isfinite(figures["loss"])
+            with self.compute_loss_context_manager():
+                metrics[f"{metric_key_prefix}_{self.judge.metric}"] = self.judge(self.model) if finite else math.nan
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics

@@ -85,16 +85,28 @@ OPTIMIZERS = [
     ("sgd", "optim=sgd.*could not convert", "train.optim_args='momentum=much'"),
     ("adamw_torch", "does nothing with optim=adamw_torch", "train.optim_target_modules=[q_proj]"),
 ]
+BY = "train.metric_for_best_model="
 CHOICES = [
     ("best model without validation", ON_ITS_OWN, BEST, NO_VALIDATION),
     ("early stopping without validation", ON_ITS_OWN, BEST, NO_VALIDATION, "train.early_stopping_patience=1"),
     ("best checkpoint without validation", ON_ITS_OWN, NO_VALIDATION, "train.save_strategy=best"),
     (
         "best by what is not measured",
-        "validation has no 'accuracy'.*eval.metric",
+        "validation of task 'labels' has no 'acuracy'; did you mean 'accuracy'",
         BEST,
-        "train.metric_for_best_model=accuracy",
+        "train.metric_for_best_model=acuracy",
     ),
+    ("best by rewards without pairs", "validation has no 'rewards/margins'.*eval.metric", BEST, BY + "rewards/margins"),
+    ("best by answers, unused", "'accuracy' does nothing without train.load_best_model_at_end=true", BY + "accuracy"),
+    ("best by the worst answers", "of 'f1' more is better", BEST, BY + "eval_f1", "train.greater_is_better=false"),
+    (
+        "best by answers under a schedule of the loss",
+        "lr_scheduler_type=greedy would go by 'f1' as by a loss",
+        BEST,
+        BY + "f1",
+        "train.lr_scheduler_type=greedy",
+    ),
+    ("best by answers without validation", ON_ITS_OWN, BEST, BY + "accuracy", NO_VALIDATION),
     ("best without evaluation", "save and eval strategy to match", BEST, "train.eval_strategy='no'"),
     ("fp16 without a GPU", "fp16|GPU", "train.fp16=true", "train.use_cpu=true"),
     ("workers that stay, of none", "persistent_workers", "train.dataloader_persistent_workers=true"),

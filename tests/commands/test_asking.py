@@ -279,7 +279,7 @@ def test_outputs_and_options_that_make_no_sense(finished_run, workspace, capsys)
         (["--output", "-", "--temperature", "2"], "temperature and top_p have no effect without do_sample"),
         (["--output", "-", "--do-sample", "--top-p", "2"], "top_p must be above 0 and at most 1 (found 2.0)"),
         (["--output", "-", "--max-new-tokens", "0"], "max_new_tokens must be at least 1 (found 0)"),
-        (["--output", "-", "--batch-size", "0"], "--batch-size must be at least 1 (found 0)"),
+        (["--output", "-", "--batch-size", "0"], "batch_size must be at least 1 (found 0)"),
     ):
         assert complaint(capsys, command("predict"), *common, *arguments).startswith(message)
     assert Path("there.jsonl").read_text() == "mine"

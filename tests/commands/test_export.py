@@ -119,3 +119,46 @@ def test_other_models_and_outputs_are_refused(finished_run, workspace, capsys):
         "--output a.bin: name a file"
     )
     assert not Path("a.gguf").exists()
+
+
+def test_the_file_names_the_template_and_tokenizer_of_training(project, tmp_path):
+    from gguf import GGUFReader
+
+    file = tmp_path / "run.gguf"
+    command("export")(["--run", RUN, "--output", str(file)])
+    fields = GGUFReader(file).fields
+    sums = json.loads(Path(f"results/merged/{MERGED}/serving.json").read_text())
+    for name in ("tokenizer", "special_tokens", "chat_template", "generation_config"):
+        assert fields[f"temper.serving.{name}"].contents() == sums[name]
+
+
+@pytest.mark.parametrize("outtype", ["f32", "q8_0"])
+def test_llama_cpp_tokenizes_and_answers_as_the_merged_model(project, tmp_path, outtype):
+    """llama.cpp itself, where llama-cpp-python is installed (pip install -e .[llama])."""
+    llama_cpp = pytest.importorskip("llama_cpp")
+    import numpy
+    from datasets import load_from_disk
+
+    from temper.model import agreement, loading
+
+    file, folder = tmp_path / "run.gguf", Path(f"results/merged/{MERGED}")
+    command("export")(["--run", RUN, "--output", str(file), "--outtype", outtype])
+    tokenizer = loading.load_tokenizer(folder)
+    rows = load_from_disk("results/splits/reviews-tiny-00000000a2")["validation"]
+    network = loading.load_model(folder, {"dtype": "float32", "attn_implementation": "eager"}).eval()
+    prompts = agreement.prompts_of(rows)
+    spoken = agreement.speak(network, prompts, loading.stop_token_ids(folder, tokenizer))
+    whole = llama_cpp.GGML_TYPE_F32  # its cache would have 16 bits
+    options = {"n_ctx": 256, "n_threads": 1, "logits_all": True, "verbose": False, "type_k": whole, "type_v": whole}
+    reader = llama_cpp.Llama(str(file), **options)
+    found = []
+    for prompt, answer in zip(prompts, spoken.answers, strict=True):
+        text = tokenizer.decode(prompt, skip_special_tokens=False).encode()
+        assert reader.tokenize(text, add_bos=False, special=True) == prompt
+        reader.reset()
+        reader.eval([*prompt, *answer[:-1]])
+        scores = reader.scores[len(prompt) - 1 : len(prompt) + len(answer) - 1]
+        found.append(torch.from_numpy(numpy.array(scores)))
+    alike = agreement.compare(spoken.logits, found)
+    assert alike.within({"f32": 1e-4, "q8_0": 0.05}[outtype]), alike
+    assert alike.answers == len(prompts) > 0

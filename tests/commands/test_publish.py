@@ -82,7 +82,7 @@ def test_the_card_says_what_the_run_measured(project, tmp_path, capsys):
     assert results["accuracy"].metric_value == pytest.approx(facts["values"]["accuracy"], abs=1e-6)
     assert results["accuracy"].metric_args == {"interval_95": facts["interval"]}
     low, high = facts["base_intervals"]["accuracy"]
-    row = f"| accuracy | {facts['test']['accuracy']:.3f} | {facts['interval'][0]:.3f} to {facts['interval'][1]:.3f} |"
+    row = f"| accuracy | {facts['values']['accuracy']:.3f} | {facts['interval'][0]:.3f} to {facts['interval'][1]:.3f} |"
     assert f"{row} {facts['base']['accuracy']:.3f} | {low:.3f} to {high:.3f} |" in card.text
     for text in ("| adapter.r | 4 |", "| train.learning_rate | 0.001 |", "Key `00000000a6`", "transformers ", SYSTEM):
         assert text in card.text

@@ -58,7 +58,7 @@ def test_a_lie_about_a_figure_and_a_weight_is_found(copy, capsys):
     assert any(
         line.startswith(f"{adapter}: DIFFERS: adapter_model.safetensors: tensor {name} differs") for line in lines
     )
-    assert any(line.startswith(f"{report}: DIFFERS: metrics.json: test.accuracy is") for line in lines)
+    assert any(line.startswith(f"{report}: DIFFERS: metrics.json: values.accuracy is") for line in lines)
 
 
 def test_what_changed_since_is_said_and_allows_last_digits(copy, capsys):

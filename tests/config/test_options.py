@@ -9,8 +9,10 @@ import torch
 from safetensors.torch import load_file
 
 from steps import train_adapter
+from temper.config.stages import validated_stage
 from temper.errors import UserError
 from temper.planning import planner
+from temper.training.arguments import training_arguments
 from tests.support.trainings import BEST, assert_equal, train
 
 
@@ -83,6 +85,18 @@ def test_early_stopping_goes_on_counting_after_a_kill(workspace, tiny_splits, ti
     assert facts("resumed")["resumed_from_step"] > 0
     assert facts("resumed")["global_step"] == last
     assert_equal(undisturbed, resumed)
+
+
+@pytest.mark.parametrize("when", [["train.eval_strategy=steps", "train.eval_steps=7"], []])
+def test_a_planned_training_that_keeps_its_best_is_accepted_by_its_step(workspace, when):
+    """When to save is in no key: the step gets it apart from its config, and `temper verify` does not get it at all."""
+    plan = planner.build("smoke", "none", [*BEST[:3], *when, *(text.replace("eval", "save") for text in when)])
+    (job,) = [job for job in plan.jobs.values() if job.stage == "train_adapter"]
+    assert "save_strategy" not in job.config["train"]
+    config = validated_stage("train_adapter", job.config)["train"]
+    args = training_arguments(config, 1, Path("state"))
+    assert args.save_strategy == args.eval_strategy
+    assert args.save_steps == args.eval_steps or not when
 
 
 def test_early_stopping_without_a_best_model_is_refused():

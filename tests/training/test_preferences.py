@@ -343,7 +343,7 @@ def test_merge_and_report_of_a_preference_optimization(workspace, tiny_pairs, ti
     assert figures["preference_accuracy"] == sum(right) / len(right)
     gains = [
         0.1 * (line["chosen_logp"] - figure["ref_chosen_logps"])
-        for line, figure in zip(lines, load_from_disk(references)["test"], strict=True)
+        for line, figure in zip(lines, load_from_disk(references)["validation"], strict=True)
     ]
     assert figures["rewards/chosen"] == pytest.approx(sum(gains) / len(gains))
     page = Path("report/report.html").read_text()
