@@ -47,7 +47,8 @@ def found(copy: Path, folder: Path) -> None:
 
     wrong = {int(number) for number in _numbers(copy).read_text().split()}
     scores = read_json_lines(folder / "scores.jsonl", {"id": int, "split": str, "suspicion": float})
-    print("| rows of | wrong | AUC | rows listed | of them wrong | of the wrong found | by chance |\n" + "|---" * 7 + "|")
+    print("| rows of | wrong | AUC | rows listed | of them wrong | of the wrong found | by chance |")
+    print("|---" * 7 + "|")
     for name, splits in (("train", ["train"]), ("validation", ["validation"]), ("both", ["train", "validation"])):
         rows = sorted((row for row in scores if row["split"] in splits), key=lambda row: -row["suspicion"])
         is_wrong = [row["id"] in wrong for row in rows]
