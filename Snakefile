@@ -11,7 +11,8 @@
     reference_logprobs  splits, model                           ->  results/references/   (method=dpo)
     train_adapter       splits, model, references               ->  results/adapters/
     merge_adapter       model, adapter, splits                  ->  results/merged/
-    evaluate_model      model, splits, adapter, base_report     ->  results/reports/      (evaluate_base: model, splits)
+    evaluate_model      model, splits, adapter, base_report     ->  results/reports/      (evaluate_base: model, splits;
+                                                                                           both: probe, if there is one)
     rank_runs           validation reports                      ->  results/rankings/     (which runs to test)
     score_rows          model, splits, prompts, raw             ->  results/suspects/     (of the chosen run)
     compare_runs        reports, suspicious rows                ->  results/sweeps/
@@ -228,6 +229,7 @@ rule evaluate_base:
     input:
         model=path_of("evaluate_model", "model"),
         splits=path_of("evaluate_model", "splits"),
+        probe=path_of("evaluate_model", "probe"),
     output:
         update(directory("results/reports/{name}")),
     log:
@@ -238,10 +240,13 @@ rule evaluate_base:
     threads: temper.threads_of(PLAN, "evaluate_model")
     resources:
         gpu=temper.gpus_per_job(),
+    params:
+        probe=temper.flags_of(PLAN, "evaluate_model", "probe"),
     shell:
         "python -m steps.evaluate_model"
         " --model {input.model:q}"
         " --splits {input.splits:q}"
+        " {params.probe}"
         ' --plan "$TEMPER_PLAN"'
         " --output {output:q}"
         " 2>&1 | log_to {log:q}"
@@ -256,6 +261,7 @@ rule evaluate_model:
         base_report=path_of("evaluate_model", "base_report"),
         references=path_of("evaluate_model", "references"),
         start_report=path_of("evaluate_model", "start_report"),
+        probe=path_of("evaluate_model", "probe"),
     output:
         update(directory("results/reports/{name}")),
     log:
@@ -266,7 +272,7 @@ rule evaluate_model:
     resources:
         gpu=temper.gpus_per_job(),
     params:
-        references=temper.flags_of(PLAN, "evaluate_model", "references", "start_report"),
+        references=temper.flags_of(PLAN, "evaluate_model", "references", "start_report", "probe"),
     shell:
         "python -m steps.evaluate_model"
         " --model {input.model:q}"

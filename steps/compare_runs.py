@@ -10,6 +10,8 @@ Reads   each run's report folder: metrics.json, predictions.jsonl, curves.jsonl.
 Writes  leaderboard.csv and leaderboard.json (one row per run, best first), report.html, config.yaml; receipt.json
         (hashes of all that the chosen run consists of); provenance.json comes last. Each file is replaced by itself, so
         the folder is made again in place, whenever a report is new.
+
+Exits with 1, after all is written, where the chosen run does not keep a bound of eval.gate.
 """
 
 import logging
@@ -23,6 +25,7 @@ from temper import tracking
 from temper.errors import UserError
 from temper.evaluation.comparison import Ranking, add_tested, rank
 from temper.evaluation.figures import finite
+from temper.evaluation.gate import unmet
 from temper.files import json_text, read_yaml, write_whole
 from temper.folders import PROVENANCE, locked, temporary_folder
 from temper.keys import stage_key
@@ -31,6 +34,7 @@ from temper.provenance import provenance
 from temper.reports.leaderboard import (
     Board,
     csv_text,
+    end_at_gate,
     leaderboard_rows,
     print_leaderboard,
     shown_metrics,
@@ -86,6 +90,7 @@ def compare(config: dict, output: Path) -> Board:
         missing=ranking.missing,
         base=ranking.best.figures.base,
         base_test=tested.base if tested else None,
+        gate=unmet(ranking.chosen, config["eval"].get("gate")),
     )
     write_whole(output / "leaderboard.json", json_text(finite(board.model_dump())))
     return board
@@ -138,6 +143,7 @@ def _work(_step, arguments, _inputs) -> None:
         board = compare(config, output)
         # Whoever finds the folder can tell which comparison it is.
         facts: dict[str, Any] = {"missing": board.missing, "mirrored": None, "key": stage_key(STAGE, config, {})}
+        facts["gate"] = board.gate
         if arguments.plan:
             planned = plan.load(arguments.plan)
             facts["key"] = planned.comparison.key
@@ -147,8 +153,9 @@ def _work(_step, arguments, _inputs) -> None:
         reports = {run["name"]: run["report"] for run in config["runs"]}
         facts = provenance(STAGE, reports, time.time() - started, facts)
         write_whole(output / "provenance.json", json_text(facts))
-    if not arguments.plan:  # the workflow shows it at its very end
+    if not arguments.plan:  # the workflow shows it at its very end, and ends so
         print_leaderboard(output)
+        end_at_gate(board)
 
 
 def _write_receipt(output: Path, board: Board) -> None:

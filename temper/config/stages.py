@@ -5,6 +5,8 @@ import json
 from pathlib import Path
 from typing import Any, Literal
 
+from pydantic import model_validator
+
 from temper import yaml_files
 from temper.config import best
 from temper.config.compose import expand, parse_overrides, to_container
@@ -16,6 +18,7 @@ from temper.config.schema import (
     Method,
     ModelLoad,
     NumThreads,
+    Probe,
     Prompt,
     Quantization,
     Section,
@@ -106,8 +109,17 @@ class MergeAdapter(Section):
     quantization: Quantization
 
 
+class ProbeView(Probe):
+    """`probe` as evaluate_model gets it from the workflow: the identity of the text replaces name and source."""
+
+    @model_validator(mode="after")
+    def _no_settings_of_nothing(self):
+        return self
+
+
 class EvaluateModel(Section):
     eval: Eval
+    probe: ProbeView = ProbeView()
     model: Loaded
     num_threads: NumThreads = 1
 
@@ -234,6 +246,7 @@ STAGES = {
                 "adapter?": "folder of train_adapter, for the training's curves and times",
                 "base_report?": "report of the untouched model on the same splits, to compare with",
                 "references?": "folder of reference_logprobs, after preference optimization",
+                "probe?": "general text as config section probe describes it: its folder, its pin, or one file",
                 "start_report?": "report of the model that the training started from, when that was trained itself",
             },
         ),
@@ -276,6 +289,7 @@ class Planned:
     """What the planner tells a stage besides its config. By hand, `--config` may give it too."""
 
     raw: dict | None = None  # format_prompts: the identity of the raw data; in the key
+    probe_text: dict | None = None  # evaluate_model: the identity of the probe's text; in the key
     files: dict[str, str] | None = None  # fetch_model: name -> sha256 of your own model's files; in the key
     own_code: dict[str, str] | None = None  # file -> hash, of eval.metrics; in the key
     judging_code: str | None = None  # train_adapter: of what judges answers, where they choose a checkpoint; in the key
@@ -375,7 +389,9 @@ def _config_file(path: str) -> dict:
 
 # Fields that a stage needs but that do not affect its output.
 NOT_IN_KEY: dict[str, frozenset[str]] = {
-    "eval": frozenset({"test", "suspects"}),  # which runs are judged there, not how; which rows are listed
+    # Which runs are judged there, not how; which rows are listed; what is done with the figures.
+    "eval": frozenset({"test", "suspects", "gate"}),
+    "probe": frozenset({"name", "source"}),  # as of data
     "data": frozenset({"name", "source"}),  # the raw files' identity represents the source
     "method": frozenset({"sft"}),  # the resulting model represents it
     "train": frozenset(

@@ -16,6 +16,7 @@ from temper.provenance import peak_memory
 if TYPE_CHECKING:
     from datasets import DatasetDict
 
+    from temper.evaluation.forgetting import Probed
     from temper.evaluation.generation import Answers
     from temper.evaluation.likelihoods import RowLosses
 
@@ -24,7 +25,8 @@ if TYPE_CHECKING:
 class Asked:
     """What a model said of the rows.
 
-    `pair_logps`: log-probability of each preference pair's chosen and of its rejected answer.
+    `pair_logps`: log-probability of each preference pair's chosen and of its rejected answer. `probed`: how likely
+    general text is.
     """
 
     losses: RowLosses
@@ -32,6 +34,7 @@ class Asked:
     answers: Answers
     choices: Choices | None
     pair_logps: list[tuple[float, float]] | None
+    probed: Probed | None = None
 
     def evidence(self, settings: dict, asked: list[dict]) -> metrics.Evidence:
         """All there is to judge this model by, but for what preference optimization changed."""
@@ -90,17 +93,18 @@ def _answer_bytes(rows: list[dict]) -> list[int] | None:
 # --- what the model says -------------------------------------------------------------------------
 
 
-def ask(folder: Path, config: dict, rows: DatasetDict, tokenizer) -> Asked:
+def ask(folder: Path, config: dict, rows: DatasetDict, tokenizer, passages: list[str] | None = None) -> Asked:
     """Loss of each row of a split, an answer to each prompt and, for labels, how likely the model finds each of them.
 
     Args:
         rows: all splits, of which ``eval.split`` names the one to ask.
+        passages: of general text, to be scored as well.
 
     Raises:
         UserError: a loss that is not finite.
     """
-    from temper.evaluation import generation, likelihoods
-    from temper.model import loading
+    from temper.evaluation import forgetting, generation, likelihoods
+    from temper.model import limits, loading
 
     settings = config["eval"]
     asked = list(rows[settings["split"]])
@@ -121,7 +125,8 @@ def ask(folder: Path, config: dict, rows: DatasetDict, tokenizer) -> Asked:
     answers = generation.generate_answers(model, tokenizer, asked, settings, stop_ids, known)
 
     pairs = likelihoods.pair_logps(model, asked, *size) if "rejected_input_ids" in asked[0] else None
-    return Asked(losses, loss_seconds, answers, choices, pairs)
+    probed = forgetting.probe(model, tokenizer, passages, limits.limits_of(folder).context) if passages else None
+    return Asked(losses, loss_seconds, answers, choices, pairs, probed)
 
 
 # --- how good that is ----------------------------------------------------------------------------

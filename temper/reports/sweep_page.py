@@ -10,8 +10,10 @@ from urllib.parse import quote
 from temper.config.compose import groups, hydra_text
 from temper.errors import visible
 from temper.evaluation.comparison import ComparedRun, RankedRun, Ranking, Recipe
+from temper.evaluation.gate import unmet
 from temper.files import read_json_lines
 from temper.reports import html, plots, suspects
+from temper.reports.forgetting import forgetting_sentence, gains_and_forgetting
 from temper.reports.leaderboard import cell_text, short_names, swept_keys, tie_sentence
 
 # --- the page ------------------------------------------------------------------------------------
@@ -43,6 +45,11 @@ def write_page(output: Path, config: dict, names: list[str], ranking: Ranking, r
         chosen=_shown(ranking.chosen, output),
         cheapest=_shown(ranking.cheapest, output),
         choose=ranking.choose,
+        gate=unmet(ranking.chosen, config["eval"].get("gate")),
+        bounded=bool(config["eval"].get("gate")),
+        probed="forgetting" in rows[0],
+        forgetting_sentence=forgetting_sentence(ranking, _label),
+        forgetting_plot=gains_and_forgetting(ranking, config["eval"].get("gate")),
         names=names,
         missing=ranking.missing,
         diverged=[_shown(run, output) for run in ranking.diverged],

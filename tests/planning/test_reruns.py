@@ -425,6 +425,36 @@ def test_a_folder_in_a_place_that_is_asked_for_by_name_is_made(project):
         (project / "kept").rename(merged)
 
 
+def test_a_probe_and_a_gate(project):
+    """Forgetting is measured by the reports alone. A bound that is not kept ends the same command in the same way."""
+    (project / "probe.txt").write_text("\n\n".join(question for question, _ in tiny.tiny_rows(12)))
+    probe = "probe.source.kind=files probe.source.path=probe.txt"
+
+    def ended(*overrides: str) -> tuple[dict[str, int], int, str]:
+        asked = ["experiment=mine", f"overrides={' '.join(overrides)}"]
+        done = snakemake(project, "--config", *asked, check=False, project=project)
+        return executed(done), done.returncode, done.stdout + done.stderr
+
+    jobs, code, said = ended(probe, "eval.gate={forgetting:-9}")
+    assert jobs == {"fetch_data": 1, "evaluate_base": 1, "evaluate_model": 2, **RANK}, said
+    assert code == 1
+    assert re.search(r"^gate: forgetting .* bits per byte .* is above -9$", said, flags=re.MULTILINE), said
+    jobs, code, again = ended(probe, "eval.gate={forgetting:-9}")
+    assert (jobs, code) == (COMPARE, 1), again
+    assert leaderboard(project, "mine")[0]["forgetting"]
+    receipt = json.loads((project / "results/sweeps/mine/receipt.json").read_text())
+    assert any("probe.txt" in part["files"] for part in receipt["parts"])
+    jobs, code, said = ended(probe, "eval.gate={forgetting:9}")
+    assert (jobs, code) == (COMPARE, 0), said
+    assert ended(probe, "eval.gate={forgetting:9}")[:2] == ({}, 0)
+
+    (project / "probe.txt").write_text("One passage.")
+    jobs, code, said = ended(probe)
+    assert (jobs, code) == ({}, 2), said
+    assert "has 1 passage(s), and its interval takes 2" in said
+    assert run(project) == RANK
+
+
 def test_edits_that_were_taken_back_are_no_work(project):
     assert run(project, "", "-n") == {}
 
