@@ -14,7 +14,8 @@
     evaluate_model      model, splits, adapter, base_report     ->  results/reports/      (evaluate_base: model, splits;
                                                                                            both: probe, if there is one)
     rank_runs           validation reports                      ->  results/rankings/     (which runs to test)
-    compare_runs        reports                                 ->  results/sweeps/
+    score_rows          model, splits, prompts, raw             ->  results/suspects/     (of the chosen run)
+    compare_runs        reports, suspicious rows                ->  results/sweeps/
 
 Every path below results/ ends in a key that hashes everything it was made from (see temper/planning/plan.py), so a
 path that exists is up to date, and nothing is made twice. The rules hold no logic: the plan says what to make. A job
@@ -299,11 +300,37 @@ checkpoint rank_runs:
         " 2>&1 | log_to {log:q}"
 
 
+rule score_rows:
+    "Rows of training and validation whose answers are likely wrong, by the chosen run; off with eval.suspects=0."
+    input:
+        model=path_of("score_rows", "model"),
+        splits=path_of("score_rows", "splits"),
+        prompts=path_of("score_rows", "prompts"),
+        raw=path_of("score_rows", "raw"),
+    output:
+        update(directory("results/suspects/{name}")),
+    log:
+        "results/logs/score_rows/{name}.log",
+    threads: temper.threads_of(PLAN, "score_rows")
+    resources:
+        gpu=temper.gpus_per_job(),
+    shell:
+        "python -m steps.score_rows"
+        " --model {input.model:q}"
+        " --splits {input.splits:q}"
+        " --prompts {input.prompts:q}"
+        " --raw {input.raw:q}"
+        ' --plan "$TEMPER_PLAN"'
+        " --output {output:q}"
+        " 2>&1 | log_to {log:q}"
+
+
 rule compare_runs:
     "Leaderboard and page of the sweep; completes MLflow and names the champion."
     input:
         reports=temper.reports(PLAN, workflow),
         test_reports=temper.test_reports(PLAN, checkpoints),
+        suspects=temper.suspects(PLAN, checkpoints),
     output:
         update(f"{SWEEP}/leaderboard.csv"),
         update(f"{SWEEP}/leaderboard.json"),

@@ -477,6 +477,9 @@ class Eval(Section):
     samples: Annotated[int, Field(ge=0)] = 20
     """Number of rows shown side by side in the report."""
     published: list[Published] = []
+    suspects: Annotated[int, Field(ge=0)] = 50
+    """Rows to list as suspicious, likely mislabelled ones: of training and validation those that the chosen run trusts
+    the least. 0: none."""
     gate: Gate | None = None
     """Bounds that the chosen run must keep, else the command ends with exit code 1."""
 

@@ -124,6 +124,21 @@ class EvaluateModel(Section):
     num_threads: NumThreads = 1
 
 
+class Scored(Part):
+    """What of `eval` decides which rows are suspicious."""
+
+    task: Literal["labels", "tags", "text"]
+    labels: list[str] | None = None
+    batch_size: int = 32
+    suspects: int = 50
+
+
+class ScoreRows(Section):
+    eval: Scored
+    model: Loaded
+    num_threads: NumThreads = 1
+
+
 class Chooses(Part):
     choose: Literal["best", "cheapest_of_tied"] = "best"
 
@@ -236,6 +251,18 @@ STAGES = {
             },
         ),
         Stage("rank_runs", RankRuns, "rankings", holds=("ranking.json",)),
+        Stage(
+            "score_rows",
+            ScoreRows,
+            "suspects",
+            holds=("suspects.json",),
+            inputs={
+                "model": "folder of merge_adapter",
+                "splits": "folder of tokenize_splits",
+                "prompts": "folder of format_prompts that the splits were made of",
+                "raw": "the raw data that the prompts were made of, named as it was then",
+            },
+        ),
         Stage("compare_runs", CompareRuns, "sweeps"),
     )
 }
@@ -362,7 +389,8 @@ def _config_file(path: str) -> dict:
 
 # Fields that a stage needs but that do not affect its output.
 NOT_IN_KEY: dict[str, frozenset[str]] = {
-    "eval": frozenset({"test", "gate"}),  # what is done with the figures, not how they are made
+    # Which runs are judged there, not how; which rows are listed; what is done with the figures.
+    "eval": frozenset({"test", "suspects", "gate"}),
     "probe": frozenset({"name", "source"}),  # as of data
     "data": frozenset({"name", "source"}),  # the raw files' identity represents the source
     "method": frozenset({"sft"}),  # the resulting model represents it
@@ -386,3 +414,10 @@ NOT_IN_KEY: dict[str, frozenset[str]] = {
         ]
     ),
 }
+
+
+def keys_hidden(stage: str, section: str) -> frozenset[str]:
+    """The fields of a config section that are in no key of a stage. What a `Part` names, its stage needs."""
+    kind = STAGES[stage].config.model_fields[section].annotation
+    named = kind.model_fields if isinstance(kind, type) and issubclass(kind, Part) else {}
+    return NOT_IN_KEY.get(section, frozenset()) - set(named)

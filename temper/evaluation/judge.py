@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
-import math
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from temper.data.columns import IGNORED, answer_start
-from temper.errors import UserError
 from temper.evaluation import intervals, metrics, own_metrics
-from temper.evaluation.class_tokens import class_answers
+from temper.evaluation.choices import Choices, likeliest
 from temper.evaluation.figures import Delta, Figures, Start
 from temper.provenance import peak_memory
 
@@ -22,18 +19,6 @@ if TYPE_CHECKING:
     from temper.evaluation.forgetting import Probed
     from temper.evaluation.generation import Answers
     from temper.evaluation.likelihoods import RowLosses
-
-
-@dataclasses.dataclass
-class Choices:
-    """Task labels: the label that a model finds the likeliest, row by row.
-
-    `chosen_by`: how it was found. `logps`: of each row, the log-probabilities of all labels.
-    """
-
-    chosen: list[str]
-    chosen_by: str
-    logps: list[tuple]
 
 
 @dataclasses.dataclass
@@ -129,7 +114,7 @@ def ask(folder: Path, config: dict, rows: DatasetDict, tokenizer, passages: list
     started = time.perf_counter()
     losses = likelihoods.row_losses(model, asked, *size)
     loss_seconds = time.perf_counter() - started
-    _check_finite(folder, settings["split"], asked, losses.sums)
+    likelihoods.check_finite(folder, settings["split"], asked, losses.sums)
 
     choices = None
     if settings["task"] == "labels":
@@ -142,42 +127,6 @@ def ask(folder: Path, config: dict, rows: DatasetDict, tokenizer, passages: list
     pairs = likelihoods.pair_logps(model, asked, *size) if "rejected_input_ids" in asked[0] else None
     probed = forgetting.probe(model, tokenizer, passages, limits.limits_of(folder).context) if passages else None
     return Asked(losses, loss_seconds, answers, choices, pairs, probed)
-
-
-# How the likeliest label is found; the second way where a label is the beginning of another one.
-ALONE = "the log-probability of its tokens"
-WITH_END = "the log-probability of its tokens and of the one that ends an answer"
-
-
-def likeliest(model, rows: DatasetDict, asked: list[dict], class_names: list[str], tokenizer, size: tuple[int, int]):
-    """The label that the model finds the likeliest, row by row.
-
-    As lm-eval compares the choices of a question: by their own tokens. Where a label is the beginning of another one
-    (``C``, ``C++``), the shorter would always be the likelier: there the end of each counts as well. Elsewhere it does
-    not, for how readily a model ends its answer says nothing about the label.
-    """
-    from temper.evaluation import likelihoods
-
-    ended = class_answers(class_names, rows, tokenizer)
-    alone = [answer[:-1] for answer in ended]
-    with_end = _one_begins_another(alone)
-    logps = likelihoods.class_logps(model, asked, ended if with_end else alone, *size)
-    chosen = [class_names[max(range(len(class_names)), key=of_row.__getitem__)] for of_row in logps]
-    return Choices(chosen, WITH_END if with_end else ALONE, logps)
-
-
-def _one_begins_another(answers: list[list[int]]) -> bool:
-    ordered = sorted(answers)  # a label stands right before those that begin with it
-    return any(after[: len(label)] == label for label, after in itertools.pairwise(ordered))
-
-
-def _check_finite(folder: Path, split: str, rows: list[dict], sums: list[float]) -> None:
-    for row, total in zip(rows, sums, strict=True):
-        if not math.isfinite(total):
-            raise UserError(
-                f"{folder}: the loss of {split} row {row['id']} is {total}, so no figure would mean anything: the "
-                "weights are not finite, or model.load.dtype is too narrow for them (try float32)"
-            )
 
 
 # --- how good that is ----------------------------------------------------------------------------

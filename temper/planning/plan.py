@@ -48,7 +48,7 @@ class PlannedRun:
     point: dict  # swept config key -> value
     config: dict
     # stage -> path; `base_report`: of the untouched model; `start_report`: of the training before this one;
-    # `test_report`: made only if the ranking asks for it
+    # `test_report`: made only if the ranking asks for it; `score_rows`: only for the chosen run
     artefacts: dict[str, str]
     segments: list[str] = dataclasses.field(default_factory=list)  # adapters along the trunk, oldest first
 
@@ -93,6 +93,18 @@ class Plan:
         tested = read_json(file, {"tested": list[str]})["tested"]
         return [run.artefacts["test_report"] for run in self.runs if run.name in tested]
 
+    def suspects(self) -> list[str]:
+        """The suspicious rows of the chosen run. The ranking must be there; without `eval.suspects` there are none."""
+        chosen = read_json(Path(self.ranking.path) / RANKING, {"chosen": str})["chosen"]
+        return self._suspects(next(run for run in self.runs if run.name == chosen))
+
+    def _suspects(self, run: PlannedRun) -> list[str]:
+        return [run.artefacts["score_rows"]] if "score_rows" in run.artefacts else []
+
+    def _likely_suspects(self) -> list[str]:
+        """The same. Before there is a ranking, the first run stands for the chosen one."""
+        return self.suspects() if self.is_made(self.ranking) else self._suspects(self.runs[0])
+
     def _likely_test_reports(self) -> list[str]:
         """The same. Before there is a ranking, the first run stands for the chosen one."""
         if self.is_made(self.ranking):
@@ -115,10 +127,10 @@ class Plan:
     def missing(self) -> list[Job]:
         """The jobs to run before the comparison: whatever it needs that is missing or damaged.
 
-        Before there is a ranking, the first run stands for the one that it will choose for the test split.
+        Before there is a ranking, the first run stands for the one that it will choose.
         """
         found = dict.fromkeys(self.damaged())
-        todo = [self.ranking.path, *self._likely_test_reports()]
+        todo = [self.ranking.path, *self._likely_test_reports(), *self._likely_suspects()]
         todo += [run.artefacts["evaluate_model"] for run in self.runs]
         todo += [path for broken in found for path in self.jobs[broken].inputs.values()]
         while todo:

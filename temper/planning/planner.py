@@ -8,7 +8,7 @@ from temper import tracking
 from temper.config.best import JUDGING
 from temper.config.compose import chosen_experiment, expand, own_folder, parse_overrides, split_overrides, use_folder
 from temper.config.schema import Data, Probe
-from temper.config.stages import FOLDERS, NOT_IN_KEY, PLATEAU, stage_config
+from temper.config.stages import FOLDERS, PLATEAU, keys_hidden, stage_config
 from temper.config.validate import sft_config
 from temper.errors import UserError
 from temper.evaluation import own_metrics
@@ -107,6 +107,8 @@ def _add_comparison(plan: Plan, config: dict, overrides: list[str]) -> None:
 
     for run, planned in zip(plan.runs, runs, strict=True):
         planned["test_report"] = run.artefacts["test_report"]
+        if "score_rows" in run.artefacts:
+            planned["suspects"] = run.artefacts["score_rows"]
     view = {
         "experiment": plan.experiment,
         "eval": config["eval"],
@@ -169,6 +171,9 @@ class _Planner:
             "test_report": reports["test"].path,
             **({"start_report": starts[split].path} if starts else {}),
         }
+        if config["eval"]["suspects"]:
+            inputs = {"model": merged.path, "splits": splits.path, "prompts": prompts.path, "raw": pin}
+            artefacts["score_rows"] = self._job("score_rows", _slug(config), config, inputs).path
         name, key = Path(reports[split].path).name, reports[split].key
         return PlannedRun(name, key, point, config, artefacts, [segment.path for segment in adapters])
 
@@ -341,7 +346,7 @@ class _Planner:
 
     def _key(self, stage: str, config: dict, inputs: dict, extra=None, unkeyed=frozenset(), upstream=None):
         """(key, hashed config, settings) of an artefact. `extra` adds to its config, `upstream` to its inputs' keys."""
-        keyed, settings = _without_unkeyed(stage_config(stage, config))
+        keyed, settings = _without_unkeyed(stage, stage_config(stage, config))
         keyed.update(extra or {})
         if stage == "train_adapter" and "eval" in keyed:
             keyed["judging_code"] = code_key(JUDGING)
@@ -356,11 +361,11 @@ class _Planner:
         return self.jobs.setdefault(path, Job(stage, path, key, keyed, inputs, settings))
 
 
-def _without_unkeyed(view: dict) -> tuple[dict, dict]:
+def _without_unkeyed(stage: str, view: dict) -> tuple[dict, dict]:
     """Split a stage's config into the part that its key hashes and the part in no key."""
     keyed, settings = {}, {}
     for section, value in view.items():
-        hidden = NOT_IN_KEY.get(section, frozenset())
+        hidden = keys_hidden(stage, section)
         if hidden and isinstance(value, dict):
             keyed[section] = {name: item for name, item in value.items() if name not in hidden}
             rest = {name: item for name, item in value.items() if name in hidden}

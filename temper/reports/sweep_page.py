@@ -12,7 +12,7 @@ from temper.errors import visible
 from temper.evaluation.comparison import ComparedRun, RankedRun, Ranking, Recipe
 from temper.evaluation.gate import unmet
 from temper.files import read_json_lines
-from temper.reports import html, plots
+from temper.reports import html, plots, suspects
 from temper.reports.forgetting import forgetting_sentence, gains_and_forgetting
 from temper.reports.leaderboard import cell_text, short_names, swept_keys, tie_sentence
 
@@ -59,6 +59,8 @@ def write_page(output: Path, config: dict, names: list[str], ranking: Ranking, r
         curves=plots.sweep_curves([(_label(run), curves_of(run)) for run in runs[: plots.MOST_CURVES]]),
         most_curves=plots.MOST_CURVES,
         command=_command_for(ranking.chosen.point, config),
+        suspects=suspects.read(ranking.chosen.suspects),
+        suspects_csv=_link(ranking.chosen.suspects or "", suspects.CSV, output),
     )
 
 
@@ -71,8 +73,13 @@ def _shown(run: ComparedRun, output: Path, recipe: Recipe | None = None, place: 
 
 
 def _page(report: str, output: Path) -> str:
-    """The link to a report, relative, so that results/ can be moved or sent as a whole."""
-    return quote(Path(os.path.relpath(Path(report) / "report.html", output)).as_posix())
+    """The link to a report."""
+    return _link(report, "report.html", output)
+
+
+def _link(folder: str, file: str, output: Path) -> str:
+    """A link, relative, so that results/ can be moved or sent as a whole."""
+    return quote(Path(os.path.relpath(Path(folder) / file, output)).as_posix())
 
 
 def curves_of(run: ComparedRun) -> list[dict]:

@@ -81,10 +81,11 @@ def run(project: Path, overrides: str = "", *arguments: str, experiment: str = "
 
 COMPARE = {"compare_runs": 1}
 RANK = {"rank_runs": 1, **COMPARE}
-MERGE = {"merge_adapter": 2, "evaluate_model": 3, **RANK}  # one of them for the test split
+SCORE = {"score_rows": 1}
+MERGE = {"merge_adapter": 2, "evaluate_model": 3, **SCORE, **RANK}  # one of them for the test split
 EVALUATE = {"evaluate_base": 2, "evaluate_model": 3, **RANK}
 TRAIN = {"train_adapter": 2, **MERGE}
-TOKENIZE = {"tokenize_splits": 1, "train_adapter": 2, "merge_adapter": 2, **EVALUATE}
+TOKENIZE = {"tokenize_splits": 1, "train_adapter": 2, "merge_adapter": 2, **SCORE, **EVALUATE}
 FORMAT = {"format_prompts": 1, **TOKENIZE}
 ALL_BUT_DATA = {"fetch_model": 1, **FORMAT}
 REFERENCES = {"reference_logprobs": 1, **TRAIN}
@@ -182,6 +183,7 @@ MATRIX = (
         files=(("conf/sweep/mine.yaml", "1e-3,1e-2", "1e-3"),),
         fast=False,
     ),
+    Edit("`eval.suspects=10`", {**SCORE, **RANK}, "eval.suspects=10"),
     Edit("`eval.test=all`", {"evaluate_model": 1, **RANK}, "eval.test=all"),
     Edit("rename the sweep: `sweep.name=other`", RANK, "sweep.name=other", fast=False, back={}),
     Edit(
@@ -349,6 +351,7 @@ def known_before_ranking(jobs: dict[str, int]) -> dict[str, int]:
     }
     if jobs.get("train_adapter") == 1:
         sure["evaluate_model"] = 1
+    sure["score_rows"] = 0  # of the chosen run
     return {name: count for name, count in {**jobs, **sure}.items() if count}
 
 
