@@ -328,7 +328,7 @@ def _without_sources(configs: dict[str, dict]) -> dict:
     merged: dict = {}
     for config in configs.values():
         for section, value in config.items():
-            merged[section] = {**merged.get(section, {}), **value} if isinstance(value, dict) else value
+            merged[section] = {**(merged.get(section) or {}), **value} if isinstance(value, dict) else value
     merged.pop("raw", None)
     for name in ("name", "source"):
         merged.get("data", {}).pop(name, None)
