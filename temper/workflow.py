@@ -143,6 +143,16 @@ def test_reports(plan: planning.Plan, checkpoints):
     return inputs
 
 
+def of_chosen(plan: planning.Plan, checkpoints):
+    """Input function: what is made only for the run that the ranking chooses; before there is one, the ranking."""
+
+    def inputs(_wildcards) -> list[str]:
+        checkpoints.rank_runs.get(name=Path(plan.ranking.path).name)
+        return plan.of_chosen()
+
+    return inputs
+
+
 def reports(plan: planning.Plan, workflow):
     """Input function: the reports that the comparison waits for.
 

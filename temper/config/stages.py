@@ -12,6 +12,7 @@ from temper.config.libraries import check_library_sections
 from temper.config.schema import (
     Data,
     Eval,
+    Harness,
     Merge,
     Method,
     ModelLoad,
@@ -108,6 +109,22 @@ class MergeAdapter(Section):
 
 class EvaluateModel(Section):
     eval: Eval
+    model: Loaded
+    num_threads: NumThreads = 1
+
+
+class Asks(Part):
+    harness: Harness | None = None
+
+
+class Templated(Part):
+    apply_chat_template: bool = True
+    date: str = Prompt.model_fields["date"].default
+
+
+class RunHarness(Section):
+    eval: Asks
+    prompt: Templated
     model: Loaded
     num_threads: NumThreads = 1
 
@@ -223,6 +240,17 @@ STAGES = {
             },
         ),
         Stage("rank_runs", RankRuns, "rankings", holds=("ranking.json",)),
+        Stage(
+            "run_harness",
+            RunHarness,
+            "harness",
+            ("base_harness",),
+            ("harness.json",),
+            {
+                "model": "folder of merge_adapter, or of fetch_model for the untouched model",
+                "base_harness?": "folder of run_harness of the untouched model, to compare with",
+            },
+        ),
         Stage("compare_runs", CompareRuns, "sweeps"),
     )
 }
@@ -250,7 +278,8 @@ class Planned:
 
     raw: dict | None = None  # format_prompts: the identity of the raw data; in the key
     files: dict[str, str] | None = None  # fetch_model: name -> sha256 of your own model's files; in the key
-    own_code: dict[str, str] | None = None  # file -> hash, of eval.metrics; in the key
+    own_code: dict[str, str] | None = None  # file -> hash, of eval.metrics or of eval.harness; in the key
+    lm_eval: str | None = None  # run_harness: version of lm-eval; in the key
     judging_code: str | None = None  # train_adapter: of what judges answers, where they choose a checkpoint; in the key
     trunk: str | None = None  # this and all below for train_adapter: the name of its checkpoints' folder
     part: str | None = None  # PLATEAU: stop where the decay begins, which is another job
@@ -348,7 +377,7 @@ def _config_file(path: str) -> dict:
 
 # Fields that a stage needs but that do not affect its output.
 NOT_IN_KEY: dict[str, frozenset[str]] = {
-    "eval": frozenset({"test"}),  # which runs are judged there, not how
+    "eval": frozenset({"test", "harness"}),  # which runs are judged there, not how; another stage's
     "data": frozenset({"name", "source"}),  # the raw files' identity represents the source
     "method": frozenset({"sft"}),  # the resulting model represents it
     "train": frozenset(
@@ -371,3 +400,10 @@ NOT_IN_KEY: dict[str, frozenset[str]] = {
         ]
     ),
 }
+
+
+def keys_hidden(stage: str, section: str) -> frozenset[str]:
+    """The fields of a config section that are in no key of a stage. What a `Part` names, its stage needs."""
+    kind = STAGES[stage].config.model_fields[section].annotation
+    named = kind.model_fields if isinstance(kind, type) and issubclass(kind, Part) else {}
+    return NOT_IN_KEY.get(section, frozenset()) - set(named)

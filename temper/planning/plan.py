@@ -15,6 +15,7 @@ RESULTS = Path("results")
 STATE = RESULTS / ".state"
 PLANS = RESULTS / ".plans"
 RANKING = "ranking.json"
+FOR_CHOSEN = ("run_harness",)  # artefacts of a run that are made only for the one that the ranking chooses
 
 
 @dataclasses.dataclass
@@ -48,7 +49,7 @@ class PlannedRun:
     point: dict  # swept config key -> value
     config: dict
     # stage -> path; `base_report`: of the untouched model; `start_report`: of the training before this one;
-    # `test_report`: made only if the ranking asks for it
+    # `test_report`: made only if the ranking asks for it; `base_harness`: of the untouched model; those in `FOR_CHOSEN`
     artefacts: dict[str, str]
     segments: list[str] = dataclasses.field(default_factory=list)  # adapters along the trunk, oldest first
 
@@ -93,6 +94,21 @@ class Plan:
         tested = read_json(file, {"tested": list[str]})["tested"]
         return [run.artefacts["test_report"] for run in self.runs if run.name in tested]
 
+    def of_chosen(self) -> list[str]:
+        """What is made only for the run that the ranking chooses. The ranking must be there."""
+        chosen = read_json(Path(self.ranking.path) / RANKING, {"chosen": str})["chosen"]
+        return _for_chosen(next(run for run in self.runs if run.name == chosen))
+
+    def _likely_of_chosen(self) -> list[str]:
+        """The same. Before there is a ranking, the first run stands for the chosen one."""
+        return self.of_chosen() if self.is_made(self.ranking) else _for_chosen(self.runs[0])
+
+    @property
+    def base_harness(self) -> list[str]:
+        """What lm-eval measures of the untouched model, if it is needed whichever run is chosen."""
+        found = {run.artefacts.get("base_harness") for run in self.runs}
+        return [path for path in found if path and len(found) == 1]
+
     def _likely_test_reports(self) -> list[str]:
         """The same. Before there is a ranking, the first run stands for the chosen one."""
         if self.is_made(self.ranking):
@@ -115,10 +131,10 @@ class Plan:
     def missing(self) -> list[Job]:
         """The jobs to run before the comparison: whatever it needs that is missing or damaged.
 
-        Before there is a ranking, the first run stands for the one that it will choose for the test split.
+        Before there is a ranking, the first run stands for the one that it will choose.
         """
         found = dict.fromkeys(self.damaged())
-        todo = [self.ranking.path, *self._likely_test_reports()]
+        todo = [self.ranking.path, *self._likely_test_reports(), *self._likely_of_chosen()]
         todo += [run.artefacts["evaluate_model"] for run in self.runs]
         todo += [path for broken in found for path in self.jobs[broken].inputs.values()]
         while todo:
@@ -160,6 +176,10 @@ class Plan:
         except OSError as error:
             raise UserError(f"{path}: cannot be written ({error.strerror}); make results/ a writable folder") from None
         return path
+
+
+def _for_chosen(run: PlannedRun) -> list[str]:
+    return [run.artefacts[name] for name in FOR_CHOSEN if name in run.artefacts]
 
 
 def load(path: str | os.PathLike) -> Plan:

@@ -5,10 +5,11 @@ import os
 from pathlib import Path
 
 from temper import tracking
+from temper.config import harness as harness_checks
 from temper.config.best import JUDGING
 from temper.config.compose import chosen_experiment, expand, own_folder, parse_overrides, split_overrides, use_folder
 from temper.config.schema import Data
-from temper.config.stages import FOLDERS, NOT_IN_KEY, PLATEAU, stage_config
+from temper.config.stages import FOLDERS, PLATEAU, keys_hidden, stage_config
 from temper.config.validate import sft_config
 from temper.errors import UserError
 from temper.evaluation import own_metrics
@@ -18,7 +19,7 @@ from temper.hashing import HashCache, canonical_json
 from temper.keys import code_key, stage_key
 from temper.model.adapters import load_for_training
 from temper.model.layout import model_files
-from temper.planning.plan import RESULTS, STATE, Job, Plan, PlannedRun
+from temper.planning.plan import FOR_CHOSEN, RESULTS, STATE, Job, Plan, PlannedRun
 from temper.planning.trunks import DECAYING_AT_THE_END, shares_trunk
 from temper.sources import pins as raw_data
 from temper.sources.revisions import pinned
@@ -105,6 +106,7 @@ def _add_comparison(plan: Plan, config: dict, overrides: list[str]) -> None:
 
     for run, planned in zip(plan.runs, runs, strict=True):
         planned["test_report"] = run.artefacts["test_report"]
+        planned |= {name: run.artefacts[name] for name in FOR_CHOSEN if name in run.artefacts}
     view = {
         "experiment": plan.experiment,
         "eval": config["eval"],
@@ -140,6 +142,7 @@ class _Planner:
         self.identities: dict[str, dict] = {}
         self.sources: dict[str, str] = {}  # data set's name -> its pin
         self.own_code: dict[str, dict[str, str]] = {}  # eval.metrics -> file -> hash
+        self.harness: dict[str, dict] = {}  # eval.harness -> what its key has beside it
         self.exact: dict[str, dict] = {}  # source as the config has it -> the same, pinned
 
     def add_run(self, config: dict, point: dict) -> PlannedRun:
@@ -167,6 +170,7 @@ class _Planner:
             "test_report": reports["test"].path,
             **({"start_report": starts[split].path} if starts else {}),
         }
+        artefacts |= self._harness(config, base, merged)
         name, key = Path(reports[split].path).name, reports[split].key
         return PlannedRun(name, key, point, config, artefacts, [segment.path for segment in adapters])
 
@@ -270,6 +274,21 @@ class _Planner:
             self.own_code[asked] = own_metrics.code(settings)
         return self.own_code[asked]
 
+    def _harness(self, config: dict, base: Job, merged: Job) -> dict[str, str]:
+        """What lm-eval measures of the untouched and of the tuned model, which is made only for the chosen run."""
+        settings = config["eval"]["harness"]
+        if not settings:
+            return {}
+        asked = canonical_json(settings)
+        if asked not in self.harness:
+            self.harness[asked] = {"lm_eval": harness_checks.version(), "own_code": harness_checks.files(settings)}
+            harness_checks.check_tasks(settings, STATE)
+        extra, name = self.harness[asked], f"base-{config['model']['name']}"
+        untouched = self._job("run_harness", name, config, {"model": base.path}, extra)
+        inputs = {"model": merged.path, "base_harness": untouched.path}
+        tuned = self._job("run_harness", _slug(config), config, inputs, extra)
+        return {"base_harness": untouched.path, "run_harness": tuned.path}
+
     def _adapters(self, config: dict, inputs: dict[str, str]) -> list[Job]:
         """The training jobs of a run: one, or one per epoch if runs can share them (see `planning.trunks`).
 
@@ -322,7 +341,7 @@ class _Planner:
 
     def _key(self, stage: str, config: dict, inputs: dict, extra=None, unkeyed=frozenset(), upstream=None):
         """(key, hashed config, settings) of an artefact. `extra` adds to its config, `upstream` to its inputs' keys."""
-        keyed, settings = _without_unkeyed(stage_config(stage, config))
+        keyed, settings = _without_unkeyed(stage, stage_config(stage, config))
         keyed.update(extra or {})
         if stage == "train_adapter" and "eval" in keyed:
             keyed["judging_code"] = code_key(JUDGING)
@@ -337,11 +356,11 @@ class _Planner:
         return self.jobs.setdefault(path, Job(stage, path, key, keyed, inputs, settings))
 
 
-def _without_unkeyed(view: dict) -> tuple[dict, dict]:
+def _without_unkeyed(stage: str, view: dict) -> tuple[dict, dict]:
     """Split a stage's config into the part that its key hashes and the part in no key."""
     keyed, settings = {}, {}
     for section, value in view.items():
-        hidden = NOT_IN_KEY.get(section, frozenset())
+        hidden = keys_hidden(stage, section)
         if hidden and isinstance(value, dict):
             keyed[section] = {name: item for name, item in value.items() if name not in hidden}
             rest = {name: item for name, item in value.items() if name in hidden}

@@ -14,6 +14,7 @@ from temper.errors import UserError, visible
 from temper.evaluation import metrics
 from temper.evaluation.comparison import DivergedRun, RankedRun, Ranking, Recipe
 from temper.evaluation.figures import Figures, Number, finite
+from temper.evaluation.harness import Harness
 from temper.files import read_json
 from temper.reports import html, plots
 
@@ -30,8 +31,8 @@ class Board(BaseModel):
     """A leaderboard, as leaderboard.json has it: a row for each run, best first, those that diverged below.
 
     `split`: the one that ranks. `chosen`: the name of the run that the sweep chooses. `base`: metric -> figure of the
-    untouched model; `base_test`: on the test split, where that was opened. `missing`: names of the runs without a
-    report.
+    untouched model; `base_test`: on the test split, where that was opened. `harness`: what lm-eval measured of the
+    chosen run. `missing`: names of the runs without a report.
     """
 
     model_config = ConfigDict(strict=True, extra="ignore")
@@ -43,6 +44,7 @@ class Board(BaseModel):
     missing: list[str]
     base: dict[str, Number] | None
     base_test: dict[str, Number] | None
+    harness: Harness | None = None
 
     @property
     def chosen_row(self) -> dict[str, Any]:
