@@ -22,7 +22,7 @@ from typing import Any
 
 from temper import tracking
 from temper.errors import UserError
-from temper.evaluation.comparison import Ranking, add_tested, rank
+from temper.evaluation.comparison import RankedRun, Ranking, add_tested, rank
 from temper.evaluation.figures import finite
 from temper.evaluation.harness import FILE as HARNESS
 from temper.evaluation.harness import Harness, read_harness
@@ -75,7 +75,7 @@ def compare(config: dict, output: Path) -> Board:
     (output / RECEIPT).unlink(missing_ok=True)  # of the comparison before
     write_whole(output / "config.yaml", safe_dump(config, sort_keys=False, allow_unicode=True))
     write_whole(output / "leaderboard.csv", csv_text(rows))
-    harness = _harness(config["runs"], ranking.chosen.name)
+    harness = _harness(ranking.chosen)
     write_page(output, config, names, ranking, rows, harness)
 
     runs = [*ranking.runs, *ranking.diverged]
@@ -96,13 +96,12 @@ def compare(config: dict, output: Path) -> Board:
     return board
 
 
-def _harness(planned: list[dict], chosen: str) -> Harness | None:
+def _harness(chosen: RankedRun) -> Harness | None:
     """What lm-eval measured of the chosen run; None: nothing was asked, or it is not made yet."""
-    folder = next(run.get("run_harness") for run in planned if run["name"] == chosen)
-    if folder and not (Path(folder) / HARNESS).is_file():
-        log.info("%s: chosen for lm-eval, and has no figures of it yet", chosen)
+    if chosen.run_harness and not (Path(chosen.run_harness) / HARNESS).is_file():
+        log.info("%s: chosen for lm-eval, and has no figures of it yet", chosen.name)
         return None
-    return read_harness(Path(folder)) if folder else None
+    return read_harness(Path(chosen.run_harness)) if chosen.run_harness else None
 
 
 def _say_missing(planned: list[dict], ranking: Ranking) -> None:

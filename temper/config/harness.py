@@ -16,7 +16,7 @@ from temper.hashing import canonical_json, file_sha256
 from temper.sources import own_code
 
 PLACE = "config: 'eval.harness'"
-INSTALL = "pip install lm-eval=={}"
+INSTALL = "{} -m pip install lm-eval=={}"
 TESTED = "0.4.13"  # as in pyproject.toml
 
 
@@ -27,7 +27,7 @@ def version() -> str:
         UserError: it is not installed.
     """
     if importlib.util.find_spec("lm_eval") is None:
-        raise UserError(f"{PLACE}: needs EleutherAI's lm-eval: {INSTALL.format(TESTED)}")
+        raise UserError(f"{PLACE}: needs EleutherAI's lm-eval: {INSTALL.format(sys.executable, TESTED)}")
     return importlib.metadata.version("lm_eval")
 
 

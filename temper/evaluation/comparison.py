@@ -44,7 +44,8 @@ class ComparedRun:
     """A run of a sweep that has a report.
 
     `point`: swept key -> its value. `report`: the folder of its evaluation; `test_report`: of the one on the test
-    split, which most runs never get. `train`: the figures of its training.
+    split, which most runs never get. `train`: the figures of its training. `run_harness`: folder of what lm-eval
+    measured, which only the chosen run gets.
     """
 
     name: str
@@ -52,6 +53,7 @@ class ComparedRun:
     report: str
     test_report: str | None
     train: dict[str, Any]
+    run_harness: str | None = dataclasses.field(default=None, kw_only=True)
 
 
 @dataclasses.dataclass
