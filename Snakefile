@@ -38,9 +38,10 @@ SWEEP = PLAN.comparison.path
 # (stage, input's name) -> function that gives a job's path for that input, or nothing if the job has no such input.
 path_of = temper.inputs(PLAN, workflow)
 
-# On a signal the shell waits for its step, and the log is written to its last line.
+# A step's exit code is its job's, for all that its log goes through a pipe (a prefix replaces Snakemake's own, which says
+# so). On a signal the shell waits for its step, and the log is written to its last line.
 shell.prefix(
-    "trap : INT TERM HUP; log_to() {{ trap '' INT TERM HUP; exec tee \"$1\"; }}; "
+    "set -euo pipefail; trap : INT TERM HUP; log_to() {{ trap '' INT TERM HUP; exec tee \"$1\"; }}; "
 )
 
 

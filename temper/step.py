@@ -117,6 +117,8 @@ def logging_to(path: str | None):
 
 def execute(step, arguments, names: list[str]) -> None:
     """Load the config, lock the output, run the step into a temporary folder, rename it into place."""
+    from temper.config.stages import Planned
+
     output = _output_path(arguments.output)
     inputs = {name: _input_path(name, getattr(arguments, name)) for name in names}
     config, settings = config_and_settings(step.STAGE, arguments)
@@ -127,7 +129,8 @@ def execute(step, arguments, names: list[str]) -> None:
             return
         started = time.time()
         with temporary_folder(output) as folder:
-            facts = _run(step, _deep_merge(config, settings), inputs, folder)
+            facts = _run(step, deep_merge(config, settings), inputs, folder)
+            facts["not_in_key"] = Planned.apart(settings)[0]
             _readable_weights(folder)
             write_provenance(folder, step.STAGE, config, inputs, time.time() - started, facts)
         log.info("%s: wrote %s in %s", step.STAGE, output, seconds(time.time() - started))
@@ -222,9 +225,10 @@ def _planned_job(plan: str, output: str) -> dict:
     return jobs[output]
 
 
-def _deep_merge(base: dict, extra: dict) -> dict:
+def deep_merge(base: dict, extra: dict) -> dict:
+    """The two configs as one; values of `extra` replace those of `base`."""
     merged = dict(base)
     for name, value in extra.items():
         both_dicts = isinstance(value, dict) and isinstance(merged.get(name), dict)
-        merged[name] = _deep_merge(merged[name], value) if both_dicts else value
+        merged[name] = deep_merge(merged[name], value) if both_dicts else value
     return merged

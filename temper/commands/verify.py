@@ -26,11 +26,12 @@ from typing import Any
 from temper import units
 from temper.config.stages import STAGES, flag_words
 from temper.errors import UserError, suggest, visible
-from temper.files import known_json, known_json_lines, load_rows, read_json
+from temper.files import known_json, known_json_lines, load_rows, read_json, read_yaml
 from temper.folders import PROVENANCE, refuse_damaged
 from temper.keys import code_hashes, python_path
 from temper.planning.plan import RESULTS
 from temper.provenance import package_versions, processor
+from temper.step import deep_merge
 
 TOLERANCE = 1e-3  # of a value's size, where another machine computes
 FETCHED = ("fetch_data", "fetch_model")
@@ -176,9 +177,10 @@ def _changes(recorded: dict) -> list[str]:
 
 
 def _make_again(folder: Path, recorded: dict, again: Path) -> None:
-    """Run the stage by hand, with the recorded inputs and config."""
+    """Run the stage by hand, with the recorded inputs and config, also what is in no key but in the curves."""
     command = [sys.executable, "-m", f"steps.{recorded['stage']}", *flag_words(recorded["inputs"])]
-    command += ["--config", str(folder / "config.yaml"), "--output", str(again)]
+    config = deep_merge(read_yaml(folder / "config.yaml"), recorded.get("not_in_key", {}))
+    command += ["--config", json.dumps(config), "--output", str(again)]
     environment = {**os.environ, "PYTHONPATH": python_path()}
     environment.pop("TEMPER_PLAN", None)
     done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)

@@ -61,6 +61,7 @@ OUT_OF_RANGE = {
 }
 SCHEDULES = [
     ("polynomial below its end", "polynomial .*learning_rate=1e-08.*1e-07", "polynomial", "train.learning_rate=1e-8"),
+    ("nothing to choose by", r"leaves no rows to choose a run by.*eval\.split=test", "constant", NO_VALIDATION),
     ("plateau without validation", ON_ITS_OWN, "reduce_lr_on_plateau", NO_VALIDATION),
     ("plateau without evaluation", "requires an eval strategy", "reduce_lr_on_plateau", "train.eval_strategy='no'"),
     ("greedy without validation", ON_ITS_OWN, "greedy", NO_VALIDATION),
@@ -202,6 +203,7 @@ CASES = [
         "best model of the fine-tuning before DPO",
         r"method\.sft|validation loss",
         NO_VALIDATION,
+        "eval.split=test",
         "method.sft={train: {load_best_model_at_end: true}}",
         experiment="sft_dpo",
     ),

@@ -366,7 +366,7 @@ CASES = [
     Bad("tokenize_splits: unknown token", r"row \d+ .*token \d+ \(joy\).*resize", "tokenize_splits", _unknown_token),
     Bad("tokenize_splits: endless tokenizer", r"m: cannot be read \(PanicException", "tokenize_splits", _endless),
     _asked(
-        r"test split, row \d+ .*answer may have 100000 \(eval\.max_new_tokens\).*context is 256",
+        r"validation split, row \d+ .*answer may have 100000 \(eval\.max_new_tokens\).*context is 256",
         "evaluate_model",
         "eval.max_new_tokens=100000",
         name="evaluate_model: answers longer than the context",
