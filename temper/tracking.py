@@ -511,7 +511,8 @@ def _mirror_run(api, experiment: str, sweep: str, run) -> str:
 def _params(config: dict) -> dict[str, str]:
     """A run's config as MLflow's parameters."""
     sections = {name: value for name, value in config.items() if name not in ("tracking", "sweep")}
-    sections["eval"] = {name: value for name, value in config["eval"].items() if name != "harness"}  # of one run only
+    if "eval" in sections:  # lm-eval is asked of one run only
+        sections["eval"] = {name: value for name, value in sections["eval"].items() if name != "harness"}
     return {valid_name(name): _cut(value, LONGEST_PARAM) for name, value in flat(sections).items()}
 
 

@@ -2,23 +2,29 @@
 
 import importlib.util
 import json
+import shutil
 import tomllib
 from pathlib import Path
 
 import pytest
 
-from steps import merge_adapter, run_harness, train_adapter
+from steps import compare_runs, merge_adapter, run_harness, train_adapter
+from temper import tracking
 from temper.config import harness as checks
 from temper.config.schema import Harness
 from temper.errors import UserError
 from temper.evaluation.harness import compare, read_harness
 from temper.files import read_json_lines, read_yaml
 from temper.planning import planner
+from temper.reports import model_card
+from temper.reports.leaderboard import read_board
 from temper.runs import find
 from tests.conftest import ROOT
+from tests.support.finished import PARTS
 from tests.support.networks import network_of, tokenizer_of
 from tests.support.tasks import NAMES, write_tasks
-from tests.support.workflow_tools import JOBS_OF_TWO, executed, own_sources, snakemake
+from tests.support.workflow_tools import JOBS_OF_TWO, PLANNED_OF_TWO, executed, own_sources, snakemake
+from tests.test_champion import sweep_of
 
 installed = pytest.mark.skipif(importlib.util.find_spec("lm_eval") is None, reason="pip install -e .[harness]")
 SETTINGS = "{tasks: [own_choice, own_answer], include_path: tasks, batch_size: 4}"
@@ -256,13 +262,67 @@ def test_no_tasks_and_no_chat_template_are_one_line(tasks, tmp_path, capsys):
         assert said in capsys.readouterr().err.splitlines()[-1]
 
 
+# --- what is shown of it -------------------------------------------------------------------------
+
+
+@installed
+def test_it_is_on_the_page_in_the_card_and_in_mlflow(finished_run, empty_store, tasks):
+    for name in ("models", "merged", "reports", "adapters", "splits", "prompts", "sweeps"):
+        shutil.copytree(finished_run / "results" / name, f"results/{name}")
+    shutil.copy(empty_store, "results/mlflow.db")
+    base, tuned = "results/harness/base-tiny-00000000b0", "results/harness/tuned-00000000b1"
+    measured(PARTS["fetch_model"], base)
+    found = measured(PARTS["merge_adapter"], tuned, "--base-harness", base)
+
+    config = read_yaml(Path("results/sweeps/tiny/config.yaml"))
+    config["runs"][0]["run_harness"] = tuned
+    board = compare_runs.compare(config, Path("results/sweeps/tiny"))
+    assert board.harness == found == read_board(Path("results/sweeps/tiny")).harness
+    page = Path("results/sweeps/tiny/report.html").read_text()
+    metric = found.tasks["own_answer"].metrics["letters"]
+    assert "letters (lower is better)" in page
+    assert f"{metric.base:.3f}" in page
+
+    run = find.find("best")
+    assert (run.parts["run_harness"], run.parts["base_harness"]) == (Path(tuned), Path(base))
+    text = model_card.model_card(run, model_card.Card("me/tuned", model_card.base_origin(run, None), merged=True))
+    assert f"| {metric.value:.3f} ± {metric.stderr:.3f} | {metric.base:.3f} ± {metric.base_stderr:.3f} |" in text
+
+    assert logged(board) == found.figures()
+    found.tasks["own_answer"].metrics["letters"].value += 1
+    board.harness = found
+    assert logged(board) == found.figures(), "other tasks or rows are no other run"
+
+
+def logged(board) -> dict[str, float]:
+    """The figures of lm-eval in MLflow after a comparison."""
+    import mlflow
+
+    plan = sweep_of(PARTS)[0]
+    assert tracking.mirror(plan, board)[0], tracking.mirror(plan, board)[1]
+    client = mlflow.MlflowClient("sqlite:///results/mlflow.db")
+    runs = client.search_runs([one.experiment_id for one in client.search_experiments()])
+    return {name: value for run in runs for name, value in run.data.metrics.items() if "harness_" in name}
+
+
 # --- the workflow --------------------------------------------------------------------------------
 
 
 @installed
+def test_the_untouched_model_is_asked_whichever_run_is_chosen(tasks):
+    plan = build()
+    todo = [Path(job.path) for job in plan.missing() if job.stage == "run_harness"]
+    assert sorted(path.name.startswith("base-") for path in todo) == [False, True], "and one run stands for the chosen"
+    assert plan.base_harness == [str(path) for path in todo if path.name.startswith("base-")]
+    asked = json.dumps({"tasks": NAMES, "include_path": "tasks"}).replace('"', "").replace(" ", "")
+    done = snakemake(Path.cwd(), "-n", "--config", "experiment=smoke", f"overrides=eval.harness={asked}")
+    assert executed(done) == {**PLANNED_OF_TWO, "run_harness": 1}, "the ranking will say which run is asked"
+
+
+@installed
+@pytest.mark.slow
 def test_the_workflow_asks_the_chosen_run_and_the_untouched_model(workspace, tiny_model):
     from temper.commands import verify
-    from temper.reports.leaderboard import read_board
     from tests.support.tiny import tiny_rows
 
     write_tasks(workspace / "tasks")
