@@ -11,10 +11,12 @@
     reference_logprobs  splits, model                           ->  results/references/   (method=dpo)
     train_adapter       splits, model, references               ->  results/adapters/
     merge_adapter       model, adapter, splits                  ->  results/merged/
-    evaluate_model      model, splits, adapter, base_report     ->  results/reports/      (evaluate_base: model, splits)
+    evaluate_model      model, splits, adapter, base_report     ->  results/reports/      (evaluate_base: model, splits;
+                                                                                           both: probe, if there is one)
     rank_runs           validation reports                      ->  results/rankings/     (which runs to test)
+    score_rows          model, splits, prompts, raw             ->  results/suspects/     (of the chosen run)
     run_harness         model, base_harness                     ->  results/harness/      (of the chosen run; eval.harness)
-    compare_runs        reports, harness                        ->  results/sweeps/
+    compare_runs        reports, suspicious rows, harness       ->  results/sweeps/
 
 Every path below results/ ends in a key that hashes everything it was made from (see temper/planning/plan.py), so a
 path that exists is up to date, and nothing is made twice. The rules hold no logic: the plan says what to make. A job
@@ -228,6 +230,7 @@ rule evaluate_base:
     input:
         model=path_of("evaluate_model", "model"),
         splits=path_of("evaluate_model", "splits"),
+        probe=path_of("evaluate_model", "probe"),
     output:
         update(directory("results/reports/{name}")),
     log:
@@ -238,10 +241,13 @@ rule evaluate_base:
     threads: temper.threads_of(PLAN, "evaluate_model")
     resources:
         gpu=temper.gpus_per_job(),
+    params:
+        probe=temper.flags_of(PLAN, "evaluate_model", "probe"),
     shell:
         "python -m steps.evaluate_model"
         " --model {input.model:q}"
         " --splits {input.splits:q}"
+        " {params.probe}"
         ' --plan "$TEMPER_PLAN"'
         " --output {output:q}"
         " 2>&1 | log_to {log:q}"
@@ -256,6 +262,7 @@ rule evaluate_model:
         base_report=path_of("evaluate_model", "base_report"),
         references=path_of("evaluate_model", "references"),
         start_report=path_of("evaluate_model", "start_report"),
+        probe=path_of("evaluate_model", "probe"),
     output:
         update(directory("results/reports/{name}")),
     log:
@@ -266,7 +273,7 @@ rule evaluate_model:
     resources:
         gpu=temper.gpus_per_job(),
     params:
-        references=temper.flags_of(PLAN, "evaluate_model", "references", "start_report"),
+        references=temper.flags_of(PLAN, "evaluate_model", "references", "start_report", "probe"),
     shell:
         "python -m steps.evaluate_model"
         " --model {input.model:q}"
@@ -289,6 +296,31 @@ checkpoint rank_runs:
         "results/logs/rank_runs/{name}.log",
     shell:
         "python -m steps.rank_runs"
+        ' --plan "$TEMPER_PLAN"'
+        " --output {output:q}"
+        " 2>&1 | log_to {log:q}"
+
+
+rule score_rows:
+    "Rows of training and validation whose answers are likely wrong, by the chosen run; off with eval.suspects=0."
+    input:
+        model=path_of("score_rows", "model"),
+        splits=path_of("score_rows", "splits"),
+        prompts=path_of("score_rows", "prompts"),
+        raw=path_of("score_rows", "raw"),
+    output:
+        update(directory("results/suspects/{name}")),
+    log:
+        "results/logs/score_rows/{name}.log",
+    threads: temper.threads_of(PLAN, "score_rows")
+    resources:
+        gpu=temper.gpus_per_job(),
+    shell:
+        "python -m steps.score_rows"
+        " --model {input.model:q}"
+        " --splits {input.splits:q}"
+        " --prompts {input.prompts:q}"
+        " --raw {input.raw:q}"
         ' --plan "$TEMPER_PLAN"'
         " --output {output:q}"
         " 2>&1 | log_to {log:q}"

@@ -11,6 +11,8 @@ Reads   each run's report folder: metrics.json, predictions.jsonl, curves.jsonl.
 Writes  leaderboard.csv and leaderboard.json (one row per run, best first), report.html, config.yaml; receipt.json
         (hashes of all that the chosen run consists of); provenance.json comes last. Each file is replaced by itself, so
         the folder is made again in place, whenever a report is new.
+
+Exits with 1, after all is written, where the chosen run does not keep a bound of eval.gate.
 """
 
 import logging
@@ -24,6 +26,7 @@ from temper import tracking
 from temper.errors import UserError
 from temper.evaluation.comparison import RankedRun, Ranking, add_tested, rank
 from temper.evaluation.figures import finite
+from temper.evaluation.gate import unmet
 from temper.evaluation.harness import FILE as HARNESS
 from temper.evaluation.harness import Harness, read_harness
 from temper.files import json_text, read_yaml, write_whole
@@ -34,6 +37,7 @@ from temper.provenance import provenance
 from temper.reports.leaderboard import (
     Board,
     csv_text,
+    end_at_gate,
     leaderboard_rows,
     print_leaderboard,
     shown_metrics,
@@ -54,7 +58,7 @@ def compare(config: dict, output: Path) -> Board:
 
     Args:
         config: {"eval", "sweep": {"name", "axes"}, "runs": [{"name", "point", "report", "test_report"}]}, and
-            optionally "run_harness" in a run, and "experiment" and "overrides" (those that are not axes), for the
+            optionally "harness" in a run, and "experiment" and "overrides" (those that are not axes), for the
             command that makes the chosen run again.
 
     Raises:
@@ -91,6 +95,7 @@ def compare(config: dict, output: Path) -> Board:
         base=ranking.best.figures.base,
         base_test=tested.base if tested else None,
         harness=harness,
+        gate=unmet(ranking.chosen, config["eval"].get("gate")),
     )
     write_whole(output / "leaderboard.json", json_text(finite(board.model_dump())))
     return board
@@ -98,10 +103,10 @@ def compare(config: dict, output: Path) -> Board:
 
 def _harness(chosen: RankedRun) -> Harness | None:
     """What lm-eval measured of the chosen run; None: nothing was asked, or it is not made yet."""
-    if chosen.run_harness and not (Path(chosen.run_harness) / HARNESS).is_file():
+    if chosen.harness and not (Path(chosen.harness) / HARNESS).is_file():
         log.info("%s: chosen for lm-eval, and has no figures of it yet", chosen.name)
         return None
-    return read_harness(Path(chosen.run_harness)) if chosen.run_harness else None
+    return read_harness(Path(chosen.harness)) if chosen.harness else None
 
 
 def _say_missing(planned: list[dict], ranking: Ranking) -> None:
@@ -151,6 +156,7 @@ def _work(_step, arguments, _inputs) -> None:
         board = compare(config, output)
         # Whoever finds the folder can tell which comparison it is.
         facts: dict[str, Any] = {"missing": board.missing, "mirrored": None, "key": stage_key(STAGE, config, {})}
+        facts["gate"] = board.gate
         if arguments.plan:
             planned = plan.load(arguments.plan)
             facts["key"] = planned.comparison.key
@@ -160,8 +166,9 @@ def _work(_step, arguments, _inputs) -> None:
         reports = {run["name"]: run["report"] for run in config["runs"]}
         facts = provenance(STAGE, reports, time.time() - started, facts)
         write_whole(output / "provenance.json", json_text(facts))
-    if not arguments.plan:  # the workflow shows it at its very end
+    if not arguments.plan:  # the workflow shows it at its very end, and ends so
         print_leaderboard(output)
+        end_at_gate(board)
 
 
 def _write_receipt(output: Path, board: Board) -> None:

@@ -9,9 +9,11 @@ By hand::
 
 Reads   the split that `eval.split` names (and, for the baselines, the training split); a merged or an untouched model;
         of the adapter only its curves and its config; the untouched model's report, to compare with; after
-        preference optimization the reference's log-probabilities, and the report of the model that it started from.
+        preference optimization the reference's log-probabilities, and the report of the model that it started from;
+        the probe, a general text.
 Writes  metrics.json (all figures, see `figures_of`); predictions.jsonl (one answer a line); curves.jsonl (the
-        training's, if there was one); report.html (one page, nothing fetched from elsewhere).
+        training's, if there was one); probe.jsonl (one passage of the probe a line); report.html (one page, nothing
+        fetched from elsewhere).
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ from typing import TYPE_CHECKING
 from temper.config import evaluation as checks
 from temper.config.stages import NOT_PLANNED, EvaluateModel, Planned
 from temper.errors import UserError
-from temper.evaluation import metrics, own_metrics
+from temper.evaluation import forgetting, metrics, own_metrics
 from temper.evaluation.class_names import UNPARSED
 from temper.evaluation.figures import Diverged, Figures, Start, read_figures, write_figures
 from temper.evaluation.judge import BaseReport, ask, evidence_of, figures_of, judge, prediction_rows
@@ -36,6 +38,7 @@ from temper.model.threads import computing_threads
 from temper.progress import quiet_libraries
 from temper.reports import html, plots
 from temper.reports.run_page import configs_shown, write_page
+from temper.sources import pins as raw_data
 from temper.sources.own_code import refuse_changed
 from temper.step import run_command
 
@@ -54,13 +57,17 @@ def run(
     base_report: Path | None = None,
     references: Path | None = None,
     start_report: Path | None = None,
+    probe: Path | None = None,
     planned: Planned = NOT_PLANNED,
 ) -> dict:
     """Evaluate `model` and write its report.
 
+    Args:
+        planned: its `probe_text`, the identity of the probe when the workflow planned, is compared with what is there.
+
     Raises:
-        UserError: rows that cannot be judged so (see temper/config/evaluation.py), an unknown metric, or a base
-            report or references of other rows.
+        UserError: rows that cannot be judged so (see temper/config/evaluation.py), an unknown metric, a base report or
+            references of other rows, or a probe that cannot be read.
     """
     quiet_libraries()
     settings = config.eval.model_dump()
@@ -75,9 +82,10 @@ def run(
     tokenizer = load_tokenizer(model)
     rows = _rows(model, splits, settings, tokenizer)
     judged_on = list(rows[config.eval.split])
+    passages = _passages(probe, config, planned) if probe else None
     base = _base(base_report, settings, judged_on) if base_report else None
     with computing_threads(config.num_threads):
-        asked = ask(model, config.model_dump(), rows, tokenizer)
+        asked = ask(model, config.model_dump(), rows, tokenizer, passages)
 
     evidence = asked.evidence(settings, judged_on)
     evidence.own = own_metrics.values(settings, asked.answered(judged_on))
@@ -96,6 +104,9 @@ def run(
         start=_start(start_report, metric),
         left_out=_left_out(splits),
     )
+    if asked.probed:
+        found.probe = forgetting.figures_of_probe(asked.probed, base_report)
+        write_whole(output / forgetting.FILE, json_lines(asked.probed.lines))
 
     curves = read_json_lines(adapter / "metrics.jsonl") if adapter else []
     predictions = prediction_rows(judged_on, asked, judged, base)
@@ -141,6 +152,14 @@ def _rows(model: Path, splits: Path, settings: dict, tokenizer) -> DatasetDict:
     checks.check(settings, splits, loaded, tokenizer, [split])
     limits.check(model, {split: loaded[split]}, [split], settings["max_new_tokens"])
     return loaded
+
+
+def _passages(probe: Path, config: EvaluateModel, planned: Planned) -> list[str]:
+    """The passages of the probe, unless they are others than when the workflow was planned."""
+    found = raw_data.identity_on_disk(probe)
+    if planned.probe_text not in (None, found):
+        raise UserError(f"{probe}: the probe changed since the plan was made: run again, to plan with the new content")
+    return forgetting.read_passages(probe, config.probe.model_dump())
 
 
 def _learned(rows: DatasetDict, settings: dict) -> list[dict]:
@@ -204,6 +223,8 @@ def headline(found: Figures) -> str:
         text += f"; base model {found.base[metric]:.3f}, tuning {gain:+.3f} [{low:+.3f}, {high:+.3f}]"
     if unparsed := found.values.get(UNPARSED):
         text += f"; {unparsed:.1%} of the free answers name no label"
+    if found.probe:
+        text += f"; {forgetting.sentence(found.probe)}"
     return text
 
 

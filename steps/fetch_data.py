@@ -122,7 +122,11 @@ def _command(_step, arguments, _inputs) -> None:
     """Like temper.step.execute, for an output that is a file in a shared folder."""
     config = config_and_settings(STAGE, arguments)[0]
     source = revisions.pinned(config["data"]["source"], "dataset", SECTION)
-    output = _pin(Path(arguments.output), source)
+    fetch(source, _pin(Path(arguments.output), source))
+
+
+def fetch(source: dict, output: Path) -> None:
+    """`run`, unless the pin `output` and its files are there."""
     with locked(output.parent):
         if _is_there(output):
             log.info("%s is there already: nothing to do", output)

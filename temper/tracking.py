@@ -568,6 +568,9 @@ def _results(figures: Figures | Diverged) -> dict:
     if isinstance(figures, Figures):
         values |= {f"{figures.split}_{name}": value for name, value in figures.values.items()}
         values |= {f"base_{figures.split}_{name}": value for name, value in (figures.base or {}).items()}
+    if isinstance(figures, Figures) and (probe := figures.probe):
+        values |= {"probe_bits_per_byte": probe.bits_per_byte, "base_probe_bits_per_byte": probe.base}
+        values["forgetting"] = probe.forgetting and probe.forgetting.value
     numbers = {name: value for name, value in finite(values).items() if isinstance(value, (int, float))}
     return {"step": 0, "seconds": training.get("train_seconds") or 0.0, **numbers}
 

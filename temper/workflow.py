@@ -172,7 +172,8 @@ def complete(plan: planning.Plan, workflow):
     """Input function: the file that a complete comparison writes last.
 
     It is removed if the comparison could not reach the tracking store, so that this command compares and mirrors again.
-    It is also removed if it belongs to another plan, so that an old result never passes for the new one.
+    It is also removed if it belongs to another plan, so that an old result never passes for the new one, and if the
+    chosen run did not keep a bound of eval.gate, so that the same command ends in the same way.
     """
 
     def path(_wildcards) -> str:
@@ -185,12 +186,14 @@ def complete(plan: planning.Plan, workflow):
 
 
 def _is_of(plan: planning.Plan, file: Path) -> bool:
-    """Whether a sweep's provenance belongs to this plan's comparison, and the tracking store has everything."""
+    """Whether a sweep's provenance belongs to this plan's comparison, which has nothing left to do or to say."""
     try:
         recorded = read_json(file)
     except UserError:
         return False
     mirrored = not plan.tracking["enabled"] or recorded.get("mirrored", True) is True
+    if recorded.get("gate"):  # bounds that were not kept: compared again, this command ends as the one before
+        return False
     of_others = "inputs" in recorded and recorded["inputs"] != plan.comparison.inputs
     return mirrored and not of_others and ("key" not in recorded or recorded["key"] == plan.comparison.key)
 
@@ -240,10 +243,25 @@ def on_start(plan: planning.Plan, workflow) -> None:
         print(note, file=sys.stderr)
     with one_line_errors():
         _remove_leftovers()
+        _ready_probe(plan)
         if not all(map(_has_report, plan.runs)):
             tracking.prepare(plan.tracking, plan.sweep)
     if workflow.local_exec:  # Snakemake cancels a cluster's jobs
         signals.on_ending(lambda number: _end_jobs(number, workflow.scheduler), _end_at_once)
+
+
+def _ready_probe(plan: planning.Plan) -> None:
+    """Fetch and read the probe, so that a fault in it is told before any training, which does not wait for it."""
+    waiting = [job for job in plan.jobs.values() if "probe" in job.inputs and not plan.is_made(job)]
+    if not waiting:
+        return
+    from steps import fetch_data
+    from temper.evaluation import forgetting
+
+    pin = Path(waiting[0].inputs["probe"])
+    with forgetting.told_of_probe():
+        fetch_data.fetch(plan.jobs[str(pin)].config["data"]["source"], pin)
+    forgetting.read_passages(pin, waiting[0].config["probe"])
 
 
 def _remove_leftovers() -> None:
@@ -293,8 +311,8 @@ def _signal(number: int, but: set[int]) -> set[int]:
 
 
 def on_success(plan: planning.Plan) -> None:
-    """Show the results."""
-    from temper.reports.leaderboard import print_leaderboard, read_board
+    """Show the results, and end with 1 where they do not keep the bounds of eval.gate."""
+    from temper.reports.leaderboard import end_at_gate, print_leaderboard, read_board
 
     if not (Path(plan.complete).exists() and all(map(_has_report, plan.runs))):  # with --until <stage>
         _mirror(plan, None, unfinished="FINISHED")
@@ -302,10 +320,12 @@ def on_success(plan: planning.Plan) -> None:
     with one_line_errors():
         folder = Path(plan.leaderboard).parent
         print_leaderboard(folder)
-        best = read_board(folder).chosen
-        print(f"best model: {next(run.artefacts['merge_adapter'] for run in plan.runs if run.name == best)}")
+        board = read_board(folder)
+        best = next(run for run in plan.runs if run.name == board.chosen)
+        print(f"best model: {best.artefacts['merge_adapter']}")
         if plan.tracking["enabled"]:
             print("MLflow: make ui, then http://127.0.0.1:5000")
+        end_at_gate(board)
 
 
 def on_error(plan: planning.Plan) -> None:

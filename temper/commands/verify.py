@@ -105,7 +105,7 @@ def _selected(arguments) -> list[Path]:
 
 
 def _stages(given: str | None) -> list[str]:
-    known = [name for name in STAGES if name not in (*FETCHED, "rank_runs", "compare_runs")]
+    known = [name for name in STAGES if name not in (*FETCHED, "rank_runs", "score_rows", "compare_runs")]
     if given is None:
         return known
     for name in given.split(","):

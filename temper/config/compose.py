@@ -183,7 +183,7 @@ def _swept(override, text: str) -> list[str]:
     from hydra.errors import HydraException
 
     key, sweep = override.key_or_group, override.value()
-    if key.split(".")[0] in ("experiment", "sweep", "tracking") or key == "eval.metric":
+    if key.split(".")[0] in ("experiment", "sweep", "tracking", "probe") or key == "eval.metric":
         raise UserError(f"sweep '{text}': {key} cannot be an axis: it does not change what a run is; give one value")
     if getattr(sweep, "shuffle", False):
         raise UserError(f"sweep '{text}': all values of an axis are run, and shuffle would only rename the sweep")

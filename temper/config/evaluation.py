@@ -12,7 +12,9 @@ from temper.errors import UserError
 from temper.evaluation import own_metrics
 from temper.evaluation.class_names import gold_class
 from temper.evaluation.class_tokens import class_answers
+from temper.evaluation.forgetting import refuse_encoder_decoder
 from temper.evaluation.metrics import MOST_UNSEEN, check_metric, refuse_without_pairs, rouge_unseen
+from temper.model.loading import is_encoder_decoder
 
 log = logging.getLogger("temper")
 
@@ -26,6 +28,7 @@ def check(settings: dict, splits: Path, rows, tokenizer, judged: Iterable[str]) 
     """Check splits, as tokenize_splits makes them, against the config section `eval`.
 
     Args:
+        settings: with `probed`, where the workflow planned, whether general text is scored as well.
         judged: names of the splits on which a model is evaluated.
 
     Raises:
@@ -34,6 +37,8 @@ def check(settings: dict, splits: Path, rows, tokenizer, judged: Iterable[str]) 
             that fails on a row's reference.
     """
     metric = check_metric(settings)
+    if settings.get("probed"):
+        refuse_encoder_decoder(is_encoder_decoder(Path(tokenizer.name_or_path)))  # the model's folder
     for split in judged:
         _check_split(settings, metric, splits, rows, split)
     if settings["task"] == "labels":

@@ -7,6 +7,7 @@ import glob
 import importlib.metadata
 import importlib.util
 import os
+import shlex
 import sys
 from pathlib import Path
 
@@ -16,8 +17,7 @@ from temper.hashing import canonical_json, file_sha256
 from temper.sources import own_code
 
 PLACE = "config: 'eval.harness'"
-INSTALL = "{} -m pip install lm-eval=={}"
-TESTED = "0.4.13"  # as in pyproject.toml
+REQUIREMENTS = ["lm-eval==0.4.13", "python-dateutil>=4"]  # the extra `harness` of pyproject.toml
 
 
 def version() -> str:
@@ -27,7 +27,8 @@ def version() -> str:
         UserError: it is not installed.
     """
     if importlib.util.find_spec("lm_eval") is None:
-        raise UserError(f"{PLACE}: needs EleutherAI's lm-eval: {INSTALL.format(sys.executable, TESTED)}")
+        command = shlex.join([sys.executable, "-m", "pip", "install", *REQUIREMENTS])
+        raise UserError(f"{PLACE}: needs EleutherAI's lm-eval: {command}")
     return importlib.metadata.version("lm_eval")
 
 

@@ -344,6 +344,48 @@ class Merge(Section):
 # --- evaluation, tracking, sweep -----------------------------------------------------------------
 
 
+class Probe(Section):
+    """A general text by which forgetting is measured: what the tuned model has more of bits per byte than the untouched
+    one. Of no source, nothing is measured."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$")] = "probe"
+    """The text's folder in data/raw."""
+    source: Source | None = None
+    format: Literal["text", "json", "jsonl", "csv", "parquet"] | None = None
+    """null: inferred from the file's extension. In a text, blank lines separate the passages."""
+    csv: Csv = Csv()
+    field: str | None = None
+    """If a json file is one object: the field that holds the rows."""
+    text: str | None = None
+    """For rows: their text, as Jinja over the columns."""
+    passage: str | None = None
+    """For rows: Jinja over the columns. Rows in succession for which it is the same are one passage. null: each is."""
+    limit: Annotated[int, Field(ge=2)] | None = 64
+    """Most passages. A hash of their text selects them."""
+
+    @model_validator(mode="after")
+    def _no_settings_of_nothing(self):
+        for name in type(self).model_fields if self.source is None else ():
+            if name != "source" and getattr(self, name) != type(self).model_fields[name].default:
+                raise ValueError(f"'{name}' is for a probe, and there is none: give its source, or leave {name} out")
+        return self
+
+
+class Gate(Section):
+    """Bounds that the chosen run of a sweep must keep, else the command ends with exit code 1."""
+
+    forgetting: float | None = None
+    """Most bits per byte of the probe that it may have more than the untouched model."""
+    gain: float | None = None
+    """Least gain over the untouched model in the ranking metric, on the test split where that was opened."""
+
+    @model_validator(mode="after")
+    def _bounds_something(self):
+        if self.forgetting is None and self.gain is None:
+            raise ValueError("has no bound: give 'forgetting' or 'gain', or leave it out (eval.gate=null)")
+        return self
+
+
 class Published(Section):
     """A figure from the literature, shown in the reports beside the run's own."""
 
@@ -449,6 +491,11 @@ class Eval(Section):
     samples: Annotated[int, Field(ge=0)] = 20
     """Number of rows shown side by side in the report."""
     published: list[Published] = []
+    suspects: Annotated[int, Field(ge=0)] = 50
+    """Rows to list as suspicious, likely mislabelled ones: of training and validation those that the chosen run trusts
+    the least. 0: none."""
+    gate: Gate | None = None
+    """Bounds that the chosen run must keep, else the command ends with exit code 1."""
     harness: Harness | None = None
     """Tasks of lm-eval, which is installed by itself."""
 
@@ -524,6 +571,7 @@ class Config(Section):
     train: dict[str, Any]
     merge: Merge
     eval: Eval
+    probe: Probe = Probe()
     tracking: Tracking
     sweep: Sweep
     seed: Seed

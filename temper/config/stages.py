@@ -5,6 +5,8 @@ import json
 from pathlib import Path
 from typing import Any, Literal
 
+from pydantic import model_validator
+
 from temper import yaml_files
 from temper.config import best
 from temper.config.compose import expand, parse_overrides, to_container
@@ -17,6 +19,7 @@ from temper.config.schema import (
     Method,
     ModelLoad,
     NumThreads,
+    Probe,
     Prompt,
     Quantization,
     Section,
@@ -107,8 +110,32 @@ class MergeAdapter(Section):
     quantization: Quantization
 
 
+class ProbeView(Probe):
+    """`probe` as evaluate_model gets it from the workflow: the identity of the text replaces name and source."""
+
+    @model_validator(mode="after")
+    def _no_settings_of_nothing(self):
+        return self
+
+
 class EvaluateModel(Section):
     eval: Eval
+    probe: ProbeView = ProbeView()
+    model: Loaded
+    num_threads: NumThreads = 1
+
+
+class Scored(Part):
+    """What of `eval` decides which rows are suspicious."""
+
+    task: Literal["labels", "tags", "text"]
+    labels: list[str] | None = None
+    batch_size: int = 32
+    suspects: int = 50
+
+
+class ScoreRows(Section):
+    eval: Scored
     model: Loaded
     num_threads: NumThreads = 1
 
@@ -236,10 +263,23 @@ STAGES = {
                 "adapter?": "folder of train_adapter, for the training's curves and times",
                 "base_report?": "report of the untouched model on the same splits, to compare with",
                 "references?": "folder of reference_logprobs, after preference optimization",
+                "probe?": "general text as config section probe describes it: its folder, its pin, or one file",
                 "start_report?": "report of the model that the training started from, when that was trained itself",
             },
         ),
         Stage("rank_runs", RankRuns, "rankings", holds=("ranking.json",)),
+        Stage(
+            "score_rows",
+            ScoreRows,
+            "suspects",
+            holds=("suspects.json",),
+            inputs={
+                "model": "folder of merge_adapter",
+                "splits": "folder of tokenize_splits",
+                "prompts": "folder of format_prompts that the splits were made of",
+                "raw": "the raw data that the prompts were made of, named as it was then",
+            },
+        ),
         Stage(
             "run_harness",
             RunHarness,
@@ -277,6 +317,7 @@ class Planned:
     """What the planner tells a stage besides its config. By hand, `--config` may give it too."""
 
     raw: dict | None = None  # format_prompts: the identity of the raw data; in the key
+    probe_text: dict | None = None  # evaluate_model: the identity of the probe's text; in the key
     files: dict[str, str] | None = None  # fetch_model: name -> sha256 of your own model's files; in the key
     own_code: dict[str, str] | None = None  # file -> hash, of eval.metrics or of eval.harness; in the key
     lm_eval: str | None = None  # run_harness: version of lm-eval; in the key
@@ -377,7 +418,9 @@ def _config_file(path: str) -> dict:
 
 # Fields that a stage needs but that do not affect its output.
 NOT_IN_KEY: dict[str, frozenset[str]] = {
-    "eval": frozenset({"test", "harness"}),  # which runs are judged there, not how; another stage's
+    # Which runs are judged there, not how; which rows are listed; what is done with the figures; another stage's.
+    "eval": frozenset({"test", "suspects", "gate", "harness"}),
+    "probe": frozenset({"name", "source"}),  # as of data
     "data": frozenset({"name", "source"}),  # the raw files' identity represents the source
     "method": frozenset({"sft"}),  # the resulting model represents it
     "train": frozenset(

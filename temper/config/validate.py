@@ -95,6 +95,12 @@ def _check_together(config: dict) -> None:
     quantized = config["quantization"]["load_in_4bit"] or config["quantization"]["load_in_8bit"]
     if quantized and config["adapter"]["peft_type"] is None:
         raise UserError("config: a quantized base cannot be trained itself: set adapter=qlora, or quantization=none")
+    gate = config["eval"]["gate"]
+    if gate and gate["forgetting"] is not None and config["probe"]["source"] is None:
+        raise UserError(
+            "config: 'eval.gate.forgetting': is a bound on what is not measured: choose a text (probe=editorials, or "
+            "one of your own with probe.source), or leave the bound out"
+        )
     if config["merge"]["dequantized_base"] and not quantized:
         raise UserError(
             "config: 'merge.dequantized_base' is for a quantized base: set quantization=4bit, or leave it out"
@@ -119,7 +125,7 @@ def _without_other_kinds(config: dict) -> dict:
     user's fault. A key that no kind has stays, and is refused.
     """
     known_anywhere = set().union(*(set(kind.model_fields) for kind in SOURCE_KINDS.values()))
-    for name in ("data", "model"):
+    for name in ("data", "model", "probe"):
         section = config.get(name)
         source = section.get("source") if isinstance(section, dict) else None
         if isinstance(section, dict) and isinstance(source, dict) and source.get("kind") in SOURCE_KINDS:
@@ -180,6 +186,6 @@ def _fields_at(model, location) -> list[str]:
             annotation = model.model_fields[part].annotation
             if hasattr(annotation, "model_fields"):
                 model = annotation
-            elif part in ("published", "metrics", "sft", "own_answers"):
+            elif part in ("published", "metrics", "sft", "own_answers", "gate"):
                 model = annotation.__args__[0]  # list[Published], SftFirst | None, ...
     return list(model.model_fields)

@@ -74,8 +74,12 @@ class RawFile:
 
     def place(self, number: int) -> str:
         """``file:line``, or ``file, row n`` where a row's line is not known."""
-        counted = self.format == "parquet" or self.field is not None
-        return f"{self.path}, row {number}" if counted else self._line(number)
+        return f"{self.path}, row {number}" if self.counts_rows else self._line(number)
+
+    @property
+    def counts_rows(self) -> bool:
+        """Whether numbers are of rows, because their lines are not known."""
+        return self.format == "parquet" or self.field is not None
 
     def _line(self, number: int) -> str:
         return f"{self.path}:{number}"

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from temper.errors import UserError, suggest
 from temper.evaluation import generation, likelihoods, own_metrics
-from temper.evaluation.judge import likeliest
+from temper.evaluation.choices import likeliest
 from temper.evaluation.metrics import MOST_UNSEEN, Evidence, rouge_unseen, with_own
 from temper.evaluation.own_metrics import code as own_code
 from temper.model.loading import stop_token_ids

@@ -40,6 +40,21 @@ class Delta(_Content):
     interval: Interval
 
 
+class ProbeFigures(_Content):
+    """How well a model predicts general text (see temper/evaluation/forgetting.py)."""
+
+    passages: int
+    bytes: int
+    tokens: int
+    bits_per_byte: Number
+    interval: Interval
+    base: Number | None
+    """Bits per byte of the untouched model."""
+    forgetting: Delta | None
+    """This model's bits per byte less those of the untouched one."""
+    seconds: float
+
+
 class Start(_Content):
     """Figures of the model that a training started from, when that was trained itself."""
 
@@ -85,6 +100,7 @@ class Figures(_Content):
     start: Start | None
     left_out: dict[str, dict[str, int | None]]
     """Split -> how many of its rows tokenizing left out, and of how many; splits that kept all are not in it."""
+    probe: ProbeFigures | None = None
 
     @property
     def are_finite(self) -> bool:

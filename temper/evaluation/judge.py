@@ -3,43 +3,30 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
-import math
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from temper.data.columns import IGNORED, answer_start
-from temper.errors import UserError
 from temper.evaluation import intervals, metrics, own_metrics
-from temper.evaluation.class_tokens import class_answers
+from temper.evaluation.choices import Choices, likeliest
 from temper.evaluation.figures import Delta, Figures, Start
 from temper.provenance import peak_memory
 
 if TYPE_CHECKING:
     from datasets import DatasetDict
 
+    from temper.evaluation.forgetting import Probed
     from temper.evaluation.generation import Answers
     from temper.evaluation.likelihoods import RowLosses
-
-
-@dataclasses.dataclass
-class Choices:
-    """Task labels: the label that a model finds the likeliest, row by row.
-
-    `chosen_by`: how it was found. `logps`: of each row, the log-probabilities of all labels.
-    """
-
-    chosen: list[str]
-    chosen_by: str
-    logps: list[tuple]
 
 
 @dataclasses.dataclass
 class Asked:
     """What a model said of the rows.
 
-    `pair_logps`: log-probability of each preference pair's chosen and of its rejected answer.
+    `pair_logps`: log-probability of each preference pair's chosen and of its rejected answer. `probed`: how likely
+    general text is.
     """
 
     losses: RowLosses
@@ -47,6 +34,7 @@ class Asked:
     answers: Answers
     choices: Choices | None
     pair_logps: list[tuple[float, float]] | None
+    probed: Probed | None = None
 
     def evidence(self, settings: dict, asked: list[dict]) -> metrics.Evidence:
         """All there is to judge this model by, but for what preference optimization changed."""
@@ -105,17 +93,18 @@ def _answer_bytes(rows: list[dict]) -> list[int] | None:
 # --- what the model says -------------------------------------------------------------------------
 
 
-def ask(folder: Path, config: dict, rows: DatasetDict, tokenizer) -> Asked:
+def ask(folder: Path, config: dict, rows: DatasetDict, tokenizer, passages: list[str] | None = None) -> Asked:
     """Loss of each row of a split, an answer to each prompt and, for labels, how likely the model finds each of them.
 
     Args:
         rows: all splits, of which ``eval.split`` names the one to ask.
+        passages: of general text, to be scored as well.
 
     Raises:
         UserError: a loss that is not finite.
     """
-    from temper.evaluation import generation, likelihoods
-    from temper.model import loading
+    from temper.evaluation import forgetting, generation, likelihoods
+    from temper.model import limits, loading
 
     settings = config["eval"]
     asked = list(rows[settings["split"]])
@@ -125,7 +114,7 @@ def ask(folder: Path, config: dict, rows: DatasetDict, tokenizer) -> Asked:
     started = time.perf_counter()
     losses = likelihoods.row_losses(model, asked, *size)
     loss_seconds = time.perf_counter() - started
-    _check_finite(folder, settings["split"], asked, losses.sums)
+    likelihoods.check_finite(folder, settings["split"], asked, losses.sums)
 
     choices = None
     if settings["task"] == "labels":
@@ -136,43 +125,8 @@ def ask(folder: Path, config: dict, rows: DatasetDict, tokenizer) -> Asked:
     answers = generation.generate_answers(model, tokenizer, asked, settings, stop_ids, known)
 
     pairs = likelihoods.pair_logps(model, asked, *size) if "rejected_input_ids" in asked[0] else None
-    return Asked(losses, loss_seconds, answers, choices, pairs)
-
-
-# How the likeliest label is found; the second way where a label is the beginning of another one.
-ALONE = "the log-probability of its tokens"
-WITH_END = "the log-probability of its tokens and of the one that ends an answer"
-
-
-def likeliest(model, rows: DatasetDict, asked: list[dict], class_names: list[str], tokenizer, size: tuple[int, int]):
-    """The label that the model finds the likeliest, row by row.
-
-    As lm-eval compares the choices of a question: by their own tokens. Where a label is the beginning of another one
-    (``C``, ``C++``), the shorter would always be the likelier: there the end of each counts as well. Elsewhere it does
-    not, for how readily a model ends its answer says nothing about the label.
-    """
-    from temper.evaluation import likelihoods
-
-    ended = class_answers(class_names, rows, tokenizer)
-    alone = [answer[:-1] for answer in ended]
-    with_end = _one_begins_another(alone)
-    logps = likelihoods.class_logps(model, asked, ended if with_end else alone, *size)
-    chosen = [class_names[max(range(len(class_names)), key=of_row.__getitem__)] for of_row in logps]
-    return Choices(chosen, WITH_END if with_end else ALONE, logps)
-
-
-def _one_begins_another(answers: list[list[int]]) -> bool:
-    ordered = sorted(answers)  # a label stands right before those that begin with it
-    return any(after[: len(label)] == label for label, after in itertools.pairwise(ordered))
-
-
-def _check_finite(folder: Path, split: str, rows: list[dict], sums: list[float]) -> None:
-    for row, total in zip(rows, sums, strict=True):
-        if not math.isfinite(total):
-            raise UserError(
-                f"{folder}: the loss of {split} row {row['id']} is {total}, so no figure would mean anything: the "
-                "weights are not finite, or model.load.dtype is too narrow for them (try float32)"
-            )
+    probed = forgetting.probe(model, tokenizer, passages, limits.limits_of(folder).context) if passages else None
+    return Asked(losses, loss_seconds, answers, choices, pairs, probed)
 
 
 # --- how good that is ----------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from pathlib import Path
 
 from temper.data.batches import Batch
 from temper.data.columns import IGNORED
@@ -47,6 +48,20 @@ def row_losses(model, rows: list[dict], batch_size: int, pad_token_id: int) -> R
         for row, *figures in zip(members, *figures_of_rows, strict=True):
             result.sums[row], result.tokens[row], result.matched[row] = figures
     return result
+
+
+def check_finite(folder: Path, split: str, rows: list[dict], sums: list[float]) -> None:
+    """Refuse losses that are no number.
+
+    Args:
+        folder: of the model, for the message.
+    """
+    for row, total in zip(rows, sums, strict=True):
+        if not math.isfinite(total):
+            raise UserError(
+                f"{folder}: the loss of {split} row {row['id']} is {total}, so no figure would mean anything: the "
+                "weights are not finite, or model.load.dtype is too narrow for them (try float32)"
+            )
 
 
 def pair_logps(model, rows: list[dict], batch_size: int, pad_token_id: int) -> list[tuple[float, float]]:

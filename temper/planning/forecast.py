@@ -102,6 +102,8 @@ class Forecast:
         """How much more a job has to do than `like` had."""
         if job.stage == "train_adapter":
             return self._rows(job, like, "train") * _epochs(job, like)
+        if job.stage == "score_rows":
+            return self._rows(job, like, "train")
         return self._judged(job, like) if job.stage == "evaluate_model" else 1.0
 
     def _judged(self, job, like: Made) -> float:
@@ -159,7 +161,8 @@ class Forecast:
 
 def _same_model(job, like: Made) -> bool:
     """By its name: a new key, after an edit of the code, takes the same time. Splits are named after data and model."""
-    name = "splits" if job.stage == "evaluate_model" else "base_harness" if "base_harness" in job.inputs else "model"
+    name = "splits" if job.stage in ("evaluate_model", "score_rows") else "model"
+    name = "base_harness" if "base_harness" in job.inputs else name
     before, now = like.provenance["inputs"].get(name, ""), job.inputs.get(name, "")
     return Path(before).name.rpartition("-")[0] == Path(now).name.rpartition("-")[0]
 

@@ -15,7 +15,8 @@ RESULTS = Path("results")
 STATE = RESULTS / ".state"
 PLANS = RESULTS / ".plans"
 RANKING = "ranking.json"
-FOR_CHOSEN = ("run_harness",)  # artefacts of a run that are made only for the one that the ranking chooses
+# Artefacts of a run that are made only for the one that the ranking chooses -> what the comparison calls them.
+FOR_CHOSEN = {"score_rows": "suspects", "run_harness": "harness"}
 
 
 @dataclasses.dataclass

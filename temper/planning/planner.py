@@ -8,11 +8,12 @@ from temper import tracking
 from temper.config import harness as harness_checks
 from temper.config.best import JUDGING
 from temper.config.compose import chosen_experiment, expand, own_folder, parse_overrides, split_overrides, use_folder
-from temper.config.schema import Data
+from temper.config.schema import Data, Probe
 from temper.config.stages import FOLDERS, PLATEAU, keys_hidden, stage_config
 from temper.config.validate import sft_config
 from temper.errors import UserError
 from temper.evaluation import own_metrics
+from temper.evaluation.forgetting import told_of_probe
 from temper.evaluation.metrics import BITS_PER_BYTE, PER_TOKEN, check_metric, sweeps_model
 from temper.folders import check_name
 from temper.hashing import HashCache, canonical_json
@@ -102,11 +103,12 @@ def _add_comparison(plan: Plan, config: dict, overrides: list[str]) -> None:
     reports = {run.name: run.artefacts["evaluate_model"] for run in plan.runs}
     runs = [{"name": run.name, "point": run.point, "report": reports[run.name]} for run in plan.runs]
     choose = config["sweep"]["choose"]
-    _add_ranking(plan, {"eval": config["eval"], "sweep": {"choose": choose}, "runs": runs}, reports)
+    settings = {name: value for name, value in config["eval"].items() if name != "gate"}  # the comparison's affair
+    _add_ranking(plan, {"eval": settings, "sweep": {"choose": choose}, "runs": runs}, reports)
 
     for run, planned in zip(plan.runs, runs, strict=True):
         planned["test_report"] = run.artefacts["test_report"]
-        planned |= {name: run.artefacts[name] for name in FOR_CHOSEN if name in run.artefacts}
+        planned |= {name: run.artefacts[stage] for stage, name in FOR_CHOSEN.items() if stage in run.artefacts}
     view = {
         "experiment": plan.experiment,
         "eval": config["eval"],
@@ -148,9 +150,9 @@ class _Planner:
     def add_run(self, config: dict, point: dict) -> PlannedRun:
         config = self._pinned(config)
         data, model = config["data"]["name"], config["model"]["name"]
-        pin = self._raw(config)
+        pin = self._raw(config["data"])
         base = self._job("fetch_model", model, config, {}, extra=self._model_files(config))
-        prompts = self._job("format_prompts", data, config, {"raw": pin}, extra={"raw": self._identity(config)})
+        prompts = self._job("format_prompts", data, config, {"raw": pin}, extra={"raw": self._identity(config["data"])})
         splits = self._job("tokenize_splits", f"{data}-{model}", config, {"prompts": prompts.path, "model": base.path})
         bases = self._reports(f"base-{data}-{model}", config, {"model": base.path, "splits": splits.path})
         start, starts = base, {}
@@ -170,6 +172,9 @@ class _Planner:
             "test_report": reports["test"].path,
             **({"start_report": starts[split].path} if starts else {}),
         }
+        if config["eval"]["suspects"]:
+            inputs = {"model": merged.path, "splits": splits.path, "prompts": prompts.path, "raw": pin}
+            artefacts["score_rows"] = self._job("score_rows", _slug(config), config, inputs).path
         artefacts |= self._harness(config, base, merged)
         name, key = Path(reports[split].path).name, reports[split].key
         return PlannedRun(name, key, point, config, artefacts, [segment.path for segment in adapters])
@@ -182,11 +187,13 @@ class _Planner:
         """
         found = {}
         for split in dict.fromkeys([config["eval"]["split"], "test"]):
-            view = {**config, "eval": {**config["eval"], "split": split}}
+            probed = config if split == config["eval"]["split"] else {**config, "probe": Probe().model_dump()}
+            view = {**probed, "eval": {**config["eval"], "split": split}}
             beside = {name: reports[split].path for name, reports in others.items() if reports}
-            found[split] = self._job(
-                "evaluate_model", slug if split == "validation" else f"{slug}-{split}", view, {**inputs, **beside}
-            )
+            # The probe is the same text, whatever the split: the report that ranks has its figures.
+            probe, extra = self._probe(probed)
+            name = slug if split == "validation" else f"{slug}-{split}"
+            found[split] = self._job("evaluate_model", name, view, {**inputs, **beside, **probe}, extra, {"probe"})
         return found
 
     def _tuned(self, config: dict, start: Job, splits: Job, bases: dict[str, Job], starts: dict | None = None):
@@ -228,17 +235,31 @@ class _Planner:
     def _pinned(self, config: dict) -> dict:
         """The config with hub branches replaced by their commits, so that keys depend on the commits."""
         found = {}
-        for section, kind in (("data", "dataset"), ("model", "model")):
+        for section, kind in (("data", "dataset"), ("model", "model"), ("probe", "dataset")):
             source = config[section]["source"]
+            if source is None:
+                continue
             asked = canonical_json(source)
             if asked not in self.exact:
                 self.exact[asked] = pinned(source, kind, f"{section}.source")
             found[section] = {**config[section], "source": self.exact[asked]}
         return {**config, **found}
 
-    def _raw(self, config: dict) -> str:
+    def _probe(self, config: dict) -> tuple[dict[str, str], dict]:
+        """(the input `probe` of an evaluation, the identity of its text), if there is one."""
+        if config["probe"]["source"] is None:
+            return {}, {}
+        if config["probe"]["name"] == config["data"]["name"]:
+            raise UserError(
+                f"config: 'probe.name': {config['probe']['name']} is the name of the data, whose folder it "
+                "would share: name the probe otherwise"
+            )
+        with told_of_probe():
+            return {"probe": self._raw(config["probe"])}, {"probe_text": self._identity(config["probe"])}
+
+    def _raw(self, section: dict) -> str:
         """Plan the fetch_data job; its output is the pin file, its identity the content of the raw files."""
-        name, source = config["data"]["name"], config["data"]["source"]
+        name, source = section["name"], section["source"]
         path = str(raw_data.pin_path(name, source))
         key = raw_data.pin_key(source)
         if self.sources.setdefault(name, path) != path:
@@ -246,11 +267,11 @@ class _Planner:
                 f"config: two sources for data.name={name}, which has one folder data/raw/{name}: "
                 "sweep data=..., with a name each"
             )
-        self.jobs.setdefault(path, Job("fetch_data", path, key, stage_config("fetch_data", config), {}))
+        self.jobs.setdefault(path, Job("fetch_data", path, key, stage_config("fetch_data", {"data": section}), {}))
         return path
 
-    def _identity(self, config: dict) -> dict:
-        name, source = config["data"]["name"], config["data"]["source"]
+    def _identity(self, section: dict) -> dict:
+        name, source = section["name"], section["source"]
         path = str(raw_data.pin_path(name, source))
         if path not in self.identities:
             self.identities[path] = raw_data.planned_identity(name, source, self.hashes)
@@ -334,7 +355,8 @@ class _Planner:
         job = self._job("train_adapter", slug, config, inputs, unkeyed={"previous"}, upstream=part)
         # Runs that share a training may be evaluated differently, and its limits must suit all of them.
         evaluations = job.settings.setdefault("evaluations", [])
-        evaluations += [config["eval"]] if config["eval"] not in evaluations else []
+        judged = {**config["eval"], "probed": config["probe"]["source"] is not None}
+        evaluations += [judged] if judged not in evaluations else []
         asked = config["eval"]["max_new_tokens"]
         job.settings["max_new_tokens"] = max(asked, job.settings.get("max_new_tokens", 0))
         return job

@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from temper import units
 from temper.errors import UserError, visible
 from temper.evaluation import metrics
 from temper.evaluation.comparison import DivergedRun, RankedRun, Ranking, Recipe
-from temper.evaluation.figures import Figures, Number, finite
+from temper.evaluation.figures import Figures, Number, ProbeFigures, finite
 from temper.evaluation.harness import Harness
 from temper.files import read_json
 from temper.reports import html, plots
@@ -32,7 +33,8 @@ class Board(BaseModel):
 
     `split`: the one that ranks. `chosen`: the name of the run that the sweep chooses. `base`: metric -> figure of the
     untouched model; `base_test`: on the test split, where that was opened. `harness`: what lm-eval measured of the
-    chosen run. `missing`: names of the runs without a report.
+    chosen run. `missing`: names of the runs without a report. `gate`: a reason for each bound of eval.gate that the
+    chosen run does not keep.
     """
 
     model_config = ConfigDict(strict=True, extra="ignore")
@@ -45,6 +47,7 @@ class Board(BaseModel):
     base: dict[str, Number] | None
     base_test: dict[str, Number] | None
     harness: Harness | None = None
+    gate: list[str] = []
 
     @property
     def chosen_row(self) -> dict[str, Any]:
@@ -80,12 +83,22 @@ def _row(run: RankedRun, names: list[str], ranking: Ranking) -> dict:
         values, base = (figures.values, figures.base or {}) if figures else ({}, {})
         row |= {f"{split}_{name}": values.get(name) for name in names}
         row |= {f"base_{split}_{name}": base.get(name) for name in names}
+    if any(one.figures.probe for one in ranking.runs):
+        row |= _of_probe(run.figures.probe)
     row["train_seconds"] = run.train.get("train_seconds")
     row |= {name: run.train.get(name) for name in EXTRAS}
     for split, figures in judged.items():
         low, high = figures.interval if figures else (None, None)
         row |= {f"{split}_{ranking.metric}_low": low, f"{split}_{ranking.metric}_high": high}
     return row
+
+
+def _of_probe(probe: ProbeFigures | None) -> dict:
+    """How well the run still predicts general text; null where that was not measured."""
+    change = probe.forgetting if probe else None
+    low, high = change.interval if change else (None, None)
+    row = {"probe_bits_per_byte": probe and probe.bits_per_byte, "base_probe_bits_per_byte": probe and probe.base}
+    return {**row, "forgetting": change and change.value, "forgetting_low": low, "forgetting_high": high}
 
 
 def _of_recipe(recipe: Recipe, place: int, repeated: bool) -> dict:
@@ -146,6 +159,14 @@ def _cell(value):
     return json.dumps(value, ensure_ascii=False) if isinstance(value, dict | list) else value
 
 
+def end_at_gate(board: Board) -> None:
+    """End the process with 1 where the chosen run does not keep its bounds; the reasons are on the leaderboard."""
+    if board.gate:
+        bounds = "a bound" if len(board.gate) == 1 else f"{len(board.gate)} bounds"
+        print(f"{board.chosen} does not keep {bounds} of eval.gate: exit code 1", file=sys.stderr)
+        sys.exit(1)
+
+
 def print_leaderboard(path: Path) -> None:
     """Print a sweep's leaderboard as a table, and where its page is.
 
@@ -178,17 +199,21 @@ def leaderboard_text(board: Board, folder: Path) -> str:
     keys = swept_keys(rows)
     shown = [name for name in rows[0] if name.startswith(prefix) and not name.endswith(("_low", "_high"))]
     head = ["", *short_names(keys).values()]
-    head += [name.removeprefix(prefix) for name in shown] + ["95% interval", "train", "key"]
+    probed = ["forgetting"] if "forgetting" in rows[0] else []
+    head += [name.removeprefix(prefix) for name in shown] + ["95% interval", *probed, "train", "key"]
 
     table = [head, *(_text_cells(row, keys, shown, f"{prefix}{metric}") for row in rows)]
     if board.base:
         base = [units.figure(board.base.get(name.removeprefix(prefix))) for name in shown]
-        table.append(["", *("" for _ in keys), *base, "", "", "(base model)"])
+        table.append(["", *("" for _ in keys), *base, "", *("" for _ in probed), "", "(base model)"])
 
     lines = [f"sweep {board.sweep}, best {metric} on the {board.split} split first", "", *_aligned(table), ""]
     lines += _tested_lines(board)
     if sum(bool(row["tied"]) for row in rows) > 1:
         lines.append("=: cannot be told from the best on these rows (paired test at 5%, Holm's correction)")
+    if "forgetting" in rows[0]:
+        lines.append("forgetting: bits per byte of general text, less those of the base model")
+    lines += [f"gate: {reason}" for reason in board.gate]
     if "seeds" in rows[0]:
         lines.append(f"runs of one place differ in their seed; places are by the mean of {metric}")
     if board.chosen != rows[0]["run"]:
@@ -221,13 +246,14 @@ def _ends(row: dict, name: str) -> str:
 def _text_cells(row: dict, keys: list[str], shown: list[str], name: str) -> list[str]:
     """`name`: the column that ranks."""
     swept = [cell_text(row[key]) for key in keys]
+    probed = [units.signed(row["forgetting"])] if "forgetting" in row else []
     if row[name] is None:
         step = row.get("diverged_at_step")
         what = "no finite figures" if step is None else f"diverged, step {step}"
-        return ["", *swept, *("" for _ in shown), what, "", key_of(row)]
+        return ["", *swept, *("" for _ in shown), what, *("" for _ in probed), "", key_of(row)]
     figures = [units.figure(row[column]) for column in shown]
     place = f"{row['place']}=" if row["place"] > 1 and row["tied"] else str(row["place"])
-    return [place, *swept, *figures, _ends(row, name), units.seconds(row["train_seconds"]), key_of(row)]
+    return [place, *swept, *figures, _ends(row, name), *probed, units.seconds(row["train_seconds"]), key_of(row)]
 
 
 def key_of(row: dict) -> str:

@@ -136,6 +136,7 @@ def model_card(run: runs.FinishedRun, card: Card) -> str:
         data=data,
         method=training.get("method", {}).get("name", "sft"),
         figures=figures,
+        probe=ranked.probe if (ranked := _figures(run.parts.get("evaluate_model"))) else None,  # not on the test split
         metrics=with_own(figures.task, figures.values) if figures else {},
         harness=read_harness(run.parts["run_harness"]) if run.has("run_harness") else None,
         with_error=_with_error,
@@ -326,10 +327,10 @@ def _command(stage: str, folder: Path) -> str:
 
 def _place(name: str, path: Path) -> str:
     """A folder named as in results/. Elsewhere only its last name, and for raw data by hand not even that."""
-    if name == "raw" and not is_pin(path):
+    if name in ("raw", "probe") and not is_pin(path):
         return "FILE"
     parent = path.absolute().parent.name
-    return f"{parent}/{path.name}" if name == "raw" or parent in FOLDERS.values() else path.name
+    return f"{parent}/{path.name}" if name in ("raw", "probe") or parent in FOLDERS.values() else path.name
 
 
 def _without_sources(configs: dict[str, dict]) -> dict:

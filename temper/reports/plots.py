@@ -275,6 +275,37 @@ def axis_effect(points: list[dict], key: str, metric_name: str) -> str:
     return _draw(paint, 4.6, 3.2)
 
 
+def tradeoff(points: list[dict], names: tuple[str, str], bounds: tuple[float | None, float | None]) -> str:
+    """One figure of each run against another, with their intervals.
+
+    Args:
+        points: {"x", "y", "x_interval", "y_interval", "chosen": bool}
+        names: of the two figures.
+        bounds: dashed lines at these values.
+    """
+
+    def paint(axis):
+        axis.axhline(0, color=THEME["grid"], linewidth=1)
+        axis.axvline(0, color=THEME["grid"], linewidth=1)
+        for draw, bound in zip((axis.axvline, axis.axhline), bounds, strict=True):
+            if bound is not None:
+                draw(bound, color=THEME["muted"], linewidth=1.2, linestyle="--")
+        style = {"linewidth": 3, "alpha": 0.22, "capstyle": "round"}
+        for chosen, colour, size in ((False, THEME["base"], 5.5), (True, THEME["accent"], 9)):
+            some = [point for point in points if point["chosen"] is chosen]
+            xs, ys = [point["x"] for point in some], [point["y"] for point in some]
+            if some:
+                axis.hlines(ys, *zip(*(point["x_interval"] for point in some), strict=True), color=colour, **style)
+                axis.vlines(xs, *zip(*(point["y_interval"] for point in some), strict=True), color=colour, **style)
+            axis.plot(xs, ys, "o", color=colour, markersize=size, zorder=5 + chosen)
+        axis.grid(axis="x")
+        axis.margins(x=0.12, y=0.15)
+        axis.set(xlabel=names[0], title=names[1])
+        axis.title.set_color(THEME["muted"])
+
+    return _draw(paint, 7.6, 3.6)
+
+
 def _families(axis, points: list[dict], place) -> None:
     """All points with their intervals as two artists: one for each would take a minute for a thousand runs."""
     families: dict[str, list[tuple]] = {}

@@ -10,9 +10,11 @@ from urllib.parse import quote
 from temper.config.compose import groups, hydra_text
 from temper.errors import visible
 from temper.evaluation.comparison import ComparedRun, RankedRun, Ranking, Recipe
+from temper.evaluation.gate import unmet
 from temper.evaluation.harness import Harness
 from temper.files import read_json_lines
-from temper.reports import html, plots
+from temper.reports import html, plots, suspects
+from temper.reports.forgetting import forgetting_sentence, gains_and_forgetting
 from temper.reports.leaderboard import cell_text, short_names, swept_keys, tie_sentence
 
 # --- the page ------------------------------------------------------------------------------------
@@ -47,6 +49,11 @@ def write_page(
         chosen=_shown(ranking.chosen, output),
         cheapest=_shown(ranking.cheapest, output),
         choose=ranking.choose,
+        gate=unmet(ranking.chosen, config["eval"].get("gate")),
+        bounded=bool(config["eval"].get("gate")),
+        probed="forgetting" in rows[0],
+        forgetting_sentence=forgetting_sentence(ranking, _label),
+        forgetting_plot=gains_and_forgetting(ranking, config["eval"].get("gate")),
         names=names,
         missing=ranking.missing,
         diverged=[_shown(run, output) for run in ranking.diverged],
@@ -57,6 +64,8 @@ def write_page(
         curves=plots.sweep_curves([(_label(run), curves_of(run)) for run in runs[: plots.MOST_CURVES]]),
         most_curves=plots.MOST_CURVES,
         command=_command_for(ranking.chosen.point, config),
+        suspects=suspects.read(ranking.chosen.suspects),
+        suspects_csv=_link(ranking.chosen.suspects or "", suspects.CSV, output),
     )
 
 
@@ -69,8 +78,13 @@ def _shown(run: ComparedRun, output: Path, recipe: Recipe | None = None, place: 
 
 
 def _page(report: str, output: Path) -> str:
-    """The link to a report, relative, so that results/ can be moved or sent as a whole."""
-    return quote(Path(os.path.relpath(Path(report) / "report.html", output)).as_posix())
+    """The link to a report."""
+    return _link(report, "report.html", output)
+
+
+def _link(folder: str, file: str, output: Path) -> str:
+    """A link, relative, so that results/ can be moved or sent as a whole."""
+    return quote(Path(os.path.relpath(Path(folder) / file, output)).as_posix())
 
 
 def curves_of(run: ComparedRun) -> list[dict]:

@@ -43,6 +43,8 @@ def register(api, plan, board: "Board", ids: dict[str, str]) -> str:
     best, figure = board.chosen_row, f"{board.split}_{board.metric}"
     if best[figure] is None:  # a diverged run is never the champion
         return "no run has figures, so there is no new champion"
+    if board.gate:
+        return "the chosen run does not keep the bounds of eval.gate, so there is no new champion"
     run = next(run for run in plan.runs if run.name == best["run"])
     name = plan.tracking["registered_model_name"] or run.config["data"]["name"]
     _create_name(api, name)

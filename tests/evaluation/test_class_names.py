@@ -15,7 +15,7 @@ from temper.config import evaluation as checks
 from temper.config.schema import Eval
 from temper.data.encoder import Encoder
 from temper.errors import UserError
-from temper.evaluation import judge, likelihoods
+from temper.evaluation import choices, likelihoods
 from temper.evaluation.class_names import check_class_names, gold_class, read_class
 from temper.evaluation.class_tokens import class_answers
 from temper.files import read_json, read_json_lines
@@ -186,7 +186,7 @@ def test_the_spelling_of_a_row_changes_no_other(workspace, tiny_model, model, to
     assert [after[0]["reference"], before[0]["reference"]] == ["Positive", "positive"]
     assert [(row["choice"], row["score"]) for row in after] == [(row["choice"], row["score"]) for row in before]
     assert facts["values"]["accuracy"] == sum(row["score"] for row in before) / len(before)
-    assert facts["accuracy_of"] == judge.ALONE
+    assert facts["accuracy_of"] == choices.ALONE
     labels = [tokenizer(label, add_special_tokens=False)["input_ids"] for label in ("negative", "positive")]
     expected = [one_by_one(model, tiny.tiny_row(tokenizer, 0, *row), labels) for row in [first, *others]]
     for half in (after, before):
@@ -217,7 +217,7 @@ def test_where_a_label_begins_another_the_end_counts(workspace, tiny_model, mode
     rows = {"train": texts[:20], "validation": 0, "test": texts[20:]}
     splits = tiny.make_tiny_splits(workspace / "splits", tiny_model, rows=rows)
     facts, rows = report(tiny_model, splits, "report", "eval.labels=[good,good enough]")
-    assert facts["accuracy_of"] == judge.WITH_END
+    assert facts["accuracy_of"] == choices.WITH_END
     ends = [
         tokenizer(f"{label}{tokenizer.eos_token}", add_special_tokens=False)["input_ids"] for label in labels.values()
     ]

@@ -41,32 +41,37 @@ def test_the_demo_is_eight_runs_over_four_trunks(workspace):
         "merge_adapter": 8,
         "evaluate_model": 18,  # and the untouched model, on validation and on the test split
         "rank_runs": 1,
+        "score_rows": 8,  # of which the chosen run's is made
         "compare_runs": 1,
     }
+
+
+OF_A_MODEL = {"merge_adapter", "evaluate_model", "rank_runs", "score_rows"}
 
 
 @pytest.mark.parametrize(
     ("override", "stages"),
     [
-        ("train.learning_rate=5e-4", {"train_adapter", "merge_adapter", "evaluate_model", "rank_runs"}),
-        ("seed=7", {"train_adapter", "merge_adapter", "evaluate_model", "rank_runs"}),
+        ("train.learning_rate=5e-4", {"train_adapter", *OF_A_MODEL}),
+        ("seed=7", {"train_adapter", *OF_A_MODEL}),
         ("eval.max_new_tokens=9", {"evaluate_model", "rank_runs"}),
         (
             "tokenize.max_length=99",
-            {"tokenize_splits", "train_adapter", "merge_adapter", "evaluate_model", "rank_runs"},
+            {"tokenize_splits", "train_adapter", *OF_A_MODEL},
         ),
-        ("merge.dtype=float32", {"merge_adapter", "evaluate_model", "rank_runs"}),
+        ("merge.dtype=float32", OF_A_MODEL),
+        ("eval.suspects=9", {"score_rows", "rank_runs"}),
         ("tracking.experiment_name=other", set()),
         ("tracking=none", set()),
         ("train.logging_steps=3", set()),
         ("train.save_total_limit=9", set()),
         (
             "prompt.system=Other",
-            {"format_prompts", "tokenize_splits", "train_adapter", "merge_adapter", "evaluate_model", "rank_runs"},
+            {"format_prompts", "tokenize_splits", "train_adapter", *OF_A_MODEL},
         ),
         (
             "data.splits.test=0.3",
-            {"format_prompts", "tokenize_splits", "train_adapter", "merge_adapter", "evaluate_model", "rank_runs"},
+            {"format_prompts", "tokenize_splits", "train_adapter", *OF_A_MODEL},
         ),
     ],
 )
@@ -231,7 +236,7 @@ def test_explain_before_anything_was_fetched(workspace):
     from temper.commands import explain
 
     text = explain.explain(build())
-    assert "sweep demo: 32 job(s) to run, and the comparison" in text
+    assert "sweep demo: 33 job(s) to run, and the comparison" in text
     assert "nothing like it was made yet" in text
     assert "forecast: nothing to go by yet" in text
 

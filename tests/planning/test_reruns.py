@@ -81,10 +81,11 @@ def run(project: Path, overrides: str = "", *arguments: str, experiment: str = "
 
 COMPARE = {"compare_runs": 1}
 RANK = {"rank_runs": 1, **COMPARE}
-MERGE = {"merge_adapter": 2, "evaluate_model": 3, **RANK}  # one of them for the test split
+SCORE = {"score_rows": 1}
+MERGE = {"merge_adapter": 2, "evaluate_model": 3, **SCORE, **RANK}  # one of them for the test split
 EVALUATE = {"evaluate_base": 2, "evaluate_model": 3, **RANK}
 TRAIN = {"train_adapter": 2, **MERGE}
-TOKENIZE = {"tokenize_splits": 1, "train_adapter": 2, "merge_adapter": 2, **EVALUATE}
+TOKENIZE = {"tokenize_splits": 1, "train_adapter": 2, "merge_adapter": 2, **SCORE, **EVALUATE}
 FORMAT = {"format_prompts": 1, **TOKENIZE}
 ALL_BUT_DATA = {"fetch_model": 1, **FORMAT}
 REFERENCES = {"reference_logprobs": 1, **TRAIN}
@@ -182,6 +183,7 @@ MATRIX = (
         files=(("conf/sweep/mine.yaml", "1e-3,1e-2", "1e-3"),),
         fast=False,
     ),
+    Edit("`eval.suspects=10`", {**SCORE, **RANK}, "eval.suspects=10"),
     Edit("`eval.test=all`", {"evaluate_model": 1, **RANK}, "eval.test=all"),
     Edit("rename the sweep: `sweep.name=other`", RANK, "sweep.name=other", fast=False, back={}),
     Edit(
@@ -349,6 +351,7 @@ def known_before_ranking(jobs: dict[str, int]) -> dict[str, int]:
     }
     if jobs.get("train_adapter") == 1:
         sure["evaluate_model"] = 1
+    sure["score_rows"] = 0  # of the chosen run
     return {name: count for name, count in {**jobs, **sure}.items() if count}
 
 
@@ -420,6 +423,36 @@ def test_a_folder_in_a_place_that_is_asked_for_by_name_is_made(project):
         assert run(project, "", "-n", str(merged.relative_to(project))) == {"merge_adapter": 1}
     finally:
         (project / "kept").rename(merged)
+
+
+def test_a_probe_and_a_gate(project):
+    """Forgetting is measured by the reports alone. A bound that is not kept ends the same command in the same way."""
+    (project / "probe.txt").write_text("\n\n".join(question for question, _ in tiny.tiny_rows(12)))
+    probe = "probe.source.kind=files probe.source.path=probe.txt"
+
+    def ended(*overrides: str) -> tuple[dict[str, int], int, str]:
+        asked = ["experiment=mine", f"overrides={' '.join(overrides)}"]
+        done = snakemake(project, "--config", *asked, check=False, project=project)
+        return executed(done), done.returncode, done.stdout + done.stderr
+
+    jobs, code, said = ended(probe, "eval.gate={forgetting:-9}")
+    assert jobs == {"fetch_data": 1, "evaluate_base": 1, "evaluate_model": 2, **RANK}, said
+    assert code == 1
+    assert re.search(r"^gate: forgetting .* bits per byte .* is above -9$", said, flags=re.MULTILINE), said
+    jobs, code, again = ended(probe, "eval.gate={forgetting:-9}")
+    assert (jobs, code) == (COMPARE, 1), again
+    assert leaderboard(project, "mine")[0]["forgetting"]
+    receipt = json.loads((project / "results/sweeps/mine/receipt.json").read_text())
+    assert any("probe.txt" in part["files"] for part in receipt["parts"])
+    jobs, code, said = ended(probe, "eval.gate={forgetting:9}")
+    assert (jobs, code) == (COMPARE, 0), said
+    assert ended(probe, "eval.gate={forgetting:9}")[:2] == ({}, 0)
+
+    (project / "probe.txt").write_text("One passage.")
+    jobs, code, said = ended(probe)
+    assert (jobs, code) == ({}, 2), said
+    assert "has 1 passage(s), and its interval takes 2" in said
+    assert run(project) == RANK
 
 
 def test_edits_that_were_taken_back_are_no_work(project):

@@ -147,6 +147,28 @@ def test_the_chosen_run_has_figures_of_both_splits(sweep, capsys):
     assert "a-test" not in page
 
 
+def test_the_page_lists_the_suspicious_rows_of_the_chosen_run_only(sweep):
+    config, output = sweep
+    for run in config["runs"]:
+        run["suspects"] = str(output.parents[1] / "suspects" / run["name"])
+        row = {"rank": 1, "file": "data/raw/x/<x>.csv", "line": 7, "split": "train", "given": "negative"}
+        row |= {"likelier": "positive", "suspicion": 3.25, "prompt": f"Of {run['name']} <b>", "id": 6}
+        folder = Path(run["suspects"])
+        folder.mkdir(parents=True)
+        content = {"figure": "margin", "rows": {"train": 900, "validation": 100}, "suspects": [row]}
+        (folder / "suspects.json").write_text(json.dumps(content))
+    compare_runs.compare(config, output)
+    page = (output / "report.html").read_text()
+    assert "Of b &lt;b&gt;" in page
+    assert "Of a" not in page
+    assert "The 1 of 1,000 training and validation rows" in page
+    assert "&lt;x&gt;.csv:7" in page
+    assert 'href="../../suspects/b/suspects.csv"' in page
+    shutil.rmtree(config["runs"][1]["suspects"])
+    compare_runs.compare(config, output)
+    assert "Suspicious rows" not in (output / "report.html").read_text()
+
+
 def test_which_runs_are_judged_on_the_test_split(sweep):
     config, output = sweep
     names = {}
