@@ -144,12 +144,12 @@ def test_reports(plan: planning.Plan, checkpoints):
     return inputs
 
 
-def suspects(plan: planning.Plan, checkpoints):
-    """Input function: the suspicious rows of the run that the ranking chooses; before there is one, the ranking."""
+def of_chosen(plan: planning.Plan, checkpoints):
+    """Input function: what is made only for the run that the ranking chooses; before there is one, the ranking."""
 
     def inputs(_wildcards) -> list[str]:
         checkpoints.rank_runs.get(name=Path(plan.ranking.path).name)
-        return plan.suspects()
+        return plan.of_chosen()
 
     return inputs
 
