@@ -273,7 +273,9 @@ rule evaluate_model:
     resources:
         gpu=temper.gpus_per_job(),
     params:
-        references=temper.flags_of(PLAN, "evaluate_model", "references", "start_report", "probe"),
+        references=temper.flags_of(
+            PLAN, "evaluate_model", "references", "start_report", "probe"
+        ),
     shell:
         "python -m steps.evaluate_model"
         " --model {input.model:q}"
