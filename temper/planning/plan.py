@@ -95,13 +95,21 @@ class Plan:
         tested = read_json(file, {"tested": list[str]})["tested"]
         return [run.artefacts["test_report"] for run in self.runs if run.name in tested]
 
+    def _likely_test_reports(self) -> list[str]:
+        """As `test_reports`. Before there is a ranking, the first run stands for the chosen one."""
+        if self.is_made(self.ranking):
+            return self.test_reports()
+        test = self.comparison.config["eval"]["test"]
+        number = {"none": 0, "all": len(self.runs)}.get(test, 1)
+        return [run.artefacts["test_report"] for run in self.runs[:number]]
+
     def of_chosen(self) -> list[str]:
         """What is made only for the run that the ranking chooses. The ranking must be there."""
         chosen = read_json(Path(self.ranking.path) / RANKING, {"chosen": str})["chosen"]
         return _for_chosen(next(run for run in self.runs if run.name == chosen))
 
     def _likely_of_chosen(self) -> list[str]:
-        """The same. Before there is a ranking, the first run stands for the chosen one."""
+        """As `of_chosen`. Before there is a ranking, the first run stands for the chosen one."""
         return self.of_chosen() if self.is_made(self.ranking) else _for_chosen(self.runs[0])
 
     @property
@@ -109,14 +117,6 @@ class Plan:
         """What lm-eval measures of the untouched model, if it is needed whichever run is chosen."""
         found = {run.artefacts.get("base_harness") for run in self.runs}
         return [path for path in found if path and len(found) == 1]
-
-    def _likely_test_reports(self) -> list[str]:
-        """The same. Before there is a ranking, the first run stands for the chosen one."""
-        if self.is_made(self.ranking):
-            return self.test_reports()
-        test = self.comparison.config["eval"]["test"]
-        number = {"none": 0, "all": len(self.runs)}.get(test, 1)
-        return [run.artefacts["test_report"] for run in self.runs[:number]]
 
     @property
     def untouched(self) -> list[str]:

@@ -33,7 +33,7 @@ def test_the_demo_is_eight_runs_over_four_trunks(workspace):
     assert len({run.name for run in plan.runs}) == 8
     counts = {stage: len(paths) for stage, paths in keys(plan).items()}
     assert counts == {
-        "fetch_data": 1,
+        "fetch_data": 2,  # and the probe's text
         "fetch_model": 1,
         "format_prompts": 1,
         "tokenize_splits": 1,
@@ -236,7 +236,7 @@ def test_explain_before_anything_was_fetched(workspace):
     from temper.commands import explain
 
     text = explain.explain(build())
-    assert "sweep demo: 33 job(s) to run, and the comparison" in text
+    assert "sweep demo: 34 job(s) to run, and the comparison" in text
     assert "nothing like it was made yet" in text
     assert "forecast: nothing to go by yet" in text
 

@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -117,6 +118,25 @@ def test_an_old_comparison_is_no_reason_to_do_nothing(sources):
         file = folder / "provenance.json"
         file.write_text(json.dumps(recorded))
         assert workflow._is_of(planned, file) is stays
+
+
+def test_what_reused_folders_were_made_with_is_said_once(workspace):
+    from temper import workflow
+    from temper.planning import plan
+    from temper.provenance import package_versions, processor
+
+    planned = plan.Plan("s", "smoke", {}, {"enabled": False}, [], {})
+    same = {"packages": package_versions(), "processor": processor()}
+    older = {"packages": {**package_versions(), "torch": "2.0.0", "mlflow": "1.0"}, "processor": "abacus"}
+    for number, recorded in enumerate([same, older, older]):
+        path = f"results/adapters/{number}"
+        planned.jobs[path] = plan.Job("train_adapter", path, "key", {}, {})
+        Path(path).mkdir(parents=True)
+        Path(path, "provenance.json").write_text(json.dumps(recorded))
+    planned.jobs["results/adapters/none"] = plan.Job("train_adapter", "results/adapters/none", "key", {}, {})
+    torch, abacus = workflow.made_otherwise(planned)
+    assert "of 2 folder(s) that are reused, each was made with torch 2.0.0, here is" in torch
+    assert "was made on abacus, this is" in abacus
 
 
 def test_names_of_folders_do_not_end_in_what_snakemake_calls_periodic():
