@@ -15,7 +15,8 @@
                                                                                            both: probe, if there is one)
     rank_runs           validation reports                      ->  results/rankings/     (which runs to test)
     score_rows          model, splits, prompts, raw             ->  results/suspects/     (of the chosen run)
-    compare_runs        reports, suspicious rows                ->  results/sweeps/
+    run_harness         model, base_harness                     ->  results/harness/      (of the chosen run; eval.harness)
+    compare_runs        reports, suspicious rows, harness       ->  results/sweeps/
 
 Every path below results/ ends in a key that hashes everything it was made from (see temper/planning/plan.py), so a
 path that exists is up to date, and nothing is made twice. The rules hold no logic: the plan says what to make. A job
@@ -272,7 +273,9 @@ rule evaluate_model:
     resources:
         gpu=temper.gpus_per_job(),
     params:
-        references=temper.flags_of(PLAN, "evaluate_model", "references", "start_report", "probe"),
+        references=temper.flags_of(
+            PLAN, "evaluate_model", "references", "start_report", "probe"
+        ),
     shell:
         "python -m steps.evaluate_model"
         " --model {input.model:q}"
@@ -325,12 +328,36 @@ rule score_rows:
         " 2>&1 | log_to {log:q}"
 
 
+rule run_harness:
+    "Tasks of lm-eval, for the untouched model and the chosen run (eval.harness)."
+    input:
+        model=path_of("run_harness", "model"),
+        base_harness=path_of("run_harness", "base_harness"),
+    output:
+        update(directory("results/harness/{name}")),
+    log:
+        "results/logs/run_harness/{name}.log",
+    threads: temper.threads_of(PLAN, "run_harness")
+    resources:
+        gpu=temper.gpus_per_job(),
+    params:
+        base_harness=temper.flags_of(PLAN, "run_harness", "base_harness"),
+    shell:
+        "python -m steps.run_harness"
+        " --model {input.model:q}"
+        " {params.base_harness}"
+        ' --plan "$TEMPER_PLAN"'
+        " --output {output:q}"
+        " 2>&1 | log_to {log:q}"
+
+
 rule compare_runs:
     "Leaderboard and page of the sweep; completes MLflow and names the champion."
     input:
         reports=temper.reports(PLAN, workflow),
         test_reports=temper.test_reports(PLAN, checkpoints),
-        suspects=temper.suspects(PLAN, checkpoints),
+        base_harness=PLAN.base_harness,  # needed whichever run is chosen, so it may be made before
+        of_chosen=temper.of_chosen(PLAN, checkpoints),
     output:
         update(f"{SWEEP}/leaderboard.csv"),
         update(f"{SWEEP}/leaderboard.json"),

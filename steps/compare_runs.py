@@ -6,7 +6,8 @@ By hand, with the config that the sweep's folder keeps (``temper plan --json`` s
     temper leaderboard demo
 
 Reads   each run's report folder: metrics.json, predictions.jsonl, curves.jsonl. Runs without a report (failed, not yet
-        made) are left out, and named. Of the runs chosen for the test split their report on that, too.
+        made) are left out, and named. Of the runs chosen for the test split their report on that, too; of the chosen
+        run what lm-eval measured (eval.harness).
 Writes  leaderboard.csv and leaderboard.json (one row per run, best first), report.html, config.yaml; receipt.json
         (hashes of all that the chosen run consists of); provenance.json comes last. Each file is replaced by itself, so
         the folder is made again in place, whenever a report is new.
@@ -23,9 +24,11 @@ from typing import Any
 
 from temper import tracking
 from temper.errors import UserError
-from temper.evaluation.comparison import Ranking, add_tested, rank
+from temper.evaluation.comparison import RankedRun, Ranking, add_tested, rank
 from temper.evaluation.figures import finite
 from temper.evaluation.gate import unmet
+from temper.evaluation.harness import FILE as HARNESS
+from temper.evaluation.harness import Harness, read_harness
 from temper.files import json_text, read_yaml, write_whole
 from temper.folders import PROVENANCE, locked, temporary_folder
 from temper.keys import stage_key
@@ -55,8 +58,8 @@ def compare(config: dict, output: Path) -> Board:
 
     Args:
         config: {"eval", "sweep": {"name", "axes"}, "runs": [{"name", "point", "report", "test_report"}]}, and
-            optionally "experiment" and "overrides" (those that are not axes), for the command that makes the chosen
-            run again.
+            optionally "harness" in a run, and "experiment" and "overrides" (those that are not axes), for the
+            command that makes the chosen run again.
 
     Raises:
         UserError: no run has a report.
@@ -76,7 +79,8 @@ def compare(config: dict, output: Path) -> Board:
     (output / RECEIPT).unlink(missing_ok=True)  # of the comparison before
     write_whole(output / "config.yaml", safe_dump(config, sort_keys=False, allow_unicode=True))
     write_whole(output / "leaderboard.csv", csv_text(rows))
-    write_page(output, config, names, ranking, rows)
+    harness = _harness(ranking.chosen)
+    write_page(output, config, names, ranking, rows, harness)
 
     runs = [*ranking.runs, *ranking.diverged]
     linked = [{**row, "report": run.report} for row, run in zip(rows, runs, strict=True)]
@@ -90,10 +94,19 @@ def compare(config: dict, output: Path) -> Board:
         missing=ranking.missing,
         base=ranking.best.figures.base,
         base_test=tested.base if tested else None,
+        harness=harness,
         gate=unmet(ranking.chosen, config["eval"].get("gate")),
     )
     write_whole(output / "leaderboard.json", json_text(finite(board.model_dump())))
     return board
+
+
+def _harness(chosen: RankedRun) -> Harness | None:
+    """What lm-eval measured of the chosen run; None: nothing was asked, or it is not made yet."""
+    if chosen.harness and not (Path(chosen.harness) / HARNESS).is_file():
+        log.info("%s: chosen for lm-eval, and has no figures of it yet", chosen.name)
+        return None
+    return read_harness(Path(chosen.harness)) if chosen.harness else None
 
 
 def _say_missing(planned: list[dict], ranking: Ranking) -> None:

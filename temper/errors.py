@@ -147,6 +147,7 @@ SMALLER = {
     "evaluate_model": "lower eval.batch_size",
     "sample_answers": "lower method.own_answers.batch_size",
     "reference_logprobs": "lower tokenize.max_length",
+    "run_harness": "lower eval.harness.batch_size",
     "predict": "lower --batch-size",
 }
 RESUMED = ("train_adapter", "reference_logprobs", "snakemake")  # others start from the beginning

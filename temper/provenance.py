@@ -1,6 +1,7 @@
 """How an artefact was made: package versions, the commit, time, peak memory."""
 
 import contextlib
+import functools
 import importlib.metadata
 import platform
 import resource
@@ -26,6 +27,7 @@ PACKAGES = (
     "hydra-core",
     "snakemake",
 )
+NOT_COMPUTING = ("mlflow", "snakemake", "hydra-core")
 
 
 def write_provenance(folder: Path, stage: str, config: dict, inputs: dict, seconds: float, facts: dict) -> None:
@@ -56,6 +58,7 @@ def provenance(stage: str, inputs: dict, seconds: float, facts: dict) -> dict:
     }
 
 
+@functools.cache
 def package_versions() -> dict[str, str]:
     versions = {}
     for name in PACKAGES:
@@ -64,6 +67,20 @@ def package_versions() -> dict[str, str]:
     return versions
 
 
+def other_circumstances(recorded: dict) -> list[str]:
+    """What of the packages and the processor is other now than a provenance says, and may change the last digits."""
+    now = package_versions()
+    found = [
+        f"was made with {name} {version}, here is {now.get(name)}"
+        for name, version in recorded.get("packages", {}).items()
+        if now.get(name) != version and name not in NOT_COMPUTING
+    ]
+    if recorded.get("processor", processor()) != processor():
+        found.append(f"was made on {recorded['processor']}, this is {processor()}")
+    return found
+
+
+@functools.cache
 def processor() -> str:
     """The kind of processor, with what decides by which products PyTorch computes."""
     flags: set[str] = set()

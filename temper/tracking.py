@@ -21,6 +21,7 @@ import re
 import sqlite3
 import sys
 import threading
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -420,6 +421,7 @@ def mirror(plan, board: "Board | None", unfinished: str = "FAILED") -> tuple[boo
         _finish_sweep(api, experiment, plan, board, "FINISHED" if len(ids) == len(plan.runs) else unfinished)
         _end_running(api, experiment, plan.sweep, unfinished)
         _mirror_tests(api, plan, board, ids)
+        _mirror_harness(api, board, ids)
         champion = f"; {_champion(api, plan, board, ids)}" if board and not refused else ""
     except Exception as error:  # the results are in files
         return False, f"tracking: not up to date: {_one_line(error)}; {_again(error)}"
@@ -456,6 +458,20 @@ def _mirror_tests(api, plan, board: "Board | None", ids: dict[str, str]) -> None
         if (report / FILE).is_file():
             _Curves(api, ids[run.name]).send([_results(read_figures(report))])
             api.log_artifact(ids[run.name], str(report / "report.html"), "test")
+
+
+def _mirror_harness(api, board: "Board | None", ids: dict[str, str]) -> None:
+    """Add what lm-eval measured to the chosen run. Its key does not have the tasks, so figures may change."""
+    from mlflow.entities import Metric
+
+    if not board or board.harness is None or board.chosen not in ids:
+        return
+    run_id, now = ids[board.chosen], int(1000 * time.time())
+    known = api.get_run(run_id).data.metrics
+    figures = {valid_name(name): value for name, value in finite(board.harness.figures()).items()}
+    new = [Metric(name, value, now, 0) for name, value in figures.items() if value not in (None, known.get(name))]
+    for start in range(0, len(new), BATCH):
+        api.log_batch(run_id, metrics=new[start : start + BATCH])
 
 
 def _mirror_run(api, experiment: str, sweep: str, run) -> str:
@@ -495,6 +511,8 @@ def _mirror_run(api, experiment: str, sweep: str, run) -> str:
 def _params(config: dict) -> dict[str, str]:
     """A run's config as MLflow's parameters."""
     sections = {name: value for name, value in config.items() if name not in ("tracking", "sweep")}
+    if "eval" in sections:  # lm-eval is asked of one run only
+        sections["eval"] = {name: value for name, value in sections["eval"].items() if name != "harness"}
     return {valid_name(name): _cut(value, LONGEST_PARAM) for name, value in flat(sections).items()}
 
 

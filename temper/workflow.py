@@ -19,10 +19,11 @@ from temper import signals, tracking
 from temper.config.stages import FOLDERS, flag_words
 from temper.errors import UserError, one_line_errors, suggest, visible
 from temper.files import read_json
-from temper.folders import is_complete, remove_leftovers
+from temper.folders import PROVENANCE, is_complete, remove_leftovers
 from temper.keys import PACKAGE_ROOT, python_path
 from temper.planning import plan as planning
 from temper.planning import planner
+from temper.provenance import other_circumstances
 
 if TYPE_CHECKING:
     from temper.reports.leaderboard import Board
@@ -143,12 +144,12 @@ def test_reports(plan: planning.Plan, checkpoints):
     return inputs
 
 
-def suspects(plan: planning.Plan, checkpoints):
-    """Input function: the suspicious rows of the run that the ranking chooses; before there is one, the ranking."""
+def of_chosen(plan: planning.Plan, checkpoints):
+    """Input function: what is made only for the run that the ranking chooses; before there is one, the ranking."""
 
     def inputs(_wildcards) -> list[str]:
         checkpoints.rank_runs.get(name=Path(plan.ranking.path).name)
-        return plan.suspects()
+        return plan.of_chosen()
 
     return inputs
 
@@ -234,13 +235,15 @@ def gpus_per_job() -> int:
 # --- the workflow's handlers ---------------------------------------------------------------------
 
 ASKED_TO_END: list[int] = []  # the signal that ended the workflow, if any
+COMPUTED = ("sample_answers", "reference_logprobs", "train_adapter", "merge_adapter", "evaluate_model")
 PATIENCE = 30.0  # seconds that jobs get to clean up
 
 
 def on_start(plan: planning.Plan, workflow) -> None:
     """Make the tracking store before several jobs use it. If it is unreachable, stop before any training."""
-    if note := idle_cores(plan, workflow.cores or 1):
-        print(note, file=sys.stderr)
+    for note in [idle_cores(plan, workflow.cores or 1), *made_otherwise(plan)]:
+        if note:
+            print(note, file=sys.stderr)
     with one_line_errors():
         _remove_leftovers()
         _ready_probe(plan)
@@ -248,6 +251,20 @@ def on_start(plan: planning.Plan, workflow) -> None:
             tracking.prepare(plan.tracking, plan.sweep)
     if workflow.local_exec:  # Snakemake cancels a cluster's jobs
         signals.on_ending(lambda number: _end_jobs(number, workflow.scheduler), _end_at_once)
+
+
+def made_otherwise(plan: planning.Plan) -> list[str]:
+    """What is to be said of folders that are reused: with which other packages, or where, they were made."""
+    counts: dict[str, int] = {}
+    for job in plan.jobs.values():
+        if job.stage in COMPUTED and plan.is_made(job):
+            for what in other_circumstances(read_json(Path(job.path) / PROVENANCE)):
+                counts[what] = counts.get(what, 0) + 1
+    return [
+        f"note: of {count} folder(s) that are reused, each {what}: the last digits of new ones may differ "
+        "(temper verify makes folders again and compares)"
+        for what, count in counts.items()
+    ]
 
 
 def _ready_probe(plan: planning.Plan) -> None:

@@ -30,7 +30,7 @@ from temper.files import known_json, known_json_lines, load_rows, read_json, rea
 from temper.folders import PROVENANCE, refuse_damaged
 from temper.keys import code_hashes, python_path
 from temper.planning.plan import RESULTS
-from temper.provenance import package_versions, processor
+from temper.provenance import other_circumstances
 from temper.step import deep_merge
 
 TOLERANCE = 1e-3  # of a value's size, where another machine computes
@@ -163,15 +163,7 @@ def _verify(folder: Path, again: Path) -> bool:
 
 def _changes(recorded: dict) -> list[str]:
     """What of the recorded circumstances is different now, and may change the last digits."""
-    stage = recorded["stage"]
-    now, code = package_versions(), code_hashes(f"steps.{stage}")
-    changes = [
-        f"was made with {name} {version}, here is {now.get(name)}"
-        for name, version in recorded.get("packages", {}).items()
-        if now.get(name) != version and name not in ("mlflow", "snakemake", "hydra-core")
-    ]
-    if recorded.get("processor", processor()) != processor():
-        changes.append(f"was made on {recorded['processor']}, this is {processor()}")
+    changes, code = other_circumstances(recorded), code_hashes(f"steps.{recorded['stage']}")
     edited = [name for name, value in recorded.get("code", {}).items() if code.get(name) != value]
     return changes + ([f"the code of {', '.join(edited[:3])} has changed since"] if edited else [])
 

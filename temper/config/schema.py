@@ -451,6 +451,20 @@ def _named_function(value):
     return {"function": value} if isinstance(value, str) else value
 
 
+class Harness(Section):
+    """Tasks of EleutherAI's lm-eval, for the untouched model and the chosen run. Names are those of its own options."""
+
+    tasks: Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1)]
+    """Names of tasks, groups or tags."""
+    include_path: Annotated[str, Field(min_length=1)] | None = None
+    """Folder of your own tasks."""
+    limit: Annotated[int, Field(gt=0)] | Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Rows of each task: the first so many, or this share of them. null: all."""
+    num_fewshot: Annotated[int, Field(ge=0)] | None = None
+    """Examples in each prompt. null: as many as the task says."""
+    batch_size: Annotated[int, Field(gt=0)] = 8
+
+
 class Eval(Section):
     """How a model is evaluated, on which split."""
 
@@ -482,6 +496,8 @@ class Eval(Section):
     the least. 0: none."""
     gate: Gate | None = None
     """Bounds that the chosen run must keep, else the command ends with exit code 1."""
+    harness: Harness | None = None
+    """Tasks of lm-eval, which is installed by itself."""
 
     @model_validator(mode="after")
     def _settings_belong_to_their_task(self):

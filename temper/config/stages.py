@@ -14,6 +14,7 @@ from temper.config.libraries import check_library_sections
 from temper.config.schema import (
     Data,
     Eval,
+    Harness,
     Merge,
     Method,
     ModelLoad,
@@ -135,6 +136,22 @@ class Scored(Part):
 
 class ScoreRows(Section):
     eval: Scored
+    model: Loaded
+    num_threads: NumThreads = 1
+
+
+class Asks(Part):
+    harness: Harness | None = None
+
+
+class Templated(Part):
+    apply_chat_template: bool = True
+    date: str = Prompt.model_fields["date"].default
+
+
+class RunHarness(Section):
+    eval: Asks
+    prompt: Templated
     model: Loaded
     num_threads: NumThreads = 1
 
@@ -263,6 +280,17 @@ STAGES = {
                 "raw": "the raw data that the prompts were made of, named as it was then",
             },
         ),
+        Stage(
+            "run_harness",
+            RunHarness,
+            "harness",
+            ("base_harness",),
+            ("harness.json",),
+            {
+                "model": "folder of merge_adapter, or of fetch_model for the untouched model",
+                "base_harness?": "folder of run_harness of the untouched model, to compare with",
+            },
+        ),
         Stage("compare_runs", CompareRuns, "sweeps"),
     )
 }
@@ -291,7 +319,8 @@ class Planned:
     raw: dict | None = None  # format_prompts: the identity of the raw data; in the key
     probe_text: dict | None = None  # evaluate_model: the identity of the probe's text; in the key
     files: dict[str, str] | None = None  # fetch_model: name -> sha256 of your own model's files; in the key
-    own_code: dict[str, str] | None = None  # file -> hash, of eval.metrics; in the key
+    own_code: dict[str, str] | None = None  # file -> hash, of eval.metrics or of eval.harness; in the key
+    lm_eval: str | None = None  # run_harness: version of lm-eval; in the key
     judging_code: str | None = None  # train_adapter: of what judges answers, where they choose a checkpoint; in the key
     trunk: str | None = None  # this and all below for train_adapter: the name of its checkpoints' folder
     part: str | None = None  # PLATEAU: stop where the decay begins, which is another job
@@ -389,8 +418,8 @@ def _config_file(path: str) -> dict:
 
 # Fields that a stage needs but that do not affect its output.
 NOT_IN_KEY: dict[str, frozenset[str]] = {
-    # Which runs are judged there, not how; which rows are listed; what is done with the figures.
-    "eval": frozenset({"test", "suspects", "gate"}),
+    # Which runs are judged there, not how; which rows are listed; what is done with the figures; another stage's.
+    "eval": frozenset({"test", "suspects", "gate", "harness"}),
     "probe": frozenset({"name", "source"}),  # as of data
     "data": frozenset({"name", "source"}),  # the raw files' identity represents the source
     "method": frozenset({"sft"}),  # the resulting model represents it

@@ -44,8 +44,8 @@ class ComparedRun:
     """A run of a sweep that has a report.
 
     `point`: swept key -> its value. `report`: the folder of its evaluation; `test_report`: of the one on the test
-    split, which most runs never get. `train`: the figures of its training. `suspects`: folder of its suspicious rows,
-    which only the chosen run gets.
+    split, which most runs never get. `train`: the figures of its training. Which only the chosen run gets: `suspects`,
+    the folder of its suspicious rows, and `harness`, of what lm-eval measured.
     """
 
     name: str
@@ -54,6 +54,7 @@ class ComparedRun:
     test_report: str | None
     train: dict[str, Any]
     suspects: str | None = dataclasses.field(default=None, kw_only=True)
+    harness: str | None = dataclasses.field(default=None, kw_only=True)
 
 
 @dataclasses.dataclass

@@ -91,7 +91,7 @@ class Forecast:
         """Expect of `job` what `like` took; None, or a `like` of another model, tells nothing."""
         if job.stage == "rank_runs":  # it takes a second
             return
-        if like is None or not _same_model(job, like):
+        if like is None or not _same_model(job, like) or not _same_tasks(job, like):
             self.unknown += 1
             self.jobs[job.path] = 0.0
             return
@@ -162,8 +162,15 @@ class Forecast:
 def _same_model(job, like: Made) -> bool:
     """By its name: a new key, after an edit of the code, takes the same time. Splits are named after data and model."""
     name = "splits" if job.stage in ("evaluate_model", "score_rows") else "model"
+    name = "base_harness" if "base_harness" in job.inputs else name
     before, now = like.provenance["inputs"].get(name, ""), job.inputs.get(name, "")
     return Path(before).name.rpartition("-")[0] == Path(now).name.rpartition("-")[0]
+
+
+def _same_tasks(job, like: Made) -> bool:
+    """Of lm-eval: one takes seconds, another takes hours."""
+    now = set_items(flat({"eval": job.config["eval"]})) if job.stage == "run_harness" else frozenset()
+    return now <= like.items
 
 
 def _epochs(job, like: Made) -> float:

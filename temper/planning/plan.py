@@ -15,6 +15,8 @@ RESULTS = Path("results")
 STATE = RESULTS / ".state"
 PLANS = RESULTS / ".plans"
 RANKING = "ranking.json"
+# Artefacts of a run that are made only for the one that the ranking chooses -> what the comparison calls them.
+FOR_CHOSEN = {"score_rows": "suspects", "run_harness": "harness"}
 
 
 @dataclasses.dataclass
@@ -48,7 +50,7 @@ class PlannedRun:
     point: dict  # swept config key -> value
     config: dict
     # stage -> path; `base_report`: of the untouched model; `start_report`: of the training before this one;
-    # `test_report`: made only if the ranking asks for it; `score_rows`: only for the chosen run
+    # `test_report`: made only if the ranking asks for it; `base_harness`: of the untouched model; those in `FOR_CHOSEN`
     artefacts: dict[str, str]
     segments: list[str] = dataclasses.field(default_factory=list)  # adapters along the trunk, oldest first
 
@@ -93,25 +95,28 @@ class Plan:
         tested = read_json(file, {"tested": list[str]})["tested"]
         return [run.artefacts["test_report"] for run in self.runs if run.name in tested]
 
-    def suspects(self) -> list[str]:
-        """The suspicious rows of the chosen run. The ranking must be there; without `eval.suspects` there are none."""
-        chosen = read_json(Path(self.ranking.path) / RANKING, {"chosen": str})["chosen"]
-        return self._suspects(next(run for run in self.runs if run.name == chosen))
-
-    def _suspects(self, run: PlannedRun) -> list[str]:
-        return [run.artefacts["score_rows"]] if "score_rows" in run.artefacts else []
-
-    def _likely_suspects(self) -> list[str]:
-        """The same. Before there is a ranking, the first run stands for the chosen one."""
-        return self.suspects() if self.is_made(self.ranking) else self._suspects(self.runs[0])
-
     def _likely_test_reports(self) -> list[str]:
-        """The same. Before there is a ranking, the first run stands for the chosen one."""
+        """As `test_reports`. Before there is a ranking, the first run stands for the chosen one."""
         if self.is_made(self.ranking):
             return self.test_reports()
         test = self.comparison.config["eval"]["test"]
         number = {"none": 0, "all": len(self.runs)}.get(test, 1)
         return [run.artefacts["test_report"] for run in self.runs[:number]]
+
+    def of_chosen(self) -> list[str]:
+        """What is made only for the run that the ranking chooses. The ranking must be there."""
+        chosen = read_json(Path(self.ranking.path) / RANKING, {"chosen": str})["chosen"]
+        return _for_chosen(next(run for run in self.runs if run.name == chosen))
+
+    def _likely_of_chosen(self) -> list[str]:
+        """As `of_chosen`. Before there is a ranking, the first run stands for the chosen one."""
+        return self.of_chosen() if self.is_made(self.ranking) else _for_chosen(self.runs[0])
+
+    @property
+    def base_harness(self) -> list[str]:
+        """What lm-eval measures of the untouched model, if it is needed whichever run is chosen."""
+        found = {run.artefacts.get("base_harness") for run in self.runs}
+        return [path for path in found if path and len(found) == 1]
 
     @property
     def untouched(self) -> list[str]:
@@ -130,7 +135,7 @@ class Plan:
         Before there is a ranking, the first run stands for the one that it will choose.
         """
         found = dict.fromkeys(self.damaged())
-        todo = [self.ranking.path, *self._likely_test_reports(), *self._likely_suspects()]
+        todo = [self.ranking.path, *self._likely_test_reports(), *self._likely_of_chosen()]
         todo += [run.artefacts["evaluate_model"] for run in self.runs]
         todo += [path for broken in found for path in self.jobs[broken].inputs.values()]
         while todo:
@@ -172,6 +177,10 @@ class Plan:
         except OSError as error:
             raise UserError(f"{path}: cannot be written ({error.strerror}); make results/ a writable folder") from None
         return path
+
+
+def _for_chosen(run: PlannedRun) -> list[str]:
+    return [run.artefacts[name] for name in FOR_CHOSEN if name in run.artefacts]
 
 
 def load(path: str | os.PathLike) -> Plan:

@@ -5,6 +5,7 @@ import os
 from pathlib import Path
 
 from temper import tracking
+from temper.config import harness as harness_checks
 from temper.config.best import JUDGING
 from temper.config.compose import chosen_experiment, expand, own_folder, parse_overrides, split_overrides, use_folder
 from temper.config.schema import Data, Probe
@@ -19,7 +20,7 @@ from temper.hashing import HashCache, canonical_json
 from temper.keys import code_key, stage_key
 from temper.model.adapters import load_for_training
 from temper.model.layout import model_files
-from temper.planning.plan import RESULTS, STATE, Job, Plan, PlannedRun
+from temper.planning.plan import FOR_CHOSEN, RESULTS, STATE, Job, Plan, PlannedRun
 from temper.planning.trunks import DECAYING_AT_THE_END, shares_trunk
 from temper.sources import pins as raw_data
 from temper.sources.revisions import pinned
@@ -107,8 +108,7 @@ def _add_comparison(plan: Plan, config: dict, overrides: list[str]) -> None:
 
     for run, planned in zip(plan.runs, runs, strict=True):
         planned["test_report"] = run.artefacts["test_report"]
-        if "score_rows" in run.artefacts:
-            planned["suspects"] = run.artefacts["score_rows"]
+        planned |= {name: run.artefacts[stage] for stage, name in FOR_CHOSEN.items() if stage in run.artefacts}
     view = {
         "experiment": plan.experiment,
         "eval": config["eval"],
@@ -144,6 +144,7 @@ class _Planner:
         self.identities: dict[str, dict] = {}
         self.sources: dict[str, str] = {}  # data set's name -> its pin
         self.own_code: dict[str, dict[str, str]] = {}  # eval.metrics -> file -> hash
+        self.harness: dict[str, dict] = {}  # eval.harness -> what its key has beside it
         self.exact: dict[str, dict] = {}  # source as the config has it -> the same, pinned
 
     def add_run(self, config: dict, point: dict) -> PlannedRun:
@@ -174,6 +175,7 @@ class _Planner:
         if config["eval"]["suspects"]:
             inputs = {"model": merged.path, "splits": splits.path, "prompts": prompts.path, "raw": pin}
             artefacts["score_rows"] = self._job("score_rows", _slug(config), config, inputs).path
+        artefacts |= self._harness(config, base, merged)
         name, key = Path(reports[split].path).name, reports[split].key
         return PlannedRun(name, key, point, config, artefacts, [segment.path for segment in adapters])
 
@@ -292,6 +294,21 @@ class _Planner:
         if asked not in self.own_code:
             self.own_code[asked] = own_metrics.code(settings)
         return self.own_code[asked]
+
+    def _harness(self, config: dict, base: Job, merged: Job) -> dict[str, str]:
+        """What lm-eval measures of the untouched and of the tuned model, which is made only for the chosen run."""
+        settings = config["eval"]["harness"]
+        if not settings:
+            return {}
+        asked = canonical_json(settings)
+        if asked not in self.harness:
+            self.harness[asked] = {"lm_eval": harness_checks.version(), "own_code": harness_checks.files(settings)}
+            harness_checks.check_tasks(settings, STATE)
+        extra, name = self.harness[asked], f"base-{config['model']['name']}"
+        untouched = self._job("run_harness", name, config, {"model": base.path}, extra)
+        inputs = {"model": merged.path, "base_harness": untouched.path}
+        tuned = self._job("run_harness", _slug(config), config, inputs, extra)
+        return {"base_harness": untouched.path, "run_harness": tuned.path}
 
     def _adapters(self, config: dict, inputs: dict[str, str]) -> list[Job]:
         """The training jobs of a run: one, or one per epoch if runs can share them (see `planning.trunks`).

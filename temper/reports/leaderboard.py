@@ -15,6 +15,7 @@ from temper.errors import UserError, visible
 from temper.evaluation import metrics
 from temper.evaluation.comparison import DivergedRun, RankedRun, Ranking, Recipe
 from temper.evaluation.figures import Figures, Number, ProbeFigures, finite
+from temper.evaluation.harness import Harness
 from temper.files import read_json
 from temper.reports import html, plots
 
@@ -31,8 +32,9 @@ class Board(BaseModel):
     """A leaderboard, as leaderboard.json has it: a row for each run, best first, those that diverged below.
 
     `split`: the one that ranks. `chosen`: the name of the run that the sweep chooses. `base`: metric -> figure of the
-    untouched model; `base_test`: on the test split, where that was opened. `missing`: names of the runs without a
-    report. `gate`: a reason for each bound of eval.gate that the chosen run does not keep.
+    untouched model; `base_test`: on the test split, where that was opened. `harness`: what lm-eval measured of the
+    chosen run. `missing`: names of the runs without a report. `gate`: a reason for each bound of eval.gate that the
+    chosen run does not keep.
     """
 
     model_config = ConfigDict(strict=True, extra="ignore")
@@ -44,6 +46,7 @@ class Board(BaseModel):
     missing: list[str]
     base: dict[str, Number] | None
     base_test: dict[str, Number] | None
+    harness: Harness | None = None
     gate: list[str] = []
 
     @property

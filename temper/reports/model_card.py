@@ -4,6 +4,7 @@ A card is public, so it holds nothing private: no absolute path, no row of the d
 """
 
 import dataclasses
+import math
 import shlex
 from pathlib import Path
 from urllib.parse import quote
@@ -11,6 +12,7 @@ from urllib.parse import quote
 from temper.config.stages import FOLDERS, flag_words
 from temper.errors import visible
 from temper.evaluation.figures import FILE, Figures, read_figures
+from temper.evaluation.harness import read_harness
 from temper.evaluation.metrics import with_own
 from temper.files import read_json
 from temper.keys import flat
@@ -136,6 +138,8 @@ def model_card(run: runs.FinishedRun, card: Card) -> str:
         figures=figures,
         probe=ranked.probe if (ranked := _figures(run.parts.get("evaluate_model"))) else None,  # not on the test split
         metrics=with_own(figures.task, figures.values) if figures else {},
+        harness=read_harness(run.parts["run_harness"]) if run.has("run_harness") else None,
+        with_error=_with_error,
         span=_span,
         number=_number,
         code=code,
@@ -297,6 +301,12 @@ def _merging(run: runs.FinishedRun) -> str:
 
 def _span(interval, form: str = "%.3f") -> str:
     return f"{form % interval[0]} to {form % interval[1]}" if interval else ""
+
+
+def _with_error(value, stderr, form: str = "%.3f") -> str:
+    if value is None or not math.isfinite(value):
+        return ""
+    return form % value + ("" if stderr is None else f" ± {stderr:.3f}")
 
 
 def _number(value) -> str:

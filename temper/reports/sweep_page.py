@@ -11,6 +11,7 @@ from temper.config.compose import groups, hydra_text
 from temper.errors import visible
 from temper.evaluation.comparison import ComparedRun, RankedRun, Ranking, Recipe
 from temper.evaluation.gate import unmet
+from temper.evaluation.harness import Harness
 from temper.files import read_json_lines
 from temper.reports import html, plots, suspects
 from temper.reports.forgetting import forgetting_sentence, gains_and_forgetting
@@ -19,12 +20,15 @@ from temper.reports.leaderboard import cell_text, short_names, swept_keys, tie_s
 # --- the page ------------------------------------------------------------------------------------
 
 
-def write_page(output: Path, config: dict, names: list[str], ranking: Ranking, rows: list[dict]) -> None:
+def write_page(
+    output: Path, config: dict, names: list[str], ranking: Ranking, rows: list[dict], harness: Harness | None = None
+) -> None:
     """Write report.html.
 
     Args:
         names: of the figures that the table shows.
         rows: of the leaderboard.
+        harness: what lm-eval measured of the chosen run.
     """
     keys, runs = swept_keys(rows), ranking.runs
     html.render(
@@ -55,6 +59,7 @@ def write_page(output: Path, config: dict, names: list[str], ranking: Ranking, r
         diverged=[_shown(run, output) for run in ranking.diverged],
         planned=len(config["runs"]),
         published=config["eval"]["published"],
+        harness=harness,
         effects=_effects(runs, keys, ranking.metric),
         curves=plots.sweep_curves([(_label(run), curves_of(run)) for run in runs[: plots.MOST_CURVES]]),
         most_curves=plots.MOST_CURVES,

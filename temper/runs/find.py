@@ -29,7 +29,8 @@ class FinishedRun:
 
     asked: Path  # the folder that was named, or found by name
     # stage -> folder; `model`: what training started from; `base_report`: the untouched model's; `test_report`: the
-    # report on the test split where there is one beside that of `evaluate_model`, by which runs are ranked
+    # report on the test split where there is one beside that of `evaluate_model`, by which runs are ranked;
+    # `base_harness`: what lm-eval measured of the untouched model
     parts: dict[str, Path]
 
     @property
@@ -195,6 +196,7 @@ MADE_FROM = (
     ("merge_adapter", "adapter", "train_adapter"),
     ("evaluate_model", "model", "merge_adapter"),
     ("test_report", "model", "merge_adapter"),
+    ("run_harness", "model", "merge_adapter"),
 )
 # Reports on the test split -> what the one on the split that ranks is called.
 OF_TEST = {
@@ -216,6 +218,7 @@ INPUTS = {"adapter": "train_adapter", "splits": "tokenize_splits", "prompts": "f
 READ_ON = (
     *STAGES,
     "test_report",
+    "run_harness",
     "sample_answers",
     "tokenize_splits",
     "format_prompts",

@@ -33,7 +33,7 @@ def test_the_demo_is_eight_runs_over_four_trunks(workspace):
     assert len({run.name for run in plan.runs}) == 8
     counts = {stage: len(paths) for stage, paths in keys(plan).items()}
     assert counts == {
-        "fetch_data": 2,  # the probe as well
+        "fetch_data": 2,  # and the probe's text
         "fetch_model": 1,
         "format_prompts": 1,
         "tokenize_splits": 1,

@@ -222,7 +222,7 @@ MATRIX = (
     Edit(
         "a statement in `steps/merge_adapter.py`",
         MERGE,
-        files=((MERGE_CODE, "PROBE_TOKENS = 64", "PROBE_TOKENS = 32"),),
+        files=((MERGE_CODE, LOG, OTHER_LOG),),
         fast=False,
     ),
     Edit(
@@ -257,7 +257,11 @@ MATRIX = (
                 '    """Merge and check.',
                 '    # so that nobody needs peft to use the model\n    """Check it too.',
             ),
-            (MERGE_CODE, "(config, model, adapter)\n", "(\n\n        config, model,adapter)\n"),
+            (
+                MERGE_CODE,
+                "_Merging(config, model, adapter, splits)",
+                "_Merging(\n\n            config, model,adapter, splits)",
+            ),
             (LOSS_CODE, "The training loss:", "What is minimised:"),
             (
                 LOSS_CODE,

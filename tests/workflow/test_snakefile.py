@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -45,13 +46,16 @@ def test_a_query_needs_no_cores(sources, query):
     assert "Error" not in done.stderr
 
 
-def test_rules_name_all_that_their_jobs_read(sources):
+def test_rules_name_all_that_their_jobs_read(sources, monkeypatch):
     """An input that a rule does not name would be made by nobody, or too late."""
     named = set(re.findall(r'(\w+)=path_of\("(\w+)", "(\w+)"\)', (ROOT / "Snakefile").read_text()))
     assert all(flag == name for flag, _, name in named)
     own = f"{sources[1]} method.own_answers={{max_new_tokens: 8}} ~data.rejected_from"
     plans = [planner.build("demo"), planner.build("sft_dpo"), planner.build("sft_dpo", overrides=own)]
     plans.append(planner.build("smoke", overrides="train.num_train_epochs=1,2 train.lr_scheduler_type=constant"))
+    monkeypatch.setattr("temper.config.harness.version", lambda: "0")  # lm-eval need not be installed to plan for it
+    monkeypatch.setattr("temper.config.harness.check_tasks", lambda *_: None)
+    plans.append(planner.build("smoke", overrides="eval.harness={tasks:[arc_easy]}"))
     read = {(job.stage, name) for plan in plans for job in plan.jobs.values() for name in job.inputs}
     read = {(stage, name) for stage, name in read if stage not in ("rank_runs", "compare_runs")}
     assert read == {(stage, name) for _, stage, name in named} - {("fetch_model", "source")}
@@ -114,6 +118,25 @@ def test_an_old_comparison_is_no_reason_to_do_nothing(sources):
         file = folder / "provenance.json"
         file.write_text(json.dumps(recorded))
         assert workflow._is_of(planned, file) is stays
+
+
+def test_what_reused_folders_were_made_with_is_said_once(workspace):
+    from temper import workflow
+    from temper.planning import plan
+    from temper.provenance import package_versions, processor
+
+    planned = plan.Plan("s", "smoke", {}, {"enabled": False}, [], {})
+    same = {"packages": package_versions(), "processor": processor()}
+    older = {"packages": {**package_versions(), "torch": "2.0.0", "mlflow": "1.0"}, "processor": "abacus"}
+    for number, recorded in enumerate([same, older, older]):
+        path = f"results/adapters/{number}"
+        planned.jobs[path] = plan.Job("train_adapter", path, "key", {}, {})
+        Path(path).mkdir(parents=True)
+        Path(path, "provenance.json").write_text(json.dumps(recorded))
+    planned.jobs["results/adapters/none"] = plan.Job("train_adapter", "results/adapters/none", "key", {}, {})
+    torch, abacus = workflow.made_otherwise(planned)
+    assert "of 2 folder(s) that are reused, each was made with torch 2.0.0, here is" in torch
+    assert "was made on abacus, this is" in abacus
 
 
 def test_names_of_folders_do_not_end_in_what_snakemake_calls_periodic():
