@@ -18,7 +18,7 @@ COUNT = 12
 ROWS = [(f"How is „{index}“?", f"Fine – {index}") for index in range(COUNT)]
 QA = ["experiment=smoke", "sweep=none", "tracking=none", "data.layout=question_answer", "data.prompt=null"]
 QA += ["data.completion=null", "data.format=null", "data.csv.delimiter=','", "data.csv.quotechar='\"'"]
-QA += ["data.csv.fieldnames=null", "data.splits={validation: 0, test: 0.5}"]
+QA += ["data.csv.fieldnames=null", "data.splits={validation: 0, test: 0.5}", "eval.split=test"]
 FREE = ["data.layout=template", "data.prompt='{{ question }}'", "data.completion='{{ answer }}'"]
 
 

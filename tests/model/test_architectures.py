@@ -70,7 +70,7 @@ def write_inputs(family: str, pairs: bool = False) -> None:
 
 def options(family: str) -> list[str]:
     chosen = ["experiment=smoke", "model.load.dtype=float32", "train.per_device_train_batch_size=4"]
-    chosen += ["train.learning_rate=1e-2", "train.num_train_epochs=3"]
+    chosen += ["train.learning_rate=1e-2", "train.num_train_epochs=3", "eval.split=test"]
     return chosen if FAMILIES[family][2] else [*chosen, "prompt=plain"]
 
 

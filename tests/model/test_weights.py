@@ -27,6 +27,7 @@ from steps import (
 )
 from temper import api
 from temper.commands import export
+from temper.config.stages import load_stage_config
 from temper.errors import UserError
 from temper.model import adapters, limits, loading
 from temper.training import checkpoints
@@ -332,12 +333,13 @@ def test_rows_beyond_the_context(gpt2, capsys):
 def test_training_knows_how_long_the_answers_of_its_evaluation_may_be(gpt2, capsys):
     """The plan tells it, in no key; the longest of several evaluations counts."""
     tokenize_splits.main(["--prompts", "prompts", "--model", "m", "--output", "s", *SMALL, "tokenize.max_length=128"])
-    plan = {"jobs": {"a": {"settings": {"max_new_tokens": 100}}}}
+    evaluation = load_stage_config("evaluate_model", None, SMALL)["eval"]
+    plan = {"jobs": {"a": {"settings": {"max_new_tokens": 100, "evaluations": [evaluation]}}}}
     Path("plan.json").write_text(json.dumps(plan))
     train = ["--splits", "s", "--model", "m", "--output", "a", *SMALL, "--plan", "plan.json"]
     with pytest.raises(SystemExit):
         train_adapter.main(train)
-    assert "test split, row" in (said := capsys.readouterr().err)
+    assert "validation split, row" in (said := capsys.readouterr().err)
     assert "(eval.max_new_tokens)" in said
     assert "training " not in said, "before it began"
     plan["jobs"]["a"]["settings"]["max_new_tokens"] = 8

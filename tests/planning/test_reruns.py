@@ -457,7 +457,7 @@ def test_a_probe_and_a_gate(project):
     jobs, code, said = ended(probe)
     assert (jobs, code) == ({}, 2), said
     assert "has 1 passage(s), and its interval takes 2" in said
-    assert run(project) == RANK
+    assert run(project) == COMPARE, "its ranking is still there"
 
 
 def test_edits_that_were_taken_back_are_no_work(project):

@@ -351,7 +351,7 @@ def test_flops_and_activations_are_those_of_real_batches(workspace, tiny_splits,
     if name == "pairs":
         zeros = [0.0] * len(rows["train"])
         rows["train"] = rows["train"].add_column("ref_chosen_logps", zeros).add_column("ref_rejected_logps", zeros)
-    trainer = train_adapter._trainer(config, rows, tiny_model, args, 3)
+    trainer = train_adapter._trainer(config, rows, tiny_model, args, 3, judge=None)
     found = estimates.estimate(trainer, trainer.sampler.lengths, program=0)
     order, size = list(trainer.sampler), args.train_batch_size
     counted, kept = [], []
