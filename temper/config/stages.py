@@ -392,6 +392,11 @@ def load_stage_config(stage: str, given: str | None, overrides: list[str]) -> di
         raise UserError(
             f"a step makes one run, but {', '.join(axes)} is swept: give one value each, e.g. {_first(axes)}"
         )
+    for name in STAGES[stage].config.model_fields:
+        if name not in points[0][1]:
+            raise UserError(
+                f"--config is missing: the {name} of {stage}, which no override can give, are in its folder's config.yaml"
+            )
     return stage_config(stage, points[0][1])
 
 

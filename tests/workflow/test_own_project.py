@@ -12,9 +12,9 @@ from temper.config import compose
 from temper.errors import UserError
 from tests.conftest import ROOT
 from tests.support.asking import command, complaint
-from tests.support.workflow_tools import JOBS_OF_TWO, environment, executed, leaderboard
+from tests.support.workflow_tools import PLANNED_OF_TWO, environment, executed, leaderboard
 
-JOBS = {**JOBS_OF_TWO, "train_adapter": 4}  # of two epochs each
+JOBS = {**PLANNED_OF_TWO, "train_adapter": 4}  # of two epochs each
 OUTER = """
 module temper:
     snakefile: "{root}/Snakefile"
