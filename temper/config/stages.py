@@ -395,7 +395,7 @@ def load_stage_config(stage: str, given: str | None, overrides: list[str]) -> di
     for name in STAGES[stage].config.model_fields:
         if name not in points[0][1]:
             raise UserError(
-                f"--config is missing: the {name} of {stage}, which no override can give, are in its folder's config.yaml"
+                f"--config is missing: the {name} of {stage}, which no override can give, are in its config.yaml"
             )
     return stage_config(stage, points[0][1])
 
