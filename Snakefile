@@ -355,9 +355,8 @@ rule compare_runs:
     "Leaderboard and page of the sweep; completes MLflow and names the champion."
     input:
         reports=temper.reports(PLAN, workflow),
-        test_reports=temper.test_reports(PLAN, checkpoints),
         base_harness=PLAN.base_harness,  # needed whichever run is chosen, so it may be made before
-        of_chosen=temper.of_chosen(PLAN, checkpoints),
+        asked=temper.asked_by_ranking(PLAN, checkpoints),
     output:
         update(f"{SWEEP}/leaderboard.csv"),
         update(f"{SWEEP}/leaderboard.json"),

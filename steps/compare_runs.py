@@ -70,35 +70,35 @@ def compare(config: dict, output: Path) -> Board:
     _say_missing(config["runs"], ranking)
     for name in add_tested(ranking, config["eval"]["test"]):
         log.info("%s: chosen for the test split, and has no report on it yet", name)
-    sweep, metric = config["sweep"]["name"], ranking.metric
     names = shown_metrics(ranking, config["eval"]["task"])
     rows = leaderboard_rows(ranking, names)
 
     output.mkdir(parents=True, exist_ok=True)
-    _keep_other_experiment(output, sweep, config.get("experiment"))
+    _keep_other_experiment(output, config["sweep"]["name"], config.get("experiment"))
     (output / RECEIPT).unlink(missing_ok=True)  # of the comparison before
     write_whole(output / "config.yaml", safe_dump(config, sort_keys=False, allow_unicode=True))
     write_whole(output / "leaderboard.csv", csv_text(rows))
-    harness = _harness(ranking.chosen)
-    write_page(output, config, names, ranking, rows, harness)
+    board = _board(config, ranking, rows)
+    write_page(output, config, names, ranking, board)
+    write_whole(output / "leaderboard.json", json_text(finite(board.model_dump())))
+    return board
 
+
+def _board(config: dict, ranking: Ranking, rows: list[dict]) -> Board:
     runs = [*ranking.runs, *ranking.diverged]
-    linked = [{**row, "report": run.report} for row, run in zip(rows, runs, strict=True)]
     tested = next((run.test for run in ranking.runs if run.test), None)
-    board = Board(
-        sweep=sweep,
-        metric=metric,
+    return Board(
+        sweep=config["sweep"]["name"],
+        metric=ranking.metric,
         split=ranking.split,
-        rows=linked,
+        rows=[{**row, "report": run.report} for row, run in zip(rows, runs, strict=True)],
         chosen=ranking.chosen.name,
         missing=ranking.missing,
         base=ranking.best.figures.base,
         base_test=tested.base if tested else None,
-        harness=harness,
+        harness=_harness(ranking.chosen),
         gate=unmet(ranking.chosen, config["eval"].get("gate")),
     )
-    write_whole(output / "leaderboard.json", json_text(finite(board.model_dump())))
-    return board
 
 
 def _harness(chosen: RankedRun) -> Harness | None:

@@ -29,7 +29,7 @@ from temper.errors import UserError
 from temper.evaluation import forgetting, metrics, own_metrics
 from temper.evaluation.class_names import UNPARSED
 from temper.evaluation.figures import Diverged, Figures, Start, read_figures, write_figures
-from temper.evaluation.judge import BaseReport, ask, evidence_of, figures_of, judge, prediction_rows
+from temper.evaluation.judge import Asked, BaseReport, ask, evidence_of, figures_of, judge, prediction_rows
 from temper.files import json_lines, load_rows, read_json, read_json_lines, write_whole
 from temper.model import limits
 from temper.model.adapters import DIVERGED
@@ -87,23 +87,11 @@ def run(
     with computing_threads(config.num_threads):
         asked = ask(model, config.model_dump(), rows, tokenizer, passages)
 
-    evidence = asked.evidence(settings, judged_on)
-    evidence.own = own_metrics.values(settings, asked.answered(judged_on))
     train = read_json(adapter / "training.json") if adapter else None
-    if train and references:
-        evidence.start_logps, evidence.beta = _start_logps(references, config.eval.split, judged_on), train["beta"]
-    judged = judge(metric, evidence, base)
-    found = figures_of(
-        metric,
-        _learned(rows, settings),
-        judged_on,
-        asked,
-        judged,
-        base,
-        train=train,
-        start=_start(start_report, metric),
-        left_out=_left_out(splits),
-    )
+    judged = judge(metric, _evidence(asked, settings, judged_on, train, references), base)
+    start, left_out = _start(start_report, metric), _left_out(splits)
+    learned = _learned(rows, settings)
+    found = figures_of(metric, learned, judged_on, asked, judged, base, train=train, start=start, left_out=left_out)
     if asked.probed:
         found.probe = forgetting.figures_of_probe(asked.probed, base_report)
         write_whole(output / forgetting.FILE, json_lines(asked.probed.lines))
@@ -121,6 +109,17 @@ def _needed(adapter: Path | None, why: str) -> Path:
     if adapter is None:
         raise UserError(f"--adapter is missing: {why} goes with the folder of its training")
     return adapter
+
+
+def _evidence(
+    asked: Asked, settings: dict, judged_on: list[dict], train: dict | None, references: Path | None
+) -> metrics.Evidence:
+    """What the model said, with the figures of your own metrics and, after preference optimization, where it began."""
+    evidence = asked.evidence(settings, judged_on)
+    evidence.own = own_metrics.values(settings, asked.answered(judged_on))
+    if train and references:
+        evidence.start_logps, evidence.beta = _start_logps(references, settings["split"], judged_on), train["beta"]
+    return evidence
 
 
 def _write_files(output: Path, found: Figures | Diverged, predictions: list[dict], curves: list[dict]) -> None:
@@ -156,9 +155,7 @@ def _rows(model: Path, splits: Path, settings: dict, tokenizer) -> DatasetDict:
 
 def _passages(probe: Path, config: EvaluateModel, planned: Planned) -> list[str]:
     """The passages of the probe, unless they are others than when the workflow was planned."""
-    found = raw_data.identity_on_disk(probe)
-    if planned.probe_text not in (None, found):
-        raise UserError(f"{probe}: the probe changed since the plan was made: run again, to plan with the new content")
+    raw_data.refuse_other_identity(probe, raw_data.identity_on_disk(probe), planned.probe_text, "the probe")
     return forgetting.read_passages(probe, config.probe.model_dump())
 
 

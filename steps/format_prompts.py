@@ -45,25 +45,18 @@ def run(config: FormatPrompts, raw: Path, output: Path, planned: Planned = NOT_P
     """
     data = config.data.model_dump()
     identity = raw_data.identity_on_disk(raw)
-    _refuse_other_identity(raw, identity, identity if planned.raw is None else planned.raw)
+    raw_data.refuse_other_identity(raw, identity, planned.raw)
     limits = data["limit"]
     with Splits(output, data["splits"], limits) as splits, Progress(None, "format", "rows") as progress:
         for number, example in examples(raw, data, config.prompt.system):
             splits.add(number, example)
             progress.update()
-    _refuse_other_identity(raw, raw_data.identity_on_disk(raw), identity)
+    raw_data.refuse_other_identity(raw, raw_data.identity_on_disk(raw), identity)
     stats = splits.stats()
     _refuse_empty(raw, stats, data)
     (output / "stats.json").write_text(json.dumps(stats, indent=2) + "\n", encoding="utf-8")
     log.info("%s", _summary(stats))
     return {"raw": identity, "rows": stats}
-
-
-def _refuse_other_identity(raw: Path, found: dict, expected: dict) -> None:
-    if found != expected:
-        raise UserError(
-            f"{raw}: the raw files changed since the plan was made: run again, to plan with the new content"
-        )
 
 
 def _refuse_empty(raw: Path, stats: dict, data: dict) -> None:

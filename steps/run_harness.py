@@ -26,7 +26,7 @@ from temper.errors import UserError
 from temper.evaluation import harness
 from temper.evaluation.figures import finite
 from temper.files import json_lines, json_text, write_whole
-from temper.model.adapters import DIVERGED
+from temper.model.adapters import refuse_diverged
 from temper.model.limits import limits_of
 from temper.model.loading import load_model, load_tokenizer
 from temper.model.threads import computing_threads
@@ -53,30 +53,15 @@ def run(
     """
     if config.eval.harness is None:
         raise UserError("config: 'eval.harness' is null: give the tasks, eval.harness={tasks: [...]}")
-    if (model / DIVERGED).is_file():
-        raise UserError(f"{model}: the training diverged, so there is no model to ask")
+    refuse_diverged(model, "to ask")
     checks.rare_lines()
     quiet_libraries()
-    chat = config.prompt.apply_chat_template
-    settings = {**config.eval.harness.model_dump(), "apply_chat_template": chat}
+    settings = {**config.eval.harness.model_dump(), "apply_chat_template": config.prompt.apply_chat_template}
     found = checks.version()
     if planned.lm_eval not in (None, found):
         raise UserError(f"lm-eval is {found}, and was {planned.lm_eval} when the plan was made: run again")
     refuse_changed(planned.own_code, checks.files(settings))
-
-    tokenizer = load_tokenizer(model)
-    if chat and not tokenizer.chat_template:
-        raise UserError(f"{model}: has no chat template: choose prompt=plain, and lm-eval asks without one")
-    if chat:
-        tokenizer.chat_template = to_ship(tokenizer.chat_template, config.prompt.date, opening="")
-    limits = limits_of(model)
-    # lm-eval finds the context in the config, and knows nothing of virtual tokens.
-    longest = limits.positions - limits.virtual_tokens if limits.positions and limits.virtual_tokens else None
-    with computing_threads(config.num_threads):
-        network = load_model(model, config.model.load.model_dump()).eval()
-        asked = harness.measure(
-            network, tokenizer, settings, checks.include_path(settings), longest, {"pretrained": str(model)}
-        )
+    asked = _asked(config, model, settings)
     results, samples = harness.results_of(asked, settings), harness.sample_rows(asked)
     if base_harness:
         harness.compare(results, samples, base_harness)
@@ -86,6 +71,27 @@ def run(
         for name, metric in result.metrics.items():
             log.info("%s %s %.4f%s", task, name, metric.value, _beside(metric))
     return {"lm_eval": found}
+
+
+def _asked(config: RunHarness, model: Path, settings: dict) -> dict:
+    """What lm-eval returns of the model."""
+    tokenizer, folder = _tokenizer(config, model), checks.include_path(settings)
+    limits = limits_of(model)
+    # lm-eval finds the context in the config, and knows nothing of virtual tokens.
+    longest = limits.positions - limits.virtual_tokens if limits.positions and limits.virtual_tokens else None
+    with computing_threads(config.num_threads):
+        network = load_model(model, config.model.load.model_dump()).eval()
+        return harness.measure(network, tokenizer, settings, folder, longest, {"pretrained": str(model)})
+
+
+def _tokenizer(config: RunHarness, model: Path):
+    """The model's tokenizer, whose chat template asks as in training but for what it writes before an answer."""
+    tokenizer = load_tokenizer(model)
+    if config.prompt.apply_chat_template:
+        if not tokenizer.chat_template:
+            raise UserError(f"{model}: has no chat template: choose prompt=plain, and lm-eval asks without one")
+        tokenizer.chat_template = to_ship(tokenizer.chat_template, config.prompt.date, opening="")
+    return tokenizer
 
 
 def _beside(metric: harness.Metric) -> str:

@@ -72,7 +72,7 @@ def run(config: SampleAnswers, splits: Path, model: Path, output: Path) -> dict:
             rows[split] = Dataset.from_list(pairs, features=features(pairs=True))
             log.info("%s: %d rows, %d answered wrongly and kept", split, counts[split]["read"], len(pairs))
     DatasetDict(rows).save_to_disk(output)
-    serving.write(output, {name: value for name, value in served_with.items() if name != serving.BASE})
+    serving.write(output, served_with)
     text = json.dumps({**read_json(splits / "audit.json"), "own_answers": counts}, indent=2)
     (output / "audit.json").write_text(text + "\n", encoding="utf-8")
     return {"own_answers": counts}

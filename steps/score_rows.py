@@ -21,7 +21,7 @@ from temper.data.places import Place, places
 from temper.errors import UserError
 from temper.evaluation import suspects
 from temper.files import json_lines, json_text, load_rows, read_json, read_yaml, write_whole
-from temper.model.adapters import DIVERGED
+from temper.model.adapters import refuse_diverged
 from temper.model.loading import load_tokenizer
 from temper.model.threads import computing_threads
 from temper.progress import quiet_libraries
@@ -44,8 +44,7 @@ def run(config: ScoreRows, model: Path, splits: Path, prompts: Path, raw: Path, 
     settings = config.eval.model_dump()
     if not settings["suspects"]:
         raise UserError("config: 'eval.suspects': 0 lists no rows: give the number of rows to list")
-    if (model / DIVERGED).is_file():
-        raise UserError(f"--model {model}: its training diverged, so it tells nothing of the rows; name another")
+    refuse_diverged(model, "to ask about the rows")
     _check_lineage(splits, prompts, raw)
     rows = load_rows(splits)
     with computing_threads(config.num_threads):

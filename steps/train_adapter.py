@@ -65,7 +65,7 @@ def run(
     """
     quiet_libraries()
     refuse_diverged(model)
-    served_with = serving.refuse_other_splits(splits, model)
+    served_with = {**serving.refuse_other_splits(splits, model), serving.BASE: serving.weights(model)}
     inputs = [splits, model, *([references] if references else [])]
     state = STATE / (planned.trunk or _by_hand(config, inputs))
     with locked(state), computing_threads(config.num_threads):

@@ -284,10 +284,13 @@ class _Curves:
                 if name in ("step", "epoch", "seconds") or value is None or (name, step) in self.known:
                     continue
                 new[name, step] = Metric(name, value, time, step)
-        metrics = list(new.values())
-        for start in range(0, len(metrics), BATCH):
-            self.api.log_batch(self.run_id, metrics=metrics[start : start + BATCH])
+        _log_metrics(self.api, self.run_id, list(new.values()))
         self.known |= new.keys()
+
+
+def _log_metrics(api, run_id: str, metrics: list) -> None:
+    for start in range(0, len(metrics), BATCH):
+        api.log_batch(run_id, metrics=metrics[start : start + BATCH])
 
 
 # --- before the first job ------------------------------------------------------------------------
@@ -470,8 +473,7 @@ def _mirror_harness(api, board: "Board | None", ids: dict[str, str]) -> None:
     known = api.get_run(run_id).data.metrics
     figures = {valid_name(name): value for name, value in finite(board.harness.figures()).items()}
     new = [Metric(name, value, now, 0) for name, value in figures.items() if value not in (None, known.get(name))]
-    for start in range(0, len(new), BATCH):
-        api.log_batch(run_id, metrics=new[start : start + BATCH])
+    _log_metrics(api, run_id, new)
 
 
 def _mirror_run(api, experiment: str, sweep: str, run) -> str:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 from temper import signals, tracking
 from temper.config.stages import FOLDERS, flag_words
 from temper.errors import UserError, one_line_errors, suggest, visible
-from temper.files import read_json
+from temper.files import known_json, read_json
 from temper.folders import PROVENANCE, is_complete, remove_leftovers
 from temper.keys import PACKAGE_ROOT, python_path
 from temper.planning import plan as planning
@@ -134,22 +134,12 @@ def ranked_reports(plan: planning.Plan, path_of):
     return inputs
 
 
-def test_reports(plan: planning.Plan, checkpoints):
-    """Input function: the reports on the test split that the ranking asks for; before there is one, the ranking."""
+def asked_by_ranking(plan: planning.Plan, checkpoints):
+    """Input function: reports on the test split and parts of the chosen run; before there is a ranking, the ranking."""
 
     def inputs(_wildcards) -> list[str]:
         checkpoints.rank_runs.get(name=Path(plan.ranking.path).name)
-        return plan.test_reports()
-
-    return inputs
-
-
-def of_chosen(plan: planning.Plan, checkpoints):
-    """Input function: what is made only for the run that the ranking chooses; before there is one, the ranking."""
-
-    def inputs(_wildcards) -> list[str]:
-        checkpoints.rank_runs.get(name=Path(plan.ranking.path).name)
-        return plan.of_chosen()
+        return plan.asked_by_ranking()
 
     return inputs
 
@@ -257,8 +247,9 @@ def made_otherwise(plan: planning.Plan) -> list[str]:
     """What is to be said of folders that are reused: with which other packages, or where, they were made."""
     counts: dict[str, int] = {}
     for job in plan.jobs.values():
-        if job.stage in COMPUTED and plan.is_made(job):
-            for what in other_circumstances(read_json(Path(job.path) / PROVENANCE)):
+        found = other_circumstances(known_json(Path(job.path) / PROVENANCE)) if job.stage in COMPUTED else []
+        if found and plan.is_made(job):
+            for what in found:
                 counts[what] = counts.get(what, 0) + 1
     return [
         f"note: of {count} folder(s) that are reused, each {what}: the last digits of new ones may differ "
@@ -329,15 +320,15 @@ def _signal(number: int, but: set[int]) -> set[int]:
 
 def on_success(plan: planning.Plan) -> None:
     """Show the results, and end with 1 where they do not keep the bounds of eval.gate."""
-    from temper.reports.leaderboard import end_at_gate, print_leaderboard, read_board
+    from temper.reports.leaderboard import end_at_gate, leaderboard_text, read_board
 
     if not (Path(plan.complete).exists() and all(map(_has_report, plan.runs))):  # with --until <stage>
         _mirror(plan, None, unfinished="FINISHED")
         return
     with one_line_errors():
         folder = Path(plan.leaderboard).parent
-        print_leaderboard(folder)
         board = read_board(folder)
+        print(leaderboard_text(board, folder))
         best = next(run for run in plan.runs if run.name == board.chosen)
         print(f"best model: {best.artefacts['merge_adapter']}")
         if plan.tracking["enabled"]:

@@ -19,11 +19,11 @@ from packaging.requirements import Requirement
 
 from steps import evaluate_model, merge_adapter, train_adapter
 from temper import tracking
-from temper.reports.leaderboard import Board
 from temper.runs import champion
 from temper.runs import find as runs
 from tests.support import finished
 from tests.support.asking import command, lines_of
+from tests.support.sweeps import board_of
 
 PROMPTS = ["The plot falls flat.", "A joy from the first minute to the last."]
 CHAT = [{"role": "user", "content": PROMPTS[0]}]
@@ -59,8 +59,7 @@ def sweep_of(parts: dict[str, str], accuracy: float = 0.8, uri: str | None = Non
     board = Path("results/sweeps/tiny/leaderboard.csv")
     plan = SimpleNamespace(tracking=settings, sweep="tiny", runs=[run], axes={}, leaderboard=str(board))
     rows = [{"run": name, "validation_accuracy": accuracy}]
-    judged = {"split": "validation", "base": None, "base_test": None}
-    return plan, Board(sweep="tiny", metric="accuracy", rows=rows, chosen=name, missing=[], **judged)
+    return plan, board_of("tiny", rows)
 
 
 def mirrored(*sweep, **options) -> str:

@@ -13,10 +13,10 @@ from temper.commands import explain
 from temper.config.stages import FOLDERS, load_stage_config
 from temper.errors import UserError
 from temper.planning import planner
-from temper.reports.leaderboard import Board
 from tests.support import finished
 from tests.support.asking import command
 from tests.support.finished import CONFIG, RUN
+from tests.support.sweeps import board_of
 from tests.support.workflow_tools import environment, snakemake_command
 
 PASSWORD = "s3cret-Pa55w0rd"
@@ -70,16 +70,7 @@ def test_a_run_from_end_to_end_leaves_no_secret_of_the_environment(planted, work
     Path(plan.leaderboard).parent.mkdir(parents=True)
     for name in ("leaderboard.csv", "report.html"):
         Path(plan.leaderboard).with_name(name).touch()
-    board = Board(
-        sweep="tiny",
-        metric="accuracy",
-        rows=rows,
-        chosen=rows[0]["run"],
-        missing=[],
-        split="validation",
-        base=None,
-        base_test=None,
-    )
+    board = board_of("tiny", rows)
     done, said = tracking.mirror(plan, board)
     assert done, said
     print(explain.explain(plan))

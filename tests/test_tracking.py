@@ -23,7 +23,7 @@ from temper.errors import UserError
 from temper.planning import planner
 from temper.reports.leaderboard import Board
 from tests.support import finished, stores
-from tests.support.sweeps import report_figures
+from tests.support.sweeps import board_of, report_figures
 from tests.test_champion import asked, predicted
 
 SETTINGS = {
@@ -48,16 +48,7 @@ def plan(workspace, empty_store, finished_run):
     for index, run in enumerate(made.runs):
         _write(run, finished_run, accuracy=0.8 + index / 10)
     rows = [{"run": run.name, "validation_accuracy": 0.9 - index / 10} for index, run in enumerate(reversed(made.runs))]
-    board = Board(
-        sweep=made.sweep,
-        metric="accuracy",
-        rows=rows,
-        chosen=rows[0]["run"],
-        missing=[],
-        split="validation",
-        base=None,
-        base_test=None,
-    )
+    board = board_of(made.sweep, rows)
     folder = Path(made.leaderboard).parent
     folder.mkdir(parents=True)
     for name in ("leaderboard.csv", "report.html"):
@@ -436,16 +427,7 @@ def another_run(plan, finished_run):
     _write(extra, finished_run, accuracy=0.99)
     plan.runs.append(extra)
     rows = [{"run": extra.name, "validation_accuracy": 0.99}]
-    return Board(
-        sweep=plan.sweep,
-        metric="accuracy",
-        rows=rows,
-        chosen=rows[0]["run"],
-        missing=[],
-        split="validation",
-        base=None,
-        base_test=None,
-    )
+    return board_of(plan.sweep, rows)
 
 
 @pytest.mark.parametrize("how", [shutil.copytree, shutil.move])

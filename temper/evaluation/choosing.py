@@ -95,9 +95,6 @@ class ValidationJudge:
         matched = likelihoods.row_losses(model, rows, *size).matched
         known = generation.greedy_gold(rows, matched, self.settings, self.stop_ids)
         answers = generation.generate_answers(model, self.tokenizer, rows, self.settings, self.stop_ids, known)
-        answered = [
-            own_metrics.row_of(row) | {"prediction": text, "finished": ended}
-            for row, text, ended in zip(rows, answers.texts, answers.finished, strict=True)
-        ]
+        answered = own_metrics.answered(rows, prediction=answers.texts, finished=answers.finished)
         own = own_metrics.values(self.settings, answered)
         return Evidence(self.settings, gold, answers.texts, finished=answers.finished, own=own)

@@ -50,15 +50,10 @@ class Asked:
             finished=self.answers.finished,
         )
 
-    def answered(self, test: list[dict]) -> list[dict]:
+    def answered(self, asked: list[dict]) -> list[dict]:
         """The rows with their answers, as metrics of your own get them."""
-        more: dict[str, list] = {"prediction": self.answers.texts, "finished": self.answers.finished}
-        if self.choices:
-            more["choice"] = self.choices.chosen
-        return [
-            own_metrics.row_of(row) | {name: column[index] for name, column in more.items()}
-            for index, row in enumerate(test)
-        ]
+        choice = {"choice": self.choices.chosen} if self.choices else {}
+        return own_metrics.answered(asked, prediction=self.answers.texts, finished=self.answers.finished, **choice)
 
 
 @dataclasses.dataclass

@@ -92,8 +92,8 @@ def try_out(settings: dict, row: dict) -> None:
 
 def names(settings: dict, row: dict) -> list[str]:
     """The names of all figures, by a row whose answer is the reference."""
-    answered = {**row_of(row), "prediction": row["reference"], "finished": True}
-    return [name for metric in settings["metrics"] for line in _lines(metric, [answered]) for name in line]
+    rows = answered([row], prediction=[row["reference"]], finished=[True])
+    return [name for metric in settings["metrics"] for line in _lines(metric, rows) for name in line]
 
 
 def is_own(settings: dict, name: str) -> bool:
@@ -101,9 +101,11 @@ def is_own(settings: dict, name: str) -> bool:
     return name.partition("/")[0] in [metric["name"] for metric in settings.get("metrics") or []]
 
 
-def row_of(row: dict) -> dict:
-    """What a function gets to know of a row of a split."""
-    return {name: row[name] for name in ("id", "prompt", "reference", "rejected") if name in row}
+def answered(rows: list[dict], **columns: list) -> list[dict]:
+    """What a function gets to know of the rows of a split: of each its own columns, and what a model made of it."""
+    known = [{name: row[name] for name in ("id", "prompt", "reference", "rejected") if name in row} for row in rows]
+    made = zip(*columns.values(), strict=True)
+    return [row | dict(zip(columns, values, strict=True)) for row, values in zip(known, made, strict=True)]
 
 
 def _place(metric: dict) -> str:

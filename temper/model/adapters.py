@@ -231,10 +231,10 @@ def is_prompt_learning(model) -> bool:
     return bool(getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False))
 
 
-def refuse_diverged(model: Path) -> None:
-    """Refuse to start from a diverged training, which left no model."""
+def refuse_diverged(model: Path, purpose: str = "to start from") -> None:
+    """Refuse a diverged training, which left no model. `purpose`: what that is needed for, for the message."""
     if (model / DIVERGED).is_file():
-        raise UserError(f"{model}: its training diverged, so there is no model to start from; lower its learning rate")
+        raise UserError(f"{model}: its training diverged, so there is no model {purpose}; lower its learning rate")
 
 
 def is_adapter(folder: Path) -> bool:

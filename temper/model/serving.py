@@ -47,7 +47,7 @@ def of_folder(folder: Path, tokenizer=None) -> dict[str, str]:
 
 def of_base(folder: Path) -> dict[str, str]:
     """The sums of a model that is trained, or was, with those of its weights."""
-    return {**of_folder(folder), BASE: _weights(folder)}
+    return {**of_folder(folder), BASE: weights(folder)}
 
 
 def _sum(value) -> str:
@@ -73,7 +73,7 @@ def _generation(folder: Path) -> dict:
     return {name: value for name, value in whole.items() if value and name != "transformers_version" and name[0] != "_"}
 
 
-def _weights(folder: Path) -> str:
+def weights(folder: Path) -> str:
     """sha256 of all tensors, in the order of their names: 1 s a gigabyte, or less."""
     import torch
     from safetensors import safe_open
@@ -140,19 +140,18 @@ def refuse_other_base(adapter: Path, model: Path) -> dict[str, str]:
 def refuse_other_weights(adapter: Path, model: Path) -> None:
     """Refuse to put an adapter on a model with other weights than it was trained on."""
     recorded = read(adapter)
-    if BASE in recorded and recorded[BASE] != _weights(model):
+    if BASE in recorded and recorded[BASE] != weights(model):
         raise UserError(f"{model}: {_other([BASE])} with which {adapter} was trained; {_origin(adapter)}")
 
 
 def refuse_other_splits(splits: Path, model: Path) -> dict[str, str]:
-    """The sums of `model`, which must read text as the model did that splits were tokenized with.
+    """The sums of `model` without its weights, which must read text as the model that splits were tokenized with.
 
     Raises:
         UserError: its tokenizer, template or generation config are others.
     """
-    found = of_base(model)
-    recorded = read(splits)
-    wrong = differences({name: value for name, value in recorded.items() if name != BASE}, found)
+    found = of_folder(model)
+    wrong = differences(read(splits), found)
     if wrong:
         raise UserError(
             f"{model}: {_other(wrong)} with which {splits} was tokenized, so it would learn other prompts than it is "

@@ -89,28 +89,26 @@ class Plan:
         """The job that decides which runs are judged on the test split."""
         return next(job for job in self.jobs.values() if job.stage == "rank_runs")
 
-    def test_reports(self) -> list[str]:
-        """Reports on the test split that the ranking, which must be there, asks for."""
-        file = Path(self.ranking.path) / RANKING
-        tested = read_json(file, {"tested": list[str]})["tested"]
-        return [run.artefacts["test_report"] for run in self.runs if run.name in tested]
+    def asked_by_ranking(self) -> list[str]:
+        """What the ranking, which must be there, asks for: reports on the test split, and parts of the chosen run."""
+        found = read_json(Path(self.ranking.path) / RANKING, {"chosen": str, "tested": list[str]})
+        return self._asked(
+            [run for run in self.runs if run.name in found["tested"]],
+            next(run for run in self.runs if run.name == found["chosen"]),
+        )
 
-    def _likely_test_reports(self) -> list[str]:
-        """As `test_reports`. Before there is a ranking, the first run stands for the chosen one."""
+    def _likely_asked(self) -> list[str]:
+        """The same. Before there is a ranking, the first run stands for the chosen one."""
         if self.is_made(self.ranking):
-            return self.test_reports()
+            return self.asked_by_ranking()
         test = self.comparison.config["eval"]["test"]
         number = {"none": 0, "all": len(self.runs)}.get(test, 1)
-        return [run.artefacts["test_report"] for run in self.runs[:number]]
+        return self._asked(self.runs[:number], self.runs[0])
 
-    def of_chosen(self) -> list[str]:
-        """What is made only for the run that the ranking chooses. The ranking must be there."""
-        chosen = read_json(Path(self.ranking.path) / RANKING, {"chosen": str})["chosen"]
-        return _for_chosen(next(run for run in self.runs if run.name == chosen))
-
-    def _likely_of_chosen(self) -> list[str]:
-        """As `of_chosen`. Before there is a ranking, the first run stands for the chosen one."""
-        return self.of_chosen() if self.is_made(self.ranking) else _for_chosen(self.runs[0])
+    @staticmethod
+    def _asked(tested: list[PlannedRun], chosen: PlannedRun) -> list[str]:
+        parts = [chosen.artefacts[name] for name in FOR_CHOSEN if name in chosen.artefacts]
+        return [run.artefacts["test_report"] for run in tested] + parts
 
     @property
     def base_harness(self) -> list[str]:
@@ -135,7 +133,7 @@ class Plan:
         Before there is a ranking, the first run stands for the one that it will choose.
         """
         found = dict.fromkeys(self.damaged())
-        todo = [self.ranking.path, *self._likely_test_reports(), *self._likely_of_chosen()]
+        todo = [self.ranking.path, *self._likely_asked()]
         todo += [run.artefacts["evaluate_model"] for run in self.runs]
         todo += [path for broken in found for path in self.jobs[broken].inputs.values()]
         while todo:
@@ -177,10 +175,6 @@ class Plan:
         except OSError as error:
             raise UserError(f"{path}: cannot be written ({error.strerror}); make results/ a writable folder") from None
         return path
-
-
-def _for_chosen(run: PlannedRun) -> list[str]:
-    return [run.artefacts[name] for name in FOR_CHOSEN if name in run.artefacts]
 
 
 def load(path: str | os.PathLike) -> Plan:

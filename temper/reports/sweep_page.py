@@ -10,27 +10,21 @@ from urllib.parse import quote
 from temper.config.compose import groups, hydra_text
 from temper.errors import visible
 from temper.evaluation.comparison import ComparedRun, RankedRun, Ranking, Recipe
-from temper.evaluation.gate import unmet
-from temper.evaluation.harness import Harness
 from temper.files import read_json_lines
 from temper.reports import html, plots, suspects
 from temper.reports.forgetting import forgetting_sentence, gains_and_forgetting
-from temper.reports.leaderboard import cell_text, short_names, swept_keys, tie_sentence
+from temper.reports.leaderboard import Board, cell_text, short_names, swept_keys, tie_sentence
 
 # --- the page ------------------------------------------------------------------------------------
 
 
-def write_page(
-    output: Path, config: dict, names: list[str], ranking: Ranking, rows: list[dict], harness: Harness | None = None
-) -> None:
+def write_page(output: Path, config: dict, names: list[str], ranking: Ranking, board: Board) -> None:
     """Write report.html.
 
     Args:
         names: of the figures that the table shows.
-        rows: of the leaderboard.
-        harness: what lm-eval measured of the chosen run.
     """
-    keys, runs = swept_keys(rows), ranking.runs
+    keys, runs, bounds = swept_keys(board.rows), ranking.runs, config["eval"].get("gate")
     html.render(
         "sweep.html",
         output / "report.html",
@@ -49,17 +43,17 @@ def write_page(
         chosen=_shown(ranking.chosen, output),
         cheapest=_shown(ranking.cheapest, output),
         choose=ranking.choose,
-        gate=unmet(ranking.chosen, config["eval"].get("gate")),
-        bounded=bool(config["eval"].get("gate")),
-        probed="forgetting" in rows[0],
+        gate=board.gate,
+        bounded=bool(bounds),
+        probed="forgetting" in board.rows[0],
         forgetting_sentence=forgetting_sentence(ranking, _label),
-        forgetting_plot=gains_and_forgetting(ranking, config["eval"].get("gate")),
+        forgetting_plot=gains_and_forgetting(ranking, bounds),
         names=names,
         missing=ranking.missing,
         diverged=[_shown(run, output) for run in ranking.diverged],
         planned=len(config["runs"]),
         published=config["eval"]["published"],
-        harness=harness,
+        harness=board.harness,
         effects=_effects(runs, keys, ranking.metric),
         curves=plots.sweep_curves([(_label(run), curves_of(run)) for run in runs[: plots.MOST_CURVES]]),
         most_curves=plots.MOST_CURVES,

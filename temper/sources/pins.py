@@ -129,6 +129,12 @@ def identity_on_disk(raw: Path) -> dict:
     return _identity(raw, found)
 
 
+def refuse_other_identity(raw: Path, found: dict, planned: dict | None, what: str = "the raw files") -> None:
+    """Refuse files that are not those of the plan. `planned`: their identity then; None: there was no plan."""
+    if planned not in (None, found):
+        raise UserError(f"{raw}: {what} changed since the plan was made: run again, to plan with the new content")
+
+
 def read_pin(pin: Path) -> dict:
     """The content of a pin file.
 

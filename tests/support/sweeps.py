@@ -5,6 +5,7 @@ import json
 import pytest
 
 from temper.config.schema import Eval
+from temper.reports.leaderboard import Board
 
 FIGURES = {
     "f1": 0.8,
@@ -68,6 +69,12 @@ def write_report(folder, accuracy: float, loss: float, base: float | None = 0.5)
     ]
     (folder / "curves.jsonl").write_text("".join(json.dumps(line) + "\n" for line in curves))
     return str(folder)
+
+
+def board_of(sweep: str, rows: list[dict]) -> Board:
+    """A leaderboard by accuracy on validation, whose first row is the chosen run."""
+    judged = {"metric": "accuracy", "split": "validation", "base": None, "base_test": None}
+    return Board(sweep=sweep, rows=rows, chosen=rows[0]["run"], missing=[], **judged)
 
 
 @pytest.fixture
