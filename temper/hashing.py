@@ -35,6 +35,24 @@ def _drop_docstring(node) -> None:
         node.body = node.body[1:] or [ast.Pass()]
 
 
+def imports_of(tree: ast.Module, package: str = "") -> set[str]:
+    """Names of all modules that a syntax tree imports, and of the names imported from them, which may be modules.
+
+    Args:
+        package: that of the module, for relative imports.
+    """
+    imports: set[str] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            imports.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            parts = package.split(".")
+            above = parts[: len(parts) - node.level + 1] if node.level else []
+            base = ".".join([*above, *([node.module] if node.module else [])])
+            imports.update([base, *(f"{base}.{alias.name}" for alias in node.names)])
+    return imports - {""}
+
+
 def file_sha256(path: str | os.PathLike) -> str:
     """Hex sha256 of a file's content."""
     with Path(path).open("rb") as file:

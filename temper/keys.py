@@ -11,7 +11,7 @@ import json
 import os
 from pathlib import Path
 
-from temper.hashing import code_text, digest
+from temper.hashing import code_text, digest, imports_of
 
 PACKAGE_ROOT = Path(__file__).resolve().parents[1]
 # The rooms whose code decides what an artefact holds. Decisions of planning are in a key by their values, because the
@@ -79,18 +79,6 @@ def _tree(module: str) -> tuple[str, frozenset[str]]:
     text = code_text(tree)
     computing = {name for name in imports_of(tree) if name.startswith(COMPUTING) and _source_path(name).is_file()}
     return text, frozenset(computing)
-
-
-def imports_of(tree: ast.Module) -> set[str]:
-    """Names of all modules that a syntax tree imports, and of the names imported from them, which may be modules."""
-    imports: set[str] = set()
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Import):
-            imports.update(alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            imports.add(node.module)
-            imports.update(f"{node.module}.{alias.name}" for alias in node.names)
-    return imports
 
 
 def _source_path(module: str) -> Path:

@@ -16,7 +16,7 @@ from importlib.machinery import PathFinder
 from pathlib import Path
 
 from temper.errors import UserError, lack, suggest, words
-from temper.hashing import code_text, digest, file_sha256
+from temper.hashing import code_text, digest, file_sha256, imports_of
 
 OWN_CONF = "TEMPER_CONF"  # environment variable: a folder of your own configs
 OURS = ("temper", "steps")
@@ -176,17 +176,8 @@ def _parse(source: bytes) -> ast.Module:
 
 
 def _imports(tree: ast.Module, package: str) -> list[str]:
-    """Names of all modules that a module of this package imports, and of the names imported from them."""
-    names: list[str] = []
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Import):
-            names += [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom):
-            base = node.module or ""
-            if node.level:
-                parts = package.split(".")[: len(package.split(".")) - node.level + 1]
-                base = ".".join([*parts, *([base] if base else [])])
-            names += [base, *(f"{base}.{alias.name}" for alias in node.names)]
+    """As `imports_of`, with the packages around each, whose code importing it executes, too."""
+    names = sorted(imports_of(tree, package))
     parents = [".".join(name.split(".")[:count]) for name in names for count in range(1, name.count(".") + 1)]
     return [name for name in [*names, *parents] if name]
 
