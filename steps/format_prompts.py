@@ -9,24 +9,36 @@ Writes: train.jsonl, validation.jsonl, test.jsonl: {"id": row number in the raw 
         where the last message is the assistant's answer; for a preference pair also "rejected", the worse answer to
         the same prompt. stats.json counts the rows of each split.
 
-A row's split is decided by a hash of its prompt: the messages before the last answer, without the system message.
-Editing, adding or moving rows therefore never moves another row to another split, rows with the same prompt are
-always on the same side, and a new system message leaves the splits as they are.
+A row's split is decided by a hash of its prompt: the messages before the last answer, without the system message; with
+data.splits.group_by of its group. Editing, adding or moving rows therefore never moves another row to another split,
+rows with the same prompt (or of one group) are always on the same side, and a new system message leaves the splits as
+they are. A split that the data has itself, by data.source or data.splits.column, is as it is there.
+
+Rows of validation and test that also stand in train, exactly or nearly (temper/data/overlap.py), are counted in
+stats.json and listed in overlap.jsonl; data.on_overlap says what is done with them.
 """
 
+import collections
 import json
 import logging
 import sys
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
+from temper.config.schema import SplitSources
 from temper.config.stages import NOT_PLANNED, FormatPrompts, Planned
+from temper.data import overlap
+from temper.data.layouts import Example
+from temper.data.places import Place, places
 from temper.data.splitting import SPLITS, Splits, examples
 from temper.errors import UserError
+from temper.files import json_lines, write_whole
 from temper.progress import Progress
 from temper.sources import pins as raw_data
 from temper.step import run_command
 
 STAGE = "format_prompts"
+OVERLAP = "overlap.jsonl"
 log = logging.getLogger("temper")
 
 
@@ -46,20 +58,100 @@ def run(config: FormatPrompts, raw: Path, output: Path, planned: Planned = NOT_P
     data = config.data.model_dump()
     identity = raw_data.identity_on_disk(raw)
     raw_data.refuse_other_identity(raw, identity, planned.raw)
-    limits = data["limit"]
-    with Splits(output, data["splits"], limits) as splits, Progress(None, "format", "rows") as progress:
-        for number, example in examples(raw, data, config.prompt.system):
-            splits.add(number, example)
+    files = raw_data.split_files(raw)
+    if isinstance(config.data.source, SplitSources) and raw_data.ALL in files:
+        raise UserError(f"--raw {raw}: is of no split, and data.source has one for each: name the folder of fetch_data")
+    given = _given(files, raw, data, config.prompt.system)
+    with Splits(output, data["splits"], data["limit"], given) as splits, Progress(None, "format", "rows") as progress:
+        for number, example, split in _rows(files, raw, data, config.prompt.system):
+            splits.add(number, example, split)
             progress.update()
     raw_data.refuse_other_identity(raw, raw_data.identity_on_disk(raw), identity)
-    stats = splits.stats()
-    _refuse_empty(raw, stats, data)
+    _refuse_empty(raw, splits.stats(), data, given)
+    shared = _compare(splits, raw, output, data)
+    stats = {**splits.stats(), "overlap": shared}
     (output / "stats.json").write_text(json.dumps(stats, indent=2) + "\n", encoding="utf-8")
     log.info("%s", _summary(stats))
     return {"raw": identity, "rows": stats}
 
 
-def _refuse_empty(raw: Path, stats: dict, data: dict) -> None:
+def _rows(files: dict, raw: Path, data: dict, system: str | None) -> Iterator[tuple[int, Example | None, str | None]]:
+    """(row number through all files, its example, the split of its file)."""
+    if raw_data.ALL in files:
+        yield from ((number, example, None) for number, example in examples(raw, data, system))
+        return
+    before = 0
+    for split, path in sorted((split, path) for split, paths in files.items() for path in paths):
+        number = 0
+        for number, example in examples(path, data, system):
+            yield before + number, example, split
+        before += number
+
+
+def _given(files: dict, raw: Path, data: dict, system: str | None) -> set[str]:
+    """The splits that the data has itself, by its files or by a column."""
+    if data["splits"]["column"] is None:
+        return {*files} - {raw_data.ALL}
+    found = set()
+    for _, example in examples(raw, data, system):
+        if example is not None:
+            found.add(example.split)
+        if len(found) == len(SPLITS):
+            break
+    return found
+
+
+def _compare(splits: Splits, raw: Path, output: Path, data: dict) -> list[dict]:
+    """Look for rows of one split that stand in another, and do with them what `data.on_overlap` says.
+
+    Returns:
+        for each pair of splits that share rows: how many, by kind, and the places of the first, for stats.json.
+    """
+    found, shared = overlap.find(output, splits.stats()["splits"]["train"]["rows"])
+    write_whole(output / OVERLAP, json_lines([one._asdict() for one in found]))
+    lists = overlap.by_pair(found)
+    where = places(raw, data, {number for some in lists for number in (some[0].id, some[0].other_id)})
+    told = [_told(some, where) for some in lists]
+    for line in map(_sentence, told):
+        if data["on_overlap"] == "error":
+            raise UserError(f"{line}; move or remove them, or let data.on_overlap=drop leave them out of training")
+        log.warning("warning: %s (%s lists all)", line, OVERLAP)
+    if data["on_overlap"] == "drop":
+        for split, ids in shared.items():
+            splits.leave_out(split, ids)
+            _refuse_nothing_left(raw, split, splits.stats()["splits"][split]["rows"], ids)
+    return told
+
+
+def _told(found: list[overlap.Overlap], where: dict[int, Place]) -> dict:
+    kinds = collections.Counter(one.kind for one in found)
+    first, there = where[found[0].id], where[found[0].other_id]
+    return {
+        "split": found[0].split,
+        "other": found[0].other,
+        "rows": len(found),
+        **{kind: kinds[kind] for kind in overlap.KINDS},
+        "first": str(first),
+        "first_in_other": str(there),
+    }
+
+
+def _sentence(told: dict) -> str:
+    kinds = ", ".join(f"{told[kind]} {words}" for kind, words in overlap.KINDS.items() if told[kind])
+    return (
+        f"{told['rows']} rows of {told['split']} stand in {told['other']}, too ({kinds}): the first is "
+        f"{told['first']}, as {told['first_in_other']}"
+    )
+
+
+def _refuse_nothing_left(raw: Path, split: str, rows: int, ids: set[int]) -> None:
+    if ids and not rows:
+        raise UserError(
+            f"{raw}: all {len(ids)} rows of {split} stand in other splits: data.on_overlap=drop leaves none"
+        )
+
+
+def _refuse_empty(raw: Path, stats: dict, data: dict, given: Collection[str]) -> None:
     """An empty split is an error, unless its share is 0."""
     if not stats["rows"]:
         raise UserError(f"{raw}: no rows in the raw files")
@@ -67,6 +159,8 @@ def _refuse_empty(raw: Path, stats: dict, data: dict) -> None:
     if not used:
         raise UserError(f"{raw}: data.where ({data['where']}) leaves out all {stats['rows']} rows")
     for name in SPLITS:
+        if stats["splits"][name]["rows"] == 0 and name in given and name != "train":
+            raise UserError(f"{raw}: no row of the {name} split is left; see data.where and data.source")
         if stats["splits"][name]["rows"] == 0 and data["splits"].get(name) != 0:
             share = data["splits"].get(name, 1 - data["splits"]["validation"] - data["splits"]["test"])
             key = "data.splits.validation and data.splits.test" if name == "train" else f"data.splits.{name}"
@@ -82,6 +176,8 @@ def _summary(stats: dict) -> str:
     parts = [f"{name} {split['rows']}" for name, split in stats["splits"].items()]
     limited = sum(split["left_out_by_limit"] for split in stats["splits"].values())
     parts += [f"left out by data.limit {limited}", f"left out by data.where {stats['left_out_by_where']}"]
+    taken = sum(split["left_out_by_overlap"] for split in stats["splits"].values())
+    parts += [f"left out by data.on_overlap {taken}"] if taken else []
     return f"{stats['rows']} rows: {', '.join(parts)}; duplicates {stats['duplicates']}"
 
 

@@ -69,7 +69,7 @@ def run(config: SampleAnswers, splits: Path, model: Path, output: Path) -> dict:
                     f"{model}: all its answers to the {split} split are right, so there is nothing to reject; "
                     "raise method.own_answers.temperature, or use rows it does not know yet"
                 )
-            rows[split] = Dataset.from_list(pairs, features=features(pairs=True))
+            rows[split] = Dataset.from_list(pairs, features=features(True, rows[split].column_names))
             log.info("%s: %d rows, %d answered wrongly and kept", split, counts[split]["read"], len(pairs))
     DatasetDict(rows).save_to_disk(output)
     serving.write(output, served_with)

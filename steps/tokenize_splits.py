@@ -7,7 +7,8 @@ By hand::
 
 Reads   the prompts' train.jsonl, validation.jsonl and test.jsonl; the model's tokenizer.
 Writes  a `datasets.DatasetDict` (train, validation, test) with the columns id, input_ids, labels
-        (-100 where nothing is learned), prompt_length, prompt, reference (the right answer's tokens decoded).
+        (-100 where nothing is learned), prompt_length, prompt, reference (the right answer's tokens decoded), and
+        group and source where the prompts have them.
         Preference pairs also have rejected_input_ids, rejected_labels and rejected, the same prompt with the rejected
         answer; the other columns then hold the chosen one. For a causal model, labels align with input_ids, and
         input_ids[:prompt_length] is exactly the prompt that the finished model gets. For an encoder-decoder model,
@@ -30,7 +31,7 @@ from pathlib import Path
 
 from temper.config.stages import TokenizeSplits
 from temper.data.audit import Audit, report, shown_rows
-from temper.data.columns import SPLITS, features
+from temper.data.columns import ABOUT, SPLITS, features
 from temper.data.encoder import DATE, Encoded, Encoder
 from temper.data.rendering import ChatTemplate
 from temper.errors import UserError
@@ -147,14 +148,15 @@ class _Rows:
         self.max_length, self.policy = tokenize["max_length"], tokenize["max_length_policy"]
         self.audit = Audit()
         self.texts: dict[tuple[int, ...], str] = {}
-        self.pairs = "rejected" in next(each_json_line(path), {})
+        first = next(each_json_line(path), {})
+        self.pairs, self.about = "rejected" in first, [name for name in ABOUT if name in first]
 
     def dataset(self, path: Path):
         """Write the split to `path` and open that as a `datasets.Dataset`, so that rows do not stay in memory."""
         import pyarrow
         from datasets import Dataset, DatasetInfo
 
-        columns = features(self.pairs)
+        columns = features(self.pairs, self.about)
         schema = columns.arrow_schema
         rows = self._rows()
         with pyarrow.ipc.new_stream(path, schema) as file:
@@ -247,6 +249,7 @@ class _Rows:
             "prompt_length": encoded[0].prompt_length,
             "prompt": user,
             "reference": texts[0],
+            **{name: record[name] for name in self.about},
         }
         if len(encoded) == 2:
             row |= {"rejected_input_ids": encoded[1].input_ids, "rejected_labels": encoded[1].labels}

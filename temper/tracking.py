@@ -553,7 +553,7 @@ def _log_dataset(api, run_id: str, run) -> None:
     dataset = Dataset(
         name=data["name"],
         digest=splits.name.rpartition("-")[2],
-        source_type=data["source"]["kind"],
+        source_type=data["source"].get("kind", "splits"),
         source=_cut(json.dumps(data["source"]), LONGEST_SOURCE),
         profile=json.dumps(read_json(splits / "audit.json", {"splits": dict})["splits"]),
     )

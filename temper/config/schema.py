@@ -9,7 +9,17 @@ import json
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    field_validator,
+    model_validator,
+)
 
 
 class Section(BaseModel):
@@ -21,6 +31,21 @@ class Section(BaseModel):
 # --- where data and models come from -------------------------------------------------------------
 
 
+class OfficialSplits(Section):
+    """Temper's split -> the hub's; one that is left out is taken from train by a hash."""
+
+    train: str
+    validation: str | None = None
+    test: str | None = None
+
+
+# The name of one split, or a mapping.
+Splits = Annotated[
+    Annotated[str, Tag("one")] | Annotated[OfficialSplits, Tag("each")],
+    Discriminator(lambda found: "each" if isinstance(found, dict | OfficialSplits) else "one"),
+]
+
+
 class HubSource(Section):
     """A repository on the Hugging Face hub, at a commit, branch or tag. A branch or tag is resolved to its commit once,
     and that is kept in data/revisions.json."""
@@ -30,8 +55,8 @@ class HubSource(Section):
     revision: str = "main"
     config: str | None = None
     """The data set's configuration ("subset"), for data only."""
-    split: str = "train"
-    """For data only."""
+    split: Splits = "train"
+    """For data only. A mapping takes the data set's own splits: {train: train, test: test}."""
 
 
 class FilesSource(Section):
@@ -70,6 +95,39 @@ Source = Annotated[HubSource | FilesSource | PackageSource, Field(discriminator=
 SOURCE_KINDS: dict[str, type[Section]] = {"hub": HubSource, "files": FilesSource, "package": PackageSource}
 
 
+class SplitSources(Section):
+    """A source for each split; one that is left out is taken from train by a hash."""
+
+    train: Source
+    validation: Source | None = None
+    test: Source | None = None
+
+    @model_validator(mode="after")
+    def _one_split_each(self):
+        for name in SplitSources.model_fields:
+            refuse_official_splits(getattr(self, name), f"source.{name}")
+        return self
+
+
+def refuse_official_splits(source, key: str) -> None:
+    """Refuse a hub's splits where one is needed."""
+    if isinstance(source, HubSource) and not isinstance(source.split, str):
+        raise ValueError(f"'{key}.split' names several splits, and one is needed here: {key}.split=train")
+
+
+def _form_of_source(source) -> str:
+    per_split = isinstance(source, SplitSources) or (
+        isinstance(source, dict) and {*source} & {*SplitSources.model_fields}
+    )
+    return "per_split" if per_split else "one"
+
+
+# Where a data set is: one source, or one for each split.
+RowsSource = Annotated[
+    Annotated[Source, Tag("one")] | Annotated[SplitSources, Tag("per_split")], Discriminator(_form_of_source)
+]
+
+
 # --- data ----------------------------------------------------------------------------------------
 
 
@@ -91,10 +149,17 @@ class Csv(Section):
 
 
 class SplitSizes(Section):
-    """Shares of the rows, below 1, for validation and test; train gets the rest. A hash of its prompt assigns a row."""
+    """Shares of the rows, below 1, for validation and test; train gets the rest. A hash of its prompt assigns a row.
+
+    A split that the data itself has (by `data.source`, or by a column) is as it is there.
+    """
 
     validation: Annotated[float, Field(ge=0, lt=1)] = 0.1
     test: Annotated[float, Field(gt=0, lt=1)] = 0.1
+    column: str | None = None
+    """Column that names a row's split: train, validation (or valid, val, dev) or test."""
+    group_by: str | None = None
+    """Column whose value keeps rows together (a document, a user): its hash assigns them, instead of the prompt's."""
 
     @model_validator(mode="after")
     def _leave_rows_for_training(self):
@@ -120,7 +185,8 @@ class Data(Section):
     """A data set: where it is, how its rows become conversations, and how it is split."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$")]
-    source: Source
+    source: RowsSource
+    """One source, or {train: ..., validation: ..., test: ...}, of which the last two may be left out."""
     format: Literal["json", "jsonl", "csv", "parquet"] | None = None
     """null: inferred from the file's extension."""
     csv: Csv = Csv()
@@ -146,6 +212,32 @@ class Data(Section):
     """Shares of the rows for validation and test."""
     limit: SplitLimits = SplitLimits()
     """Most rows to keep in each split."""
+    on_overlap: Literal["warn", "drop", "error"] = "warn"
+    """For rows of one split that stand, exactly or nearly, in another. drop: train loses them; of validation and test,
+    validation does."""
+
+    @model_validator(mode="after")
+    def _a_source_per_official_split(self):
+        source = self.source
+        if isinstance(source, HubSource) and isinstance(source.split, OfficialSplits):
+            names = source.split.model_dump(exclude_none=True)
+            each = {name: source.model_copy(update={"split": theirs}) for name, theirs in names.items()}
+            self.source = SplitSources(**each)
+        return self
+
+    @model_validator(mode="after")
+    def _one_way_to_split(self):
+        if not isinstance(self.source, SplitSources):
+            return self
+        if self.splits.column is not None:
+            raise ValueError("'splits.column' and a source for each split both say what the splits are: leave one out")
+        for name in ("validation", "test"):
+            default = SplitSizes.model_fields[name].default
+            if getattr(self.source, name) is not None and getattr(self.splits, name) != default:
+                raise ValueError(
+                    f"'splits.{name}' is a share of train, and source.{name} says what it is: leave one out"
+                )
+        return self
 
     @model_validator(mode="after")
     def _templates_belong_to_their_layout(self):
@@ -368,6 +460,11 @@ class Probe(Section):
         for name in type(self).model_fields if self.source is None else ():
             if name != "source" and getattr(self, name) != type(self).model_fields[name].default:
                 raise ValueError(f"'{name}' is for a probe, and there is none: give its source, or leave {name} out")
+        return self
+
+    @model_validator(mode="after")
+    def _one_text(self):
+        refuse_official_splits(self.source, "source")
         return self
 
 

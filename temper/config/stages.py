@@ -22,6 +22,7 @@ from temper.config.schema import (
     Probe,
     Prompt,
     Quantization,
+    RowsSource,
     Section,
     Seed,
     Source,
@@ -45,11 +46,11 @@ class DataView(Data):
     """`data` as format_prompts gets it from the workflow: the raw files' identity replaces name and source."""
 
     name: str | None = None  # type: ignore[assignment]
-    source: Source | None = None  # type: ignore[assignment]
+    source: RowsSource | None = None  # type: ignore[assignment]
 
 
 class DataSource(Part):
-    source: Source
+    source: RowsSource
 
 
 class ModelSource(Part):

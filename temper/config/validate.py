@@ -2,14 +2,21 @@
 
 from temper.config import best
 from temper.config.libraries import check_library_sections, refuse_without_validation
-from temper.config.schema import METHODS, SOURCE_KINDS, Config, Data
+from temper.config.schema import METHODS, SOURCE_KINDS, Config, Data, OfficialSplits, SplitSources
 from temper.errors import UserError, suggest
 from temper.errors import found as _found
 from temper.evaluation.metrics import refuse_without_pairs
 from temper.keys import flat
 from temper.secrets import has_login, secret_variables
 
-UNIONS: dict = {"source": SOURCE_KINDS, "method": METHODS}  # sections that have one of several classes, by a tag
+# Keys whose value has one of several classes, by a tag, and parts of such values.
+UNIONS: dict = {
+    "source": {"one": None, "per_split": SplitSources, **SOURCE_KINDS},
+    "one": SOURCE_KINDS,
+    **dict.fromkeys(SplitSources.model_fields, SOURCE_KINDS),
+    "split": {"one": None, "each": OfficialSplits},
+    "method": METHODS,
+}
 
 
 # --- validating ----------------------------------------------------------------------------------
@@ -124,16 +131,28 @@ def _without_other_kinds(config: dict) -> dict:
     ``data.source.kind=files data.source.path=x`` over a hub source leaves ``repository`` behind, which is not the
     user's fault. A key that no kind has stays, and is refused.
     """
-    known_anywhere = set().union(*(set(kind.model_fields) for kind in SOURCE_KINDS.values()))
     for name in ("data", "model", "probe"):
         section = config.get(name)
         source = section.get("source") if isinstance(section, dict) else None
-        if isinstance(section, dict) and isinstance(source, dict) and source.get("kind") in SOURCE_KINDS:
-            mine = SOURCE_KINDS[source["kind"]].model_fields
-            section["source"] = {
-                key: value for key, value in source.items() if key in mine or key not in known_anywhere
-            }
+        if isinstance(section, dict) and isinstance(source, dict):
+            section["source"] = _of_its_kind(source, name)
     return config
+
+
+def _of_its_kind(source: dict, section: str) -> dict:
+    per_split = {*source} & {*SplitSources.model_fields}
+    if section == "data" and per_split and "kind" in source:
+        raise UserError(
+            f"config: 'data.source' has both 'kind', as one source has, and '{sorted(per_split)[0]}', as a source for "
+            "each split has: leave one out (~data.source.kind)"
+        )
+    if section == "data" and per_split:
+        return {key: _of_its_kind(value, "") if isinstance(value, dict) else value for key, value in source.items()}
+    if source.get("kind") not in SOURCE_KINDS:
+        return source
+    known_anywhere = set().union(*(set(kind.model_fields) for kind in SOURCE_KINDS.values()))
+    mine = SOURCE_KINDS[source["kind"]].model_fields
+    return {key: value for key, value in source.items() if key in mine or key not in known_anywhere}
 
 
 def checked(model, values: dict, prefix: str):
@@ -162,6 +181,9 @@ def explain(error, model, prefix: str = "") -> str:
         return f"config: unknown key '{key}'; {suggest(path[-1], known)}"
     if fault["type"] == "missing":
         return f"config: '{key}' is missing; add it to the YAML file or as an override {key}=..."
+    if fault["type"] == "union_tag_not_found":
+        each = ", or a source for each split: {train: ..., test: ...}" if key == "data.source" else ""
+        return f"config: '{key}' has no 'kind': it is one of {', '.join(SOURCE_KINDS)}{each}"
     message = fault["msg"].removeprefix("Value error, ")
     message = message[0].lower() + message[1:] if message[:2] != message[:2].upper() else message
     found = fault["input"]
@@ -181,7 +203,7 @@ def _fields_at(model, location) -> list[str]:
     """Field names of the section at a pydantic error location."""
     for last, part in zip([None, *location], location, strict=False):
         if part in UNIONS.get(last, ()):
-            model = UNIONS[last][part]
+            model = UNIONS[last][part] or model
         elif not isinstance(part, int):
             annotation = model.model_fields[part].annotation
             if hasattr(annotation, "model_fields"):

@@ -1,11 +1,21 @@
 """A split's columns and answers, as tokenize_splits and sample_answers write them and later stages read them."""
 
+from collections.abc import Collection
+
 SPLITS = ("train", "validation", "test")
 IGNORED = -100  # the label of a token that is not learned, which torch's cross_entropy ignores
 
 
-def features(pairs: bool = False):
-    """The columns as `datasets.Features`. `pairs`: including those of the rejected answer."""
+ABOUT = ("group", "source")  # what a row may have besides: the group of rows it is one of, its part of a mixture
+
+
+def features(pairs: bool = False, about: Collection[str] = ()):
+    """The columns as `datasets.Features`.
+
+    Args:
+        pairs: including those of the rejected answer.
+        about: those of `ABOUT` that the rows have.
+    """
     from datasets import Features, List, Value
 
     ids = List(Value("int32"))
@@ -19,6 +29,7 @@ def features(pairs: bool = False):
     }
     if pairs:
         columns |= {"rejected_input_ids": ids, "rejected_labels": ids, "rejected": Value("string")}
+    columns |= {name: Value("string") for name in ABOUT if name in about}
     return Features(columns)
 
 

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 from temper.data import templates, texts
+from temper.data.placing import group_in, split_in
 from temper.errors import UserError, suggest
 
 Messages = list[dict[str, str]]
@@ -18,17 +19,23 @@ SHAREGPT_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistan
 
 
 class Example(NamedTuple):
-    """One row: a conversation that ends with the (chosen) answer and, for a preference pair, the rejected answer."""
+    """One row: a conversation that ends with the (chosen) answer and, for a preference pair, the rejected answer.
+
+    `split` and `group`: what its columns say, where `data.splits` names them.
+    """
 
     messages: Messages
     rejected: str | None = None
+    split: str | None = None
+    group: str | None = None
 
 
 def converter(data: dict, system: str | None) -> Callable[[dict], Example | None]:
     """A function that turns a row into an example, or None when `data.where` leaves it out.
 
     Args:
-        data: the config section; layout, columns, prompt, completion, rejected, rejected_from and where are used.
+        data: the config section; layout, columns, prompt, completion, rejected, rejected_from, where and splits are
+            used.
         system: a system message, replacing one in the data; None keeps the data's own.
 
     Raises:
@@ -39,6 +46,7 @@ def converter(data: dict, system: str | None) -> Callable[[dict], Example | None
     free = data["layout"] == "template"
     columns = () if free else LAYOUTS[data["layout"]][1]
     evaluate = _templates(data)
+    column, group_by = (data.get("splits", {}).get(key) for key in ("column", "group_by"))
 
     def convert(row: dict) -> Example | None:
         if renamed:
@@ -52,7 +60,8 @@ def converter(data: dict, system: str | None) -> Callable[[dict], Example | None
         if system is not None:
             messages = [{"role": "system", "content": system}, *without_system(messages)]
         _refuse_broken_text([*messages, *([_said("rejected answer", rejected)] if rejected else [])])
-        return Example(messages, rejected)
+        split = split_in(row, column) if column is not None else None
+        return Example(messages, rejected, split, None if group_by is None else group_in(row, group_by))
 
     return convert
 

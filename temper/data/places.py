@@ -16,6 +16,9 @@ class Place(NamedTuple):
     number: int
     counts_rows: bool
 
+    def __str__(self) -> str:
+        return f"{self.file}, row {self.number}" if self.counts_rows else f"{self.file}:{self.number}"
+
 
 def places(raw: Path, data: dict, wanted: Collection[int]) -> dict[int, Place]:
     """Row number from 1 through all files, as `temper.data.splitting.examples` counts -> where that row is.

@@ -8,7 +8,7 @@ import itertools
 import json
 import logging
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 
 from temper.data import layouts
@@ -74,14 +74,19 @@ class PromptHash:
     rank: int
 
 
+def asked(messages: layouts.Messages) -> layouts.Messages:
+    """The prompt: the messages before the last answer, without the system message."""
+    return layouts.without_system(messages[:-1])
+
+
 def prompt_hash(messages: layouts.Messages) -> PromptHash:
     """Hash the prompt: the messages before the last answer.
 
     The system message stays out. Changing it must not reshuffle the splits, and rows that differ only in a system
     message which `prompt.system` then replaces must not end up on both sides.
     """
-    asked = [[message["role"], message["content"]] for message in layouts.without_system(messages[:-1])]
-    value = hashlib.sha256(json.dumps(asked, ensure_ascii=False).encode()).digest()
+    turns = [[message["role"], message["content"]] for message in asked(messages)]
+    value = hashlib.sha256(json.dumps(turns, ensure_ascii=False).encode()).digest()
     return PromptHash(int.from_bytes(value[:8]), int.from_bytes(value[8:16]))
 
 
@@ -93,23 +98,33 @@ def split_of(position: int, shares: dict[str, float]) -> str:
     return "validation" if at < shares["test"] + shares["validation"] else "train"
 
 
+def group_hash(group: str) -> int:
+    """The hash that selects the split of a group, from 0 to 2**64."""
+    return int.from_bytes(hashlib.sha256(group.encode()).digest()[:8])
+
+
 def record(number: int, example: layouts.Example) -> dict:
     """A line of train.jsonl, validation.jsonl or test.jsonl."""
     pair = {} if example.rejected is None else {"rejected": example.rejected}
-    return {"id": number, "messages": example.messages, **pair}
+    group = {} if example.group is None else {"group": example.group}
+    return {"id": number, "messages": example.messages, **pair, **group}
 
 
 class Splits:
-    """Writes conversations to the files of their splits. Holds 16 bytes a row in memory, for the counts."""
+    """Writes conversations to the files of their splits. Holds 16 bytes a row in memory, for the counts.
 
-    def __init__(self, folder: Path, shares: dict[str, float], limits: dict[str, int | None]):
-        self.shares = shares
+    Args:
+        given: the splits that the data has itself; rows that it says are of train take the others' places by hash.
+    """
+
+    def __init__(self, folder: Path, shares: dict, limits: dict[str, int | None], given: Collection[str] = ()):
+        self.shares = {name: 0.0 if name in given else shares[name] for name in ("validation", "test")}
         self.files = {name: _SplitFile(folder / f"{name}.jsonl", limits.get(name)) for name in SPLITS}
         self.left_out = 0
         self.prompts, self.rows = array.array("Q"), array.array("Q")  # hash of each prompt; of prompt and answer
 
-    def add(self, number: int, example: layouts.Example | None) -> None:
-        """Add the row `number`; None counts as left out by `data.where`."""
+    def add(self, number: int, example: layouts.Example | None, split: str | None = None) -> None:
+        """Add the row `number`; None counts as left out by `data.where`. `split`: of the file that it is in."""
         if example is None:
             self.left_out += 1
             return
@@ -119,7 +134,15 @@ class Splits:
         answer = hashlib.blake2b("\0".join(answers).encode(), digest_size=8, key=hashed.rank.to_bytes(8)).digest()
         self.rows.append(int.from_bytes(answer))
         line = json.dumps(record(number, example), ensure_ascii=False)
-        self.files[split_of(hashed.split, self.shares)].add(hashed.rank, line)
+        named = split or example.split or "train"
+        if named == "train":
+            position = hashed.split if example.group is None else group_hash(example.group)
+            named = split_of(position, self.shares)
+        self.files[named].add(hashed.rank, line)
+
+    def leave_out(self, split: str, ids: Collection[int]) -> None:
+        """Take rows out of the finished file of a split, because they stand in another."""
+        self.files[split].leave_out(ids)
 
     def stats(self) -> dict:
         """Counts of rows; `duplicates` repeat prompt and answer of an earlier row (and are kept)."""
@@ -156,6 +179,7 @@ class _SplitFile:
         self.file = path.open("w", encoding="utf-8")
         self.seen = self.written = 0
         self.kept: list[tuple[int, int]] = []  # heap of (-rank, -line), the largest rank on top
+        self.overlapping = 0  # rows taken out because they stand in another split
 
     def add(self, rank: int, line: str) -> None:
         """Add a row, unless there are already `limit` rows of smaller rank."""
@@ -175,12 +199,21 @@ class _SplitFile:
         if self.limit is not None and self.written > self.limit:
             self._drop(keep={-line for _, line in self.kept})
 
+    def leave_out(self, ids: Collection[int]) -> None:
+        """Drop the rows of these numbers."""
+        self.overlapping = len(ids)
+        self._rewrite(lambda _index, line: json.loads(line)["id"] not in ids)
+
     def _drop(self, keep: set[int]) -> None:
+        self._rewrite(lambda index, _line: index in keep)
+
+    def _rewrite(self, keeps: Callable[[int, bytes], bool]) -> None:
         everything = self.path.rename(self.path.with_suffix(".all"))
         with everything.open("rb") as lines, self.path.open("wb") as file:
-            file.writelines(line for index, line in enumerate(lines) if index in keep)
+            file.writelines(line for index, line in enumerate(lines) if keeps(index, line))
         everything.unlink()
 
     def stats(self) -> dict:
         rows = self.seen if self.limit is None else len(self.kept)
-        return {"rows": rows, "left_out_by_limit": self.seen - rows}
+        left_out = {"left_out_by_limit": self.seen - rows, "left_out_by_overlap": self.overlapping}
+        return {"rows": rows - self.overlapping, **left_out}

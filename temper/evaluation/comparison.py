@@ -11,7 +11,7 @@ from typing import Any
 
 from temper.errors import UserError
 from temper.evaluation.figures import FILE, Diverged, Figures, read_figures
-from temper.evaluation.judge import evidence_of
+from temper.evaluation.judge import evidence_of, groups_of
 from temper.evaluation.metrics import (
     BITS_PER_BYTE,
     TASKS,
@@ -301,12 +301,12 @@ def ordered_recipes(runs: list[RankedRun], metric: str) -> list[Recipe]:
 def _compare_with_best(recipes: list[Recipe], settings: dict) -> bool:
     """Find out how far each recipe is behind the first; whether all have the same rows."""
     best, *others = recipes
-    theirs, rows = _statistic(best, settings)
+    theirs, rows, groups = _statistic(best, settings)
     noise, comparable = _noise(recipes), []
     for recipe in others:
-        ours, found = _statistic(recipe, settings)
+        ours, found, _ = _statistic(recipe, settings)
         if found == rows:
-            apart = difference(ours, theirs, len(rows))
+            apart = difference(ours, theirs, len(rows), groups)
             recipe.behind = apart if noise is None else _with_noise(apart, noise, len(recipe.runs), len(best.runs))
             comparable.append(recipe)
     adjusted = holm([recipe.behind.p_value for recipe in comparable if recipe.behind])
@@ -324,11 +324,11 @@ def _with_noise(found: Difference, noise: Noise, ours: int, theirs: int) -> Diff
     return with_more_spread(found, noise.spread * math.sqrt(1 / ours + 1 / theirs), noise.freedom)
 
 
-def _statistic(recipe: Recipe, settings: dict) -> tuple[Statistic, list[tuple]]:
-    """(the ranking metric of a recipe's answers, mean over its seeds; what tells their rows)."""
+def _statistic(recipe: Recipe, settings: dict) -> tuple[Statistic, list[tuple], list[str] | None]:
+    """(the ranking metric of a recipe's answers, mean over its seeds; what tells their rows; the groups of these)."""
     rows = [_rows(run) for run in recipe.runs]
     found = [_statistic_of(of_run, settings, recipe.metric) for of_run in rows]
-    return mean_statistic(found), [(row["id"], row["reference"]) for row in rows[0]]
+    return mean_statistic(found), [(row["id"], row["reference"]) for row in rows[0]], groups_of(rows[0])
 
 
 def _rows(run: RankedRun) -> list[dict]:

@@ -48,6 +48,7 @@ class Asked:
             answer_bytes=_answer_bytes(asked),
             pair_logps=self.pair_logps,
             finished=self.answers.finished,
+            groups=groups_of(asked),
         )
 
     def answered(self, asked: list[dict]) -> list[dict]:
@@ -145,7 +146,13 @@ def evidence_of(settings: dict, rows: list[dict]) -> metrics.Evidence:
         pair_logps=pairs,
         finished=column("finished"),
         own={name: [row["metrics"][name] for row in rows] for name in rows[0].get("metrics", ())},
+        groups=groups_of(rows),
     )
+
+
+def groups_of(rows: list[dict]) -> list[str] | None:
+    """The group of each row, where the data has groups."""
+    return [row["group"] for row in rows] if "group" in rows[0] else None
 
 
 def judge(metric: str, evidence: metrics.Evidence, base: BaseReport | None) -> Judgement:
@@ -157,11 +164,12 @@ def judge(metric: str, evidence: metrics.Evidence, base: BaseReport | None) -> J
     scores = metrics.score(evidence)
     shown = dict.fromkeys([metric, *(entry["metric"] for entry in evidence.settings["published"])])
     shown |= dict.fromkeys(name for name in [metrics.PREFERENCE] if name in scores.statistics)
-    found = {name: intervals.interval(scores.statistics[name], len(evidence)) for name in shown}
+    of_rows = len(evidence), evidence.groups
+    found = {name: intervals.interval(scores.statistics[name], *of_rows) for name in shown}
     gain = None
     if base:
         both = scores.statistics[metric], base.scores.statistics[metric]
-        gain = intervals.delta_interval(*both, len(evidence))
+        gain = intervals.delta_interval(*both, *of_rows)
     return Judgement(evidence, scores, found, gain)
 
 
@@ -229,7 +237,7 @@ def prediction_rows(rows: list[dict], asked: Asked, judged: Judgement, base: Bas
 
 def _prediction_row(index: int, row: dict, asked: Asked, judged: Judgement, base: BaseReport | None) -> dict:
     answers, choices = asked.answers, asked.choices
-    line = {name: row[name] for name in ("id", "prompt", "reference")}
+    line = {name: row[name] for name in ("id", "group", "source", "prompt", "reference") if name in row}
     line |= {"prediction": answers.texts[index], "score": judged.scores.rows[index]}
     if choices:
         line |= {"label": judged.evidence.readings[index], "choice": choices.chosen[index]}

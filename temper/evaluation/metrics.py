@@ -92,6 +92,7 @@ class Evidence:
         start_logps: the same of the model that preference optimization started from, and `beta`, the training's.
         finished: whether the answer ended by itself.
         own: name -> figures of the rows by metrics of your own (`eval.metrics`).
+        groups: what the rows of one cluster share (`data.splits.group_by`); None: each row stands for itself.
     """
 
     settings: dict
@@ -106,6 +107,7 @@ class Evidence:
     beta: float | None = None
     finished: Sequence[bool] | None = None
     own: dict[str, list[float]] = dataclasses.field(default_factory=dict)
+    groups: Sequence[str] | None = None
 
     def __len__(self) -> int:
         return len(self.gold)

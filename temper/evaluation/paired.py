@@ -10,7 +10,8 @@ import dataclasses
 import math
 from collections.abc import Sequence
 
-from temper.evaluation.intervals import CONFIDENCE, delta_interval
+from temper.evaluation.clusters import clusters_of, sign_flip, totals
+from temper.evaluation.intervals import CONFIDENCE, Groups, delta_interval
 from temper.evaluation.metrics import Mean, Statistic
 
 POWER = 0.8  # how often a difference of the stated size would be found
@@ -28,20 +29,24 @@ class Difference:
     p_value: float
 
 
-def difference(ours: Statistic, theirs: Statistic, rows: int) -> Difference:
+def difference(ours: Statistic, theirs: Statistic, rows: int, groups: Groups = None) -> Difference:
     """`ours` - `theirs`.
 
     Of right and wrong answers by McNemar's exact test: among the rows that one model has right and the other wrong,
-    either is as likely. Of any other metric from the spread of the paired bootstrap.
+    either is as likely. Of any other metric from the spread of the paired bootstrap. Where rows go together in groups,
+    by the same test on clusters (see `temper.evaluation.clusters.sign_flip`), and from the bootstrap of clusters.
 
     Source: McNemar 1947; Dietterich 1998 on its false positives; Efron and Tibshirani 1993, chapter 15.
     """
     everything = range(rows)
     value = ours(everything) - theirs(everything)
-    interval = delta_interval(ours, theirs, rows)
+    interval, clusters = delta_interval(ours, theirs, rows, groups), clusters_of(groups)
     if isinstance(ours, Mean) and isinstance(theirs, Mean) and ours.is_share and theirs.is_share:
+        if clusters is not None:
+            return Difference(value, interval, sign_flip(totals(ours.values - theirs.values, clusters)[0]))
         return Difference(value, interval, _mcnemar(ours, theirs))
-    return Difference(value, interval, _from_spread(value, interval))
+    freedom = math.inf if clusters is None else max(1, len(clusters) - 1)
+    return Difference(value, interval, _from_spread(value, interval, freedom))
 
 
 def _mcnemar(ours: Mean, theirs: Mean) -> float:
@@ -51,14 +56,14 @@ def _mcnemar(ours: Mean, theirs: Mean) -> float:
     return float(binomtest(better, better + worse).pvalue) if better + worse else 1.0
 
 
-def _from_spread(value: float, interval: list[float]) -> float:
-    """Two-sided, from a 95% interval."""
-    from scipy.stats import norm
+def _from_spread(value: float, interval: list[float], freedom: float) -> float:
+    """Two-sided, from a 95% interval. `freedom`: degrees of freedom of its spread."""
+    from scipy.stats import t
 
     spread = _spread(interval)
     if spread == 0:
         return 1.0 if value == 0 else 0.0
-    return float(2 * norm.sf(abs(value) / spread))
+    return float(2 * t.sf(abs(value) / spread, freedom))
 
 
 def with_more_spread(found: Difference, spread: float, freedom: int) -> Difference:

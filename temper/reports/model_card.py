@@ -21,7 +21,7 @@ from temper.reports import markdown
 from temper.reports.markdown import Markdown, code, fill
 from temper.runs import find as runs
 from temper.runs.prompting import Generation
-from temper.sources.pins import is_pin, read_pin
+from temper.sources.pins import by_split, is_pin, read_pin
 
 SHOWN = ("method", "quantization", "adapter", "train", "seed")  # config sections that are hyperparameters
 CONFIGS = ("format_prompts", "tokenize_splits", "train_adapter", "merge_adapter", "evaluate_model")
@@ -87,10 +87,17 @@ def data_origin(run: runs.FinishedRun) -> Origin:
     if pin is None or not pin.is_file() or not is_pin(pin):  # by hand, or from Python
         return Origin(Markdown("the author's own rows"))
     recorded, name = read_pin(pin), pin.parent.name
-    source, edited = recorded["source"], _edited(run)
-    if source["kind"] == "hub":
-        text = fill("{} (split {}{})", _link(source["repository"], "datasets/"), source["split"], edited)
-        return Origin(text, source["repository"], recorded.get("commit"), source["repository"])
+    edited = _edited(run)
+    parts = list(by_split(recorded["source"]).values())
+    source = parts[0]  # where each split has its own, of train
+    if source["kind"] == "hub" and len({part.get("repository") for part in parts}) == 1:
+        names = ", ".join(part["split"] for part in parts)
+        what = "split" if len(parts) == 1 else "splits"
+        text = fill("{} ({} {}{})", _link(source["repository"], "datasets/"), what, names, edited)
+        commit = recorded.get("commit") or recorded.get("parts", {}).get("train", {}).get("commit")
+        return Origin(text, source["repository"], commit, source["repository"])
+    if len(parts) > 1:
+        return Origin(fill("{}, put together from a source for each split{}", code(name), edited), name=name)
     if source["kind"] == "package":
         return Origin(fill("{}, {}{}", code(name), _words(source), edited), name=name)
     return Origin(fill("{}, the author's own data set", code(name)), name=name)
@@ -99,7 +106,7 @@ def data_origin(run: runs.FinishedRun) -> Origin:
 def _edited(run: runs.FinishedRun) -> str:
     """A remark if the raw files were edited after they were fetched."""
     raw = runs.read_config(run.parts["format_prompts"]).get("raw", {})
-    return "" if "pin" in raw else ", edited by hand"
+    return "" if all("pin" in part for part in raw.get("splits", {"": raw}).values()) else ", edited by hand"
 
 
 def _source(folder: Path | None) -> dict:

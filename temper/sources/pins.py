@@ -1,7 +1,8 @@
 """Raw data on disk: which files there are, and what identifies them.
 
 ``data/raw/<data>/`` holds the raw files and one ``pin-<key>.json`` with the source and the sha256 of each file. As long
-as the files are as fetched, the pin identifies them; once one is edited, their content does.
+as the files are as fetched, the pin identifies them; once one is edited, their content does. Of a source for each split
+the files are named after their split, and the pin says which is of which.
 """
 
 import collections
@@ -26,14 +27,36 @@ def pin_key(source: dict) -> str:
     It does not include the code that fetches. A package's sha256 or a hub's revision fixes the files' content, and a
     new version of that code must not fetch files again that were edited since.
     """
-    if source["kind"] == "files":
-        source = {"kind": "files", "path": [str(path) for path in source_files(source).values()]}
-    return digest({"stage": "fetch_data", "source": source})
+    parts = {split: _with_absolute_paths(part, section_of(split)) for split, part in by_split(source).items()}
+    return digest({"stage": "fetch_data", "source": parts.get(ALL) or parts})
+
+
+ALL = ""  # in place of a split: the source is of all rows
+
+
+def by_split(source: dict) -> dict[str, dict]:
+    """Split -> its source; `ALL` -> the one source of all rows."""
+    return {ALL: source} if "kind" in source else {split: part for split, part in source.items() if part}
+
+
+def section_of(split: str, section: str = "data.source") -> str:
+    """The config key of a split's source."""
+    return section if split == ALL else f"{section}.{split}"
+
+
+def _with_absolute_paths(source: dict, section: str) -> dict:
+    if source["kind"] != "files":
+        return source
+    return {"kind": "files", "path": [str(path) for path in source_files(source, section).values()]}
 
 
 def check_options(data: dict) -> None:
     """Refuse options for another format than that of the data's files, as far as that is known."""
-    source = data["source"]
+    for source in by_split(data["source"]).values():
+        _check_options(data, source)
+
+
+def _check_options(data: dict, source: dict) -> None:
     if source["kind"] == "hub" and data["format"] not in (None, "jsonl"):
         raise UserError(
             f"config: 'data.format': {data['format']} is for files, and rows of the hub are kept as jsonl: "
@@ -53,7 +76,7 @@ def _names(source: dict) -> list[str]:
     return [source["member"] if isinstance(source["member"], str) else source["member"][-1]]
 
 
-def source_files(source: dict) -> dict[str, Path]:
+def source_files(source: dict, section: str = "data.source") -> dict[str, Path]:
     """The files of a `files` source: name in the data folder -> absolute path, sorted by that name.
 
     Files with the same name get their folder's name in front. Paths are not resolved, because the target of a link (a
@@ -69,15 +92,15 @@ def source_files(source: dict) -> dict[str, Path]:
             found = "is a folder: name the files in it" if file.is_dir() else "no such file"
             if file.exists() and not file.is_dir():
                 found = "is not a regular file (a pipe or a device?): write its content to one"
-            raise UserError(f"data.source.path: {path}: {found} (relative paths start at {Path.cwd()})")
+            raise UserError(f"{section}.path: {path}: {found} (relative paths start at {Path.cwd()})")
     counts = collections.Counter(file.name for file in files)
     named: dict[str, Path] = {}
     for file in files:
         name = file.name if counts[file.name] == 1 else f"{file.parent.name}-{file.name}"
         if name in named:
-            raise UserError(f"data.source.path: {named[name]} and {file} would both be called {name}: rename one")
+            raise UserError(f"{section}.path: {named[name]} and {file} would both be called {name}: rename one")
         if is_no_data(name):
-            raise UserError(f"data.source.path: {file}: hidden files and pin-*.json are not data: rename it")
+            raise UserError(f"{section}.path: {file}: hidden files and pin-*.json are not data: rename it")
         named[name] = file
     return dict(sorted(named.items()))
 
@@ -111,14 +134,23 @@ def is_no_data(name: str) -> bool:
 def planned_identity(name: str, source: dict, hashes: HashCache) -> dict:
     """What identifies the raw data now.
 
-    ``{"pin": key}`` if it is as fetched, or not fetched yet, else ``{"files": [sha256, ...]}`` by file name.
+    ``{"pin": key}`` if it is as fetched, or not fetched yet, else ``{"files": [sha256, ...]}`` by file name; with a
+    source for each split ``{"splits": {split: one of these}}``.
     """
+    pin, parts = pin_path(name, source), by_split(source)
+    if pin.is_file() and any(part["kind"] != "files" for part in parts.values()):
+        return _identity(pin, {path.name: hashes.sha256(path) for path in data_files(pin)})
+    return _of_parts({split: _planned(part, section_of(split), hashes) for split, part in parts.items()})
+
+
+def _planned(source: dict, section: str, hashes: HashCache) -> dict:
     if source["kind"] == "files":
-        return {"files": [hashes.sha256(path) for path in source_files(source).values()]}
-    pin = pin_path(name, source)
-    if not pin.is_file():
-        return {"pin": pin_key(source)}
-    return _identity(pin, {path.name: hashes.sha256(path) for path in data_files(pin)})
+        return {"files": [hashes.sha256(path) for path in source_files(source, section).values()]}
+    return {"pin": pin_key(source)}
+
+
+def _of_parts(identities: dict[str, dict]) -> dict:
+    return identities.get(ALL) or {"splits": identities}
 
 
 def identity_on_disk(raw: Path) -> dict:
@@ -143,14 +175,53 @@ def read_pin(pin: Path) -> dict:
     """
     remedy = "delete it, and the data is fetched again (edited files are kept)"
     recorded = read_json(pin, {"source": dict, "files": dict[str, str]}, remedy)
+    recorded.setdefault("splits", {})  # file -> its split; where one source has all rows, none
     for name in recorded["files"]:
         if name != Path(name).name:
             raise UserError(f"{pin}: damaged ('{name}' is in another folder); {remedy}")
     return recorded
 
 
+def split_files(raw: Path) -> dict[str, list[Path]]:
+    """Split -> its files, where the data has a source for each; else `ALL` -> all files.
+
+    Raises:
+        UserError: a file that is of no split.
+    """
+    files, pin = data_files(raw), _pin_of(raw)
+    split_of = read_pin(pin)["splits"] if pin else {}
+    if not split_of:
+        return {ALL: files}
+    found: dict[str, list[Path]] = {}
+    for path in files:
+        if path.name not in split_of:
+            raise UserError(f"{path}: is of no split; move it away, or name it in data.source")
+        found.setdefault(split_of[path.name], []).append(path)
+    return found
+
+
+def _pin_of(raw: Path) -> Path | None:
+    """The pin of a data folder."""
+    pins = [raw] if is_pin(raw) else list(raw.glob("pin-*.json"))
+    return pins[0] if len(pins) == 1 else None
+
+
+def kept_files(pin: dict) -> list[str]:
+    """The files of a pin that are kept in its folder: of a `files` source there are only links."""
+    parts = by_split(pin["source"])
+    return [name for name in pin["files"] if parts[pin["splits"].get(name, ALL)]["kind"] != "files"]
+
+
 def _identity(pin: Path, found: dict[str, str]) -> dict:
     recorded = read_pin(pin)
-    if recorded["source"]["kind"] != "files" and recorded["files"] == found:
-        return {"pin": pin.stem.removeprefix("pin-")}
-    return {"files": list(found.values())}
+    split_of, parts = recorded["splits"], by_split(recorded["source"])
+    if not {*found} <= {*split_of} and split_of:  # a file that was added is of no split, and is told where it is read
+        return {"files": list(found.values())}
+    identities = {}
+    for split, source in parts.items():
+        before = {name: sum_ for name, sum_ in recorded["files"].items() if split_of.get(name, ALL) == split}
+        now = {name: sum_ for name, sum_ in found.items() if split_of.get(name, ALL) == split}
+        as_fetched = source["kind"] != "files" and before == now
+        key = pin.stem.removeprefix("pin-") if split == ALL else pin_key(source)
+        identities[split] = {"pin": key} if as_fetched else {"files": list(now.values())}
+    return _of_parts(identities)

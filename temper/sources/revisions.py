@@ -32,6 +32,8 @@ def pinned(source: dict, kind: str, section: str) -> dict:
         kind: dataset or model.
         section: the config key of the source, for error messages.
     """
+    if "kind" not in source:  # one for each split
+        return {split: part and pinned(part, kind, f"{section}.{split}") for split, part in source.items()}
     if source["kind"] != "hub" or re.fullmatch(COMMIT, source["revision"]):
         return source
     repository, revision = f"{kind}s/{source['repository']}", source["revision"]

@@ -195,7 +195,15 @@ def test_step_writes_splits_and_counts(project):
     provenance = json.loads((OUTPUT / "provenance.json").read_text())
     assert provenance["raw"] == {"files": [file_sha256("rows.jsonl")]}
     assert sorted(path.name for path in OUTPUT.iterdir()) == sorted(
-        ["train.jsonl", "validation.jsonl", "test.jsonl", "stats.json", "config.yaml", "provenance.json"]
+        [
+            "train.jsonl",
+            "validation.jsonl",
+            "test.jsonl",
+            "overlap.jsonl",
+            "stats.json",
+            "config.yaml",
+            "provenance.json",
+        ]
     )
 
 

@@ -1,0 +1,333 @@
+"""Rows of one split that stand in another: with the same prompt, with nearly the same one, or of the same group.
+
+A row of the test split that was trained on makes a figure better than the model is. Which rows are the same is known by
+a hash of the prompt. Nearly the same are those whose prompts have a Jaccard similarity of `NEAR` or more, over the
+distinct runs of `WIDTH` characters, without those that many rows have (the words of an instruction around each text).
+Candidates come from bottom-k sketches (Broder 1997, "On the resemblance and containment of documents"): the `SKETCH`
+smallest hashes of a row, of which two similar rows share most. Each candidate's similarity is then computed exactly, so
+what is reported is so.
+
+Only the rows of validation and test are held in memory, with some 600 bytes each; those of train pass by.
+"""
+
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from temper.data.splitting import asked
+from temper.progress import Progress
+
+NEAR = 0.7  # Jaccard similarity from which two prompts count as nearly the same: one other word of twelve
+WIDTH = 5  # characters
+SKETCH = 24  # hashes a row
+LIKELY = (
+    0.4  # share of them from which the similarity is computed; rows of similarity 0.7 have that in 99.9% of the cases
+)
+MOST_LOOKED_AT = 8 * SKETCH  # hashes of a row that a sketch is chosen from, so that long rows need no long sorting
+BITS = 48  # of a hash; the 16 above hold the row's place in its batch
+MOST_ROWS, MOST_CHARACTERS = 2**15, 2**20  # of a batch
+COMMON, SAMPLE = 0.05, 2000  # runs of characters in more than this share of so many rows tell nothing
+MOST_HOLDERS = 500  # a hash that more rows of a split have is not looked up: that would take rows x rows
+KINDS = {"prompt": "with the same prompt", "near": "with nearly the same", "group": "of the same group"}
+PAIRS = (("train", "test"), ("train", "validation"), ("validation", "test"))  # (the one that is learned from, the held)
+
+
+class Overlap(NamedTuple):
+    """A row `id` of `split` that stands as row `other_id` in the split `other`.
+
+    `kind`: prompt, near or group. `similarity`: of the prompts; None for a group.
+    """
+
+    split: str
+    id: int
+    other: str
+    other_id: int
+    kind: str
+    similarity: float | None
+
+
+def find(folder: Path, rows: int) -> tuple[list[Overlap], dict[str, set[int]]]:
+    """Compare the splits in a folder of format_prompts.
+
+    Args:
+        rows: of train, roughly, to take a sample of them.
+
+    Returns:
+        (each row of test and validation that stands in a split that is learned from, or in that which chooses, with
+        the first row there; split -> ids of its rows that stand in the split held against it)
+    """
+    common = _common(_every(folder / "train.jsonl", max(1, rows // SAMPLE)))
+    held = {split: _Held(split, folder / f"{split}.jsonl", common) for split in ("validation", "test")}
+    shared: dict[str, set[int]] = {"train": set(), "validation": set()}
+    with Progress(None, "compare splits", "rows") as progress:
+        for split in shared:
+            others = [held[other] for learned, other in PAIRS if learned == split and held[other].first]
+            for batch in _batches(_rows(folder / f"{split}.jsonl")) if others else ():
+                sketches = _sketches([row.text for row in batch], common)
+                for other in others:
+                    shared[split] |= other.compare(split, batch, sketches)
+                progress.update(len(batch))
+    return [found for one in held.values() for found in one.overlaps()], shared
+
+
+def by_pair(found: list[Overlap]) -> list[list[Overlap]]:
+    """The overlaps of each two splits that have some."""
+    pairs = [[one for one in found if (one.other, one.split) == pair] for pair in PAIRS]
+    return [some for some in pairs if some]
+
+
+# --- the rows ------------------------------------------------------------------------------------
+
+
+class _Row(NamedTuple):
+    id: int
+    hash: int
+    text: str  # the prompt, in small letters and with single blanks
+    group: str | None
+
+
+def _rows(path: Path) -> Iterator[_Row]:
+    with path.open("rb") as lines:
+        for line in lines:
+            yield _row(line)
+
+
+def _row(line: bytes) -> _Row:
+    record = json.loads(line)
+    prompt = asked(record["messages"])
+    text = " ".join(" ".join([message["content"] for message in prompt]).casefold().split())
+    same = hash(
+        tuple([(message["role"], message["content"]) for message in prompt])
+    )  # 64 bits; only within this process
+    return _Row(record["id"], same, text.ljust(WIDTH), record.get("group"))
+
+
+def _every(path: Path, step: int) -> list[_Row]:
+    with path.open("rb") as lines:
+        return [_row(line) for index, line in enumerate(lines) if index % step == 0][:SAMPLE]
+
+
+def _batches(rows: Iterable[_Row]) -> Iterator[list[_Row]]:
+    batch, size = [], 0
+    for row in rows:
+        batch.append(row)
+        size += len(row.text)
+        if size >= MOST_CHARACTERS or len(batch) >= MOST_ROWS:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+# --- sketches ------------------------------------------------------------------------------------
+
+
+def _runs(texts: list[str], most: int | None = None):
+    """The distinct runs of `WIDTH` characters of each text, sorted: its place in the list above `BITS` bits of hash.
+
+    Args:
+        most: only the smallest hashes of each text, about so many.
+    """
+    import numpy as np
+
+    codes = np.frombuffer("".join(texts).encode("utf-32-le"), dtype=np.uint32).astype(np.uint64)
+    lengths = np.array([len(text) for text in texts])
+    starts = len(codes) - WIDTH + 1
+    hashes = codes[:starts].copy()
+    for offset in range(1, WIDTH):
+        hashes *= np.uint64(0x100000001B3)
+        hashes += codes[offset : offset + starts]
+    for factor in (0xBF58476D1CE4E5B9, 0x94D049BB133111EB):  # splitmix64: all bits of the text change all bits
+        hashes ^= hashes >> np.uint64(31)
+        hashes *= np.uint64(factor)
+    hashes >>= np.uint64(64 - BITS)
+    ends = np.cumsum(lengths)
+    whole = np.ones(starts, dtype=bool)
+    for back in range(1, WIDTH):  # those that begin less than WIDTH characters before the end of a text go over it
+        whole[ends[:-1] - back] = False
+    if most is not None:
+        bounds = np.minimum(1.0, most / lengths) * 2.0**BITS
+        whole &= hashes < np.repeat(bounds.astype(np.uint64), lengths)[:starts]
+    at = np.flatnonzero(whole)
+    places = np.searchsorted(ends, at, side="right").astype(np.uint64)
+    runs = (places << np.uint64(BITS)) | hashes[at]
+    runs.sort()
+    return runs[np.concatenate([[True], runs[1:] != runs[:-1]])] if len(runs) else runs
+
+
+def _hashes(runs):
+    import numpy as np
+
+    return runs & np.uint64(2**BITS - 1)
+
+
+def _places(runs):
+    import numpy as np
+
+    return (runs >> np.uint64(BITS)).astype(np.int64)
+
+
+def _in(hashes, some):
+    """Which of the hashes are among `some`, which are sorted."""
+    import numpy as np
+
+    at = np.searchsorted(some, hashes)
+    at[at == len(some)] = 0
+    return some[at] == hashes if len(some) else np.zeros(len(hashes), dtype=bool)
+
+
+def _without(runs, some):
+    return runs[~_in(_hashes(runs), some)]
+
+
+def _common(rows: list[_Row]):
+    """Hashes of the runs that tell nothing, sorted."""
+    import numpy as np
+
+    counts: tuple = ([], [])
+    if rows:
+        runs = np.concatenate([_hashes(_runs([row.text for row in batch])) for batch in _batches(rows)])
+        counts = np.unique(runs, return_counts=True)
+    hashes, number = map(np.asarray, counts)
+    return hashes[number > max(10, COMMON * len(rows))].astype(np.uint64)
+
+
+def _sketches(texts: list[str], common):
+    """The `SKETCH` smallest runs of each text, without the common ones."""
+    import numpy as np
+
+    runs = _without(_runs(texts, MOST_LOOKED_AT), common)
+    places = _places(runs)
+    first = np.searchsorted(places, places)
+    return runs[np.arange(len(runs)) - first < SKETCH]
+
+
+# --- a split that others are held against --------------------------------------------------------
+
+
+class _Held:
+    """The rows of a split, one for each prompt, and which of them were found in others."""
+
+    def __init__(self, split: str, path: Path, common):
+        self.split, self.path, self.common = split, path, common
+        self.ids: list[list[int]] = []  # of the rows of each prompt
+        self.first: dict[int, int] = {}  # hash of a prompt -> its place in `ids`
+        self.groups: dict[str, list[int]] = {}
+        self.starts: list[int] = []  # of a prompt's first line in the file
+        self.found: dict[tuple[str, int], Overlap] = {}  # (other split, id) -> the overlap that is told
+        self._read()
+
+    def _read(self) -> None:
+        import numpy as np
+
+        sketches = []
+        for batch in _batches(self._new_prompts()):
+            runs = _sketches([row.text for row in batch], self.common)
+            at = np.array([self.first[row.hash] for row in batch])
+            sketches.append((at[_places(runs)], _hashes(runs)))
+        self.places = np.concatenate([at for at, _ in sketches] or [np.array([], dtype=np.int64)])
+        hashes = np.concatenate([some for _, some in sketches] or [np.array([], dtype=np.uint64)])
+        self._index(hashes)
+
+    def _new_prompts(self) -> Iterator[_Row]:
+        """Take up all rows, and give those with a prompt that none before had."""
+        start = 0
+        with self.path.open("rb") as lines:
+            for line in lines:
+                row = _row(line)
+                if row.group is not None:
+                    self.groups.setdefault(row.group, []).append(row.id)
+                if row.hash in self.first:
+                    self.ids[self.first[row.hash]].append(row.id)
+                else:
+                    self.first[row.hash] = len(self.ids)
+                    self.ids.append([row.id])
+                    self.starts.append(start)
+                    yield row
+                start += len(line)
+
+    def _index(self, hashes) -> None:
+        """Make the matrix of which prompt has which hash, without those that too many have."""
+        import numpy as np
+        from scipy.sparse import csr_array
+
+        known, number = np.unique(hashes, return_counts=True)
+        self.crowded = known[number > MOST_HOLDERS]
+        keep = ~_in(hashes, self.crowded)
+        self.places, hashes = self.places[keep], hashes[keep]
+        self.known = known[number <= MOST_HOLDERS]
+        at = np.searchsorted(self.known, hashes)
+        shape = (len(self.known), len(self.ids))
+        self.holders = csr_array((np.ones(len(at), dtype=np.int16), (at, self.places)), shape=shape)
+        self.sizes = np.bincount(self.places, minlength=len(self.ids))
+
+    def compare(self, other: str, batch: list[_Row], sketches) -> set[int]:
+        """Look up rows of another split; gives the ids of those that stand in this one."""
+        shared = set()
+        for row in batch:
+            if row.hash in self.first:
+                shared.add(row.id)
+                self._tell(self.ids[self.first[row.hash]], other, row, "prompt", 1.0)
+            if row.group in self.groups:
+                shared.add(row.id)
+                self._tell(self.groups[row.group], other, row, "group", None)
+        for row, place, similarity in self._near(batch, sketches):
+            shared.add(row.id)
+            self._tell(self.ids[place], other, row, "near", similarity)
+        return shared
+
+    def _tell(self, ids: list[int], other: str, row: _Row, kind: str, similarity: float | None) -> None:
+        """Keep one overlap of each row: the first, and rather the same prompt than another kind."""
+        for number in ids:
+            known = self.found.get((other, number))
+            if known is None or (kind == "prompt") > (known.kind == "prompt"):
+                self.found[other, number] = Overlap(self.split, number, other, row.id, kind, similarity)
+
+    def _near(self, batch: list[_Row], sketches) -> Iterator[tuple[_Row, int, float]]:
+        """(row, the place of a prompt here that is nearly the same, how similar it is)."""
+        import numpy as np
+        from scipy.sparse import csr_array
+
+        sketches = _without(sketches, self.crowded)
+        sizes = np.bincount(_places(sketches), minlength=len(batch))
+        some = sketches[_in(_hashes(sketches), self.known)]
+        if not len(some):
+            return
+        at = np.searchsorted(self.known, _hashes(some))
+        shape = (len(batch), len(self.known))
+        matches = csr_array((np.ones(len(at), dtype=np.int16), (_places(some), at)), shape=shape) @ self.holders
+        pairs = matches.tocoo()
+        likely = pairs.data >= LIKELY * np.minimum(sizes[pairs.coords[0]], self.sizes[pairs.coords[1]])
+        found = [(batch[row], int(place)) for row, place in zip(*(end[likely] for end in pairs.coords), strict=True)]
+        found = [(row, place) for row, place in found if self.first.get(row.hash) != place]
+        with self.path.open("rb") as lines:
+            for some_pairs in _batches_of_pairs(found):
+                texts = [text for row, place in some_pairs for text in (row.text, self._text(lines, place))]
+                for (row, place), similarity in zip(some_pairs, _jaccard(texts, self.common), strict=True):
+                    if similarity >= NEAR:
+                        yield row, place, float(similarity)
+
+    def _text(self, lines, place: int) -> str:
+        lines.seek(self.starts[place])
+        return _row(lines.readline()).text
+
+    def overlaps(self) -> list[Overlap]:
+        return sorted(self.found.values(), key=lambda one: (one.other, one.id))
+
+
+def _batches_of_pairs(pairs: list) -> Iterator[list]:
+    for start in range(0, len(pairs), 256):
+        yield pairs[start : start + 256]
+
+
+def _jaccard(texts: list[str], common):
+    """How similar each text at an even place is to the one after it."""
+    import numpy as np
+
+    runs = _without(_runs(texts), common)
+    pairs = np.uint64(1) << np.uint64(BITS)
+    of_pairs = np.sort(((runs // pairs) >> np.uint64(1)) * pairs + runs % pairs)
+    number = len(texts) // 2
+    both = np.bincount(_places(of_pairs[1:][of_pairs[1:] == of_pairs[:-1]]), minlength=number)
+    return both / np.maximum(np.bincount(_places(of_pairs), minlength=number) - both, 1)
