@@ -6,6 +6,7 @@
     fetch_data          ->  data/raw/<data>/pin-<key>.json
     fetch_model         ->  results/models/
     format_prompts      raw                                     ->  results/prompts/
+    mix_prompts         prompts of each data set                ->  results/mixtures/     (data.mix)
     tokenize_splits     prompts, model                          ->  results/splits/
     sample_answers      splits, model                           ->  results/pairs/        (method.own_answers)
     reference_logprobs  splits, model                           ->  results/references/   (method=dpo)
@@ -56,6 +57,7 @@ localrules:
     fetch_data,
     fetch_model,
     format_prompts,
+    mix_prompts,
     rank_runs,
     compare_runs,
 
@@ -108,6 +110,22 @@ rule format_prompts:
     shell:
         "python -m steps.format_prompts"
         " --raw {input.raw:q}"
+        ' --plan "$TEMPER_PLAN"'
+        " --output {output:q}"
+        " 2>&1 | log_to {log:q}"
+
+
+rule mix_prompts:
+    "The splits of several data sets put together, each as often as its weight says."
+    input:
+        prompts=temper.numbered_inputs(PLAN, "mix_prompts", path_of),
+    output:
+        update(directory("results/mixtures/{name}")),
+    log:
+        "results/logs/mix_prompts/{name}.log",
+    shell:
+        "python -m steps.mix_prompts"
+        " --prompts {input.prompts:q}"
         ' --plan "$TEMPER_PLAN"'
         " --output {output:q}"
         " 2>&1 | log_to {log:q}"
@@ -317,12 +335,14 @@ rule score_rows:
     threads: temper.threads_of(PLAN, "score_rows")
     resources:
         gpu=temper.gpus_per_job(),
+    params:
+        raw=temper.flags_of(PLAN, "score_rows", "raw"),
     shell:
         "python -m steps.score_rows"
         " --model {input.model:q}"
         " --splits {input.splits:q}"
         " --prompts {input.prompts:q}"
-        " --raw {input.raw:q}"
+        " {params.raw}"
         ' --plan "$TEMPER_PLAN"'
         " --output {output:q}"
         " 2>&1 | log_to {log:q}"

@@ -18,7 +18,6 @@ Rows of validation and test that also stand in train, exactly or nearly (temper/
 stats.json and listed in overlap.jsonl; data.on_overlap says what is done with them.
 """
 
-import collections
 import json
 import logging
 import sys
@@ -29,16 +28,14 @@ from temper.config.schema import SplitSources
 from temper.config.stages import NOT_PLANNED, FormatPrompts, Planned
 from temper.data import overlap
 from temper.data.layouts import Example
-from temper.data.places import Place, places
+from temper.data.places import places
 from temper.data.splitting import SPLITS, Splits, examples
 from temper.errors import UserError
-from temper.files import json_lines, write_whole
 from temper.progress import Progress
 from temper.sources import pins as raw_data
 from temper.step import run_command
 
 STAGE = "format_prompts"
-OVERLAP = "overlap.jsonl"
 log = logging.getLogger("temper")
 
 
@@ -68,8 +65,10 @@ def run(config: FormatPrompts, raw: Path, output: Path, planned: Planned = NOT_P
             progress.update()
     raw_data.refuse_other_identity(raw, raw_data.identity_on_disk(raw), identity)
     _refuse_empty(raw, splits.stats(), data, given)
-    shared = _compare(splits, raw, output, data)
-    stats = {**splits.stats(), "overlap": shared}
+    found, shared = overlap.find(output, splits.stats()["splits"]["train"]["rows"])
+    told = overlap.tell(output, found, data["on_overlap"], lambda ids: places(raw, data, ids))
+    taken = overlap.leave_out(output, shared) if data["on_overlap"] == "drop" else {}
+    stats = {**splits.stats(taken), "overlap": told}
     (output / "stats.json").write_text(json.dumps(stats, indent=2) + "\n", encoding="utf-8")
     log.info("%s", _summary(stats))
     return {"raw": identity, "rows": stats}
@@ -99,56 +98,6 @@ def _given(files: dict, raw: Path, data: dict, system: str | None) -> set[str]:
         if len(found) == len(SPLITS):
             break
     return found
-
-
-def _compare(splits: Splits, raw: Path, output: Path, data: dict) -> list[dict]:
-    """Look for rows of one split that stand in another, and do with them what `data.on_overlap` says.
-
-    Returns:
-        for each pair of splits that share rows: how many, by kind, and the places of the first, for stats.json.
-    """
-    found, shared = overlap.find(output, splits.stats()["splits"]["train"]["rows"])
-    write_whole(output / OVERLAP, json_lines([one._asdict() for one in found]))
-    lists = overlap.by_pair(found)
-    where = places(raw, data, {number for some in lists for number in (some[0].id, some[0].other_id)})
-    told = [_told(some, where) for some in lists]
-    for line in map(_sentence, told):
-        if data["on_overlap"] == "error":
-            raise UserError(f"{line}; move or remove them, or let data.on_overlap=drop leave them out of training")
-        log.warning("warning: %s (%s lists all)", line, OVERLAP)
-    if data["on_overlap"] == "drop":
-        for split, ids in shared.items():
-            splits.leave_out(split, ids)
-            _refuse_nothing_left(raw, split, splits.stats()["splits"][split]["rows"], ids)
-    return told
-
-
-def _told(found: list[overlap.Overlap], where: dict[int, Place]) -> dict:
-    kinds = collections.Counter(one.kind for one in found)
-    first, there = where[found[0].id], where[found[0].other_id]
-    return {
-        "split": found[0].split,
-        "other": found[0].other,
-        "rows": len(found),
-        **{kind: kinds[kind] for kind in overlap.KINDS},
-        "first": str(first),
-        "first_in_other": str(there),
-    }
-
-
-def _sentence(told: dict) -> str:
-    kinds = ", ".join(f"{told[kind]} {words}" for kind, words in overlap.KINDS.items() if told[kind])
-    return (
-        f"{told['rows']} rows of {told['split']} stand in {told['other']}, too ({kinds}): the first is "
-        f"{told['first']}, as {told['first_in_other']}"
-    )
-
-
-def _refuse_nothing_left(raw: Path, split: str, rows: int, ids: set[int]) -> None:
-    if ids and not rows:
-        raise UserError(
-            f"{raw}: all {len(ids)} rows of {split} stand in other splits: data.on_overlap=drop leaves none"
-        )
 
 
 def _refuse_empty(raw: Path, stats: dict, data: dict, given: Collection[str]) -> None:

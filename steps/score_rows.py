@@ -12,15 +12,18 @@ Writes  suspects.csv and suspects.json: the `eval.suspects` most suspicious rows
 The workflow does this for the run that a sweep chooses.
 """
 
+from __future__ import annotations
+
 import logging
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from temper.config.stages import ScoreRows
-from temper.data.places import Place, places
+from temper.data.places import Part, Place, of_mixture, parts_of, raw_of
 from temper.errors import UserError
 from temper.evaluation import suspects
-from temper.files import json_lines, json_text, load_rows, read_json, read_yaml, write_whole
+from temper.files import json_lines, json_text, load_rows, read_json, write_whole
 from temper.model.adapters import refuse_diverged
 from temper.model.loading import load_tokenizer
 from temper.model.threads import computing_threads
@@ -29,11 +32,14 @@ from temper.reports.suspects import CSV, FILE, csv_text
 from temper.sources.pins import identity_on_disk
 from temper.step import run_command
 
+if TYPE_CHECKING:
+    from datasets import DatasetDict
+
 STAGE = "score_rows"
 log = logging.getLogger("temper")
 
 
-def run(config: ScoreRows, model: Path, splits: Path, prompts: Path, raw: Path, output: Path) -> dict:
+def run(config: ScoreRows, model: Path, splits: Path, prompts: Path, output: Path, raw: Path | None = None) -> dict:
     """Score all rows of training and validation and list the most suspicious.
 
     Raises:
@@ -45,13 +51,13 @@ def run(config: ScoreRows, model: Path, splits: Path, prompts: Path, raw: Path, 
     if not settings["suspects"]:
         raise UserError("config: 'eval.suspects': 0 lists no rows: give the number of rows to list")
     refuse_diverged(model, "to ask about the rows")
-    _check_lineage(splits, prompts, raw)
+    parts = parts_of(prompts)
+    _check_lineage(splits, prompts, parts, raw)
     rows = load_rows(splits)
     with computing_threads(config.num_threads):
-        scores = suspects.scores(model, config.model_dump(), rows, load_tokenizer(model))
+        scores = suspects.scores(model, config.model_dump(), _once(rows), load_tokenizer(model))
     worst = suspects.most_suspicious(scores, settings["suspects"])
-    data = read_yaml(prompts / "config.yaml")["data"]
-    where = places(raw, data, {score.id for score in worst})
+    where = of_mixture(parts, {score.id for score in worst}, raw)
     listed = [_line(rank, score, where[score.id]) for rank, score in enumerate(worst, 1)]
     figure = suspects.FIGURES[settings["task"]]
     counts = {split: sum(score.split == split for score in scores) for split in suspects.SPLITS}
@@ -63,17 +69,30 @@ def run(config: ScoreRows, model: Path, splits: Path, prompts: Path, raw: Path, 
     return {"rows": counts}
 
 
-def _check_lineage(splits: Path, prompts: Path, raw: Path) -> None:
+def _once(rows: DatasetDict) -> DatasetDict:
+    """The rows without repeats: a mixture repeats rows by weight."""
+    import numpy as np
+
+    first = {name: np.unique(part["id"], return_index=True)[1] for name, part in rows.items()}
+    return type(rows)({name: part.select(sorted(first[name])) for name, part in rows.items()})
+
+
+def _check_lineage(splits: Path, prompts: Path, parts: list[Part], raw: Path | None) -> None:
     """Refuse inputs that are not of each other: the list would name other rows' lines."""
     made_of = read_json(splits / "provenance.json", {"inputs": dict[str, str]})["inputs"].get("prompts")
     if made_of is None or Path(made_of).name != prompts.name:
         raise UserError(f"--prompts {prompts}: --splits {splits} was made of {made_of}; name that folder")
-    recorded = read_json(prompts / "provenance.json", {"inputs": dict[str, str], "raw": dict})
-    if identity_on_disk(raw) != recorded["raw"]:
-        raise UserError(
-            f"--raw {raw}: is not the raw data that --prompts {prompts} was made of, which was "
-            f"{recorded['inputs'].get('raw')}, or was edited since: name that, or run the workflow again"
-        )
+    if (raw is None) == (len(parts) == 1 and not parts[0].source):
+        what = "leave it out: a mixture knows its raw data" if raw else "is missing: name the raw data of the prompts"
+        raise UserError(f"--raw {raw or ''}: {what}")
+    for part in map(Path, (part.prompts for part in parts)):
+        recorded = read_json(part / "provenance.json", {"inputs": dict[str, str], "raw": dict})
+        now = raw or raw_of(part)
+        if identity_on_disk(now) != recorded["raw"]:
+            raise UserError(
+                f"--raw {now}: is not the raw data that --prompts {part} was made of, which was "
+                f"{recorded['inputs'].get('raw')}, or was edited since: name that, or run the workflow again"
+            )
 
 
 def _line(rank: int, score: suspects.Score, place: Place) -> dict:

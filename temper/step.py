@@ -44,7 +44,7 @@ def run_command(step, argv=None, work=None) -> None:
     bound_shape_caches()
     arguments = step_parser(step).parse_intermixed_args(argv)
     with one_line_errors(arguments.output, step.STAGE, arguments.log), logging_to(arguments.log):
-        (work or execute)(step, arguments, [name.rstrip("?") for name in _stage(step).inputs])
+        (work or execute)(step, arguments, [name.rstrip("?+") for name in _stage(step).inputs])
 
 
 def spare_the_collector() -> None:
@@ -72,7 +72,8 @@ def step_parser(step) -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     for name, text in _stage(step).inputs.items():
-        parser.add_argument(flag_of(name.rstrip("?")), required=not name.endswith("?"), help=text)
+        several = {"nargs": "+"} if name.endswith("+") else {}
+        parser.add_argument(flag_of(name.rstrip("?+")), required=not name.endswith("?"), help=text, **several)
     output_help = getattr(step, "OUTPUT_HELP", "folder to write; must not exist, or be complete already")
     parser.add_argument("--output", required=True, help=output_help)
     parser.add_argument("--config", help="config of this stage: a YAML or JSON file, or JSON text")
@@ -120,7 +121,7 @@ def execute(step, arguments, names: list[str]) -> None:
     from temper.config.stages import Planned
 
     output = _output_path(arguments.output)
-    inputs = {name: _input_path(name, getattr(arguments, name)) for name in names}
+    inputs = {name: _input_paths(name, getattr(arguments, name)) for name in names}
     config, settings = config_and_settings(step.STAGE, arguments)
     with locked(output):
         if is_complete(output):
@@ -132,11 +133,11 @@ def execute(step, arguments, names: list[str]) -> None:
             facts = _run(step, deep_merge(config, settings), inputs, folder)
             facts["not_in_key"] = Planned.apart(settings)[0]
             _readable_weights(folder)
-            write_provenance(folder, step.STAGE, config, inputs, time.time() - started, facts)
+            write_provenance(folder, step.STAGE, config, _one_by_one(inputs), time.time() - started, facts)
         log.info("%s: wrote %s in %s", step.STAGE, output, seconds(time.time() - started))
 
 
-def _run(step, view: dict, inputs: dict[str, Path | None], folder: Path) -> dict:
+def _run(step, view: dict, inputs: dict, folder: Path) -> dict:
     """Run the step with its config as an object, and with what the planner adds, if the step takes that."""
     from temper.config.stages import Planned, typed
 
@@ -167,6 +168,20 @@ def _readable_weights(folder: Path) -> None:
     os.umask(mask)
     for weights in folder.rglob("*.safetensors"):
         weights.chmod(0o666 & ~mask)
+
+
+def _input_paths(name: str, value: str | list[str] | None) -> Path | list[Path] | None:
+    return [_input_path(name, one) for one in value] if isinstance(value, list) else _input_path(name, value)
+
+
+def _one_by_one(inputs: dict) -> dict[str, Path | None]:
+    """The inputs with a name for each, where a flag takes several."""
+    from temper.config.stages import numbered
+
+    found: dict[str, Path | None] = {}
+    for name, value in inputs.items():
+        found |= numbered(name, value) if isinstance(value, list) else {name: value}
+    return found
 
 
 def _input_path(name: str, value: str | None) -> Path | None:

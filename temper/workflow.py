@@ -124,6 +124,16 @@ def flags_of(plan: planning.Plan, stage: str, *names: str):
     return flags
 
 
+def numbered_inputs(plan: planning.Plan, stage: str, path_of):
+    """Input function: all inputs of a stage whose flag takes several. `path_of`: see `inputs`."""
+
+    def inputs(wildcards) -> list[str]:
+        path_of(stage, "")(wildcards)  # looking it up is what finds an incomplete folder
+        return list(plan.job(stage, wildcards.name).inputs.values())
+
+    return inputs
+
+
 def ranked_reports(plan: planning.Plan, path_of):
     """Input function: the reports by which runs are ranked. `path_of`: see `inputs`."""
 

@@ -333,10 +333,33 @@ def expand(overrides: Overrides) -> tuple[dict, list[tuple[dict, dict]]]:
 
         for override in picked.values:
             _update(picked_base, override)
-        config = validated(to_container(picked_base))
+        config = validated(with_parts(to_container(picked_base)))
         texts = dict(zip(axes, point, strict=True))
         points.append(({key: text if key in groups() else _at(config, key) for key, text in texts.items()}, config))
     return axes, points
+
+
+def with_parts(config: dict) -> dict:
+    """The config with each data set of a mixture, which names a file of conf/data, as that file has it."""
+    data = config.get("data")
+    if not isinstance(data, dict) or not isinstance(data.get("mix"), list):
+        return config
+    return {**config, "data": {**data, "mix": [_with_part(part) for part in data["mix"]]}}
+
+
+def _with_part(part) -> Any:
+    if not isinstance(part, dict) or not isinstance(part.get("data"), str):
+        return part
+    choice = _known_choice("data", part["data"], f"data.mix: {part['data']}")
+    data = to_container(_compose((choice,), tuple(folders())))["data"]
+    if "mix" in data:
+        raise UserError(f"config: 'data.mix': {part['data']} is a mixture itself: name the data sets in it")
+    limit = part.get("limit")
+    if isinstance(limit, int):
+        limit = {"train": limit}
+    if isinstance(limit, dict):  # what is wrong is said by the schema
+        data["limit"] = {**(data.get("limit") or {}), **limit}
+    return {**part, "data": data}
 
 
 def _refuse_idle_axes(config, axes: dict[str, list[str]]) -> None:

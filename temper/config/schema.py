@@ -17,6 +17,7 @@ from pydantic import (
     Discriminator,
     Field,
     Tag,
+    WithJsonSchema,
     field_validator,
     model_validator,
 )
@@ -271,6 +272,58 @@ class Data(Section):
     def has_pairs(self) -> bool:
         """Whether each row has a rejected answer beside the chosen one."""
         return self.layout == "preference" or self.rejected is not None or self.rejected_from is not None
+
+
+class MixPart(Section):
+    """A data set of a mixture."""
+
+    data: Annotated[Data, WithJsonSchema({"type": "string"})]
+    """Name of a file of conf/data, which says all but how much of it is taken."""
+    weight: Annotated[float, Field(gt=0, le=1000)] = 1.0
+    """How often each of its training rows is learned in an epoch; of a fraction, a hash of the row picks the rows."""
+    limit: Annotated[int, Field(gt=0)] | SplitLimits | None = None
+    """Most of its rows: a number is for train; a mapping as data.limit. null: as its own file says."""
+
+
+class Mixture(Section):
+    """Several data sets in one: each is formatted and split by itself, and the splits are put together."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$")]
+    mix: Annotated[list[MixPart], Field(min_length=1)]
+    on_overlap: Literal["warn", "drop", "error"] = "warn"
+    """As in a data set, for rows of one that stand in a split of another."""
+
+    @model_validator(mode="after")
+    def _fit_together(self):
+        names = [part.data.name for part in self.mix]
+        twice = next((name for name in names if names.count(name) > 1), None)
+        if twice is not None:
+            raise ValueError(f"'mix' has '{twice}' twice: give it once, with a weight")
+        pairs = [part.data.name for part in self.mix if part.data.has_pairs]
+        if pairs and len(pairs) < len(names):
+            without = next(name for name in names if name not in pairs)
+            raise ValueError(
+                f"'mix': {pairs[0]} has preference pairs, and {without} has none: mix them with their like"
+            )
+        grouped = [part.data.splits.group_by is not None for part in self.mix]
+        if any(grouped) and not all(grouped):
+            without = names[grouped.index(False)]
+            raise ValueError(f"'mix': {without} has no data.splits.group_by, and others have: give one to all, or none")
+        return self
+
+    @property
+    def has_pairs(self) -> bool:
+        return self.mix[0].data.has_pairs
+
+
+def _form_of_data(data) -> str:
+    return "mixed" if isinstance(data, Mixture) or (isinstance(data, dict) and "mix" in data) else "alone"
+
+
+AnyData = Annotated[
+    Annotated[Data, Tag("alone")] | Annotated[Mixture, Tag("mixed")],
+    Discriminator(_form_of_data),
+]
 
 
 class Prompt(Section):
@@ -658,7 +711,7 @@ NumThreads = Annotated[int, Field(gt=0, le=1024)]
 class Config(Section):
     """The whole config of one run."""
 
-    data: Data
+    data: AnyData
     model: Model
     prompt: Prompt
     tokenize: Tokenize

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -76,6 +77,24 @@ class FetchModel(Section):
 class FormatPrompts(Section):
     data: DataView
     prompt: System
+
+
+class Weighted(Section):
+    """A data set of a mixture, by its name."""
+
+    source: str
+    weight: float
+
+
+class Mixed(Part):
+    """What of a mixture its own stage sees: the keys of the prompts stand for the rest."""
+
+    mix: list[Weighted]
+    on_overlap: Literal["warn", "drop", "error"] = "warn"
+
+
+class MixPrompts(Section):
+    data: Mixed
 
 
 class TokenizeSplits(Section):
@@ -205,12 +224,20 @@ STAGES = {
             {"raw": "data folder, its pin, or one file of rows"},
         ),
         Stage(
+            "mix_prompts",
+            MixPrompts,
+            "mixtures",
+            ("prompts",),
+            ("train.jsonl",),
+            {"prompts+": "folders of format_prompts, in the order of data.mix"},
+        ),
+        Stage(
             "tokenize_splits",
             TokenizeSplits,
             "splits",
             ("splits",),
             ("dataset_dict.json",),
-            {"prompts": "folder of format_prompts", "model": "folder of fetch_model"},
+            {"prompts": "folder of format_prompts or mix_prompts", "model": "folder of fetch_model"},
         ),
         Stage(
             "sample_answers",
@@ -277,8 +304,8 @@ STAGES = {
             inputs={
                 "model": "folder of merge_adapter",
                 "splits": "folder of tokenize_splits",
-                "prompts": "folder of format_prompts that the splits were made of",
-                "raw": "the raw data that the prompts were made of, named as it was then",
+                "prompts": "folder of format_prompts, or of mix_prompts, that the splits were made of",
+                "raw?": "the raw data that the prompts were made of, named as it was then; a mixture knows it itself",
             },
         ),
         Stage(
@@ -304,8 +331,17 @@ def flag_of(name: str) -> str:
 
 
 def flag_words(inputs: dict[str, str]) -> list[str]:
-    """Inputs as words of a step's command."""
-    return [word for name, value in inputs.items() for word in (flag_of(name), value)]
+    """Inputs as words of a step's command. Of several for one flag (``prompts.1``, ``prompts.2``) it comes once."""
+    words: list[str] = []
+    for name, value in inputs.items():
+        flag, _, number = name.partition(".")
+        words += [value] if number not in ("", "1") else [flag_of(flag), value]
+    return words
+
+
+def numbered(name: str, paths: Sequence) -> dict[str, Any]:
+    """Several inputs for one flag, in their order: ``{"prompts.1": ..., "prompts.2": ...}``."""
+    return {f"{name}.{number}": path for number, path in enumerate(paths, 1)}
 
 
 def makers_of(flag: str) -> list[Stage]:
@@ -350,9 +386,16 @@ def stage_config(stage: str, config: dict) -> dict:
     for name, field in STAGES[stage].config.model_fields.items():
         kind = field.annotation
         if isinstance(kind, type) and issubclass(kind, Part):
-            view[name] = {key: config[name][key] for key in kind.model_fields}
+            view[name] = {key: config[name][key] for key in kind.model_fields if key in config[name]}
         else:
             view[name] = config[name]
+    if stage == "mix_prompts":
+        if "mix" not in config["data"]:
+            raise UserError(
+                f"config: 'data.mix' is missing: {config['data']['name']} is one data set, which needs no mixing"
+            )
+        parts = config["data"]["mix"]
+        view["data"]["mix"] = [{"source": part["data"]["name"], "weight": part["weight"]} for part in parts]
     if stage == "train_adapter":
         judging = best.judging_settings(config["train"], view.pop("eval"))
         view |= {} if judging is None else {"eval": judging}

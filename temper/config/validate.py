@@ -2,7 +2,7 @@
 
 from temper.config import best
 from temper.config.libraries import check_library_sections, refuse_without_validation
-from temper.config.schema import METHODS, SOURCE_KINDS, Config, Data, OfficialSplits, SplitSources
+from temper.config.schema import METHODS, SOURCE_KINDS, Config, Data, Mixture, OfficialSplits, SplitSources
 from temper.errors import UserError, suggest
 from temper.errors import found as _found
 from temper.evaluation.metrics import refuse_without_pairs
@@ -11,6 +11,7 @@ from temper.secrets import has_login, secret_variables
 
 # Keys whose value has one of several classes, by a tag, and parts of such values.
 UNIONS: dict = {
+    "data": {"alone": Data, "mixed": Mixture},
     "source": {"one": None, "per_split": SplitSources, **SOURCE_KINDS},
     "one": SOURCE_KINDS,
     **dict.fromkeys(SplitSources.model_fields, SOURCE_KINDS),
@@ -32,6 +33,16 @@ def validated(config: dict) -> dict:
     _check_method(filled)
     _check_secrets(filled)
     return filled
+
+
+def data_sets(data: dict) -> list[dict]:
+    """The config sections of the data sets that a run learns from: its own, or those of a mixture."""
+    return [part["data"] for part in data["mix"]] if "mix" in data else [data]
+
+
+def has_pairs(data: dict) -> bool:
+    """Whether each row has a rejected answer beside the chosen one."""
+    return all(Data.model_validate(one).has_pairs for one in data_sets(data))
 
 
 def _check_secrets(config: dict) -> None:
@@ -56,11 +67,11 @@ def _check_secrets(config: dict) -> None:
 
 def _check_method(config: dict) -> None:
     """Check what the method requires of the other sections."""
-    method, has_pairs = config["method"], Data.model_validate(config["data"]).has_pairs
-    refuse_without_pairs(config["eval"], has_pairs)
+    method, pairs = config["method"], has_pairs(config["data"])
+    refuse_without_pairs(config["eval"], pairs)
     if method["name"] != "dpo":
         return
-    if not has_pairs and not method["own_answers"]:
+    if not pairs and not method["own_answers"]:
         raise UserError(
             "config: method=dpo needs preference pairs: choose data.layout=preference, or say what the rejected answer "
             "is with data.rejected (layout template), data.rejected_from (a list of labels) or method.own_answers"
@@ -86,15 +97,19 @@ def sft_config(config: dict) -> dict:
     return {**config, "method": {"name": "sft"}, "train": {**config["train"], **first["train"]}, "adapter": adapter}
 
 
+def _has_no_validation(data: dict) -> bool:
+    return all(one["splits"]["validation"] == 0 for one in data_sets(data))
+
+
 def _check_validation(config: dict) -> None:
-    if config["data"]["splits"]["validation"] == 0:
+    if _has_no_validation(config["data"]):
         refuse_without_validation(config["train"])
 
 
 def _check_together(config: dict) -> None:
     """Refuse sections that do not go together."""
     _check_validation(config)
-    if config["data"]["splits"]["validation"] == 0 and config["eval"]["split"] == "validation":
+    if _has_no_validation(config["data"]) and config["eval"]["split"] == "validation":
         raise UserError(
             "config: 'data.splits.validation': 0 leaves no rows to choose a run by: raise it, or rank the runs by the "
             "test split itself (eval.split=test), which flatters the best one"

@@ -10,13 +10,21 @@ what is reported is so.
 Only the rows of validation and test are held in memory, with some 600 bytes each; those of train pass by.
 """
 
+import collections
 import json
-from collections.abc import Iterable, Iterator
+import logging
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from temper.data.splitting import asked
+from temper.data.places import Place
+from temper.data.splitting import asked, keep_lines
+from temper.errors import UserError
+from temper.files import json_lines, write_whole
 from temper.progress import Progress
+
+log = logging.getLogger("temper")
+FILE = "overlap.jsonl"
 
 NEAR = 0.7  # Jaccard similarity from which two prompts count as nearly the same: one other word of twelve
 WIDTH = 5  # characters
@@ -69,6 +77,69 @@ def find(folder: Path, rows: int) -> tuple[list[Overlap], dict[str, set[int]]]:
                     shared[split] |= other.compare(split, batch, sketches)
                 progress.update(len(batch))
     return [found for one in held.values() for found in one.overlaps()], shared
+
+
+def tell(
+    folder: Path, found: list[Overlap], policy: str, place_of: Callable[[set[int]], dict[int, Place]]
+) -> list[dict]:
+    """List the overlaps in a file of the folder, and warn of them, or refuse them where the policy is ``error``.
+
+    Returns:
+        for each two splits that share rows: how many, by kind, and the places of the first, for stats.json.
+    """
+    write_whole(folder / FILE, json_lines([one._asdict() for one in found]))
+    pairs = by_pair(found)
+    where = place_of({number for some in pairs for number in (some[0].id, some[0].other_id)}) if pairs else {}
+    told = [_told(some, where) for some in pairs]
+    for line in map(_sentence, told):
+        if policy == "error":
+            raise UserError(f"{line}; move or remove them, or let data.on_overlap=drop leave them out of training")
+        log.warning("warning: %s (%s lists all)", line, FILE)
+    return told
+
+
+def leave_out(folder: Path, shared: dict[str, set[int]]) -> dict[str, int]:
+    """Take rows out of the splits; how many of each."""
+    taken = {}
+    for split, ids in shared.items():
+        path, before, after = folder / f"{split}.jsonl", 0, 0
+
+        def keeps(_index: int, line: bytes, ids=ids) -> bool:
+            return json.loads(line)["id"] not in ids
+
+        before = _lines(path)
+        if ids:
+            keep_lines(path, keeps)
+        after = _lines(path)
+        if ids and not after:
+            raise UserError(f"data.on_overlap=drop leaves nothing: all {before} rows of {split} stand in other splits")
+        taken[split] = before - after
+    return taken
+
+
+def _lines(path: Path) -> int:
+    with path.open("rb") as lines:
+        return sum(1 for _ in lines)
+
+
+def _told(found: list[Overlap], where: dict[int, Place]) -> dict:
+    kinds = collections.Counter(one.kind for one in found)
+    return {
+        "split": found[0].split,
+        "other": found[0].other,
+        "rows": len(found),
+        **{kind: kinds[kind] for kind in KINDS},
+        "first": str(where[found[0].id]),
+        "first_in_other": str(where[found[0].other_id]),
+    }
+
+
+def _sentence(told: dict) -> str:
+    kinds = ", ".join(f"{told[kind]} {words}" for kind, words in KINDS.items() if told[kind])
+    return (
+        f"{told['rows']} rows of {told['split']} stand in {told['other']}, too ({kinds}): the first is "
+        f"{told['first']}, as {told['first_in_other']}"
+    )
 
 
 def by_pair(found: list[Overlap]) -> list[list[Overlap]]:

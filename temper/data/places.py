@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from temper.data.rows import RawFile
+from temper.files import read_json, read_yaml
 from temper.sources.pins import data_files
 
 
@@ -18,6 +19,43 @@ class Place(NamedTuple):
 
     def __str__(self) -> str:
         return f"{self.file}, row {self.number}" if self.counts_rows else f"{self.file}:{self.number}"
+
+
+MIXTURE = "mixture.json"
+
+
+class Part(NamedTuple):
+    """A data set of a mixture: its folder of format_prompts, and the ids of its rows there: `rows` from `first`."""
+
+    source: str
+    prompts: str
+    first: int
+    rows: int
+
+
+def parts_of(prompts: Path) -> list[Part]:
+    """The data sets of a folder of mix_prompts; of one of format_prompts that one."""
+    if not (prompts / MIXTURE).is_file():
+        return [Part("", str(prompts), 1, read_json(prompts / "stats.json", {"rows": int})["rows"])]
+    return [Part(**part) for part in read_json(prompts / MIXTURE, list[dict[str, str | int]])]
+
+
+def raw_of(prompts: Path) -> Path:
+    """The raw data that a folder of format_prompts was made of."""
+    return Path(read_json(prompts / "provenance.json", {"inputs": dict[str, str]})["inputs"]["raw"])
+
+
+def of_mixture(parts: list[Part], wanted: Collection[int], raw: Path | None = None) -> dict[int, Place]:
+    """As `places`, of row numbers in a mixture. `raw`: where the raw data is, if it is not where it was then."""
+    found: dict[int, Place] = {}
+    for part in parts:
+        before = part.first - 1
+        mine = {number - before for number in wanted if part.first <= number < part.first + part.rows}
+        if mine:
+            prompts = Path(part.prompts)
+            at = places(raw or raw_of(prompts), read_yaml(prompts / "config.yaml")["data"], mine)
+            found |= {number + before: place for number, place in at.items()}
+    return found
 
 
 def places(raw: Path, data: dict, wanted: Collection[int]) -> dict[int, Place]:

@@ -140,18 +140,19 @@ class Splits:
             named = split_of(position, self.shares)
         self.files[named].add(hashed.rank, line)
 
-    def leave_out(self, split: str, ids: Collection[int]) -> None:
-        """Take rows out of the finished file of a split, because they stand in another."""
-        self.files[split].leave_out(ids)
+    def stats(self, overlapping: dict[str, int] | None = None) -> dict:
+        """Counts of rows; `duplicates` repeat prompt and answer of an earlier row (and are kept).
 
-    def stats(self) -> dict:
-        """Counts of rows; `duplicates` repeat prompt and answer of an earlier row (and are kept)."""
+        Args:
+            overlapping: split -> rows that were taken out of it since, because they stand in another.
+        """
+        taken = overlapping or {}
         return {
             "rows": len(self.rows) + self.left_out,
             "left_out_by_where": self.left_out,
             "prompts": _distinct(self.prompts),
             "duplicates": len(self.rows) - _distinct(self.rows),
-            "splits": {name: file.stats() for name, file in self.files.items()},
+            "splits": {name: file.stats(taken.get(name, 0)) for name, file in self.files.items()},
         }
 
     def __enter__(self):
@@ -179,7 +180,6 @@ class _SplitFile:
         self.file = path.open("w", encoding="utf-8")
         self.seen = self.written = 0
         self.kept: list[tuple[int, int]] = []  # heap of (-rank, -line), the largest rank on top
-        self.overlapping = 0  # rows taken out because they stand in another split
 
     def add(self, rank: int, line: str) -> None:
         """Add a row, unless there are already `limit` rows of smaller rank."""
@@ -199,21 +199,18 @@ class _SplitFile:
         if self.limit is not None and self.written > self.limit:
             self._drop(keep={-line for _, line in self.kept})
 
-    def leave_out(self, ids: Collection[int]) -> None:
-        """Drop the rows of these numbers."""
-        self.overlapping = len(ids)
-        self._rewrite(lambda _index, line: json.loads(line)["id"] not in ids)
-
     def _drop(self, keep: set[int]) -> None:
-        self._rewrite(lambda index, _line: index in keep)
+        keep_lines(self.path, lambda index, _line: index in keep)
 
-    def _rewrite(self, keeps: Callable[[int, bytes], bool]) -> None:
-        everything = self.path.rename(self.path.with_suffix(".all"))
-        with everything.open("rb") as lines, self.path.open("wb") as file:
-            file.writelines(line for index, line in enumerate(lines) if keeps(index, line))
-        everything.unlink()
-
-    def stats(self) -> dict:
+    def stats(self, overlapping: int) -> dict:
         rows = self.seen if self.limit is None else len(self.kept)
-        left_out = {"left_out_by_limit": self.seen - rows, "left_out_by_overlap": self.overlapping}
-        return {"rows": rows - self.overlapping, **left_out}
+        left_out = {"left_out_by_limit": self.seen - rows, "left_out_by_overlap": overlapping}
+        return {"rows": rows - overlapping, **left_out}
+
+
+def keep_lines(path: Path, keeps: Callable[[int, bytes], bool]) -> None:
+    """Rewrite a file with the lines for which `keeps` (index, line) holds."""
+    everything = path.rename(path.with_suffix(".all"))
+    with everything.open("rb") as lines, path.open("wb") as file:
+        file.writelines(line for index, line in enumerate(lines) if keeps(index, line))
+    everything.unlink()

@@ -8,9 +8,9 @@ from temper import tracking
 from temper.config import harness as harness_checks
 from temper.config.best import JUDGING
 from temper.config.compose import chosen_experiment, expand, own_folder, parse_overrides, split_overrides, use_folder
-from temper.config.schema import Data, Probe
-from temper.config.stages import FOLDERS, PLATEAU, keys_hidden, stage_config
-from temper.config.validate import sft_config
+from temper.config.schema import Probe
+from temper.config.stages import FOLDERS, PLATEAU, keys_hidden, numbered, stage_config
+from temper.config.validate import data_sets, has_pairs, sft_config
 from temper.errors import UserError
 from temper.evaluation import own_metrics
 from temper.evaluation.forgetting import told_of_probe
@@ -56,7 +56,8 @@ def build(
     runs: dict[str, PlannedRun] = {}
     for point, config in points:
         check_metric(config["eval"])
-        raw_data.check_options(config["data"])
+        for data in data_sets(config["data"]):
+            raw_data.check_options(data)
         run = planner.add_run(config, point)
         runs.setdefault(run.name, run)  # 1e-4 and 0.0001 are one run
     hashes.save()
@@ -150,9 +151,8 @@ class _Planner:
     def add_run(self, config: dict, point: dict) -> PlannedRun:
         config = self._pinned(config)
         data, model = config["data"]["name"], config["model"]["name"]
-        pin = self._raw(config["data"])
         base = self._job("fetch_model", model, config, {}, extra=self._model_files(config))
-        prompts = self._job("format_prompts", data, config, {"raw": pin}, extra={"raw": self._identity(config["data"])})
+        prompts, raw = self._prompts(config)
         splits = self._job("tokenize_splits", f"{data}-{model}", config, {"prompts": prompts.path, "model": base.path})
         bases = self._reports(f"base-{data}-{model}", config, {"model": base.path, "splits": splits.path})
         start, starts = base, {}
@@ -161,9 +161,9 @@ class _Planner:
         adapters, merged, reports = self._tuned(config, start, splits, bases, starts)
         split = config["eval"]["split"]
         artefacts = {
-            "fetch_data": pin,
+            **raw,
             "fetch_model": base.path,
-            "format_prompts": prompts.path,
+            prompts.stage: prompts.path,
             "tokenize_splits": splits.path,
             "train_adapter": adapters[-1].path,
             "merge_adapter": merged.path,
@@ -173,11 +173,26 @@ class _Planner:
             **({"start_report": starts[split].path} if starts else {}),
         }
         if config["eval"]["suspects"]:
-            inputs = {"model": merged.path, "splits": splits.path, "prompts": prompts.path, "raw": pin}
+            inputs = {"model": merged.path, "splits": splits.path, "prompts": prompts.path}
+            inputs |= {"raw": raw["fetch_data"]} if raw else {}
             artefacts["score_rows"] = self._job("score_rows", _slug(config), config, inputs).path
         artefacts |= self._harness(config, base, merged)
         name, key = Path(reports[split].path).name, reports[split].key
         return PlannedRun(name, key, point, config, artefacts, [segment.path for segment in adapters])
+
+    def _prompts(self, config: dict) -> tuple[Job, dict[str, str]]:
+        """(the job whose prompts are tokenized, the raw data of a single data set by the stage that fetches it)."""
+        if "mix" not in config["data"]:
+            job, pin = self._formatted(config)
+            return job, {"fetch_data": pin}
+        parts = [self._formatted({**config, "data": data})[0].path for data in data_sets(config["data"])]
+        return self._job("mix_prompts", config["data"]["name"], config, numbered("prompts", parts)), {}
+
+    def _formatted(self, config: dict) -> tuple[Job, str]:
+        """(the job that formats a data set, its raw data)."""
+        data = config["data"]
+        pin = self._raw(data)
+        return self._job("format_prompts", data["name"], config, {"raw": pin}, {"raw": self._identity(data)}), pin
 
     def _reports(self, slug: str, config: dict, inputs: dict[str, str], **others: dict[str, Job]) -> dict[str, Job]:
         """Split -> the report of a model: on the split that ranks the runs, and on the test split.
@@ -208,7 +223,7 @@ class _Planner:
         parts = {"model": start.path, "adapter": adapter.path, "splits": splits.path}
         merged = self._job("merge_adapter", slug, config, parts)
         inputs = {"model": merged.path, "splits": splits.path, "adapter": adapter.path}
-        if Data.model_validate(config["data"]).has_pairs:  # by which runs are judged, not by sampled ones
+        if has_pairs(config["data"]):  # by which runs are judged, not by sampled ones
             inputs |= self._references(config, start, splits)
         reports = self._reports(slug, config, inputs, base_report=bases, start_report=starts or {})
         return adapters, merged, reports
@@ -234,22 +249,30 @@ class _Planner:
 
     def _pinned(self, config: dict) -> dict:
         """The config with hub branches replaced by their commits, so that keys depend on the commits."""
-        found = {}
-        for section, kind in (("data", "dataset"), ("model", "model"), ("probe", "dataset")):
-            source = config[section]["source"]
-            if source is None:
-                continue
-            asked = canonical_json(source)
-            if asked not in self.exact:
-                self.exact[asked] = pinned(source, kind, f"{section}.source")
-            found[section] = {**config[section], "source": self.exact[asked]}
-        return {**config, **found}
+        found = {
+            name: self._exactly(config[name], kind, name) for name, kind in (("model", "model"), ("probe", "dataset"))
+        }
+        data = config["data"]
+        if "mix" in data:
+            parts = [{**part, "data": self._exactly(part["data"], "dataset", "data")} for part in data["mix"]]
+            return {**config, **found, "data": {**data, "mix": parts}}
+        return {**config, **found, "data": self._exactly(data, "dataset", "data")}
+
+    def _exactly(self, section: dict, kind: str, name: str) -> dict:
+        """A section with its source pinned, if it has one."""
+        source = section["source"]
+        if source is None:
+            return section
+        asked = canonical_json(source)
+        if asked not in self.exact:
+            self.exact[asked] = pinned(source, kind, f"{name}.source")
+        return {**section, "source": self.exact[asked]}
 
     def _probe(self, config: dict) -> tuple[dict[str, str], dict]:
         """(the input `probe` of an evaluation, the identity of its text), if there is one."""
         if config["probe"]["source"] is None:
             return {}, {}
-        if config["probe"]["name"] == config["data"]["name"]:
+        if config["probe"]["name"] in [data["name"] for data in data_sets(config["data"])]:
             raise UserError(
                 f"config: 'probe.name': {config['probe']['name']} is the name of the data, whose folder it "
                 "would share: name the probe otherwise"

@@ -100,6 +100,7 @@ def read_provenance(folder: Path) -> dict:
 def _stage_of(part: str, path: Path) -> str:
     """The stage that made a part; of what was put there by hand, without provenance, the one that would have."""
     recorded = "fetch_data" if part == "probe" else read_provenance(path).get("stage")
+    part = part.partition(".")[0]
     return recorded or (part if part in ALL_STAGES else makers_of(part)[0].name)
 
 
@@ -221,6 +222,7 @@ READ_ON = (
     "run_harness",
     "sample_answers",
     "tokenize_splits",
+    "mix_prompts",
     "format_prompts",
 )  # parts whose inputs are followed
 
@@ -228,7 +230,7 @@ READ_ON = (
 def _add(parts: dict[str, Path], part: str, folder: Path) -> None:
     """Add a part and everything that it was made from."""
     parts[part] = folder
-    inputs = read_provenance(folder).get("inputs", {}) if part in READ_ON else {}
+    inputs = read_provenance(folder).get("inputs", {}) if part.partition(".")[0] in READ_ON else {}
     for name, value in inputs.items():
         path = _moved(folder, Path(value))
         below = _part(part, name, path, "adapter" in inputs)
@@ -245,9 +247,11 @@ def _part(reader: str, name: str, path: Path, of_a_run: bool) -> str:
         return "merge_adapter" if reader in ("evaluate_model", "test_report") and of_a_run else "model"
     if reader == "test_report" and f"test_{name}" in OF_TEST:
         return f"test_{name}"
-    if name == "splits":  # of tokenize_splits, or of sample_answers
+    if name in ("splits", "prompts"):  # of tokenize_splits or of sample_answers; of format_prompts or of mix_prompts
         return read_provenance(path).get("stage", INPUTS[name])
-    return INPUTS.get(name, name)
+    name, dot, number = name.partition(".")  # of a mixture there are several, each with its raw data
+    number = number or reader.partition(".")[2]
+    return f"{INPUTS.get(name, name)}.{number}" if number else INPUTS.get(name, name)
 
 
 def _moved(folder: Path, recorded: Path) -> Path:

@@ -1,0 +1,112 @@
+r"""Put the splits of several data sets together.
+
+    python -m steps.mix_prompts --prompts results/prompts/alpaca-1 results/prompts/quotes-2 \
+        --output results/mixtures/by-hand data=my_mixture
+
+Reads:  folders of format_prompts, in the order of data.mix; the config section data (mix, on_overlap).
+Writes: train.jsonl, validation.jsonl, test.jsonl as format_prompts does, each row with its "source", the name of the
+        data set. Its "id" counts the rows of all data sets on. stats.json counts the rows of each split by source;
+        mixture.json says which ids are of which folder; overlap.jsonl as in format_prompts, also of rows of one data
+        set in another.
+
+A training row of a data set with weight 2 comes twice, so it is learned twice in an epoch; with weight 0.5 half of them
+come, and with 1.5 all of them once and half of them twice. A hash of the row says which. Rows of validation and test
+come once: weights decide what is learned, not what is judged.
+"""
+
+import hashlib
+import json
+import logging
+import sys
+from pathlib import Path
+
+from temper.config.stages import MixPrompts
+from temper.data import overlap
+from temper.data.columns import SPLITS
+from temper.data.places import MIXTURE, Part, of_mixture
+from temper.errors import UserError
+from temper.files import json_text, read_json, write_whole
+from temper.progress import Progress
+from temper.step import run_command
+
+STAGE = "mix_prompts"
+log = logging.getLogger("temper")
+
+
+def run(config: MixPrompts, prompts: list[Path], output: Path) -> dict:
+    """Mix the splits of `prompts` into `output`.
+
+    Raises:
+        UserError: not one folder for each data set, or a weight that leaves none of its training rows.
+    """
+    mix = config.data.mix
+    if len(prompts) != len(mix):
+        raise UserError(
+            f"--prompts: {len(prompts)} folder(s), and data.mix has {len(mix)} data sets: give one for each"
+        )
+    parts, before = [], 0
+    for folder, entry in zip(prompts, mix, strict=True):
+        rows = read_json(folder / "stats.json", {"rows": int})["rows"]
+        parts.append(Part(entry.source, str(folder), before + 1, rows))
+        before += rows
+    counts = {split: _mixed(split, parts, [entry.weight for entry in mix], output) for split in SPLITS}
+    _refuse_nothing_of(counts["train"], mix)
+    write_whole(output / MIXTURE, json_text([part._asdict() for part in parts]))
+
+    found, shared = overlap.find(output, sum(counts["train"].values()))
+    told = overlap.tell(output, found, config.data.on_overlap, lambda ids: of_mixture(parts, ids))
+    taken = overlap.leave_out(output, shared) if config.data.on_overlap == "drop" else dict.fromkeys(shared, 0)
+    splits = {
+        split: {
+            "rows": sum(by.values()) - taken.get(split, 0),
+            "by_source": by,
+            "left_out_by_overlap": taken.get(split, 0),
+        }
+        for split, by in counts.items()
+    }
+    write_whole(output / "stats.json", json_text({"rows": before, "splits": splits, "overlap": told}))
+    for split, by in counts.items():
+        log.info("%s: %s", split, ", ".join(f"{source} {rows}" for source, rows in by.items()))
+    return {"rows": splits}
+
+
+def _mixed(split: str, parts: list[Part], weights: list[float], output: Path) -> dict[str, int]:
+    """Write a split; source -> how many rows of it."""
+    counts = dict.fromkeys((part.source for part in parts), 0)
+    with (output / f"{split}.jsonl").open("w", encoding="utf-8") as file, Progress(None, split, "rows") as progress:
+        for part, weight in zip(parts, weights, strict=True):
+            with (Path(part.prompts) / f"{split}.jsonl").open("rb") as lines:
+                for line in lines:
+                    times = _times(line, weight) if split == "train" else 1
+                    record = json.loads(line)
+                    about = {"id": part.first - 1 + record["id"], "source": part.source}
+                    file.write((json.dumps({**record, **about}, ensure_ascii=False) + "\n") * times)
+                    counts[part.source] += times
+                    progress.update()
+    return counts
+
+
+def _times(line: bytes, weight: float) -> int:
+    """How often a row comes: the whole part of its weight, and once more if its hash is below the rest.
+
+    The hash is of the conversation alone: adding a row before it, which moves its number, changes nothing.
+    """
+    conversation = line[line.index(b'"messages"') :]
+    at = int.from_bytes(hashlib.sha256(conversation).digest()[:8]) / 2**64
+    return int(weight) + (at < weight % 1)
+
+
+def _refuse_nothing_of(counts: dict[str, int], mix: list) -> None:
+    for entry in mix:
+        if not counts[entry.source]:
+            raise UserError(
+                f"config: 'data.mix': weight {entry.weight} of {entry.source} picks none of its training rows: raise it"
+            )
+
+
+def main(argv=None) -> None:
+    run_command(sys.modules[__name__], argv)
+
+
+if __name__ == "__main__":
+    main()
