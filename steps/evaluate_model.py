@@ -29,7 +29,16 @@ from temper.errors import UserError
 from temper.evaluation import forgetting, metrics, own_metrics
 from temper.evaluation.class_names import UNPARSED
 from temper.evaluation.figures import Diverged, Figures, Start, read_figures, write_figures
-from temper.evaluation.judge import Asked, BaseReport, ask, evidence_of, figures_of, judge, prediction_rows
+from temper.evaluation.judge import (
+    Asked,
+    BaseReport,
+    ask,
+    evidence_of,
+    figures_of,
+    figures_of_sources,
+    judge,
+    prediction_rows,
+)
 from temper.files import json_lines, load_rows, read_json, read_json_lines, write_whole
 from temper.model import limits
 from temper.model.adapters import DIVERGED
@@ -92,6 +101,8 @@ def run(
     start, left_out = _start(start_report, metric), _left_out(splits)
     learned = _learned(rows, settings)
     found = figures_of(metric, learned, judged_on, asked, judged, base, train=train, start=start, left_out=left_out)
+    trained = list(rows["train"]["source"]) if "source" in rows["train"].column_names else []
+    found.sources = figures_of_sources(metric, trained, judged_on, judged, base)
     if asked.probed:
         found.probe = forgetting.figures_of_probe(asked.probed, base_report)
         write_whole(output / forgetting.FILE, json_lines(asked.probed.lines))

@@ -553,8 +553,8 @@ def _log_dataset(api, run_id: str, run) -> None:
     dataset = Dataset(
         name=data["name"],
         digest=splits.name.rpartition("-")[2],
-        source_type=data["source"].get("kind", "splits"),
-        source=_cut(json.dumps(data["source"]), LONGEST_SOURCE),
+        source_type="mixture" if "mix" in data else data["source"].get("kind", "splits"),
+        source=_cut(json.dumps(data["mix"] if "mix" in data else data["source"]), LONGEST_SOURCE),
         profile=json.dumps(read_json(splits / "audit.json", {"splits": dict})["splits"]),
     )
     api.log_inputs(run_id, datasets=[DatasetInput(dataset, [InputTag("mlflow.data.context", "training")])])

@@ -55,6 +55,19 @@ class ProbeFigures(_Content):
     seconds: float
 
 
+class SourceFigures(_Content):
+    """The figures of a model on the rows of one data set of a mixture."""
+
+    rows: int
+    train_rows: int
+    """How many it was trained on, those that a weight repeats as often as they come."""
+    values: dict[str, Number]
+    interval: Interval
+    """95% interval of the ranking metric."""
+    base: dict[str, Number] | None
+    """The values of the untouched model."""
+
+
 class Start(_Content):
     """Figures of the model that a training started from, when that was trained itself."""
 
@@ -101,6 +114,8 @@ class Figures(_Content):
     left_out: dict[str, dict[str, int | None]]
     """Split -> how many of its rows tokenizing left out, and of how many; splits that kept all are not in it."""
     probe: ProbeFigures | None = None
+    sources: dict[str, SourceFigures] = {}
+    """Of a mixture, by data set."""
 
     @property
     def are_finite(self) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import time
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from temper.data.columns import IGNORED, answer_start
 from temper.evaluation import intervals, metrics, own_metrics
 from temper.evaluation.choices import Choices, likeliest
-from temper.evaluation.figures import Delta, Figures, Start
+from temper.evaluation.figures import Delta, Figures, SourceFigures, Start
 from temper.provenance import peak_memory
 
 if TYPE_CHECKING:
@@ -171,6 +172,31 @@ def judge(metric: str, evidence: metrics.Evidence, base: BaseReport | None) -> J
         both = scores.statistics[metric], base.scores.statistics[metric]
         gain = intervals.delta_interval(*both, *of_rows)
     return Judgement(evidence, scores, found, gain)
+
+
+def figures_of_sources(
+    metric: str, trained: list[str], rows: list[dict], judged: Judgement, base: BaseReport | None
+) -> dict[str, SourceFigures]:
+    """The figures on the rows of each data set of a mixture; none where the rows are of one.
+
+    Args:
+        trained: the data set of each training row.
+        rows: those judged on.
+    """
+    places: dict[str, list[int]] = {}
+    for place, row in enumerate(rows):
+        if "source" in row:
+            places.setdefault(row["source"], []).append(place)
+    found, counts = {}, collections.Counter(trained)
+    for source, mine in places.items():
+        part = judged.evidence.part(mine)
+        scores = metrics.score(part)
+        before = {name: statistic(mine) for name, statistic in base.scores.statistics.items()} if base else None
+        interval = intervals.interval(scores.statistics[metric], len(mine), part.groups)
+        found[source] = SourceFigures(
+            rows=len(mine), train_rows=counts[source], values=scores.values, interval=interval, base=before
+        )
+    return found
 
 
 def figures_of(

@@ -112,6 +112,16 @@ class Evidence:
     def __len__(self) -> int:
         return len(self.gold)
 
+    def part(self, rows: Sequence[int]) -> "Evidence":
+        """The evidence of these rows alone."""
+        lists = {
+            field.name: [value[row] for row in rows]
+            for field in dataclasses.fields(self)
+            if field.name not in ("settings", "beta", "own") and (value := getattr(self, field.name)) is not None
+        }
+        own = {name: [figures[row] for row in rows] for name, figures in self.own.items()}
+        return dataclasses.replace(self, **lists, own=own)
+
     @functools.cached_property
     def readings(self) -> list[str]:
         """Task labels: the label that each row is given, or ``unparsed``."""

@@ -121,7 +121,7 @@ class Forecast:
         now = rows_of(Path(job.inputs["splits"]), split)
         if now is None:
             prompts = self.plan.jobs[self.plan.jobs[job.inputs["splits"]].inputs["prompts"]]
-            now = prompts.config["data"]["limit"][split]
+            now = prompts.config["data"].get("limit", {}).get(split)  # of a mixture each data set has its own
         return now
 
     def wall_clock(self) -> float:

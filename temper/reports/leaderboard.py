@@ -90,6 +90,17 @@ def _row(run: RankedRun, names: list[str], ranking: Ranking) -> dict:
     for split, figures in judged.items():
         low, high = figures.interval if figures else (None, None)
         row |= {f"{split}_{ranking.metric}_low": low, f"{split}_{ranking.metric}_high": high}
+    for split, figures in judged.items():
+        row |= _of_sources(split, figures or run.figures, ranking.metric, known=figures is not None)
+    return row
+
+
+def _of_sources(split: str, figures: Figures, metric: str, known: bool) -> dict:
+    """Rows, ranking metric and loss of each data set of a mixture; null where the run was not judged on this split."""
+    row = {}
+    for source, part in figures.sources.items():
+        values = {"rows": part.rows, **{name: part.values.get(name) for name in dict.fromkeys([metric, "loss"])}}
+        row |= {f"{source}:{split}_{name}": value if known else None for name, value in values.items()}
     return row
 
 

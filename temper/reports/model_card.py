@@ -24,7 +24,7 @@ from temper.runs.prompting import Generation
 from temper.sources.pins import by_split, is_pin, read_pin
 
 SHOWN = ("method", "quantization", "adapter", "train", "seed")  # config sections that are hyperparameters
-CONFIGS = ("format_prompts", "tokenize_splits", "train_adapter", "merge_adapter", "evaluate_model")
+CONFIGS = ("format_prompts", "mix_prompts", "tokenize_splits", "train_adapter", "merge_adapter", "evaluate_model")
 TASKS = {"labels": "text-classification", "tags": "text-generation", "text": "text-generation"}
 
 
@@ -83,6 +83,10 @@ def _link(name: str, kind: str = "") -> Markdown:
 
 def data_origin(run: runs.FinishedRun) -> Origin:
     """The data set."""
+    if run.has("mix_prompts"):
+        mixed = runs.read_config(run.parts["mix_prompts"])["data"]["mix"]
+        names = ", ".join(f"{part['source']} (weight {part['weight']:g})" for part in mixed)
+        return Origin(fill("a mixture of {}", names), name=", ".join(part["source"] for part in mixed))
     pin = run.parts.get("fetch_data")
     if pin is None or not pin.is_file() or not is_pin(pin):  # by hand, or from Python
         return Origin(Markdown("the author's own rows"))
@@ -151,7 +155,7 @@ def model_card(run: runs.FinishedRun, card: Card) -> str:
         number=_number,
         code=code,
         usage=markdown.block(card.usage or usage(run, card), "python"),
-        rows=_rows(made.get("format_prompts")),
+        rows=_rows(made.get("mix_prompts") or made.get("format_prompts")),
         prompt=configs["tokenize_splits"]["prompt"],
         train=_json(made.get("train_adapter"), "training.json"),
         hyperparameters=flat(hyperparameters),

@@ -247,3 +247,83 @@ def test_models_are_not_ranked_by_a_figure_per_token(workspace, metric):
     with pytest.raises(UserError, match=f"'{metric}' is per token.*eval.metric=bits_per_byte"):
         build(models, f"eval.metric={metric}", experiment="smoke")
     assert build(models, "eval.metric=bits_per_byte", experiment="smoke").runs
+
+
+# --- mixtures ------------------------------------------------------------------------------------
+
+MIXED = {
+    "data/one.yaml": "name: one\nsource: {kind: files, path: one.jsonl}\nlayout: question_answer\n",
+    "data/other.yaml": "name: other\nsource: {kind: files, path: other.jsonl}\nlayout: question_answer\n",
+    "data/both.yaml": "name: both\nmix: [{data: one, weight: 2}, {data: other, limit: 5}]\n",
+}
+
+
+@pytest.fixture
+def mixture(workspace, monkeypatch):
+    """Two data sets of your own and their mixture."""
+    monkeypatch.delenv("TEMPER_CONF", raising=False)
+    monkeypatch.setenv("TEMPER_CONF", str(workspace / "conf"))
+    for name, text in MIXED.items():
+        path = workspace / "conf" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    for name in ("one", "other"):
+        (workspace / f"{name}.jsonl").write_text('{"question": "?", "answer": "!"}\n')
+    return workspace
+
+
+def on_both(*overrides):
+    return build("data=both", "sweep=none", *overrides, experiment="lamini_docs")
+
+
+def test_a_mixture_formats_each_data_set_by_itself(mixture):
+    plan = on_both()
+    [job] = [job for job in plan.jobs.values() if job.stage == "mix_prompts"]
+    assert job.path.startswith("results/mixtures/both-")
+    assert job.config == {
+        "data": {"mix": [{"source": "one", "weight": 2.0}, {"source": "other", "weight": 1.0}], "on_overlap": "warn"}
+    }
+    parts = [plan.jobs[path] for path in job.inputs.values()]
+    assert [part.path.split("/")[-1].partition("-")[0] for part in parts] == ["one", "other"]
+    assert [part.config["data"]["limit"]["train"] for part in parts] == [None, 5]
+    [alone] = [job.path for job in on_both("data=one").jobs.values() if job.stage == "format_prompts"]
+    assert alone == parts[0].path, "which a run on it alone shares"
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "formats", "mixes"),
+    [
+        ("other.jsonl", '{"question": "?", "answer": "?"}\n', ["other"], 1),
+        ("conf/data/one.yaml", MIXED["data/one.yaml"] + "where: answer\n", ["one"], 1),
+        ("conf/data/both.yaml", MIXED["data/both.yaml"].replace("weight: 2", "weight: 3"), [], 1),
+        ("conf/data/both.yaml", MIXED["data/both.yaml"].replace("limit: 5", "limit: 6"), ["other"], 1),
+        ("conf/data/both.yaml", "# a remark\n" + MIXED["data/both.yaml"], [], 0),
+    ],
+)
+def test_an_edit_in_one_data_set_formats_that_one_again(mixture, file, text, formats, mixes):
+    before = set(on_both().jobs)
+    (mixture / file).write_text(text)
+    new = [job for path, job in on_both().jobs.items() if path not in before]
+    assert [
+        job.config["data"] and job.path.split("/")[-1].partition("-")[0] for job in new if job.stage == "format_prompts"
+    ] == formats
+    assert sum(job.stage == "mix_prompts" for job in new) == mixes
+    assert any(job.stage == "train_adapter" for job in new) == bool(mixes)
+
+
+@pytest.mark.parametrize(
+    ("mix", "said"),
+    [
+        ("[{data: gone}]", "'data.mix: gone': conf/data/gone.yaml does not exist; allowed"),
+        ("[{data: both}]", "config: 'data.mix': both is a mixture itself: name the data sets in it"),
+        ("[{data: one}, {data: one}]", "config: 'data': 'mix' has 'one' twice: give it once, with a weight"),
+        ("[{data: one, weigt: 2}]", "config: unknown key 'data.mix.0.weigt'; did you mean 'weight'?"),
+        ("[{data: one, weight: 0}]", "config: 'data.mix.0.weight': input should be greater than 0 (found 0)"),
+        ("[]", "config: 'data.mix': list should have at least 1 item"),
+    ],
+)
+def test_what_is_no_mixture_is_refused(mixture, mix, said):
+    (mixture / "conf/data/both.yaml").write_text(f"name: both\nmix: {mix}\n")
+    with pytest.raises(UserError) as caught:
+        on_both()
+    assert str(caught.value).startswith(said)
