@@ -274,6 +274,13 @@ class Data(Section):
         return self.layout == "preference" or self.rejected is not None or self.rejected_from is not None
 
 
+PartLimits = Annotated[
+    SplitLimits | None,
+    BeforeValidator(lambda found: {"train": found} if isinstance(found, int) else found),
+    WithJsonSchema({"anyOf": [{"type": "integer"}, {"type": "object"}, {"type": "null"}]}),
+]
+
+
 class MixPart(Section):
     """A data set of a mixture."""
 
@@ -281,7 +288,7 @@ class MixPart(Section):
     """Name of a file of conf/data, which says all but how much of it is taken."""
     weight: Annotated[float, Field(gt=0, le=1000)] = 1.0
     """How often each of its training rows is learned in an epoch; of a fraction, a hash of the row picks the rows."""
-    limit: Annotated[int, Field(gt=0)] | SplitLimits | None = None
+    limit: PartLimits = None
     """Most of its rows: a number is for train; a mapping as data.limit. null: as its own file says."""
 
 

@@ -382,6 +382,11 @@ PLATEAU = "plateau"
 
 def stage_config(stage: str, config: dict) -> dict:
     """The part of a whole config that a stage may see, with the same nesting."""
+    if stage in ("fetch_data", "format_prompts") and "mix" in config["data"]:
+        names = ", ".join(f"data={part['data']['name']}" for part in config["data"]["mix"])
+        raise UserError(
+            f"config: 'data.mix': {stage} takes one data set: run it for each ({names}), and then steps.mix_prompts"
+        )
     view: dict[str, Any] = {}
     for name, field in STAGES[stage].config.model_fields.items():
         kind = field.annotation

@@ -223,6 +223,6 @@ def _fields_at(model, location) -> list[str]:
             annotation = model.model_fields[part].annotation
             if hasattr(annotation, "model_fields"):
                 model = annotation
-            elif part in ("published", "metrics", "sft", "own_answers", "gate"):
+            elif part in ("published", "metrics", "sft", "own_answers", "gate", "mix", "limit"):
                 model = annotation.__args__[0]  # list[Published], SftFirst | None, ...
     return list(model.model_fields)

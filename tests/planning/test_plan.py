@@ -314,9 +314,10 @@ def test_an_edit_in_one_data_set_formats_that_one_again(mixture, file, text, for
 @pytest.mark.parametrize(
     ("mix", "said"),
     [
-        ("[{data: gone}]", "'data.mix: gone': conf/data/gone.yaml does not exist; allowed"),
+        ("[{data: gone}]", "'data.mix: gone': conf/data/gone.yaml does not exist; did you mean 'one'?"),
         ("[{data: both}]", "config: 'data.mix': both is a mixture itself: name the data sets in it"),
         ("[{data: one}, {data: one}]", "config: 'data': 'mix' has 'one' twice: give it once, with a weight"),
+        ("[{data: one, limit: -1}]", "config: 'data.mix.0.limit.train': input should be greater than 0 (found -1)"),
         ("[{data: one, weigt: 2}]", "config: unknown key 'data.mix.0.weigt'; did you mean 'weight'?"),
         ("[{data: one, weight: 0}]", "config: 'data.mix.0.weight': input should be greater than 0 (found 0)"),
         ("[]", "config: 'data.mix': list should have at least 1 item"),
