@@ -82,8 +82,8 @@ def config_page() -> str:
     schema = Config.model_json_schema()
     parts = [CONFIG_HEAD]
     for name, field in schema["properties"].items():
-        for kind in _objects(field, schema["$defs"]):
-            parts.append(_section(name, kind, schema["$defs"]))
+        kinds = _objects(field, schema["$defs"])
+        parts += [_section(name, kind, schema["$defs"], kinds) for kind in kinds]
     alone = {name: field for name, field in schema["properties"].items() if field.get("type") == "integer"}
     parts.append(_table("Without a section", "", "", alone, schema["$defs"]))
     return "\n".join(parts)
@@ -91,19 +91,22 @@ def config_page() -> str:
 
 def _objects(field: dict, known: dict) -> list[dict]:
     """The section classes that a field may be; none for a plain value, or if its keys are those of a library."""
-    choices = field.get("oneOf") or field.get("anyOf") or [field]
-    named = [known[choice["$ref"].rpartition("/")[2]] for choice in choices if "$ref" in choice]
-    return [kind for kind in named if "properties" in kind]
+    if choices := field.get("oneOf") or field.get("anyOf"):
+        return [kind for choice in choices for kind in _objects(choice, known)]
+    named = known[field["$ref"].rpartition("/")[2]] if "$ref" in field else {}
+    return [named] if "properties" in named else []
 
 
-def _section(name: str, kind: dict, known: dict) -> str:
-    inner = [
-        _section(f"{name}.{key}", inside, known)
-        for key, field in kind["properties"].items()
-        for inside in _objects(field, known)
-    ]
+def _section(name: str, kind: dict, known: dict, told_of: list[dict]) -> str:
+    """`told_of`: classes that have a section beside this one, and need no other inside it."""
+    inner = []
+    for key, field in kind["properties"].items():
+        kinds = [inside for inside in _objects(field, known) if inside not in told_of]
+        inner += [_section(f"{name}.{key}", inside, known, kinds) for inside in kinds]
     said = kind.get("description", "").split("\n\n")[0]
+    title = kind.get("title", "")  # that of a class is its name, unless it says otherwise
     told = kind["properties"].get("kind", kind["properties"].get("name", {})).get("const")
+    told = told or (title if title.islower() else None)
     title = f"`{name}`" + (f": {told}" if told else "")
     return "\n".join([_table(title, said, f"{name}.", kind["properties"], known), *inner])
 

@@ -35,6 +35,8 @@ class Section(BaseModel):
 class OfficialSplits(Section):
     """Temper's split -> the hub's; one that is left out is taken from train by a hash."""
 
+    model_config = ConfigDict(title="for each split")
+
     train: str
     validation: str | None = None
     test: str | None = None
@@ -98,6 +100,8 @@ SOURCE_KINDS: dict[str, type[Section]] = {"hub": HubSource, "files": FilesSource
 
 class SplitSources(Section):
     """A source for each split; one that is left out is taken from train by a hash."""
+
+    model_config = ConfigDict(title="for each split")
 
     train: Source
     validation: Source | None = None
@@ -295,8 +299,12 @@ class MixPart(Section):
 class Mixture(Section):
     """Several data sets in one: each is formatted and split by itself, and the splits are put together."""
 
+    model_config = ConfigDict(title="a mixture")
+
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$")]
     mix: Annotated[list[MixPart], Field(min_length=1)]
+    """Each `data`, the name of a file of conf/data; `weight`, how often each of its training rows is learned in an
+    epoch (a fraction: some of them, picked by a hash); `limit`, the most training rows, or a mapping as data.limit."""
     on_overlap: Literal["warn", "drop", "error"] = "warn"
     """As in a data set, for rows of one that stand in a split of another."""
 

@@ -90,6 +90,23 @@ CASES = [
     _plan("to delete a group", r"cannot be left out", "~train"),
     _plan("to delete and to sweep", r"~ takes a key out", "~train.learning_rate=1,2"),
     # choices
+    _plan(
+        "a source and one for each split",
+        r"'data\.source' has both 'kind', .*, and 'train', .*: leave one out",
+        "data.source.train={kind: files, path: x.jsonl}",
+    ),
+    _plan(
+        "a share of a split that has a source",
+        r"'splits\.test' is a share of train, and source\.test says what it is: leave one out",
+        "~data.source",
+        "data.source={train: {kind: files, path: x.jsonl}, test: {kind: files, path: y.jsonl}}",
+    ),
+    _plan(
+        "no source for train",
+        r"'data\.source\.train' is missing",
+        "~data.source",
+        "data.source={test: {kind: files, path: x.jsonl}}",
+    ),
     _plan("unknown choice", r"conf/data/nothing\.yaml does not exist", "data=nothing"),
     _plan("a choice above conf", r"does not exist", "data=../../../etc/passwd"),
     _plan("a choice of 5,000 letters", r"does not exist", "data=" + "a" * 5000),
