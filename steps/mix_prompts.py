@@ -14,6 +14,7 @@ come, and with 1.5 all of them once and half of them twice. A hash of the row sa
 come once: weights decide what is learned, not what is judged.
 """
 
+import collections
 import hashlib
 import json
 import logging
@@ -25,7 +26,7 @@ from temper.data import overlap
 from temper.data.columns import SPLITS
 from temper.data.places import MIXTURE, Part, of_mixture
 from temper.errors import UserError
-from temper.files import json_text, read_json, write_whole
+from temper.files import each_json_line, json_text, read_json, write_whole
 from temper.progress import Progress
 from temper.step import run_command
 
@@ -55,19 +56,26 @@ def run(config: MixPrompts, prompts: list[Path], output: Path) -> dict:
 
     found, shared = overlap.find(output, sum(counts["train"].values()))
     told = overlap.tell(output, found, config.data.on_overlap, lambda ids: of_mixture(parts, ids))
-    taken = overlap.leave_out(output, shared) if config.data.on_overlap == "drop" else dict.fromkeys(shared, 0)
-    splits = {
-        split: {
-            "rows": sum(by.values()) - taken.get(split, 0),
-            "by_source": by,
-            "left_out_by_overlap": taken.get(split, 0),
-        }
-        for split, by in counts.items()
-    }
+    kept = counts
+    if config.data.on_overlap == "drop":
+        overlap.leave_out(output, shared)
+        kept = {split: {**dict.fromkeys(by, 0), **_sources(output / f"{split}.jsonl")} for split, by in counts.items()}
+    splits = {split: _stats(by, sum(counts[split].values())) for split, by in kept.items()}
     write_whole(output / "stats.json", json_text({"rows": before, "splits": splits, "overlap": told}))
-    for split, by in counts.items():
+    for split, by in kept.items():
         log.info("%s: %s", split, ", ".join(f"{source} {rows}" for source, rows in by.items()))
     return {"rows": splits}
+
+
+def _sources(path: Path) -> dict[str, int]:
+    """Source -> its rows in a split."""
+    return dict(collections.Counter(row["source"] for row in each_json_line(path)))
+
+
+def _stats(by_source: dict[str, int], before: int) -> dict:
+    """Counts of a split. `before`: its rows before those were taken out that stand in another."""
+    rows = sum(by_source.values())
+    return {"rows": rows, "by_source": by_source, "left_out_by_overlap": before - rows}
 
 
 def _mixed(split: str, parts: list[Part], weights: list[float], output: Path) -> dict[str, int]:

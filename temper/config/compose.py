@@ -373,9 +373,10 @@ def _refuse_idle_axes(config, axes: dict[str, list[str]]) -> None:
 
 def _at(config: dict, key: str):
     """The value at a dotted key."""
+    found: Any = config
     for part in key.split("."):
-        config = config[part]
-    return config
+        found = found[int(part)] if isinstance(found, list) else found[part]
+    return found
 
 
 def _axes(config, overrides: Overrides) -> dict[str, list[str]]:

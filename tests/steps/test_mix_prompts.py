@@ -95,6 +95,9 @@ def test_a_row_of_one_data_set_in_a_split_of_another_is_told(workspace, caplog):
     assert "other.jsonl:" in caplog.text and ", as one.jsonl:" in caplog.text
     found = mixed(prompts, 2, 1, on_overlap="drop")
     assert not answers(found["train"]) & answers(found["test"])
+    train = json.loads((OUTPUT / "stats.json").read_text())["splits"]["train"]
+    assert train["by_source"] == {name: len(of(name, found["train"])) for name in prompts}
+    assert train["left_out_by_overlap"] >= 2 * len(leaked)
 
 
 def test_a_folder_for_each_data_set_and_rows_of_each(two, capsys):
