@@ -91,9 +91,9 @@ def _given(files: dict, raw: Path, data: dict, system: str | None) -> set[str]:
     """The splits that the data has itself, by its files or by a column."""
     if data["splits"]["column"] is None:
         return {*files} - {raw_data.ALL}
-    found = set()
+    found: set[str] = set()
     for _, example in examples(raw, data, system):
-        if example is not None:
+        if example is not None and example.split is not None:
             found.add(example.split)
         if len(found) == len(SPLITS):
             break

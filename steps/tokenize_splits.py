@@ -148,7 +148,7 @@ class _Rows:
         self.max_length, self.policy = tokenize["max_length"], tokenize["max_length_policy"]
         self.audit = Audit()
         self.texts: dict[tuple[int, ...], str] = {}
-        first = next(each_json_line(path), {})
+        first: dict = next(each_json_line(path), {})
         self.pairs, self.about = "rejected" in first, [name for name in ABOUT if name in first]
 
     def dataset(self, path: Path):

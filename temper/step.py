@@ -170,7 +170,7 @@ def _readable_weights(folder: Path) -> None:
         weights.chmod(0o666 & ~mask)
 
 
-def _input_paths(name: str, value: str | list[str] | None) -> Path | list[Path] | None:
+def _input_paths(name: str, value: str | list[str] | None) -> Path | list[Path | None] | None:
     return [_input_path(name, one) for one in value] if isinstance(value, list) else _input_path(name, value)
 
 

@@ -213,7 +213,8 @@ def _known_choice(group: str, choice: str, text: str) -> str:
 
 
 @functools.lru_cache(maxsize=256)
-def _compose(group_overrides: tuple[str, ...], searched: tuple[Path, ...]):
+def _compose(group_overrides: tuple[str, ...], searched: tuple[Path, ...], name: str = "config"):
+    """`name`: the file to begin with, and with these choices. Of another than config.yaml no experiment has a say."""
     from hydra import compose
 
     for path in (path for folder in searched for path in sorted(folder.rglob("*.yaml"))):
@@ -221,7 +222,7 @@ def _compose(group_overrides: tuple[str, ...], searched: tuple[Path, ...]):
     try:
         _check_package_lines(group_overrides)
         with _hydra():
-            return compose("config", overrides=list(group_overrides))
+            return compose(name, overrides=list(group_overrides))
     except UserError:
         raise
     except Exception as error:  # from YAML, OmegaConf or the system: Hydra lets them all through
@@ -350,8 +351,8 @@ def with_parts(config: dict) -> dict:
 def _with_part(part) -> Any:
     if not isinstance(part, dict) or not isinstance(part.get("data"), str):
         return part
-    choice = _known_choice("data", part["data"], f"data.mix: {part['data']}")
-    data = to_container(_compose((choice,), tuple(folders())))["data"]
+    _known_choice("data", part["data"], f"data.mix: {part['data']}")
+    data = to_container(_compose((), tuple(folders()), f"data/{part['data']}"))["data"]
     if "mix" in data:
         raise UserError(f"config: 'data.mix': {part['data']} is a mixture itself: name the data sets in it")
     limit = part.get("limit")

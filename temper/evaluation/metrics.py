@@ -114,7 +114,7 @@ class Evidence:
 
     def part(self, rows: Sequence[int]) -> "Evidence":
         """The evidence of these rows alone."""
-        lists = {
+        lists: dict[str, Any] = {
             field.name: [value[row] for row in rows]
             for field in dataclasses.fields(self)
             if field.name not in ("settings", "beta", "own") and (value := getattr(self, field.name)) is not None

@@ -97,7 +97,7 @@ def _row(run: RankedRun, names: list[str], ranking: Ranking) -> dict:
 
 def _of_sources(split: str, figures: Figures, metric: str, known: bool) -> dict:
     """Rows, ranking metric and loss of each data set of a mixture; null where the run was not judged on this split."""
-    row = {}
+    row: dict[str, Any] = {}
     for source, part in figures.sources.items():
         values = {"rows": part.rows, **{name: part.values.get(name) for name in dict.fromkeys([metric, "loss"])}}
         row |= {f"{source}:{split}_{name}": value if known else None for name, value in values.items()}
