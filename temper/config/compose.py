@@ -355,11 +355,6 @@ def _with_part(part) -> Any:
     data = to_container(_compose((), tuple(folders()), f"data/{part['data']}"))["data"]
     if "mix" in data:
         raise UserError(f"config: 'data.mix': {part['data']} is a mixture itself: name the data sets in it")
-    limit = part.get("limit")
-    if isinstance(limit, int):
-        limit = {"train": limit}
-    if isinstance(limit, dict):  # what is wrong is said by the schema
-        data["limit"] = {**(data.get("limit") or {}), **limit}
     return {**part, "data": data}
 
 

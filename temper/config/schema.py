@@ -295,6 +295,12 @@ class MixPart(Section):
     limit: PartLimits = None
     """Most of its rows: a number is for train; a mapping as data.limit. null: as its own file says."""
 
+    @model_validator(mode="after")
+    def _limits_of_this_mixture(self):
+        if self.limit is not None:
+            self.data.limit = self.data.limit.model_copy(update=self.limit.model_dump(exclude_none=True))
+        return self
+
 
 class Mixture(Section):
     """Several data sets in one: each is formatted and split by itself, and the splits are put together."""

@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from temper.config import compose
 from temper.errors import UserError
 from temper.planning import plan as planning
 from temper.planning import planner
@@ -261,7 +262,7 @@ MIXED = {
 @pytest.fixture
 def mixture(workspace, monkeypatch):
     """Two data sets of your own and their mixture."""
-    monkeypatch.delenv("TEMPER_CONF", raising=False)
+    compose._compose.cache_clear()
     monkeypatch.setenv("TEMPER_CONF", str(workspace / "conf"))
     for name, text in MIXED.items():
         path = workspace / "conf" / name
@@ -303,6 +304,7 @@ def test_a_mixture_formats_each_data_set_by_itself(mixture):
 def test_an_edit_in_one_data_set_formats_that_one_again(mixture, file, text, formats, mixes):
     before = set(on_both().jobs)
     (mixture / file).write_text(text)
+    compose._compose.cache_clear()  # a process reads the files of conf/ once
     new = [job for path, job in on_both().jobs.items() if path not in before]
     assert [
         job.config["data"] and job.path.split("/")[-1].partition("-")[0] for job in new if job.stage == "format_prompts"
