@@ -80,7 +80,10 @@ def prompt_hash(messages: layouts.Messages) -> PromptHash:
     The system message stays out. Changing it must not reshuffle the splits, and rows that differ only in a system
     message which `prompt.system` then replaces must not end up on both sides.
     """
-    asked = [[message["role"], message["content"]] for message in layouts.without_system(messages[:-1])]
+    asked = [
+        [message["role"], message["content"], *message.get("tool_calls", ())]
+        for message in layouts.without_system(messages[:-1])
+    ]
     value = hashlib.sha256(json.dumps(asked, ensure_ascii=False).encode()).digest()
     return PromptHash(int.from_bytes(value[:8]), int.from_bytes(value[8:16]))
 
@@ -95,8 +98,9 @@ def split_of(position: int, shares: dict[str, float]) -> str:
 
 def record(number: int, example: layouts.Example) -> dict:
     """A line of train.jsonl, validation.jsonl or test.jsonl."""
-    pair = {} if example.rejected is None else {"rejected": example.rejected}
-    return {"id": number, "messages": example.messages, **pair}
+    given = example._asdict()
+    more = {name: given[name] for name in ("tools", "chat_template_kwargs", "rejected") if given[name] is not None}
+    return {"id": number, "messages": example.messages, **more}
 
 
 class Splits:
