@@ -119,9 +119,11 @@ class Splits:
             return
         hashed = prompt_hash(example.messages)
         self.prompts.append(hashed.split)
-        answers = [example.messages[-1]["content"], *([] if example.rejected is None else [example.rejected])]
-        answer = hashlib.blake2b("\0".join(answers).encode(), digest_size=8, key=hashed.rank.to_bytes(8)).digest()
-        self.rows.append(int.from_bytes(answer))
+        said = example.messages[-1]
+        answer = said["content"] if len(said) == layouts.PLAIN else json.dumps(said)
+        answers = [answer, *([] if example.rejected is None else [example.rejected])]
+        digest = hashlib.blake2b("\0".join(answers).encode(), digest_size=8, key=hashed.rank.to_bytes(8)).digest()
+        self.rows.append(int.from_bytes(digest))
         line = json.dumps(record(number, example), ensure_ascii=False)
         self.files[split_of(hashed.split, self.shares)].add(hashed.rank, line)
 

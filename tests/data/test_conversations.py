@@ -5,6 +5,7 @@ import re
 
 import pytest
 
+from temper.commands.predict import conversation
 from temper.data.layouts import converter
 from temper.errors import UserError
 
@@ -134,3 +135,11 @@ def test_what_a_pair_cannot_compare_is_refused():
     with pytest.raises(UserError, match="'reasoning_content' in an answer of a pair is not compared"):
         converted(row, "preference")
     assert converted(row, "preference", ignore_fields=["reasoning_content"]).rejected == "No."
+
+
+def test_predict_asks_with_tools_and_their_results():
+    call = {"role": "assistant", "content": None, "tool_calls": json.dumps([CALL])}
+    asked = conversation({"messages": [ASK, call, {"role": "tool", "content": "7"}], "tools": json.dumps([TOOL])})
+    assert asked.tools == [TOOL]
+    assert [message["role"] for message in asked.messages] == ["user", "assistant", "tool"]
+    assert asked.messages[1]["tool_calls"] == [CALL]
