@@ -69,13 +69,18 @@ def run(config: SampleAnswers, splits: Path, model: Path, output: Path) -> dict:
                     f"{model}: all its answers to the {split} split are right, so there is nothing to reject; "
                     "raise method.own_answers.temperature, or use rows it does not know yet"
                 )
-            rows[split] = Dataset.from_list(pairs, features=features(True, rows[split].column_names))
+            rows[split] = Dataset.from_list(pairs, features=_features(rows[split].column_names))
             log.info("%s: %d rows, %d answered wrongly and kept", split, counts[split]["read"], len(pairs))
     DatasetDict(rows).save_to_disk(output)
     serving.write(output, served_with)
     text = json.dumps({**read_json(splits / "audit.json"), "own_answers": counts}, indent=2)
     (output / "audit.json").write_text(text + "\n", encoding="utf-8")
     return {"own_answers": counts}
+
+
+def _features(names: list[str]):
+    """The columns of pairs made of rows with these columns."""
+    return features(pairs=True, reasoning="reasoning_start" in names, about=names)
 
 
 def _pairs(network, tokenizer, rows: list[dict], settings: dict, stop_ids: list[int], file) -> list[dict]:

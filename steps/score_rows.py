@@ -70,11 +70,15 @@ def run(config: ScoreRows, model: Path, splits: Path, prompts: Path, output: Pat
 
 
 def _once(rows: DatasetDict) -> DatasetDict:
-    """The rows without repeats: a mixture repeats rows by weight."""
-    import numpy as np
-
-    first = {name: np.unique(part["id"], return_index=True)[1] for name, part in rows.items()}
-    return type(rows)({name: part.select(sorted(first[name])) for name, part in rows.items()})
+    """The rows of a mixture without those that a weight repeats; other rows as they are."""
+    found = {}
+    for split, part in rows.items():
+        found[split] = part
+        if "source" in part.column_names:
+            texts = zip(part["id"], map(tuple, part["input_ids"]), strict=True)
+            first = {text: place for place, text in reversed(list(enumerate(texts)))}
+            found[split] = part.select(sorted(first.values()))
+    return type(rows)(found)
 
 
 def _check_lineage(splits: Path, prompts: Path, parts: list[Part], raw: Path | None) -> None:

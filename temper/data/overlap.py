@@ -167,10 +167,8 @@ def _rows(path: Path) -> Iterator[_Row]:
 def _row(line: bytes) -> _Row:
     record = json.loads(line)
     prompt = asked(record["messages"])
-    text = " ".join(" ".join([message["content"] for message in prompt]).casefold().split())
-    same = hash(
-        tuple([(message["role"], message["content"]) for message in prompt])
-    )  # 64 bits; only within this process
+    text = " ".join(" ".join([content for _, content, *_ in prompt]).casefold().split())
+    same = hash(repr(prompt))  # 64 bits, for this process alone
     return _Row(record["id"], same, text.ljust(WIDTH), record.get("group"))
 
 

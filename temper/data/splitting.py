@@ -74,9 +74,12 @@ class PromptHash:
     rank: int
 
 
-def asked(messages: layouts.Messages) -> layouts.Messages:
-    """The prompt: the messages before the last answer, without the system message."""
-    return layouts.without_system(messages[:-1])
+def asked(messages: layouts.Messages) -> list[list]:
+    """The prompt: role, content and calls of the messages before the last answer, without the system message."""
+    return [
+        [message["role"], message["content"], *message.get("tool_calls", ())]
+        for message in layouts.without_system(messages[:-1])
+    ]
 
 
 def prompt_hash(messages: layouts.Messages) -> PromptHash:
@@ -85,8 +88,7 @@ def prompt_hash(messages: layouts.Messages) -> PromptHash:
     The system message stays out. Changing it must not reshuffle the splits, and rows that differ only in a system
     message which `prompt.system` then replaces must not end up on both sides.
     """
-    turns = [[message["role"], message["content"]] for message in asked(messages)]
-    value = hashlib.sha256(json.dumps(turns, ensure_ascii=False).encode()).digest()
+    value = hashlib.sha256(json.dumps(asked(messages), ensure_ascii=False).encode()).digest()
     return PromptHash(int.from_bytes(value[:8]), int.from_bytes(value[8:16]))
 
 
@@ -105,9 +107,10 @@ def group_hash(group: str) -> int:
 
 def record(number: int, example: layouts.Example) -> dict:
     """A line of train.jsonl, validation.jsonl or test.jsonl."""
-    pair = {} if example.rejected is None else {"rejected": example.rejected}
-    group = {} if example.group is None else {"group": example.group}
-    return {"id": number, "messages": example.messages, **pair, **group}
+    given = example._asdict()
+    names = ("tools", "chat_template_kwargs", "rejected", "group")
+    more = {name: given[name] for name in names if given[name] is not None}
+    return {"id": number, "messages": example.messages, **more}
 
 
 class Splits:
@@ -130,9 +133,11 @@ class Splits:
             return
         hashed = prompt_hash(example.messages)
         self.prompts.append(hashed.split)
-        answers = [example.messages[-1]["content"], *([] if example.rejected is None else [example.rejected])]
-        answer = hashlib.blake2b("\0".join(answers).encode(), digest_size=8, key=hashed.rank.to_bytes(8)).digest()
-        self.rows.append(int.from_bytes(answer))
+        said = example.messages[-1]
+        answer = said["content"] if len(said) == layouts.PLAIN else json.dumps(said)
+        answers = [answer, *([] if example.rejected is None else [example.rejected])]
+        digest = hashlib.blake2b("\0".join(answers).encode(), digest_size=8, key=hashed.rank.to_bytes(8)).digest()
+        self.rows.append(int.from_bytes(digest))
         line = json.dumps(record(number, example), ensure_ascii=False)
         named = split or example.split or "train"
         if named == "train":
