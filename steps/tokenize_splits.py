@@ -229,16 +229,18 @@ class _Rows:
     def _encode(self, records: list[dict]) -> list[tuple[dict, int, list[Encoded]]]:
         conversations = self._conversations(records)
         texts = self.encoder.pieces(conversations)
+        every = self.path.stem == "train" and not self.pairs
         if self.pairs:
             places = [found[-1][-1].place for found in texts[::2]]
             pairs = self.encoder.encode_pairs([found[-1] for found in texts])
             made = [(record, at, list(pair)) for record, at, pair in zip(records, places, pairs, strict=True)]
         else:
-            kept = [found if self.path.stem == "train" else found[-1:] for found in texts]
+            kept = [found[0 if every else -1 :] for found in texts]
             flat = [(record, text) for record, found in zip(records, kept, strict=True) for text in found]
             encoded = self.encoder.encode_pieces([text for _, text in flat])
             made = [(record, text[-1].place, [one]) for (record, text), one in zip(flat, encoded, strict=True)]
-        self._count(records, conversations, texts, len(made))
+        alone = slice(None, None, 1 + self.pairs)  # of a pair the chosen answer
+        self._count(conversations[alone], texts[alone], every)
         return made
 
     def _conversations(self, records: list[dict]) -> list[Conversation]:
@@ -252,24 +254,25 @@ class _Rows:
             for text in (chosen, _answered(chosen, record["rejected"]))
         ]
 
-    def _count(
-        self, records: list[dict], conversations: list[Conversation], texts: list[list[list[Turn]]], made: int
-    ) -> None:
-        """Count what the chat template and the texts of some records are like."""
-        audit, per_record = self.audit, 1 + self.pairs
-        several = sum(len(found) > 1 for found in texts) // per_record
-        if made > len(records):
-            audit.several += several
-            audit.more += made - len(records)
+    def _count(self, conversations: list[Conversation], texts: list[list[list[Turn]]], every: bool) -> None:
+        """Count what the chat template and the texts of some conversations are like.
+
+        Args:
+            every: whether each text of a conversation is a row, and not the last one only.
+        """
+        audit, several = self.audit, [len(found) for found in texts if len(found) > 1]
+        if every:
+            audit.several += sum(several)
+            audit.more += sum(several) - len(several)
         else:
-            audit.last_only += several
-        audit.special += sum(map(self.encoder.special.spelt, conversations[::per_record]))
+            audit.last_only += len(several)
+        audit.special += sum(map(self.encoder.special.spelt, conversations))
         if self.encoder.renderer.rich:
-            answers = [(found[-1][-1], given.messages[-1]) for found, given in zip(texts, conversations, strict=True)]
-            audit.written += sum(turn.written for turn, _ in answers)
-            audit.without_reasoning += sum(
-                "</think>" in turn.answer and not has_reasoning(message) for turn, message in answers
-            )
+            for conversation, found in zip(conversations, texts, strict=True):
+                for turn in [text[-1] for text in found[0 if every else -1 :]]:
+                    audit.written += turn.written
+                    empty = "</think>" in turn.answer and not has_reasoning(conversation.messages[turn.place])
+                    audit.without_reasoning += empty
 
     def _row(self, record: dict, place: int, encoded: list[Encoded]) -> dict | None:
         """The finished row of a record, or None if it is dropped."""

@@ -208,10 +208,10 @@ def test_what_is_said_of_turns_that_a_template_rewrites(workspace, tiny_model, c
     assert splits["train"]["reference"][:] == ["b", "d", "f"]
     assert splits["train"]["prompt"][:] == ["a", "c", "e"]
     assert splits["test"]["reference"][:] == ["d", "f"]
-    assert (audit["train"]["became_several_rows"], audit["train"]["rows_from_earlier_answers"]) == (1, 1)
+    assert (audit["train"]["became_several_rows"], audit["train"]["rows_from_earlier_answers"]) == (2, 1)
     assert audit["test"]["only_last_answer_learned"] == 1
     said = capsys.readouterr().err
-    assert "1 of 3 rows of train: each answer is a row of its own, behind the history that it has at inference" in said
+    assert "2 of 3 rows of train: each answer is a row of its own, behind the history that it has at inference" in said
     assert "1 of 2 rows of test: only the last answer is learned, for the chat template shows earlier turns" in said
     assert r"the chat template writes '<think>\n\n</think>\n\n' before an answer" in said
     assert json.loads(Path("splits/provenance.json").read_text())["opening"] == "<think>\n\n</think>\n\n"
