@@ -135,6 +135,14 @@ def _used(data: dict) -> set[str]:
     return used
 
 
+def text_columns(data: dict) -> dict[str, str]:
+    """The file's columns that may become text -> their names in templates."""
+    free = data["layout"] == "template"
+    names = _used({**data, "where": None}) if free else LAYOUTS[data["layout"]][1]
+    renamed = data.get("columns") or {}
+    return {renamed.get(name, name): name for name in sorted(names)}
+
+
 # --- layouts of two texts ------------------------------------------------------------------------
 
 

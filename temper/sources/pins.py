@@ -7,7 +7,7 @@ as the files are as fetched, the pin identifies them; once one is edited, their 
 import collections
 from pathlib import Path
 
-from temper.data.rows import format_of, refuse_unread
+from temper.data.rows import UTF_8, format_of, refuse_unread
 from temper.errors import UserError
 from temper.files import read_json
 from temper.hashing import HashCache, digest, file_sha256
@@ -39,9 +39,14 @@ def check_options(data: dict) -> None:
             f"config: 'data.format': {data['format']} is for files, and rows of the hub are kept as jsonl: "
             "leave it out (~data.format)"
         )
+    if source["kind"] == "hub" and data["encoding"] != UTF_8:
+        raise UserError(
+            f"config: 'data.encoding': {data['encoding']} is for files, and rows of the hub are kept as UTF-8: "
+            "leave it out (~data.encoding)"
+        )
     for name in _names(source):
         if found := data["format"] or format_of(name):
-            refuse_unread(f"config: {name}", found, data["csv"], data["field"])
+            refuse_unread(f"config: {name}", found, data["csv"], data["field"], data["encoding"])
 
 
 def _names(source: dict) -> list[str]:
