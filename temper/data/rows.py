@@ -128,7 +128,7 @@ class RawFile:
     def _jsonl(self):
         decode = DECODER.decode
         for number, line in self._lines():
-            if isinstance(line, _WrongBytes):
+            if type(line) is _WrongBytes:
                 yield number, BadRow("encoding", line.reason)
             elif line.strip():
                 try:
@@ -271,17 +271,18 @@ class RawFile:
         try:
             with self._open() as file:
                 encoding = self._encoding_of(file.peek(4)[:4])
-                mixed = _Mixed(self, encoding)
+                wide, mixed = encodings.is_wide(encoding), _Mixed(self, encoding)
+                watches = mixed.watches
                 for number, line in enumerate(_split(file, encoding, longest), 1):
                     read += len(line)
                     if read > most or len(line) == longest:
                         raise self._too_much(number, most if read > most else None, longest)
-                    if isinstance(line, str):
+                    if wide:
                         yield number, line
                         continue
                     if number == 1:
                         line = self._without_mark(line)  # noqa: PLW2901
-                    if mixed.watches and not line.isascii():
+                    if watches and not line.isascii():
                         mixed.look_at(line)
                     try:
                         yield number, line.decode(encoding)
@@ -362,7 +363,7 @@ class RawFile:
             return encodings.likely(file)
 
 
-def _split(file, encoding: str, longest: int) -> Iterator[bytes | str]:
+def _split(file, encoding: str, longest: int) -> Iterator:
     """The lines of a file: as bytes, or as text where a byte of a line feed ends no line."""
     if encodings.is_wide(encoding):
         return iter(functools.partial(io.TextIOWrapper(file, encoding, newline="\n").readline, longest), "")
@@ -414,7 +415,8 @@ class _CsvLines:
     """
 
     def __init__(self, file: RawFile):
-        self.last, self.fault = "", None
+        self.last = ""
+        self.fault: _WrongBytes | None = None
         numbered = file._lines()
         first = next(numbered, None)
         found = re.fullmatch(r"sep=(.)\r?\n?", first[1]) if first else None
@@ -427,7 +429,7 @@ class _CsvLines:
         escape = options["escapechar"]
         as_csv = _escapes(options, self.delimiter)
         for _, line in numbered:
-            if isinstance(line, _WrongBytes):
+            if type(line) is _WrongBytes:
                 self.fault = self.fault or line
             self.last = line
             yield as_csv(line) if escape is not None and escape in line else line

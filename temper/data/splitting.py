@@ -36,12 +36,13 @@ def examples(
     for path in files:
         file = RawFile.of(path, data, plain)
         for (number, row), counted in zip(file.entries(), count, strict=False):
+            if isinstance(row, BadRow):
+                _reject(rejected, counted, file, number, row)
+                continue
             try:
-                example = convert(row) if isinstance(row, dict) else row
+                example = convert(row)
             except UserError as error:
-                example = BadRow(LAYOUT, str(error))
-            if isinstance(example, BadRow):
-                _reject(rejected, counted, file, number, example)
+                _reject(rejected, counted, file, number, BadRow(LAYOUT, str(error)))
                 continue
             if example:
                 controls.look_at(example, file, number)
@@ -53,7 +54,7 @@ def examples(
 
 def _reject(rejected: Rejected | None, counted: int, file: RawFile, number: int, row: BadRow) -> None:
     if rejected is None:
-        raise UserError(f"{file.place(number)}: {row.reason}")
+        raise UserError(f"{file.place(number)}: {row.reason}") from None
     rejected.add(counted, file, number, row)
 
 
