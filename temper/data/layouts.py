@@ -64,8 +64,8 @@ TO_DROP = "to drop it from all rows, set data.ignore_fields=[{name}]; to leave s
 
 
 def _harmless(value) -> bool:
-    """Whether a field has no effect: null, empty, a weight of 1, ``train: true`` (but not 0 or false)."""
-    return value is None or value is True or value in ("", [], {}) or (value == 1 and value is not False)
+    """Whether a field has no effect: null, nan, empty, a weight of 1, ``train: true`` (but not 0 or false)."""
+    return value is None or value != value or value is True or value in ("", [], {}) or (value == 1 and value is not False)
 
 
 def refuse_unused(
@@ -192,6 +192,8 @@ def _text(row: dict, name: str) -> str:
     if value is None or isinstance(value, str):
         what = "blank" if value and value.strip() == "" else "empty"
         raise UserError(f'column "{name}" is {what}; to leave such rows out, set data.where to "{_filled(name)}"')
+    if value != value:
+        raise UserError(f'column "{name}" is nan; {texts.way_on(value, name)}')
     try:
         texts.checked(value)
         way_on = f"data.layout=template makes text of it: {{{{ {name} }}}}"
