@@ -37,7 +37,7 @@ def converter(data: dict, system: str | None) -> Callable[[dict], Example | None
     renamed = _renamed_columns(data)
     ignored = frozenset(data.get("ignore_fields") or ()) | frozenset(renamed.values())
     free = data["layout"] == "template"
-    columns = () if free else LAYOUTS[data["layout"]][1]
+    columns = () if data["layout"] in ("template", "question_answer") else LAYOUTS[data["layout"]][1]  # of messages
     evaluate = _templates(data)
 
     def convert(row: dict) -> Example | None:
@@ -65,7 +65,8 @@ TO_DROP = "to drop it from all rows, set data.ignore_fields=[{name}]; to leave s
 
 def _harmless(value) -> bool:
     """Whether a field has no effect: null, nan, empty, a weight of 1, ``train: true`` (but not 0 or false)."""
-    return value is None or value != value or value is True or value in ("", [], {}) or (value == 1 and value is not False)
+    missing = value is None or value != value
+    return missing or value is True or value in ("", [], {}) or (value == 1 and value is not False)
 
 
 def refuse_unused(

@@ -140,7 +140,8 @@ def way_on(value, column: str | None) -> str:
         test = f"{name} == {name}" if _is_nan(value) else f"{name} | abs < 1e308"
         return f'leave such rows out: set data.where to "{test}"'
     if isinstance(value, list | tuple):
-        return f"write {{{{ {name} | {'tojson' if any(map(_is_no_text, value)) else "join(', ')"} }}}}"
+        made = "tojson" if any(map(_is_no_text, value)) else "join(', ')"
+        return f"write {{{{ {name} | {made} }}}}"
     if isinstance(value, dict):
         return f"name what of it you want{_part(name, value)}, or write {{{{ {name} | tojson }}}}"
     if isinstance(value, bytes):
