@@ -306,7 +306,8 @@ class RawFile:
     def _damage(self, number: int, error: Exception) -> Exception:
         """What ended the reading after line `number`."""
         if isinstance(error, UnicodeError):
-            return UserError(f"{self.path}: is no {self.encoding} after line {number}: {words(error)}")
+            name = getattr(error, "encoding", self.encoding)
+            return UserError(f"{self.path}: is no {name} after line {number}: {words(error)}")
         if isinstance(error, PermissionError):
             return UserError(f"{self.path}: cannot be read ({error.strerror}); make it readable")
         if isinstance(error, OSError) and (error.errno is not None or not self._packed):
