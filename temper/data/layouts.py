@@ -17,6 +17,10 @@ ROLES = ("system", "user", "assistant")
 SHAREGPT_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 
 
+class NoColumnError(UserError):
+    """A row has not the column that a layout or template names."""
+
+
 class Example(NamedTuple):
     """One row: a conversation that ends with the (chosen) answer and, for a preference pair, the rejected answer."""
 
@@ -93,7 +97,7 @@ def refuse_unused(
 
 def _renamed(row: dict, name: str, theirs: str):
     if theirs not in row:
-        raise UserError(f"no column '{theirs}', which data.columns.{name} names; there are {_names(row)}")
+        raise NoColumnError(f"no column '{theirs}', which data.columns.{name} names; there are {_names(row)}")
     return row[theirs]
 
 
@@ -180,7 +184,7 @@ def _column(row: dict, name: str):
     try:
         return row[name]
     except KeyError:
-        raise UserError(
+        raise NoColumnError(
             f"no column '{name}'; there are {_names(row)}: choose another data.layout, "
             f"or say which column it is: data.columns.{name}=..."
         ) from None
@@ -370,7 +374,7 @@ def _templates(data: dict) -> Callable[[dict], dict]:
 
 def _compiled(key: str, source: str) -> Callable[[dict], object]:
     """`data.<key>` as a function of the row: a template's text, or whether `where` holds."""
-    from jinja2 import meta
+    from jinja2 import UndefinedError, meta
 
     environment = texts.environment()
     with templates.bounded(f"config: 'data.{key}'"):
@@ -389,6 +393,8 @@ def _compiled(key: str, source: str) -> Callable[[dict], object]:
             reason = f"{_holder(column)}{error}: {texts.way_on(error.value, column)}"
         except texts.NoTruthError as error:
             reason = error.said(_column_of(error.value, row, used))
+        except UndefinedError as error:
+            raise NoColumnError(f"data.{key}: {templates.reason(error)} (columns: {_names(row)})") from None
         except Exception as error:  # a template is a program and may raise anything
             reason = templates.reason(error)
         raise UserError(f"data.{key}: {reason} (columns: {_names(row)})")

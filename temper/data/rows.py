@@ -123,6 +123,12 @@ class RawFile:
         """Whether numbers are of rows, because their lines are not known."""
         return self.format == "parquet" or self.field is not None
 
+    @property
+    def without_header(self) -> str:
+        """What to do if a column is missing because the first line was taken for a header; empty if it was not."""
+        read = self.format == "csv" and self.csv["fieldnames"] is None
+        return "; if the file has no header line, name the columns: data.csv.fieldnames=[a,b]" if read else ""
+
     def _line(self, number: int) -> str:
         return f"{self.path}:{number}"
 

@@ -42,7 +42,8 @@ def examples(
             try:
                 example = convert(row)
             except UserError as error:
-                _reject(rejected, counted, file, number, BadRow(LAYOUT, str(error)))
+                way_on = file.without_header if isinstance(error, layouts.NoColumnError) else ""
+                _reject(rejected, counted, file, number, BadRow(LAYOUT, f"{error}{way_on}"))
                 continue
             if example:
                 controls.look_at(example, file, number)

@@ -82,7 +82,9 @@ def source_files(source: dict) -> dict[str, Path]:
         if name in named:
             raise UserError(f"data.source.path: {named[name]} and {file} would both be called {name}: rename one")
         if is_no_data(name):
-            raise UserError(f"data.source.path: {file}: hidden files and pin-*.json are not data: rename it")
+            raise UserError(
+                f"data.source.path: {file}: hidden files, pin-*.json and marks such as _SUCCESS are not data: rename it"
+            )
         named[name] = file
     return dict(sorted(named.items()))
 
@@ -109,8 +111,8 @@ def is_pin(path: Path) -> bool:
 
 
 def is_no_data(name: str) -> bool:
-    """Whether a file of this name in a data folder is not a raw file, but hidden or a pin."""
-    return name.startswith(".") or is_pin(Path(name))
+    """Whether a file of this name in a data folder is not a raw file, but hidden, a pin, or a mark as Spark's _SUCCESS."""
+    return name.startswith(".") or is_pin(Path(name)) or (name.startswith("_") and format_of(name) is None)
 
 
 def planned_identity(name: str, source: dict, hashes: HashCache) -> dict:

@@ -169,7 +169,9 @@ CASES = [
     _answer("a number", r"holds 1\.0, a number, not text", 1.0),
     _answer("true", r"holds True, true or false, not text", True),
     _answer("a list", r"holds \['b'\], a list, not text", ["b"]),
-    _answer("nan", r"holds nan, a missing value, not text", float("nan")),
+    _answer(
+        "nan", r"column \"answer\" is nan; leave such rows out: set data\.where to \"answer == answer\"", float("nan")
+    ),
     _template("null", r"rows\.jsonl:1: .*column 'answer': null is a missing value", "{{ answer }}", None),
     _template("null by %", r"null is a missing value, not text", "{{ '%s' % answer }}", None),
     _template("null by format", r"null is a missing value, not text", "{{ '{}'.format(answer) }}", None),

@@ -182,6 +182,8 @@ CASES: dict[str, tuple[str, str | bytes, Callable, list[tuple[str, str]], list[s
         [("a", "a"), *((f"q{index}", "a") for index in range(COUNT))],
         [],
     ),
+    "no header": ("rows.csv", _table().split("\r\n", 1)[1], names, ROWS, []),
+    "no header, in a template": ("rows.csv", _table().split("\r\n", 1)[1], names, ROWS, FREE),
     "rows in a field": ("rows.json", json.dumps({"n": 1, "data": _objects()}), override, ROWS, []),
     "rows in a field with a blank": ("rows.json", json.dumps({"n": [1], "my data": _objects()}), override, ROWS, []),
     "lines called json": ("rows.json", _lines(_objects()), override, ROWS, []),
