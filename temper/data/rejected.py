@@ -60,11 +60,12 @@ class Rejected:
         """
         share = self.lines / max(rows - self.rows + self.lines, 1)
         if share > most:
+            limit = f"data.max_bad_share={most:g}"
             over = "" if self.lines == self.rows else f" (in {self.lines:,} lines)"
             more = f"; and {self.rows - len(self.first):,} more" if self.rows > len(self.first) else ""
             raise UserError(
-                f"{raw}: {self.rows:,} of {rows:,} rows{over} are bad, {share:.2%}, more than data.max_bad_share={most:g}"
-                f": {'; '.join(self.first)}{more}: correct them, leave them out by data.where, or raise the share"
+                f"{raw}: {self.rows:,} of {rows:,} rows{over} are bad, {share:.2%}, more than {limit}: "
+                f"{'; '.join(self.first)}{more}: correct them, leave them out by data.where, or raise the share"
             )
 
     def said(self, rows: int) -> str:

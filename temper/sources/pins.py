@@ -111,7 +111,7 @@ def is_pin(path: Path) -> bool:
 
 
 def is_no_data(name: str) -> bool:
-    """Whether a file of this name in a data folder is no raw file: hidden, a pin, or a mark such as Spark's _SUCCESS."""
+    """Whether a file of this name in a data folder is no raw file: hidden, a pin, or a mark as Spark's _SUCCESS."""
     return name.startswith(".") or is_pin(Path(name)) or (name.startswith("_") and format_of(name) is None)
 
 

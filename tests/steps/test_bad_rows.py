@@ -200,6 +200,18 @@ def test_places_of_rows_count_the_bad_ones():
     ]
 
 
+def test_a_folder_of_spark():
+    """Its marks and checksums are no data."""
+    Path("raw").mkdir()
+    for part in range(2):
+        lines = [f'{row["question"]},"{row["answer"]} \\"x\\""' for row in ROWS[part * 20 : part * 20 + 20]]
+        Path(f"raw/part-0000{part}-3f.csv").write_text("\n".join(["question,answer", *lines]) + "\n")
+        Path(f"raw/.part-0000{part}-3f.csv.crc").write_bytes(b"crc\x00")
+    Path("raw/_SUCCESS").touch()
+    rows, _ = run(raw="raw", csv={"escapechar": "\\"})
+    assert answers(rows) == [f'{row["answer"]} "x"' for row in ROWS]
+
+
 def test_entries_and_rows_agree():
     jsonl(*mixed())
     entries = list(RawFile(Path("rows.jsonl")).entries())
