@@ -3,12 +3,14 @@
 import datetime
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pyarrow
 import pytest
 from pyarrow import parquet
 
 from steps import format_prompts
+from temper.commands.explain import changed_rows
 from temper.data import splitting
 from temper.data.places import Place, places
 from temper.data.rows import BadRow, RawFile
@@ -198,6 +200,22 @@ def test_places_of_rows_count_the_bad_ones():
             "\"question | default('', true) | trim != ''\"",
         }
     ]
+
+
+def test_explain_counts_rows_that_are_left_out():
+    """An edited row is named by its number, though rows before it were left out."""
+    lines = mixed()
+    jsonl(*lines)
+    given = {"on_bad_row": "skip", "max_bad_share": 0.2}
+    run(**given)
+    data = {"layout": "question_answer", "splits": {"validation": 0, "test": 0.3}, **given}
+    job = SimpleNamespace(inputs={"raw": "rows.jsonl"}, config={"data": data, "prompt": {"system": None}})
+    assert changed_rows(job, OUTPUT).endswith("a row that no split uses changed")
+    lines[3] = {**lines[3], "answer": "another"}
+    jsonl(*lines)
+    assert changed_rows(job, OUTPUT).endswith(": row 4 changed")
+    jsonl(*lines, "oops")
+    assert changed_rows(job, OUTPUT).endswith(": 46 -> 47 rows")
 
 
 def test_a_folder_of_spark():
