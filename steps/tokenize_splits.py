@@ -17,8 +17,8 @@ Writes  a `datasets.DatasetDict` (train, validation, test) with the columns id, 
         Where rows have reasoning, reference is the answer behind it, and reasoning_start and reasoning_end are the
         texts around it.
         serving.json (sums of tokenizer and template: `temper.model.serving`).
-        audit.json (counts, length histogram, suggested max_length) and audit.txt (rows with their learned tokens
-        marked).
+        audit.json (counts, length histogram, suggested max_length), and for people audit.html (the same, and 20 rows
+        token by token) and audit.txt (5 rows with what is learned marked).
 """
 
 import contextlib
@@ -62,6 +62,7 @@ def run(config: TokenizeSplits, prompts: Path, model: Path, output: Path) -> dic
     from datasets import DatasetDict
 
     from temper.model.loading import is_encoder_decoder, load_tokenizer, stop_token_ids
+    from temper.reports.audit_page import write_page
 
     quiet_libraries()
     tokenizer = load_tokenizer(model)
@@ -81,7 +82,8 @@ def run(config: TokenizeSplits, prompts: Path, model: Path, output: Path) -> dic
         limits.check(model, splits)
         DatasetDict(splits).save_to_disk(output)
         shown = shown_rows(splits["train"], encoder)
-    audit = {"max_length": config.tokenize.max_length, "splits": audits}
+        audit = {"max_length": config.tokenize.max_length, "splits": audits}
+        write_page(output, audit, splits["train"], tokenizer, encoder.apart)
     (output / "audit.json").write_text(json.dumps(audit, indent=2) + "\n", encoding="utf-8")
     (output / "audit.txt").write_text(shown, encoding="utf-8")
     serving.write(output, serving.of_folder(model, tokenizer))
