@@ -98,7 +98,9 @@ def _refuse_to_lose(folder: Path, pins: list[dict]) -> None:
 def _fetch_package(source: dict, folder: Path) -> dict:
     name = pypi.member_name(source)
     if is_no_data(name):
-        raise UserError(f"{SECTION}.member: {name}: a hidden file or a pin-*.json is not data; name another member")
+        raise UserError(
+            f"{SECTION}.member: {name}: hidden files, pin-*.json and marks such as _SUCCESS are not data; name another"
+        )
     archive = pypi.package_archive(source, SECTION)
     pypi.extract_member(archive, source["member"], folder / name, SECTION)
     return {"archive": archive.name}

@@ -7,19 +7,23 @@ Reads:  the files of a data folder (given as the folder or its pin), or one file
         and prompt.system.
 Writes: train.jsonl, validation.jsonl, test.jsonl: {"id": row number in the raw data, from 1, "messages": [...]},
         where the last message is the assistant's answer; for a preference pair also "rejected", the worse answer to
-        the same prompt. stats.json counts the rows of each split.
+        the same prompt. stats.json counts the rows of each split. With data.on_bad_row=skip also rejected.jsonl:
+        {"id", "file", "line" (or "row"), "kind", "reason"} of each row that is left out because it cannot be read or
+        makes no conversation; stats.json counts them by kind.
 
 A row's split is decided by a hash of its prompt: the messages before the last answer, without the system message.
 Editing, adding or moving rows therefore never moves another row to another split, rows with the same prompt are
 always on the same side, and a new system message leaves the splits as they are.
 """
 
+import contextlib
 import json
 import logging
 import sys
 from pathlib import Path
 
 from temper.config.stages import NOT_PLANNED, FormatPrompts, Planned
+from temper.data.rejected import FILE, Rejected
 from temper.data.splitting import SPLITS, Splits, examples
 from temper.errors import UserError
 from temper.progress import Progress
@@ -41,18 +45,28 @@ def run(config: FormatPrompts, raw: Path, output: Path, planned: Planned = NOT_P
 
     Raises:
         UserError: a row that makes no conversation (with file and line), an empty split, or raw files that changed
-            since the plan was made.
+            since the plan was made. With data.on_bad_row=skip: more bad rows than data.max_bad_share.
     """
     data = config.data.model_dump()
     identity = raw_data.identity_on_disk(raw)
     raw_data.refuse_other_identity(raw, identity, planned.raw)
     limits = data["limit"]
-    with Splits(output, data["splits"], limits) as splits, Progress(None, "format", "rows") as progress:
-        for number, example in examples(raw, data, config.prompt.system):
+    rejected = Rejected.by_policy(data, output / FILE)
+    with (
+        rejected or contextlib.nullcontext(),
+        Splits(output, data["splits"], limits) as splits,
+        Progress(None, "format", "rows") as progress,
+    ):
+        for number, example in examples(raw, data, config.prompt.system, rejected):
             splits.add(number, example)
             progress.update()
     raw_data.refuse_other_identity(raw, raw_data.identity_on_disk(raw), identity)
     stats = splits.stats()
+    if rejected is not None:
+        stats |= {"rows": stats["rows"] + rejected.rows, "rejected": rejected.stats()}
+        rejected.refuse_many(raw, stats["rows"], data["max_bad_share"])
+        if rejected.rows:
+            log.warning("%s", rejected.said(stats["rows"]))
     _refuse_empty(raw, stats, data)
     (output / "stats.json").write_text(json.dumps(stats, indent=2) + "\n", encoding="utf-8")
     log.info("%s", _summary(stats))
@@ -63,7 +77,7 @@ def _refuse_empty(raw: Path, stats: dict, data: dict) -> None:
     """An empty split is an error, unless its share is 0."""
     if not stats["rows"]:
         raise UserError(f"{raw}: no rows in the raw files")
-    used = stats["rows"] - stats["left_out_by_where"]
+    used = stats["rows"] - stats["left_out_by_where"] - stats.get("rejected", {"rows": 0})["rows"]
     if not used:
         raise UserError(f"{raw}: data.where ({data['where']}) leaves out all {stats['rows']} rows")
     for name in SPLITS:

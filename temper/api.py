@@ -36,14 +36,14 @@ CHAINS = ("sft", "own_answers")  # options of method dpo that need stages before
 
 
 def load_rows(path: str | Path) -> list[dict]:
-    """The rows of a .jsonl, .json, .csv, .tsv or .parquet file, column name -> value.
+    """The rows of a .jsonl, .json, .csv, .tsv or .parquet file, packed or not (.gz, .zst), column name -> value.
 
     Raises:
         UserError: a line that cannot be read, with file and line.
     """
     if not Path(path).is_file():
         raise UserError(f"load_rows: {path}: no such file")
-    return [row for _, row in RawFile(Path(path))]
+    return [row for _, row in RawFile(Path(path), settable=False)]
 
 
 def train(

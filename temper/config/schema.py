@@ -11,6 +11,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
+from temper.data import encodings
+
 
 class Section(BaseModel):
     """Base class of all sections: an unknown key is an error, never ignored."""
@@ -85,7 +87,8 @@ class Csv(Section):
     quotechar: Annotated[str, Field(min_length=1, max_length=1)] | None = '"'
     """null: quotes are ordinary characters."""
     escapechar: Annotated[str, Field(min_length=1, max_length=1)] | None = None
-    """Character that escapes a quote inside a text."""
+    r"""Character that escapes quotes, line ends, delimiters and itself. Before others it is text. If quotechar is null,
+    \n, \t and \r are control characters, as PostgreSQL writes them."""
     fieldnames: list[str] | None = None
     """Column names, if the file has no header line."""
 
@@ -124,8 +127,15 @@ class Data(Section):
     format: Literal["json", "jsonl", "csv", "parquet"] | None = None
     """null: inferred from the file's extension."""
     csv: Csv = Csv()
+    encoding: Annotated[str, AfterValidator(encodings.checked)] = "utf-8"
+    """Of text files, by Python's name (cp1252, latin-1, utf-16-le, ...). A file's byte order mark comes before it."""
     field: str | None = None
-    """If a json file is one object: the field that holds the rows."""
+    """If a json file is one object: the field that holds the rows, or the fields from outside to inside, as in SQuAD's
+    data.paragraphs.qas. Rows then have the columns of the objects around them, too."""
+    on_bad_row: Literal["error", "skip"] = "error"
+    """A row that cannot be read or makes no conversation ends the step, or is left out and listed in rejected.jsonl."""
+    max_bad_share: Annotated[float, Field(ge=0, lt=1)] = 0.01
+    """For skip: a larger share of bad rows is an error. A row counts as often as it has lines."""
     layout: Layout
     """Which columns form the conversation."""
     columns: dict[str, str] = {}
@@ -157,6 +167,15 @@ class Data(Section):
         if self.layout != "template" and (self.prompt or self.completion or self.rejected):
             names = "'prompt', 'completion' and 'rejected'"
             raise ValueError(f"{names} are for layout 'template', not for '{self.layout}'")
+        return self
+
+    @model_validator(mode="after")
+    def _share_belongs_to_skip(self):
+        if self.on_bad_row == "error" and self.max_bad_share != type(self).model_fields["max_bad_share"].default:
+            raise ValueError(
+                "'max_bad_share' is for bad rows that are left out: set on_bad_row=skip, or leave it out "
+                "(~data.max_bad_share)"
+            )
         return self
 
     @model_validator(mode="after")
@@ -364,7 +383,9 @@ class Probe(Section):
     """null: inferred from the file's extension. In a text, blank lines separate the passages."""
     csv: Csv = Csv()
     field: str | None = None
-    """If a json file is one object: the field that holds the rows."""
+    """If a json file is one object: the field that holds the rows, as data.field."""
+    encoding: Annotated[str, AfterValidator(encodings.checked)] = "utf-8"
+    """As data.encoding."""
     text: str | None = None
     """For rows: their text, as Jinja over the columns."""
     passage: str | None = None

@@ -15,6 +15,10 @@ from temper.data.conversations import Messages, checked, read
 from temper.errors import UserError, suggest
 
 
+class NoColumnError(UserError):
+    """A row has not the column that a layout or template names."""
+
+
 class Example(NamedTuple):
     """One row: a conversation that ends with the (chosen) answer and, for a preference pair, the rejected answer.
 
@@ -40,7 +44,7 @@ def converter(data: dict, system: str | None) -> Callable[[dict], Example | None
     renamed = _renamed_columns(data)
     ignored = frozenset(data.get("ignore_fields") or ()) | frozenset(renamed.values())
     free = data["layout"] == "template"
-    columns = () if free else LAYOUTS[data["layout"]][1]
+    columns = () if data["layout"] in ("template", "question_answer") else LAYOUTS[data["layout"]][1]  # of messages
     evaluate = _templates(data)
 
     def convert(row: dict) -> Example | None:
@@ -72,8 +76,9 @@ TO_DROP = "to drop it from all rows, set data.ignore_fields=[{name}]; to leave s
 
 
 def _harmless(value) -> bool:
-    """Whether a field has no effect: null, empty, a weight of 1, ``train: true`` (but not 0 or false)."""
-    return value is None or value is True or value in ("", [], {}) or (value == 1 and value is not False)
+    """Whether a field has no effect: null, nan, empty, a weight of 1, ``train: true`` (but not 0 or false)."""
+    missing = value is None or value != value
+    return missing or value is True or value in ("", [], {}) or (value == 1 and value is not False)
 
 
 def _without(ignored: frozenset[str], row: dict, columns: Iterable[str]) -> dict:
@@ -121,7 +126,7 @@ def refuse_unused(row: dict, columns: Iterable[str], way_on: str = TO_DROP) -> N
 
 def _renamed(row: dict, name: str, theirs: str):
     if theirs not in row:
-        raise UserError(f"no column '{theirs}', which data.columns.{name} names; there are {_names(row)}")
+        raise NoColumnError(f"no column '{theirs}', which data.columns.{name} names; there are {_names(row)}")
     return row[theirs]
 
 
@@ -175,6 +180,14 @@ def _used(data: dict) -> set[str]:
     return used
 
 
+def text_columns(data: dict) -> dict[str, str]:
+    """The file's columns that may become text -> their names in templates."""
+    free = data["layout"] == "template"
+    names = _used({**data, "where": None}) if free else LAYOUTS[data["layout"]][1]
+    renamed = data.get("columns") or {}
+    return {renamed.get(name, name): name for name in sorted(names)}
+
+
 # --- layouts of two texts ------------------------------------------------------------------------
 
 
@@ -211,7 +224,7 @@ def _column(row: dict, name: str):
     try:
         return row[name]
     except KeyError:
-        raise UserError(
+        raise NoColumnError(
             f"no column '{name}'; there are {_names(row)}: choose another data.layout, "
             f"or say which column it is: data.columns.{name}=..."
         ) from None
@@ -224,6 +237,8 @@ def _text(row: dict, name: str) -> str:
     if value is None or isinstance(value, str):
         what = "blank" if value and value.strip() == "" else "empty"
         raise UserError(f'column "{name}" is {what}; to leave such rows out, set data.where to "{_filled(name)}"')
+    if value != value:
+        raise UserError(f'column "{name}" is nan; {texts.way_on(value, name)}')
     try:
         texts.checked(value)
         way_on = f"data.layout=template makes text of it: {{{{ {name} }}}}"
@@ -354,7 +369,7 @@ def _templates(data: dict) -> Callable[[dict], dict]:
 
 def _compiled(key: str, source: str) -> Callable[[dict], object]:
     """`data.<key>` as a function of the row: a template's text, or whether `where` holds."""
-    from jinja2 import meta
+    from jinja2 import UndefinedError, meta
 
     environment = texts.environment()
     with templates.bounded(f"config: 'data.{key}'"):
@@ -373,6 +388,8 @@ def _compiled(key: str, source: str) -> Callable[[dict], object]:
             reason = f"{_holder(column)}{error}: {texts.way_on(error.value, column)}"
         except texts.NoTruthError as error:
             reason = error.said(_column_of(error.value, row, used))
+        except UndefinedError as error:
+            raise NoColumnError(f"data.{key}: {templates.reason(error)} (columns: {_names(row)})") from None
         except Exception as error:  # a template is a program and may raise anything
             reason = templates.reason(error)
         raise UserError(f"data.{key}: {reason} (columns: {_names(row)})")

@@ -6,61 +6,57 @@ import hashlib
 import heapq
 import itertools
 import json
-import logging
-import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from temper.data import layouts
+from temper.data import doubts, layouts
 from temper.data.columns import SPLITS
-from temper.data.rows import RawFile
+from temper.data.rejected import LAYOUT, Rejected
+from temper.data.rows import UTF_8, BadRow, RawFile, plain_types
 from temper.errors import UserError
 from temper.sources import pins as raw_data
-
-log = logging.getLogger("temper")
-
 
 # --- reading -------------------------------------------------------------------------------------
 
 
-def examples(raw: Path, data: dict, system: str | None) -> Iterator[tuple[int, layouts.Example | None]]:
-    """(row number from 1 through all files, its example; None when `data.where` leaves the row out)."""
+def examples(
+    raw: Path, data: dict, system: str | None, rejected: Rejected | None = None
+) -> Iterator[tuple[int, layouts.Example | None]]:
+    """(row number from 1 through all files, its example; None when `data.where` leaves the row out).
+
+    Args:
+        rejected: takes the rows that cannot be read, or make no conversation, and are left out here; they are numbered
+            like all others. None: the first is an error.
+    """
     convert = layouts.converter(data, system)
-    count, controls = itertools.count(1), _Controls()
-    for path in raw_data.data_files(raw):
-        file = RawFile(path, data.get("format"), data.get("csv") or {}, data.get("field"))
-        for number, row in file:
+    count, controls = itertools.count(1), doubts.Controls(data.get("encoding") or UTF_8)
+    words = doubts.Words(layouts.text_columns(data))
+    files = raw_data.data_files(raw)
+    plain = plain_types(files, data)
+    for path in files:
+        file = RawFile.of(path, data, plain)
+        for (number, row), counted in zip(file.entries(), count, strict=False):
+            if isinstance(row, BadRow):
+                _reject(rejected, counted, file, number, row)
+                continue
             try:
                 example = convert(row)
             except UserError as error:
-                raise UserError(f"{file.place(number)}: {error}") from None
+                way_on = file.without_header if isinstance(error, layouts.NoColumnError) else ""
+                _reject(rejected, counted, file, number, BadRow(LAYOUT, f"{error}{way_on}"))
+                continue
             if example:
-                controls.look_at(example, file.place(number))
-            yield next(count), example
+                controls.look_at(example, file, number)
+                words.look_at(row, example, file, number)
+            yield counted, example
     controls.say()
+    words.say()
 
 
-class _Controls:
-    """Counts rows with C1 control characters. No text has them; they come from reading Windows text as Latin-1."""
-
-    PATTERN = re.compile("[\x80-\x84\x86-\x9f]")
-
-    def __init__(self):
-        self.rows, self.first = 0, ""
-
-    def look_at(self, example: layouts.Example, place: str) -> None:
-        texts = [message["content"] for message in example.messages] + [example.rejected or ""]
-        if any(self.PATTERN.search(text) for text in texts):
-            self.rows, self.first = self.rows + 1, self.first or place
-
-    def say(self) -> None:
-        if self.rows:
-            log.warning(
-                "%d rows hold control characters (the first: %s), as a file of Windows does that was converted from "
-                "Latin-1: convert the original with iconv -f cp1252 -t utf-8",
-                self.rows,
-                self.first,
-            )
+def _reject(rejected: Rejected | None, counted: int, file: RawFile, number: int, row: BadRow) -> None:
+    if rejected is None:
+        raise UserError(f"{file.place(number)}: {row.reason}") from None
+    rejected.add(counted, file, number, row)
 
 
 # --- splitting -----------------------------------------------------------------------------------

@@ -230,7 +230,7 @@ def test_control_characters_of_a_wrong_conversion_are_said_once(project, caplog)
         run(layout="prompt_completion")
     [said] = [record.getMessage() for record in caplog.records if "control" in record.getMessage()]
     assert said.startswith("2 rows hold control characters (the first: rows.jsonl:5)")
-    assert "iconv -f cp1252 -t utf-8" in said
+    assert "read the original with data.encoding=cp1252" in said
 
 
 def test_empty_splits_are_refused(project, capsys):
