@@ -23,20 +23,22 @@ log = logging.getLogger("temper")
 # --- reading -------------------------------------------------------------------------------------
 
 
-def examples(raw: Path, data: dict, system: str | None) -> Iterator[tuple[int, layouts.Example | None]]:
-    """(row number from 1 through all files, its example; None when `data.where` leaves the row out)."""
-    convert = layouts.converter(data, system)
+def examples(raw: Path, data: dict, system: str | None) -> Iterator[tuple[int, layouts.Example | layouts.Tie | None]]:
+    """(row number from 1 through all files, an example of it; None when `data.where` leaves the row out)."""
+    expand = layouts.expander(data, system)
     count, controls = itertools.count(1), _Controls()
     for path in raw_data.data_files(raw):
         file = RawFile(path, data.get("format"), data.get("csv") or {}, data.get("field"))
         for number, row in file:
             try:
-                example = convert(row)
+                made = expand(row)
             except UserError as error:
                 raise UserError(f"{file.place(number)}: {error}") from None
-            if example:
-                controls.look_at(example, file.place(number))
-            yield next(count), example
+            at = next(count)
+            for example in made:
+                if isinstance(example, layouts.Example):
+                    controls.look_at(example, file.place(number))
+                yield at, example
     controls.say()
 
 
@@ -96,7 +98,8 @@ def split_of(position: int, shares: dict[str, float]) -> str:
 def record(number: int, example: layouts.Example) -> dict:
     """A line of train.jsonl, validation.jsonl or test.jsonl."""
     pair = {} if example.rejected is None else {"rejected": example.rejected}
-    return {"id": number, "messages": example.messages, **pair}
+    label = {} if example.label is None else {"label": example.label}
+    return {"id": number, "messages": example.messages, **pair, **label}
 
 
 class Splits:
@@ -105,27 +108,33 @@ class Splits:
     def __init__(self, folder: Path, shares: dict[str, float], limits: dict[str, int | None]):
         self.shares = shares
         self.files = {name: _SplitFile(folder / f"{name}.jsonl", limits.get(name)) for name in SPLITS}
-        self.left_out = 0
+        self.left_out = self.ties = 0
         self.prompts, self.rows = array.array("Q"), array.array("Q")  # hash of each prompt; of prompt and answer
 
-    def add(self, number: int, example: layouts.Example | None) -> None:
-        """Add the row `number`; None counts as left out by `data.where`."""
+    def add(self, number: int, example: layouts.Example | layouts.Tie | None) -> None:
+        """Add the row `number`; None counts as left out by `data.where`, and a tie makes no pair."""
+        if isinstance(example, layouts.Tie):
+            self.ties += 1
+            return
         if example is None:
             self.left_out += 1
             return
         hashed = prompt_hash(example.messages)
         self.prompts.append(hashed.split)
         answers = [example.messages[-1]["content"], *([] if example.rejected is None else [example.rejected])]
+        answers += [] if example.label is None else [str(example.label)]
         answer = hashlib.blake2b("\0".join(answers).encode(), digest_size=8, key=hashed.rank.to_bytes(8)).digest()
         self.rows.append(int.from_bytes(answer))
         line = json.dumps(record(number, example), ensure_ascii=False)
         self.files[split_of(hashed.split, self.shares)].add(hashed.rank, line)
 
     def stats(self) -> dict:
-        """Counts of rows; `duplicates` repeat prompt and answer of an earlier row (and are kept)."""
+        """Counts of rows; `ties` made no pair, for their scores or texts are the same; `duplicates` repeat prompt and
+        answer of an earlier row (and are kept)."""
         return {
             "rows": len(self.rows) + self.left_out,
             "left_out_by_where": self.left_out,
+            **({"ties": self.ties} if self.ties else {}),
             "prompts": _distinct(self.prompts),
             "duplicates": len(self.rows) - _distinct(self.rows),
             "splits": {name: file.stats() for name, file in self.files.items()},
