@@ -147,6 +147,10 @@ def _learned(config: TrainAdapter, rows, splits: Path, references: Path | None):
                 "reference_logprobs on these"
             )
         learned[split] = made
+    if method == "kto" and "train" in learned:
+        note = unpaired.imbalance(learned["train"]["label"][:], config.method.model_dump())
+        if note:
+            log.info("note: %s", note)
     return DatasetDict(learned)
 
 

@@ -185,6 +185,8 @@ def _run_style(rank: int, runs: int) -> dict:
 
 def _unit(lines: list[dict]) -> str:
     """What a training's loss is a mean over."""
+    if curve(lines, "kl")[0]:
+        return "per answer"
     return "per pair" if curve(lines, "rewards/margins")[0] else "nats per token"
 
 

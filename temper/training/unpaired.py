@@ -105,6 +105,25 @@ def with_references(split, figures):
     return Dataset.from_dict(columns)
 
 
+def imbalance(labels: list[bool], method: dict) -> str | None:
+    """A note where the desirable answers, with their weight, are not 1 to 4/3 of the undesirable ones, as is advised.
+
+    Args:
+        method: the config section.
+    """
+    good, bad = sum(labels), len(labels) - sum(labels)
+    if not good or not bad:
+        return f"all {len(labels)} answers are {'' if good else 'un'}desirable: KTO learns from both kinds"
+    share = good * method["desirable_weight"] / (bad * method["undesirable_weight"])
+    if 0.995 <= share <= 1.34:
+        return None
+    better = bad * method["undesirable_weight"] / good
+    return (
+        f"{good} desirable and {bad} undesirable answers weigh {share:.3g} to 1, and the authors of KTO advise 1 to "
+        f"1.33: method.desirable_weight from {better:.3g} to {better * 4 / 3:.3g} gives that"
+    )
+
+
 def mismatched_batch(batch: Batch) -> Batch:
     """The mismatched texts of a batch's rows."""
     texts = [{"input_ids": row["KL_input_ids"], "labels": row["KL_labels"]} for row in batch.rows]

@@ -17,7 +17,7 @@ from temper.data.batches import Batch
 from temper.evaluation import likelihoods
 from temper.model.predictions import SupervisedLoss, flat_way, plain_way
 from temper.training.preferences import FIGURES, PreferenceLoss, chosen_of, pairs_batch, rejected_of
-from tests.support.tiny import gradients, make_tiny_splits, tiny_tokenizer
+from tests.support.tiny import gradients, make_tiny_splits, moved_model, tiny_tokenizer
 
 LOAD = {"dtype": "float32", "attn_implementation": "eager"}
 SMALL = [
@@ -59,12 +59,7 @@ def rows(tiny_pairs, references):
 @pytest.fixture
 def policy(tiny_model):
     """The tiny model, moved away from where the reference stands."""
-    model = AutoModelForCausalLM.from_pretrained(tiny_model, attn_implementation="eager")
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for weight in model.parameters():
-            weight += 0.05 * torch.randn(weight.shape, generator=generator)
-    return model
+    return moved_model(tiny_model)
 
 
 def trl_trainer(policy, tiny_model, rows, **loss):
