@@ -62,11 +62,11 @@ def run(config: FormatPrompts, raw: Path, output: Path, planned: Planned = NOT_P
 
 def _refuse_empty(raw: Path, stats: dict, data: dict) -> None:
     """An empty split is an error, unless its share is 0."""
-    if not stats["rows"]:
-        if ties := stats.get("ties"):
-            raise UserError(f"{raw}: no pair in the raw files: the scores, or the texts, of all {ties} are the same")
-        raise UserError(f"{raw}: no rows in the raw files")
     used = stats["rows"] - stats["left_out_by_where"]
+    if not used and "ties" in stats:
+        raise UserError(f"{raw}: no pair is left: the scores, or the texts, of all {stats['ties']} are the same")
+    if not stats["rows"]:
+        raise UserError(f"{raw}: no rows in the raw files")
     if not used:
         raise UserError(f"{raw}: data.where ({data['where']}) leaves out all {stats['rows']} rows")
     for name in SPLITS:

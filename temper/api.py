@@ -284,9 +284,10 @@ def _layout(row: dict, method: str) -> str:
 
     if method == "kto" and "label" in row:
         return "unpaired_preference"
-    for layout in ("preference", *LAYOUTS):  # before prompt_completion, which has a prompt as well
-        columns = LAYOUTS[layout][1]
-        if columns[0] in row and (layout != "preference" or "rejected" in row):
+    if "chosen" in row and "rejected" in row:  # before prompt_completion, which has a prompt as well
+        return "preference"
+    for layout, (_, columns) in LAYOUTS.items():
+        if columns[0] in row:
             return layout
     firsts = ", ".join(dict.fromkeys(columns[0] for _, columns in LAYOUTS.values()))
     raise UserError(f"has the columns {', '.join(map(str, row))}; one of {firsts} is needed")

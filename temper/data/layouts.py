@@ -384,7 +384,8 @@ def _scored(row: dict) -> list[tuple[object, float]]:
     for index, score in enumerate(scores):
         if isinstance(score, bool) or not isinstance(score, int | float) or not math.isfinite(score):
             raise UserError(f"scores[{index}] is {texts.shown(score)}, not a number")
-    return [(_response_of(response), score) for response, score in zip(responses, scores, strict=True)]
+    texts_of = [_response_of(response, index) for index, response in enumerate(responses)]
+    return list(zip(texts_of, scores, strict=True))
 
 
 def _score_of(response, index: int):
@@ -397,8 +398,13 @@ def _score_of(response, index: int):
     return response[named[0]]
 
 
-def _response_of(response):
-    return response["response"] if isinstance(response, dict) and "response" in response else response
+def _response_of(response, index: int):
+    """A response's text, or its message."""
+    found = response["response"] if isinstance(response, dict) and "response" in response else response
+    if isinstance(found, dict) or (isinstance(found, str) and found.strip()):
+        return found
+    what = texts.shown(found) if found else "empty"
+    raise UserError(f"responses[{index}] is {what}, and not a text; correct the row, or leave it out with data.where")
 
 
 def _pairs_by_score(scored: list[tuple[object, float]], every: bool) -> tuple[list[tuple], int]:
@@ -456,7 +462,7 @@ LAYOUTS: dict[str, tuple[Callable[[dict], Messages], tuple[str, ...]]] = {
     "instruction": (instruction, ("instruction", "input", "output")),
     "question_answer": (question_answer, ("question", "answer")),
     "sharegpt": (sharegpt, ("conversations",)),
-    "preference": (preference, ("prompt", "chosen", "rejected")),
+    "preference": (preference, ("prompt", "chosen", "rejected", "conversations")),
     "scored_responses": (preference, ("prompt", "responses", "scores")),  # of the pairs that `expander` makes
     "unpaired_preference": (prompt_completion, ("prompt", "completion", "label")),
 }

@@ -412,7 +412,8 @@ def test_the_completions_of_ultrafeedback_are_scored_responses():
         ({"responses": ["a", "b"], "scores": [1, "2"]}, "scores[1] is '2', not a number"),
         ({"responses": ["a", "b"], "scores": [1, math.nan]}, "scores[1] is nan, not a number"),
         ({"responses": ["a", "b"]}, "no column 'scores', and responses[0] has no 'overall_score' or 'score'"),
-        ({"responses": ["a", ""], "scores": [2, 1]}, 'column "rejected" is empty'),
+        ({"responses": ["a", ""], "scores": [2, 1]}, "responses[1] is empty, and not a text; correct"),
+        ({"responses": ["a", 3], "scores": [2, 1]}, "responses[1] is 3, and not a text; correct the row, or leave it"),
     ],
 )
 def test_scored_responses_that_are_none_are_named(row, message):

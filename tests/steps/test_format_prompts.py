@@ -318,7 +318,7 @@ def test_scored_responses_make_pairs_of_one_split_and_ties_are_counted(tmp_path,
     assert json.loads((OUTPUT / "stats.json").read_text())["rows"] == 40
     shutil.rmtree(OUTPUT)
     Path("rows.jsonl").write_text(json.dumps({"prompt": "?", "responses": ["a", "b"], "scores": [1, 1]}) + "\n")
-    message = "no pair in the raw files: the scores, or the texts, of all 1 are the same"
+    message = "no pair is left: the scores, or the texts, of all 1 are the same"
     assert message in complaint(capsys, layout="scored_responses")
 
 
