@@ -196,7 +196,7 @@ class Data(Section):
             what = "'label'" if self.label is not None else f"layout '{self.layout}'"
             name = "rejected" if self.rejected is not None else "rejected_from"
             raise ValueError(
-                f"{what} says of single answers whether they are desirable, '{name}' makes pairs: leave one out"
+                f"{what} says whether single answers are desirable, '{name}' makes pairs: leave one out"
             )
         return self
 

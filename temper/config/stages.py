@@ -89,7 +89,7 @@ class SampleAnswers(Section):
 
 
 class ComparedBy(Part):
-    name: Literal["dpo", "kto"] = "dpo"  # the rows that are compared: pairs, or single answers
+    name: Literal["sft", "dpo", "orpo", "simpo", "kto"] = "dpo"  # kto compares single answers, all others pairs
 
 
 class ReferenceLogprobs(Section):

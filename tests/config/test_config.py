@@ -108,7 +108,7 @@ def test_a_fault_is_one_line_that_names_it(workspace, override, message):
         ("data.rejected=x", "'rejected_from' and 'rejected' both say what the rejected answer is"),
         ("data.label=x", "'label' says whether single answers are desirable, 'rejected_from' makes pairs"),
         ("prompt.loss_on=all", "config: 'prompt.loss_on': all is for method=sft and orpo; method=dpo compares answers"),
-        ("train.metric_for_best_model=kl", "validation has no 'kl'"),
+        ("train.metric_for_best_model=kl", "validation of task 'labels' has no 'kl'"),
         ("data.rejected_from=[a]", "config: 'data.rejected_from': list should have at least 2 items"),
     ],
 )

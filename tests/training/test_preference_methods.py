@@ -215,13 +215,9 @@ def test_kto_equals_trls(workspace, tiny_model, rows, rotated, swapped):
     means = _means(figures)
     for name in ("kl", "rewards/chosen", "rewards/rejected", "rewards/margins"):
         assert means[name] == pytest.approx(theirs._metrics["train"][name][0], rel=1e-4, abs=1e-5), name
-    KLS.append(means["kl"])
-    if len(KLS) == 4:
-        assert 0 in KLS
-        assert max(KLS) > 0, "on both sides of the bound"
-
-
-KLS: list[float] = []
+    moved = (mismatched.detach() - torch.tensor(found["ref_KL_logps"][:])).mean().item()
+    assert abs(moved) > 0.01, "so that with the two models swapped it is on the other side"
+    assert means["kl"] == pytest.approx(max(moved, 0), abs=1e-5)
 
 
 def _rejected(row: dict) -> dict:
