@@ -195,9 +195,7 @@ class Data(Section):
         if self.has_labels and (self.rejected is not None or self.rejected_from is not None):
             what = "'label'" if self.label is not None else f"layout '{self.layout}'"
             name = "rejected" if self.rejected is not None else "rejected_from"
-            raise ValueError(
-                f"{what} says whether single answers are desirable, '{name}' makes pairs: leave one out"
-            )
+            raise ValueError(f"{what} says whether single answers are desirable, '{name}' makes pairs: leave one out")
         return self
 
     @property

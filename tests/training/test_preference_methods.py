@@ -10,7 +10,7 @@ import torch
 from datasets import Dataset, load_from_disk
 from safetensors.torch import load_file
 
-from steps import reference_logprobs, train_adapter
+from steps import evaluate_model, merge_adapter, reference_logprobs, train_adapter
 from temper.config.stages import load_stage_config
 from temper.data.batches import Batch
 from temper.model.predictions import SupervisedLoss, flat_way, plain_way
@@ -364,3 +364,43 @@ def test_splits_that_do_not_fit_a_method_are_named(workspace, tiny_splits, tiny_
     with pytest.raises(SystemExit):
         train_adapter.main([*arguments, "experiment=smoke", "sweep=none"])
     assert "method=sft would learn these as well: choose method=kto" in capsys.readouterr().err
+
+
+# --- what comes after ------------------------------------------------------------------------------
+
+
+def evaluate(model, splits, output, *flags) -> dict:
+    settings = load_stage_config("evaluate_model", None, ["experiment=kto", "model.load.dtype=float32"])
+    arguments = ["--model", str(model), "--splits", str(splits), "--output", str(output), *map(str, flags)]
+    evaluate_model.main([*arguments, "--config", json.dumps(settings)])
+    return json.loads((Path(output) / "metrics.json").read_text())
+
+
+def test_a_report_of_kto_on_pairs_has_rewards(workspace, tiny_pairs, tiny_model):
+    train("kto", tiny_pairs, tiny_model, "adapter", "train.num_train_epochs=4")
+    merge_adapter.main(["--model", str(tiny_model), "--adapter", "adapter", "--output", "merged"])
+    facts = evaluate("merged", tiny_pairs, "report", "--adapter", "adapter", "--references", "references-kto")
+    lines = [json.loads(line) for line in Path("report/predictions.jsonl").read_text().splitlines()]
+    logps = load_from_disk("references-kto")["validation"]["ref_logps"][:]
+    gains = [0.1 * (line["chosen_logp"] - logp) for line, logp in zip(lines, logps[::2], strict=True)]
+    assert facts["values"]["rewards/chosen"] == pytest.approx(sum(gains) / len(gains))
+    assert facts["values"]["rewards/margins"] > 0
+    assert "loss (per answer)" in Path("report/report.html").read_text()
+
+
+def test_models_are_judged_by_the_desirable_answers_alone(workspace, tiny_labels, tiny_model):
+    facts = evaluate(tiny_model, tiny_labels, "report")
+    desirable = sum(load_from_disk(tiny_labels)["validation"]["label"])
+    assert facts["rows"] == desirable < len(load_from_disk(tiny_labels)["validation"])
+    assert "preference_accuracy" not in facts["values"]
+
+
+def test_the_advised_weights_are_said_for_answers_mostly_of_one_kind():
+    method = {"desirable_weight": 1.0, "undesirable_weight": 1.0}
+    assert unpaired.imbalance([True] * 4 + [False] * 4, method) is None
+    assert unpaired.imbalance([True] * 4 + [False] * 3, method) is None
+    note = unpaired.imbalance([True] * 2 + [False] * 6, method)
+    assert "method.desirable_weight from 3 to 4 gives that" in note
+    for weight in (3.0, 4.0):
+        assert unpaired.imbalance([True] * 2 + [False] * 6, {**method, "desirable_weight": weight}) is None
+    assert unpaired.imbalance([False] * 3, method) == "all 3 answers are undesirable: KTO learns from both kinds"

@@ -336,6 +336,11 @@ def test_merge_and_report_of_a_preference_optimization(workspace, tiny_pairs, ti
     lines = [json.loads(line) for line in Path("report/predictions.jsonl").read_text().splitlines()]
     right = [line["chosen_logp"] > line["rejected_logp"] for line in lines]
     assert figures["preference_accuracy"] == sum(right) / len(right)
+    means = [tuple(line[f"{side}_logp"] / line[f"{side}_tokens"] for side in ("chosen", "rejected")) for line in lines]
+    assert figures["preference_accuracy_per_token"] == sum(good > bad for good, bad in means) / len(means)
+    for line, row in zip(lines, load_from_disk(tiny_pairs)["validation"], strict=True):
+        counted = [sum(label != -100 for label in row[name]) for name in ("labels", "rejected_labels")]
+        assert [line["chosen_tokens"], line["rejected_tokens"]] == counted
     gains = [
         0.1 * (line["chosen_logp"] - figure["ref_chosen_logps"])
         for line, figure in zip(lines, load_from_disk(references)["validation"], strict=True)
