@@ -11,10 +11,15 @@ Writes  a `datasets.DatasetDict` (train, validation, test) with the columns id, 
         Preference pairs also have rejected_input_ids, rejected_labels and rejected, the same prompt with the rejected
         answer; the other columns then hold the chosen one. Single answers that are desirable or not have `label`. For a
         causal model, labels align with input_ids, and input_ids[:prompt_length] is exactly the prompt that the finished
-        model gets. For an encoder-decoder model, input_ids is the prompt alone, and labels the answer with its end.
+        model gets. For an encoder-decoder model, input_ids is the prompt alone, and labels the answer with its end. A
+        conversation whose chat template shows
+        earlier turns otherwise than they were answered (most drop their reasoning) becomes several rows of train with
+        one id, each answer behind the history that it has at inference; of validation and test its last answer is kept.
+        Where rows have reasoning, reference is the answer behind it, and reasoning_start and reasoning_end are the
+        texts around it.
         serving.json (sums of tokenizer and template: `temper.model.serving`).
-        audit.json (counts, length histogram, suggested max_length) and audit.txt (rows with their learned tokens
-        marked).
+        audit.json (counts, length histogram, suggested max_length), and for people audit.html (the same, and 20 rows
+        token by token) and audit.txt (5 rows with what is learned marked).
 """
 
 import contextlib
@@ -30,9 +35,12 @@ from pathlib import Path
 
 from temper.config.stages import TokenizeSplits
 from temper.data.audit import Audit, report, shown_rows
-from temper.data.columns import SPLITS, features
-from temper.data.encoder import DATE, Encoded, Encoder
-from temper.data.rendering import ChatTemplate
+from temper.data.chat_template import ChatTemplate
+from temper.data.columns import SPLITS, features, final_answer
+from temper.data.conversations import Conversation, has_reasoning, is_rich, of_record
+from temper.data.encoder import Encoded, Encoder
+from temper.data.rendering import Turn
+from temper.data.templates import DATE
 from temper.errors import UserError
 from temper.files import each_json_line
 from temper.model import limits, serving
@@ -55,18 +63,19 @@ def run(config: TokenizeSplits, prompts: Path, model: Path, output: Path) -> dic
     from datasets import DatasetDict
 
     from temper.model.loading import is_encoder_decoder, load_tokenizer, stop_token_ids
+    from temper.reports.audit_page import write_page
 
     quiet_libraries()
     tokenizer = load_tokenizer(model)
     encoder = Encoder(
         tokenizer, stop_token_ids(model, tokenizer), config.prompt.model_dump(), is_encoder_decoder(model)
     )
-    _find_opening(encoder, prompts / "train.jsonl")
+    marks = _look_at_template(encoder, prompts)
     _tell_what_others_do_not_know(encoder, config.prompt.date)
     audits, splits = {}, {}
     with _frozen(), tempfile.TemporaryDirectory(dir=output) as scratch:
         for split in SPLITS:
-            rows = _Rows(prompts / f"{split}.jsonl", encoder, config.tokenize.model_dump())
+            rows = _Rows(prompts / f"{split}.jsonl", encoder, config.tokenize.model_dump(), marks)
             made = rows.dataset(Path(scratch) / f"{split}.arrow")
             audits[split] = rows.audit.summary()
             if len(made):  # `datasets` cannot read back a split without rows
@@ -74,20 +83,40 @@ def run(config: TokenizeSplits, prompts: Path, model: Path, output: Path) -> dic
         limits.check(model, splits)
         DatasetDict(splits).save_to_disk(output)
         shown = shown_rows(splits["train"], encoder)
-    audit = {"max_length": config.tokenize.max_length, "splits": audits}
+        audit = {"max_length": config.tokenize.max_length, "splits": audits}
+        write_page(output, audit, splits["train"], tokenizer, encoder.apart)
     (output / "audit.json").write_text(json.dumps(audit, indent=2) + "\n", encoding="utf-8")
     (output / "audit.txt").write_text(shown, encoding="utf-8")
     serving.write(output, serving.of_folder(model, tokenizer))
     report(audits)
-    return {"rows": {split: audit["rows"] for split, audit in audits.items()}, "opening": encoder.renderer.opening}
+    written = {"opening": encoder.renderer.opening, "rich": encoder.renderer.rich}
+    return {"rows": {split: audit["rows"] for split, audit in audits.items()}, **written}
 
 
-def _find_opening(encoder: Encoder, path: Path) -> None:
-    """What the template writes between the first row's prompt and answer; in all rows it belongs to the prompt."""
+def _look_at_template(encoder: Encoder, prompts: Path) -> tuple[str, str] | None:
+    """Find what the template writes between prompts and answers, which belongs to the prompt in all rows.
+
+    Returns:
+        What it writes around reasoning, if the rows have some.
+    """
+    path, renderer = prompts / "train.jsonl", encoder.renderer
     record = next(each_json_line(path), None)
-    if record is not None and isinstance(encoder.renderer, ChatTemplate):
-        with _named(path, record):
-            encoder.renderer.opening = encoder.renderer.opening_of(record["messages"])
+    if record is None or not isinstance(renderer, ChatTemplate):
+        return None
+    renderer.rich = _has_rich_rows(path)
+    with _named(path, record):
+        renderer.find_opening(of_record(record))
+        marks = renderer.reasoning_marks(of_record(record)) if renderer.rich else ("", "")
+    return marks if marks[1] else None
+
+
+RICH = (b'"tool_calls"', b'"reasoning_content"', b"</think>")
+
+
+def _has_rich_rows(path: Path) -> bool:
+    """Whether a row has reasoning or tool calls. Parses only lines that may be such rows."""
+    with path.open("rb") as file:
+        return any(is_rich(json.loads(line)["messages"]) for line in file if any(mark in line for mark in RICH))
 
 
 def _tell_what_others_do_not_know(encoder: Encoder, date: str) -> None:
@@ -142,10 +171,11 @@ def _frozen():
 class _Rows:
     """One split: read, encode, count."""
 
-    def __init__(self, path: Path, encoder: Encoder, tokenize: dict):
+    def __init__(self, path: Path, encoder: Encoder, tokenize: dict, marks: tuple[str, str] | None):
         self.path, self.encoder = path, encoder
+        self.marks = dict(zip(("reasoning_start", "reasoning_end"), marks, strict=True)) if marks else {}
         self.max_length, self.policy = tokenize["max_length"], tokenize["max_length_policy"]
-        self.audit = Audit()
+        self.audit = Audit(encoder.allow_special_text)
         self.texts: dict[tuple[int, ...], str] = {}
         first: dict = next(each_json_line(path), {})
         self.pairs, self.labels = "rejected" in first, "label" in first
@@ -155,7 +185,7 @@ class _Rows:
         import pyarrow
         from datasets import Dataset, DatasetInfo
 
-        columns = features(self.pairs, self.labels)
+        columns = features(self.pairs, bool(self.marks), self.labels)
         schema = columns.arrow_schema
         rows = self._rows()
         with pyarrow.ipc.new_stream(path, schema) as file:
@@ -182,51 +212,72 @@ class _Rows:
     def _rows(self) -> Iterator[dict]:
         """The rows that are kept."""
         with Progress(None, f"tokenize {self.path.stem}", "rows") as progress:
-            for records, encoded in self._encoded():
-                for row in map(self._row, records, encoded):
-                    if row is not None:
-                        yield row
+            for records in _batches(each_json_line(self.path)):
+                yield from filter(None, (self._row(*made) for made in self._encoded(records)))
                 progress.update(len(records))
 
-    def _encoded(self) -> Iterator[tuple[list[dict], list[list[Encoded]]]]:
-        """Records with their encoded texts: one each, or two for a pair."""
-        for records in _batches(each_json_line(self.path)):
-            try:
-                encoded = self._encode(records)
-            except UserError:  # one by one, to raise the error of the first faulty row
-                for record in records:
-                    with _named(self.path, record):
-                        encoded = self._encode([record])
-                    yield [record], encoded
-            else:
-                yield records, encoded
+    def _encoded(self, records: list[dict]) -> Iterator[tuple[dict, int, list[Encoded]]]:
+        """(record, place of its answer, encoded texts), for each text of a record; for a pair, both texts together."""
+        try:
+            found = self._encode(records)
+        except UserError:  # one by one, to raise the error of the first faulty row
+            for record in records:
+                with _named(self.path, record):
+                    found = self._encode([record])
+                yield from found
+        else:
+            yield from found
 
-    def _encode(self, records: list[dict]) -> list[list[Encoded]]:
-        pieces = self.encoder.pieces(self._conversations(records))
-        if not self.encoder.apart:
-            self.audit.last_only += sum(map(_learns_less, self._conversations(records), pieces)) // (1 + self.pairs)
+    def _encode(self, records: list[dict]) -> list[tuple[dict, int, list[Encoded]]]:
+        conversations = self._conversations(records)
+        texts = self.encoder.pieces(conversations)
         if self.pairs:
-            return list(map(list, self.encoder.encode_pairs(pieces)))
-        return [[one] for one in self.encoder.encode_pieces(pieces)]
+            places = [found[-1][-1].place for found in texts[::2]]
+            pairs = self.encoder.encode_pairs([found[-1] for found in texts])
+            made = [(record, at, list(pair)) for record, at, pair in zip(records, places, pairs, strict=True)]
+        else:
+            # A label is of the last answer alone.
+            every = self.path.stem == "train" and not self.labels
+            kept = [found if every else found[-1:] for found in texts]
+            flat = [(record, text) for record, found in zip(records, kept, strict=True) for text in found]
+            encoded = self.encoder.encode_pieces([text for _, text in flat])
+            made = [(record, text[-1].place, [one]) for (record, text), one in zip(flat, encoded, strict=True)]
+        self._count(records, conversations, texts, len(made))
+        return made
 
-    def _conversations(self, records: list[dict]) -> list[list[dict]]:
+    def _conversations(self, records: list[dict]) -> list[Conversation]:
         """One conversation per record; for a pair two, with the chosen and with the rejected answer."""
+        conversations = list(map(of_record, records))
         if not self.pairs:
-            return [record["messages"] for record in records]
+            return conversations
         return [
-            conversation
-            for record in records
-            for conversation in (
-                record["messages"],
-                [*record["messages"][:-1], {"role": "assistant", "content": record["rejected"]}],
-            )
+            text
+            for record, chosen in zip(records, conversations, strict=True)
+            for text in (chosen, _answered(chosen, record["rejected"]))
         ]
 
-    def _row(self, record: dict, encoded: list[Encoded]) -> dict | None:
+    def _count(
+        self, records: list[dict], conversations: list[Conversation], texts: list[list[list[Turn]]], made: int
+    ) -> None:
+        """Count what the chat template and the texts of some records are like."""
+        audit, per_record = self.audit, 1 + self.pairs
+        several = sum(len(found) > 1 for found in texts) // per_record
+        if made > len(records):
+            audit.several += several
+            audit.more += made - len(records)
+        else:
+            audit.last_only += several
+        audit.special += sum(map(self.encoder.special.spelt, conversations[::per_record]))
+        if self.encoder.renderer.rich:
+            answers = [(found[-1][-1], given.messages[-1]) for found, given in zip(texts, conversations, strict=True)]
+            audit.written += sum(turn.written for turn, _ in answers)
+            audit.without_reasoning += sum(
+                "</think>" in turn.answer and not has_reasoning(message) for turn, message in answers
+            )
+
+    def _row(self, record: dict, place: int, encoded: list[Encoded]) -> dict | None:
         """The finished row of a record, or None if it is dropped."""
-        messages = record["messages"]
         self.audit.count(encoded, self.max_length)
-        self.audit.special += self.encoder.names_special_tokens(messages)
         if any(one.ended_early for one in encoded):
             self.audit.ended_early += 1
             return None
@@ -239,6 +290,7 @@ class _Rows:
         if len(encoded) == 2 and encoded[0].answer == encoded[1].answer:
             self.audit.equal += 1
             return None
+        messages = record["messages"][:place]
         user = next(message["content"] for message in reversed(messages) if message["role"] == "user")
         self.audit.keep(encoded)
         row = {
@@ -248,6 +300,7 @@ class _Rows:
             "prompt_length": encoded[0].prompt_length,
             "prompt": user,
             "reference": texts[0],
+            **self.marks,
         }
         if len(encoded) == 2:
             row |= {"rejected_input_ids": encoded[1].input_ids, "rejected_labels": encoded[1].labels}
@@ -262,7 +315,7 @@ class _Rows:
         if tokens not in self.texts:
             if len(self.texts) >= ROWS:
                 self.texts.clear()
-            self.texts[tokens] = self.encoder.text(answer)
+            self.texts[tokens] = final_answer(self.encoder.text(answer), self.marks)
         return self.texts[tokens]
 
     def _shortened(self, encoded: list[Encoded], number: int) -> list[Encoded] | None:
@@ -283,8 +336,11 @@ class _Rows:
         return short
 
 
-def _learns_less(messages: list[dict], turns: list) -> bool:
-    return len(turns) < sum(message["role"] == "assistant" for message in messages)
+def _answered(conversation: Conversation, answer: str) -> Conversation:
+    """The conversation with another last answer."""
+    return conversation._replace(
+        messages=[*conversation.messages[:-1], {"role": "assistant", "content": answer}],
+    )
 
 
 def _batches(records: Iterable[dict]) -> Iterator[list[dict]]:

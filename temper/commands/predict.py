@@ -24,10 +24,11 @@ import tempfile
 from pathlib import Path
 
 from temper.commands import flags
-from temper.data import texts
-from temper.data.layouts import refuse_unused
+from temper.data import conversations, texts
+from temper.data.conversations import Conversation
+from temper.data.layouts import beside, refuse_unused
 from temper.data.rows import FORMATS, RawFile, refuse_utf16
-from temper.errors import UserError, suggest
+from temper.errors import UserError
 from temper.files import write_whole
 from temper.progress import quiet_libraries
 from temper.runs import find as runs
@@ -35,7 +36,6 @@ from temper.runs import prompting
 from temper.step import logging_to
 from temper.units import seconds
 
-ROLES = ("system", "user", "assistant")
 STDIO = "-"
 NO_LINES = "answers are JSON lines; name a file that ends in .jsonl, or - for a pipe"
 HIGH_CONTROLS = re.compile("[\x7f-\x9f]")  # JSON need not escape them, but some control a terminal
@@ -105,7 +105,7 @@ class Row:
 
     place: str
     columns: dict
-    messages: list[dict]
+    conversation: Conversation
 
 
 def read_prompts(name: str) -> list[Row]:
@@ -178,7 +178,7 @@ def _lines(name: str):
         except UnicodeDecodeError as error:
             raise UserError(f"{name}:{number}: no UTF-8 ({error.reason}): convert the file") from None
         if text:
-            yield Row(f"{name}:{number}", {"prompt": text}, [{"role": "user", "content": text}])
+            yield Row(f"{name}:{number}", {"prompt": text}, Conversation([{"role": "user", "content": text}]))
 
 
 def _table(path: Path):
@@ -197,11 +197,11 @@ def row(place: str, columns: dict) -> Row:
         raise UserError(f"{place}: {error}") from None
 
 
-def conversation(columns: dict) -> list[dict]:
-    """The conversation of a row: column `messages`, or `prompt` as a text or a list of messages.
+def conversation(columns: dict) -> Conversation:
+    """The conversation of a row: column `messages`, or `prompt` as a text or a list of messages; and column `tools`.
 
     Raises:
-        UserError: neither column is there, or the last message is not the user's.
+        UserError: neither column is there, or the last message is the assistant's or the system's.
     """
     name = next((name for name in ("messages", "prompt") if name in columns), None)
     if name is None:
@@ -210,29 +210,21 @@ def conversation(columns: dict) -> list[dict]:
     value = columns[name]
     if name == "prompt" and isinstance(value, str):
         value = [{"role": "user", "content": value}]
-    refuse_unused(columns, [name], way_on="remove it from the file; of a message only role and content are asked")
+    refuse_unused(columns, [name], way_on="remove it from the file")
     if not isinstance(value, list) or not value:
         raise UserError(f"column '{name}' holds {value!r:.60}, not {'text or ' * (name == 'prompt')}a list of messages")
-    messages = [_message(message, f"{name}[{index}]") for index, message in enumerate(value)]
-    if messages[-1]["role"] != "user":
-        raise UserError(f"column '{name}' ends with the {messages[-1]['role']}'s message: the user's must be the last")
-    return messages
-
-
-def _message(message, where: str) -> dict:
-    if not isinstance(message, dict) or not isinstance(message.get("content"), str):
-        raise UserError(f"{where} is {message!r:.60}, not a message with role and content")
-    if message.get("role") not in ROLES:
-        raise UserError(f"{where}: role {message.get('role')!r}; {suggest(str(message.get('role')), ROLES)}")
-    if not message["content"].strip():
-        raise UserError(f"{where}: the {message['role']}'s message is empty")
-    return {"role": message["role"], "content": message["content"]}
+    messages = conversations.read(value, name)
+    if messages[-1]["role"] not in ("user", "tool"):
+        raise UserError(
+            f"column '{name}' ends with the {messages[-1]['role']}'s message: the user's (or a tool's) must be the last"
+        )
+    return Conversation(messages, *beside(columns))
 
 
 def ids_of(row: Row, prompter: prompting.Prompter, max_new_tokens: int) -> list[int]:
     """The tokens that ask a row's prompt; an error names its place."""
     try:
-        return prompter.ids(row.messages, max_new_tokens)
+        return prompter.ids(row.conversation, max_new_tokens)
     except UserError as error:
         raise UserError(f"{row.place}: {error}") from None
 

@@ -42,6 +42,11 @@ def check(settings: dict, splits: Path, rows, tokenizer, judged: Iterable[str]) 
     for split in judged:
         _check_split(settings, metric, splits, rows, split)
     if settings["task"] == "labels":
+        if "reasoning_end" in rows["train"].column_names:
+            raise UserError(
+                f"{splits}: the rows have reasoning, and eval.task=labels compares labels right behind the prompt: "
+                "use eval=text, or drop the reasoning (data.ignore_fields=[reasoning_content])"
+            )
         _check_gold(rows, settings["labels"])
         class_answers(settings["labels"], rows, tokenizer)
 

@@ -218,8 +218,12 @@ class Prompt(Section):
     """System message; replaces one in the data."""
     template: str | None = None
     """Jinja over `system` and `prompt`, if apply_chat_template is false."""
-    loss_on: Literal["assistant", "all"] = "assistant"
-    """Which tokens count in the loss: the assistant's, or all."""
+    loss_on: Literal["assistant", "last_assistant", "all"] = "assistant"
+    """Which tokens count in the loss: those of the assistant's turns, of the last of them, or all."""
+    chat_template_kwargs: dict[str, Any] = {}
+    """Further variables of the chat template, for instance enable_thinking: false."""
+    allow_special_text: bool = False
+    """true: texts that spell control tokens (`<|im_end|>`) become control tokens; false: they are text."""
     date: str = "2024-07-26"
     """YYYY-MM-DD: the date given to a chat template that asks for today's."""
 
@@ -235,6 +239,11 @@ class Prompt(Section):
     def _one_template(self):
         if self.apply_chat_template and self.template is not None:
             raise ValueError("'template' is for apply_chat_template: false; the model's own template would ignore it")
+        if not self.apply_chat_template and self.chat_template_kwargs:
+            raise ValueError("'chat_template_kwargs' is for apply_chat_template: true: leave it out")
+        taken = {"messages", "tools", "documents", "add_generation_prompt"} & set(self.chat_template_kwargs)
+        if taken:
+            raise ValueError(f"'chat_template_kwargs' cannot set '{taken.pop()}', which comes from the rows")
         if not self.apply_chat_template and self.date != Prompt.model_fields["date"].default:
             raise ValueError("'date' is for apply_chat_template: true; a prompt.template cannot ask for it")
         if not self.apply_chat_template and self.template is None:

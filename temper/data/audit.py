@@ -19,18 +19,31 @@ DROPPED = {  # messages about rows that are dropped whatever their length
 TOLD = {  # messages about rows that are kept
     "only_last_answer_learned": "only the last answer is learned, for the chat template shows earlier turns otherwise "
     "than when they were answered",
-    "special_tokens_in_prompts": "a text spells a special token, which the model reads as that token",
+    "became_several_rows": "each answer is a row of its own, behind the history that it has at inference, for the chat "
+    "template shows earlier turns otherwise than when they were answered",
+    "special_text": "a text spells a control token, which is text for the model too (prompt.allow_special_text=true "
+    "makes control tokens of them)",
+    "special_text_allowed": "a text spells a control token, which the model reads as that token",
+    "reasoning_not_in_template": "the chat template leaves out an answer's reasoning; it is learned as the row has it, "
+    "behind the prompt's <think>",
+    "without_reasoning": "an answer has no reasoning, and the empty block that the chat template writes for it is "
+    "learned (prompt.chat_template_kwargs.enable_thinking=false, where the template knows it, puts it into the prompt)",
 }
 NOTABLE = 0.05  # warn if more than this share of rows exceeds max_length
 
 
 class Audit:
-    """What happened to the rows of one split."""
+    """What happened to the rows of one split.
 
-    def __init__(self):
+    Args:
+        special_allowed: whether texts that spell control tokens become control tokens.
+    """
+
+    def __init__(self, special_allowed: bool = False):
+        self.special_allowed = special_allowed
         self.lengths: collections.Counter[int] = collections.Counter()  # length -> rows, including dropped ones
         self.too_long = self.nothing_left = self.retokenized = self.ended_early = self.equal = 0
-        self.last_only = self.special = 0
+        self.last_only = self.several = self.more = self.special = self.written = self.without_reasoning = 0
         self.rows = self.tokens = self.learned = self.rejected = 0
 
     @property
@@ -64,7 +77,12 @@ class Audit:
             "answer_with_end_token": self.ended_early,
             "equal_pairs": self.equal,
             "only_last_answer_learned": self.last_only,
-            "special_tokens_in_prompts": self.special,
+            "became_several_rows": self.several,
+            "rows_from_earlier_answers": self.more,
+            "special_text": 0 if self.special_allowed else self.special,
+            "special_text_allowed": self.special if self.special_allowed else 0,
+            "reasoning_not_in_template": self.written,
+            "without_reasoning": self.without_reasoning,
             "tokenized_piecewise": self.retokenized,
             "tokens": self.tokens,
             "learned_tokens": self.learned,

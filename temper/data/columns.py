@@ -4,11 +4,12 @@ SPLITS = ("train", "validation", "test")
 IGNORED = -100  # the label of a token that is not learned, which torch's cross_entropy ignores
 
 
-def features(pairs: bool = False, labels: bool = False):
+def features(pairs: bool = False, reasoning: bool = False, labels: bool = False):
     """The columns as `datasets.Features`.
 
     Args:
         pairs: including those of the rejected answer.
+        reasoning: including the texts around the reasoning in an answer.
         labels: including `label`, whether the answer is desirable.
     """
     from datasets import Features, List, Value
@@ -24,6 +25,8 @@ def features(pairs: bool = False, labels: bool = False):
     }
     if pairs:
         columns |= {"rejected_input_ids": ids, "rejected_labels": ids, "rejected": Value("string")}
+    if reasoning:
+        columns |= {"reasoning_start": Value("string"), "reasoning_end": Value("string")}
     if labels:
         columns["label"] = Value("bool")
     return Features(columns)
@@ -52,6 +55,20 @@ def answer_start(input_ids: list[int], prompt_length: int) -> int:
     only the answer.
     """
     return 0 if prompt_length == len(input_ids) else prompt_length
+
+
+def final_answer(text: str, row: dict) -> str:
+    """The part of an answer behind its reasoning, which is what is judged; empty while the reasoning has not ended.
+
+    Args:
+        row: reasoning_start (empty: in the prompt) and reasoning_end, if the rows have reasoning.
+    """
+    end = row.get("reasoning_end")
+    if not end:
+        return text
+    if end in text:
+        return text.rpartition(end)[2].strip()
+    return "" if text.startswith(row["reasoning_start"]) else text
 
 
 def answer_text(tokenizer, ids: list[int], stop_ids) -> str:

@@ -14,13 +14,15 @@ import bisect
 import dataclasses
 import re
 
+from temper.data.chat_template import ChatTemplate
 from temper.data.columns import IGNORED, answer_text
-from temper.data.rendering import ChatTemplate, FreeTemplate, Turn, text_of
+from temper.data.conversations import Conversation
+from temper.data.rendering import FreeTemplate, Turn, text_of
+from temper.data.special_text import HIDDEN, SpecialText
 from temper.errors import UserError
 from temper.model.reading import reading
 
-DATE = "2024-07-26"  # the date that Llama 3's templates write if they have no clock
-Pieces = list[Turn]  # a conversation: the assistant's turns, each with the text before it
+Pieces = list[Turn]  # a text: the assistant's turns, each with the text before it
 
 
 @dataclasses.dataclass
@@ -90,6 +92,8 @@ class Encoder:
     def __init__(self, tokenizer, stop_ids: list[int], prompt: dict, apart: bool = False):
         self.tokenizer, self.stop_ids, self.apart = tokenizer, frozenset(stop_ids), apart
         self.learn_all = prompt["loss_on"] == "all"
+        self.special = SpecialText(tokenizer, self.stop_ids)
+        self.allow_special_text = bool(prompt.get("allow_special_text"))
         self.free = not prompt["apply_chat_template"]
         if self.free:
             self.renderer: FreeTemplate | ChatTemplate = FreeTemplate(prompt["template"], bool(tokenizer.chat_template))
@@ -99,9 +103,7 @@ class Encoder:
                 "or set prompt.apply_chat_template=false and a prompt.template"
             )
         else:
-            date, opening = prompt.get("date") or DATE, prompt.get("opening", "")
-            system = prompt.get("system") is not None
-            self.renderer = ChatTemplate(tokenizer, date, opening, lambda text: self._stops(text) > 0, system)
+            self.renderer = ChatTemplate(tokenizer, prompt, self._end_pattern().search)
         if apart and self.learn_all:
             raise UserError(
                 f"{tokenizer.name_or_path}: prompt.loss_on=all is for causal models, and this one reads the prompt in "
@@ -110,8 +112,6 @@ class Encoder:
         self.first_ids = _ids_before(tokenizer) if self.free else []
         self.added = frozenset(tokenizer.added_tokens_decoder)
         self.stops_of: dict[str, int] = {}
-        special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
-        self.special = re.compile("|".join(map(re.escape, special)) or "(?!)")
 
     def _tokens(self, *texts, **options):
         """Call the tokenizer. Some texts make its Rust code panic (a regular expression that backtracks too much)."""
@@ -119,16 +119,22 @@ class Encoder:
             return self.tokenizer(*texts, **options)
 
     def encode(self, messages: list[dict]) -> Encoded:
-        """Token ids and labels of one conversation that ends with the assistant's answer."""
-        return self.encode_pieces(self.pieces([messages]))[0]
+        """Token ids and labels of the last answer of a conversation, and of earlier ones in the same text."""
+        return self.encode_pieces([self.pieces([Conversation(messages)])[0][-1]])[0]
 
-    def pieces(self, conversations: list[list[dict]]) -> list[Pieces]:
-        """The text of each conversation, in pieces. For many rows, with `encode_pieces`, much faster than `encode`.
+    def pieces(self, conversations: list[Conversation]) -> list[list[Pieces]]:
+        """The texts of each conversation, in pieces; its last answer is in the last text.
+
+        For many rows, with `encode_pieces`, much faster than `encode`.
 
         Raises:
             UserError: the template refuses a conversation; not necessarily the first faulty one.
         """
-        return self.renderer.turns(conversations)
+        texts = self.renderer.texts([self._hidden(conversation) for conversation in conversations])
+        return [found[-1:] for found in texts] if self.learn_all or self.apart else texts
+
+    def _hidden(self, conversation: Conversation) -> Conversation:
+        return conversation if self.allow_special_text else self.special.hidden(conversation)
 
     def encode_pieces(self, rows: list[Pieces]) -> list[Encoded]:
         """Token ids and labels of conversations, given as by `pieces`. The tokenizer may use several cores."""
@@ -141,12 +147,13 @@ class Encoder:
         encoded = self.encode_pieces(rows)
         return list(zip(encoded[::2], encoded[1::2], strict=True))
 
-    def prompt_ids(self, messages: list[dict]) -> list[int]:
-        """What generation starts from, for a conversation that ends with the user's message.
+    def prompt_ids(self, conversation: Conversation | list[dict]) -> list[int]:
+        """What generation starts from, for a conversation (or its messages) that ends before the assistant's turn.
 
         Equal to the beginning of a training row: ``input_ids[:prompt_length]``.
         """
-        turns = self.renderer.prompt(messages)
+        asked = conversation if isinstance(conversation, Conversation) else Conversation(conversation)
+        turns = self.renderer.prompt(self._hidden(asked))
         if self.apart:
             return self._encoder_ids([text_of(turns)])[0]
         ids, answers, _ = self._tokenized([turns])[0]
@@ -156,9 +163,10 @@ class Encoder:
         """The text of an answer's tokens, up to the one that ends it, as it is shown and evaluated."""
         return answer_text(self.tokenizer, ids, self.stop_ids)
 
-    def names_special_tokens(self, messages: list[dict]) -> bool:
-        """Whether a message not by the assistant spells a special token, which the model then reads as that token."""
-        return any(self.special.search(turn["content"]) for turn in messages if turn["role"] != "assistant")
+    def _end_pattern(self) -> re.Pattern:
+        """Finds the first token that ends answers in a text."""
+        ends = [text for text in self.tokenizer.convert_ids_to_tokens(sorted(self.stop_ids)) if text]
+        return re.compile("|".join(map(re.escape, sorted(ends, key=len, reverse=True))) or "(?!)")
 
     # --- encoder-decoder --------------------------------------------------------------------------
 
@@ -166,14 +174,22 @@ class Encoder:
         """The last answer in the decoder, everything before it in the encoder."""
         prompts = self._encoder_ids([text_of(turns[:-1]) + turns[-1].before for turns in rows])
         answers = [turns[-1].answer + turns[-1].closing for turns in rows]
-        learned = self._tokens(text_target=answers, add_special_tokens=False)["input_ids"]
+        shown = list(map(self.special.shown, answers))
+        learned = self._tokens(text_target=shown, add_special_tokens=False)["input_ids"]
+        for text, ids in zip(answers, learned, strict=True):
+            if HIDDEN in text:
+                self.special.as_text(text, ids)
         return [
             EncodedApart(ids, self._ended(labels), len(ids), False, self._ends_early(turns[-1], labels))
             for turns, ids, labels in zip(rows, prompts, learned, strict=True)
         ]
 
     def _encoder_ids(self, prompts: list[str]) -> list[list[int]]:
-        return self._tokens(prompts, add_special_tokens=self.free)["input_ids"]
+        made = self._tokens(list(map(self.special.shown, prompts)), add_special_tokens=self.free)["input_ids"]
+        for text, ids in zip(prompts, made, strict=True):
+            if HIDDEN in text:
+                self.special.as_text(text, ids, first=len(self.first_ids))
+        return made
 
     def _ended(self, ids: list[int]) -> list[int]:
         """An answer up to and including its stop token, which is added if there is none."""
@@ -189,6 +205,8 @@ class Encoder:
         batch, and of each prompt only the part behind its last added token is tokenized again (see `_parted`). That
         part is short and mostly the same in all rows, and each distinct text is tokenized once.
         """
+        hidden = list(map(text_of, rows))
+        rows = [self._shown(turns) if HIDDEN in text else turns for turns, text in zip(rows, hidden, strict=True)]
         texts = list(map(text_of, rows))
         made = self._tokens(
             texts,
@@ -207,10 +225,26 @@ class Encoder:
         known.learn(turns[-1].answer for turns, answers in zip(rows, found, strict=True) if answers is None)
 
         encoded = []
-        for turns, ids, answers in zip(rows, made["input_ids"], found, strict=True):
+        for turns, text, ids, answers in zip(rows, hidden, made["input_ids"], found, strict=True):
             row = (ids, answers, False) if answers is not None else self._cut_apart(turns, known)
-            encoded.append(self._behind_first(*row))
+            encoded.append(self._behind_first(*self._spelt_as_text(text, *row)))
         return encoded
+
+    def _shown(self, turns: Pieces) -> Pieces:
+        """The turns with all hidden spellings of control tokens back."""
+        show = self.special.shown
+        return [
+            turn._replace(before=show(turn.before), answer=show(turn.answer), closing=show(turn.closing))
+            for turn in turns
+        ]
+
+    def _spelt_as_text(self, text: str, ids: list[int], answers: list[range], cut: bool) -> tuple:
+        """The row with the tokens of text where `text` hides spellings of control tokens."""
+        if HIDDEN not in text:
+            return ids, answers, cut
+        ids = list(ids)  # which may be known for other rows
+        now = self.special.as_text(text, ids)
+        return ids, [range(now(turn.start), now(turn.stop)) for turn in answers], cut
 
     def _behind_first(self, ids: list[int], answers: list[range], cut: bool) -> tuple[list[int], list[range], bool]:
         """The row behind the tokens that the tokenizer puts before each text."""
@@ -276,7 +310,8 @@ class Encoder:
         last = answers[-1]
         stop = next((index for index in last if ids[index] in self.stop_ids), None)
         ids = ids[: last.stop if stop is None else stop + 1]
-        labels = list(ids) if self.learn_all else self._labels(ids, answers)
+        learned = [answer for turn, answer in zip(turns, answers, strict=True) if turn.learned]
+        labels = list(ids) if self.learn_all else self._labels(ids, learned)
         if stop is None:
             ids.append(self.tokenizer.eos_token_id)
             labels.append(self.tokenizer.eos_token_id)
@@ -351,7 +386,7 @@ def _fitting(ids: list[int], parts: list[tuple[int, str, int]], known: _Known) -
 def _places(turns: Pieces) -> list[tuple[int, int]]:
     """(start, end) of each turn in the text."""
     places, position = [], 0
-    for before, answer, closing in turns:
+    for before, answer, closing, *_ in turns:
         start = position + len(before)
         position = start + len(answer) + len(closing)
         places.append((start, position))

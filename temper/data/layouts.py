@@ -7,26 +7,27 @@ none. Errors name columns; the caller adds file and line.
 
 import hashlib
 import itertools
+import json
 import math
 from collections.abc import Callable, Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from temper.data import templates, texts
+from temper.data import conversations, templates, texts
+from temper.data.conversations import Messages, checked, read
 from temper.errors import UserError, suggest
-
-Messages = list[dict[str, str]]
-ROLES = ("system", "user", "assistant")
-SHAREGPT_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 
 
 class Example(NamedTuple):
     """One row: a conversation that ends with the (chosen) answer and, for a preference pair, the rejected answer.
 
-    `label`: of a single answer, whether it is desirable; None where no row says so.
+    `tools`, `chat_template_kwargs`: see `temper.data.conversations.Conversation`. `label`: of a single answer, whether
+    it is desirable; None where no row says so.
     """
 
     messages: Messages
     rejected: str | None = None
+    tools: list[dict] | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
     label: bool | None = None
 
 
@@ -52,7 +53,8 @@ def expander(data: dict, system: str | None) -> Callable[[dict], list[Example | 
             return [None]
         row, prompt = prepared[0], _column(prepared[0], "prompt")
         pairs, ties = _pairs_by_score(_scored(row), every)
-        made = [convert({"prompt": prompt, "chosen": better, "rejected": worse}) for better, worse in pairs]
+        more = {name: row[name] for name in READ_BESIDE if name in row}
+        made = [convert({"prompt": prompt, "chosen": better, "rejected": worse, **more}) for better, worse in pairs]
         return [*made, *[Tie()] * ties]
 
     return expand
@@ -70,7 +72,8 @@ def converter(data: dict, system: str | None) -> Callable[[dict], Example | None
         UserError: now, for a template that does not compile; when called, for a row without a usable conversation.
     """
     free = data["layout"] == "template"
-    prepare = _preparer(data, () if free else LAYOUTS[data["layout"]][1])
+    columns = () if free else LAYOUTS[data["layout"]][1]
+    prepare = _preparer(data, columns)
 
     def convert(row: dict) -> Example | None:
         prepared = prepare(row)
@@ -80,9 +83,11 @@ def converter(data: dict, system: str | None) -> Callable[[dict], Example | None
         messages = _exchange(made["prompt"], made["completion"]) if free else LAYOUTS[data["layout"]][0](row)
         rejected = _rejected(data, row, messages, made)
         if system is not None:
-            messages = [{"role": "system", "content": system}, *without_system(messages)]
-        _refuse_broken_text([*messages, *([_said("rejected answer", rejected)] if rejected else [])])
-        return Example(messages, rejected, _label(data, row, made))
+            messages = [_said("system", system), *without_system(messages)]
+        more = beside(row) if columns and columns[0] in CONVERSATIONS else (None, None)
+        example = Example(messages, rejected, *more, _label(data, row, made))
+        _refuse_broken_text(example)
+        return example
 
     return convert
 
@@ -103,15 +108,19 @@ def _preparer(data: dict, columns: Iterable[str]) -> Callable[[dict], tuple[dict
         made = evaluate(row)
         if not made.get("where", True):
             return None
-        refuse_unused(row, columns, ignored)
+        if ignored:
+            row = _without(ignored, row, columns)
+        refuse_unused(row, columns)
         return row, made
 
     return prepare
 
 
-MESSAGE = frozenset({"role", "content", "from", "value"})  # the fields of a message that are read
-# Columns with more of a conversation, in formats of other programs.
-BESIDE = ("tools", "functions", "system", "system_prompt", "history", "chat_template_kwargs")
+# First columns of the layouts that may hold conversations, with columns beside them.
+CONVERSATIONS = ("messages", "conversations", "prompt")
+# Columns with more of a conversation: those that are read, and those of other programs that are not.
+READ_BESIDE = ("tools", "chat_template_kwargs")
+BESIDE = ("functions", "system", "system_prompt", "history")
 TO_DROP = "to drop it from all rows, set data.ignore_fields=[{name}]; to leave such rows out, use data.where"
 
 
@@ -120,23 +129,44 @@ def _harmless(value) -> bool:
     return value is None or value is True or value in ("", [], {}) or (value == 1 and value is not False)
 
 
-def refuse_unused(
-    row: dict, columns: Iterable[str], ignored: frozenset[str] = frozenset(), way_on: str = TO_DROP
-) -> None:
+def _without(ignored: frozenset[str], row: dict, columns: Iterable[str]) -> dict:
+    """The row without fields to drop on purpose (data.ignore_fields), neither in its messages nor beside them."""
+
+    def kept(value):
+        if isinstance(value, list):
+            return list(map(kept, value))
+        return (
+            {name: field for name, field in value.items() if name not in ignored} if isinstance(value, dict) else value
+        )
+
+    return {name: kept(value) if name in columns else value for name, value in row.items() if name not in ignored}
+
+
+def beside(row: dict) -> tuple[list[dict] | None, dict | None]:
+    """(tools, chat_template_kwargs) of a row."""
+    given = row.get("chat_template_kwargs")
+    if isinstance(given, str):
+        given = conversations.from_json(given, "column 'chat_template_kwargs'") if given.strip() else None
+    if given is not None and not isinstance(given, dict):
+        raise UserError(f"column 'chat_template_kwargs' holds {texts.shown(given)}, not an object")
+    return conversations.tools_of(row), given or None
+
+
+def refuse_unused(row: dict, columns: Iterable[str], way_on: str = TO_DROP) -> None:
     """Refuse fields in or beside messages that are not read, since they would be dropped silently.
 
     Args:
         columns: those that may hold messages.
-        ignored: fields to drop on purpose (data.ignore_fields).
         way_on: what the message says to do about a field `{name}`.
     """
     turns = [row.get(column) for column in columns]
     turns = [turn for given in turns for turn in (given if isinstance(given, list) else [given])]
     found = [item for turn in turns if isinstance(turn, dict) for item in turn.items()]
     if found or "instruction" in columns:
-        found += [(name, row.get(name)) for name in BESIDE if name not in columns]
+        more = BESIDE if found else (*BESIDE, *READ_BESIDE)
+        found += [(name, row.get(name)) for name in more if name not in columns]
     for name, value in found:
-        if name not in MESSAGE and name not in ignored and not _harmless(value):
+        if name not in conversations.FIELDS and not _harmless(value):
             raise UserError(
                 f"'{name}' ({texts.shown(value)}) in or beside messages is not used: {way_on.format(name=name)}"
             )
@@ -148,19 +178,28 @@ def _renamed(row: dict, name: str, theirs: str):
     return row[theirs]
 
 
-def _refuse_broken_text(messages: Messages) -> None:
+def _refuse_broken_text(example: Example) -> None:
     r"""Refuse half a character (a lone \ud83d), which JSON can spell but no UTF-8 file can hold."""
-    for message in messages:
+    said = [(message["role"], message["content"]) for message in example.messages]
+    said += [("rejected answer", example.rejected)] if example.rejected else []
+    rich = [message for message in example.messages if len(message) > PLAIN]
+    if rich or example.tools or example.chat_template_kwargs:
+        beside = json.dumps([rich, example.tools, example.chat_template_kwargs], ensure_ascii=False, default=str)
+        said.append(("conversation", beside))
+    for role, text in said:
         try:
-            message["content"].encode()
+            text.encode()
         except UnicodeEncodeError as error:
             half = error.object[error.start].encode("unicode_escape").decode()
-            raise UserError(f"the {message['role']}'s text holds half a character ({half}): correct the file") from None
+            raise UserError(f"the {role}'s text holds half a character ({half}): correct the file") from None
+
+
+PLAIN = 2  # fields of a message that only has role and content
 
 
 def without_system(messages: Messages) -> Messages:
-    """The conversation without its system message."""
-    return [message for message in messages if message["role"] != "system"]
+    """The conversation without its system message (or that of the role developer, which is another name for it)."""
+    return [message for message in messages if message["role"] not in ("system", "developer")]
 
 
 def _renamed_columns(data: dict) -> dict[str, str]:
@@ -168,6 +207,8 @@ def _renamed_columns(data: dict) -> dict[str, str]:
     renamed = data.get("columns") or {}
     free = data["layout"] == "template"
     known = sorted(_used(data)) if free and renamed else () if free else LAYOUTS[data["layout"]][1]
+    if known and known[0] in CONVERSATIONS:
+        known = (*known, *READ_BESIDE)
     for name in renamed:
         if name not in known:
             without = "no template uses it" if free else f"layout '{data['layout']}' has no such column"
@@ -207,7 +248,7 @@ def prompt_completion(row: dict) -> Messages:
     """TRL's columns: prompt, completion; both are texts, or both are lists of messages."""
     prompt, completion = _column(row, "prompt"), _column(row, "completion")
     if isinstance(prompt, list) and isinstance(completion, list):
-        return _checked([*_read(prompt, "prompt"), *_read(completion, "completion")], "completion")
+        return checked([*read(prompt, "prompt"), *read(completion, "completion")], "completion")
     return _exchange(_text(row, "prompt"), _text(row, "completion"))
 
 
@@ -248,62 +289,13 @@ def _text(row: dict, name: str) -> str:
 
 
 def messages(row: dict) -> Messages:
-    """Column messages: a list of role and content."""
-    return _checked(_read(_column(row, "messages"), "messages"), "messages")
+    """Column messages: a list of role and content, and whatever `temper.data.conversations` reads besides."""
+    return checked(read(_column(row, "messages"), "messages"), "messages")
 
 
 def sharegpt(row: dict) -> Messages:
-    """Column conversations: a list of from (human, gpt, system) and value, or of role and content."""
-    return _checked(_read(_column(row, "conversations"), "conversations"), "conversations")
-
-
-def _read(turns, column: str) -> Messages:
-    """A column's list of messages as role and content."""
-    if not isinstance(turns, list) or not turns:
-        raise UserError(f"column '{column}' holds {texts.shown(turns)}, not a list of messages")
-    return [_message(turn, f"{column}[{index}]") for index, turn in enumerate(turns)]
-
-
-def _message(turn, name: str) -> dict[str, str]:
-    if not isinstance(turn, dict):
-        raise UserError(f"{name} is {texts.shown(turn)}, not a message with role and content")
-    role, content = _one_of(turn, name, "role", "from", _role), _one_of(turn, name, "content", "value")
-    if role not in ROLES:
-        raise UserError(f"{name}: role {texts.shown(role)} is not known; {suggest(str(role), SHAREGPT_ROLES)}")
-    if not isinstance(content, str):
-        raise UserError(f"{name}: the content is {texts.shown(content)}, not text")
-    if not content.strip():
-        raise UserError(f"{name}: the {role}'s message is empty; leave such rows out with data.where")
-    return {"role": role, "content": content}
-
-
-def _role(given):
-    """Our name of a role, if there is one."""
-    return SHAREGPT_ROLES.get(given, given) if isinstance(given, str) else given
-
-
-def _one_of(turn: dict, name: str, ours: str, theirs: str, read: Callable = lambda value: value):
-    """The value of a field with two names, converted by `read`; None if there is neither."""
-    given = [read(turn[key]) for key in (ours, theirs) if turn.get(key) is not None]
-    if len(given) == 2 and given[0] != given[1]:
-        raise UserError(f"{name} has '{ours}' and '{theirs}', which differ: remove one")
-    return given[0] if given else None
-
-
-def _checked(messages: Messages, column: str) -> Messages:
-    """The conversation, after checking that it has a prompt and ends with an answer."""
-    roles = [message["role"] for message in messages]
-    if "system" in roles[1:]:
-        raise UserError(f"column '{column}': a system message after the first message; only the first may be one")
-    if roles[-1] != "assistant":
-        key = "from == 'gpt'" if column == "conversations" else "role == 'assistant'"
-        raise UserError(
-            f"column '{column}' ends with the {roles[-1]}'s message, so there is no answer to learn; "
-            f'to leave such rows out, set data.where to "{column}[-1].{key}"'
-        )
-    if "user" not in roles:
-        raise UserError(f"column '{column}' has an answer but no user's message before it")
-    return messages
+    """Column conversations: a list of from (human, gpt, system, function_call, observation) and value."""
+    return checked(read(_column(row, "conversations"), "conversations"), "conversations")
 
 
 # --- preference pairs: what is rejected -------------------------------------------------------------
@@ -324,28 +316,27 @@ def _with_answer(row: dict, column: str) -> Messages:
     if prompt is None:
         if not isinstance(_column(row, column), list):
             _text(row, "prompt")  # raises: it is missing, and an answer alone is not a conversation
-        return _checked(_read(row[column], column), column)
-    before = _read(prompt, "prompt") if isinstance(prompt, list) else [_said("user", _text(row, "prompt"))]
+        return checked(read(row[column], column), column)
+    before = read(prompt, "prompt") if isinstance(prompt, list) else [_said("user", _text(row, "prompt"))]
     answer = _column(row, column)
     if isinstance(answer, dict):
-        return _checked([*before, _message(answer, column)], column)
+        return checked([*before, conversations.message(answer, column)], column)
     if not isinstance(answer, list):
-        return _checked([*before, _said("assistant", _text(row, column))], column)
-    after = _read(answer, column)
-    return _checked(after if _is_whole(after, before, column) else [*before, *after], column)
+        return checked([*before, _said("assistant", _text(row, column))], column)
+    after = read(answer, column)
+    return checked(after if _is_whole(after, before, column) else [*before, *after], column)
 
 
 def _is_whole(after: Messages, before: Messages, column: str) -> bool:
     """Whether the messages of an answer are the whole conversation, with the prompt once more."""
-    if after[0]["role"] == "assistant":
-        return False
     asked, again = without_system(before), without_system(after)
-    if again[: len(asked)] != asked:
+    begins = bool(asked) and again[: len(asked)] == asked
+    if not begins and before[-1]["role"] == "user" and after[0]["role"] in ("system", "user"):
         raise UserError(
             f"column '{column}' begins with a {after[0]['role']}'s message that is not that of the column prompt "
             f"({texts.shown(after[0]['content'])}); correct the row, or leave such rows out with data.where"
         )
-    return True
+    return begins
 
 
 def _label(data: dict, row: dict, made: dict) -> bool | None:
@@ -354,13 +345,13 @@ def _label(data: dict, row: dict, made: dict) -> bool | None:
         return made.get("label")
     value = _column(row, "label")
     known = {"true": True, "1": True, "false": False, "0": False, "1.0": True, "0.0": False}
-    read = known.get(str(value).strip().lower()) if isinstance(value, str | bool | int | float) else None
-    if read is None:
+    desirable = known.get(str(value).strip().lower()) if isinstance(value, str | bool | int | float) else None
+    if desirable is None:
         raise UserError(
             f"column 'label' holds {texts.shown(value)}, neither true nor false; data.layout=template can make that of "
             "it: data.label=... (a condition, such as stars > 3)"
         )
-    return read
+    return desirable
 
 
 # --- preference pairs of scored responses -----------------------------------------------------------
@@ -433,6 +424,10 @@ def _rejected_column(row: dict, messages: Messages) -> str:
             "columns 'chosen' and 'rejected' differ before their last message, so they answer different prompts; "
             'to leave such rows out, set data.where to "chosen[:-1] == rejected[:-1]"'
         )
+    for answer in (messages[-1], with_rejected[-1]):
+        if len(answer) > PLAIN:
+            field = next(name for name in answer if name not in ("role", "content"))
+            raise UserError(f"'{field}' in an answer of a pair is not compared: {TO_DROP.format(name=field)}")
     return _other_than_chosen(with_rejected[-1]["content"], messages)
 
 

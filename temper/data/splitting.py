@@ -82,7 +82,10 @@ def prompt_hash(messages: layouts.Messages) -> PromptHash:
     The system message stays out. Changing it must not reshuffle the splits, and rows that differ only in a system
     message which `prompt.system` then replaces must not end up on both sides.
     """
-    asked = [[message["role"], message["content"]] for message in layouts.without_system(messages[:-1])]
+    asked = [
+        [message["role"], message["content"], *message.get("tool_calls", ())]
+        for message in layouts.without_system(messages[:-1])
+    ]
     value = hashlib.sha256(json.dumps(asked, ensure_ascii=False).encode()).digest()
     return PromptHash(int.from_bytes(value[:8]), int.from_bytes(value[8:16]))
 
@@ -97,9 +100,11 @@ def split_of(position: int, shares: dict[str, float]) -> str:
 
 def record(number: int, example: layouts.Example) -> dict:
     """A line of train.jsonl, validation.jsonl or test.jsonl."""
-    pair = {} if example.rejected is None else {"rejected": example.rejected}
-    label = {} if example.label is None else {"label": example.label}
-    return {"id": number, "messages": example.messages, **pair, **label}
+    given = example._asdict()
+    more = {
+        name: given[name] for name in ("tools", "chat_template_kwargs", "rejected", "label") if given[name] is not None
+    }
+    return {"id": number, "messages": example.messages, **more}
 
 
 class Splits:
@@ -121,10 +126,12 @@ class Splits:
             return
         hashed = prompt_hash(example.messages)
         self.prompts.append(hashed.split)
-        answers = [example.messages[-1]["content"], *([] if example.rejected is None else [example.rejected])]
+        said = example.messages[-1]
+        answer = said["content"] if len(said) == layouts.PLAIN else json.dumps(said)
+        answers = [answer, *([] if example.rejected is None else [example.rejected])]
         answers += [] if example.label is None else [str(example.label)]
-        answer = hashlib.blake2b("\0".join(answers).encode(), digest_size=8, key=hashed.rank.to_bytes(8)).digest()
-        self.rows.append(int.from_bytes(answer))
+        digest = hashlib.blake2b("\0".join(answers).encode(), digest_size=8, key=hashed.rank.to_bytes(8)).digest()
+        self.rows.append(int.from_bytes(digest))
         line = json.dumps(record(number, example), ensure_ascii=False)
         self.files[split_of(hashed.split, self.shares)].add(hashed.rank, line)
 

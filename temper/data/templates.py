@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Mapping
 
 from temper.errors import UserError
 
+DATE = "2024-07-26"  # the date that Llama 3's templates write if they have no clock
 SECONDS = 1.0  # computing time, so that a busy machine does not matter
 MEMORY = 2**29  # bytes
 CHARACTERS = 2**20  # most characters of a text, or GROWTH times as many as went in
@@ -81,12 +82,24 @@ def reads_clock(source: str, environment) -> bool:
     return any(name.name == "strftime_now" for name in environment.parse(source).find_all(nodes.Name))
 
 
-def to_ship(source: str, date: str, opening: str) -> str:
+def names(source: str, environment) -> frozenset[str]:
+    """All names in a template: of variables and fields, and its texts (``m["thinking"]``, a role) with tags in them."""
+    from jinja2 import nodes
+
+    tree = environment.parse(source)
+    found = {node.name for node in tree.find_all(nodes.Name)} | {node.attr for node in tree.find_all(nodes.Getattr)}
+    for text in (node.value for node in tree.find_all(nodes.Const) if isinstance(node.value, str)):
+        found |= {text, *re.findall(r"</?\w+>", text)}
+    return frozenset(found)
+
+
+def to_ship(source: str, date: str, opening: str, chat_template_kwargs: dict | None = None) -> str:
     """The chat template with all that other programs need to render conversations as Temper does.
 
     Args:
         date: its date (ISO); replaces all calls of the clock.
-        opening: what comes after each prompt (see `temper.data.rendering`).
+        opening: what comes after each prompt (see `temper.data.chat_template`).
+        chat_template_kwargs: values of its variables, where a program gives no others.
 
     Raises:
         UserError: it asks for the date in a format that it computes.
@@ -97,11 +110,19 @@ def to_ship(source: str, date: str, opening: str) -> str:
         # The empty text at the end keeps blanks at the start of the template, where a block would remove a line end.
         clock = "{%- macro strftime_now(format) %}{{ " + json.dumps(answers) + "[format] }}{% endmacro %}{{ '' }}"
         source = clock + source
+    for name, value in (chat_template_kwargs or {}).items():
+        given = f"{{%- if {name} is not defined %}}{{%- set {name} = {_literal(value)} %}}{{%- endif %}}{{{{ '' }}}}"
+        source = given + source
     if opening:
         source = (
             source.removesuffix("\n") + "{% if add_generation_prompt %}{{ " + json.dumps(opening) + " }}{% endif %}"
         )
     return source
+
+
+def _literal(value) -> str:
+    """A value of the config as Jinja writes it, which differs from JSON in null."""
+    return "none" if value is None else json.dumps(value)
 
 
 def _asked(source: str, environment) -> list[str]:

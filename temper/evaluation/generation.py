@@ -5,7 +5,7 @@ import itertools
 import logging
 import time
 
-from temper.data.columns import answer_start, answer_text
+from temper.data.columns import answer_start, answer_text, final_answer
 from temper.model.adapters import is_prompt_learning
 from temper.model.loading import decoder_start
 from temper.progress import Progress
@@ -15,7 +15,10 @@ log = logging.getLogger("temper")
 
 @dataclasses.dataclass
 class Answers:
-    """In the order of the prompts: the text, its tokens with the one that ended it, whether the model did end it."""
+    """In the order of the prompts: the text, its tokens with the one that ended it, whether the model did end it.
+
+    Of rows with reasoning, the text is the answer behind it.
+    """
 
     texts: list[str]
     ids: list[list[int]]
@@ -40,7 +43,7 @@ def generate_answers(
     ship with sampling or penalties switched on) are left out: the config says all there is.
 
     Args:
-        rows: `id`, `input_ids`, `prompt_length`.
+        rows: `id`, `input_ids`, `prompt_length`; where answers have reasoning, `reasoning_start`, `reasoning_end`.
         settings: the config section `eval`: batch_size, max_new_tokens, do_sample, temperature, top_p.
         stop_ids: tokens that end an answer.
         known: row number -> the tokens of its answer, where that is known already (see `greedy_gold`).
@@ -55,13 +58,13 @@ def generate_answers(
     try:
         with torch.inference_mode(), Progress(len(rows), "generate", "rows") as progress:
             for row, ids in known.items():
-                _store(answers, row, ids, tokenizer, ends)
+                _store(answers, row, ids, rows[row], tokenizer, ends)
             progress.update(len(known))
             lengths = {row: part["prompt_length"] for row, part in enumerate(rows) if row not in known}
             for members in _batches(lengths, settings["batch_size"], owner is not model):
                 new = _batch(model, [rows[row] for row in members], settings, tokenizer.pad_token_id)
                 for row, ids in zip(members, new, strict=True):
-                    _store(answers, row, ids, tokenizer, ends)
+                    _store(answers, row, ids, rows[row], tokenizer, ends)
                 progress.update(len(members), f"{sum(answers.tokens)} tokens")
     finally:
         owner.generation_config = own_defaults
@@ -155,11 +158,11 @@ def _read(model, ids, rows: int):
     return cache
 
 
-def _store(answers: Answers, row: int, ids: list[int], tokenizer, stop_ids: set[int]) -> None:
+def _store(answers: Answers, row: int, ids: list[int], asked: dict, tokenizer, stop_ids: set[int]) -> None:
     end = next((at for at, token in enumerate(ids) if token in stop_ids), None)
     answers.finished[row] = end is not None
     answers.ids[row] = ids if end is None else ids[: end + 1]
-    answers.texts[row] = answer_text(tokenizer, ids, stop_ids)
+    answers.texts[row] = final_answer(answer_text(tokenizer, ids, stop_ids), asked)
 
 
 def _samplers(rows: list[dict], settings: dict):

@@ -95,7 +95,9 @@ def _tokens_of(row: dict, ids: str, labels: str) -> int:
 
 
 def _answer_bytes(rows: list[dict]) -> list[int] | None:
-    """Bytes of each gold answer; None where the loss counts more than the answer (loss_on=all, earlier turns)."""
+    """Bytes of each gold answer; None where the loss counts more than that (loss_on=all, earlier turns, reasoning)."""
+    if "reasoning_end" in rows[0]:
+        return None
     starts = [answer_start(row["input_ids"], row["prompt_length"]) for row in rows]
     more = any(label != IGNORED for row, at in zip(rows, starts, strict=True) for label in row["labels"][:at])
     return None if more else [len(row["reference"].encode()) for row in rows]

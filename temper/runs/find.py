@@ -72,7 +72,8 @@ class FinishedRun:
     def prompt(self) -> dict:
         """How a conversation became text in training: the config section `prompt`, and the template's `opening`."""
         prompt = self.config("tokenize_splits", "and only it knows the format of the run's prompts")["prompt"]
-        return {**prompt, "opening": read_provenance(self.parts["tokenize_splits"]).get("opening", "")}
+        made = read_provenance(self.parts["tokenize_splits"])
+        return {**prompt, "opening": made.get("opening", ""), "rich": made.get("rich", False)}
 
     @property
     def load(self) -> dict:

@@ -6,7 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from temper.data import templates
-from temper.data.encoder import DATE, Encoder
+from temper.data.conversations import Conversation
+from temper.data.encoder import Encoder
 from temper.data.layouts import without_system
 from temper.errors import UserError
 from temper.model.adapters import is_prompt_learning
@@ -38,15 +39,17 @@ class Prompter:
         """Refuse several turns for a free template, which has a place for one prompt only."""
         return self.encoder.renderer.keeps_history
 
-    def ids(self, messages: list[dict], max_new_tokens: int) -> list[int]:
-        """Token ids of the prompt for an answer to `messages`.
+    def ids(self, conversation: Conversation | list[dict], max_new_tokens: int) -> list[int]:
+        """Token ids of the prompt for an answer to a conversation (or its messages).
 
         Raises:
             UserError: they leave less than `max_new_tokens` of the model's context.
         """
+        asked = conversation if isinstance(conversation, Conversation) else Conversation(conversation)
         if self.system is not None:
-            messages = [{"role": "system", "content": self.system}, *without_system(messages)]
-        ids = self.encoder.prompt_ids(messages)
+            messages = [{"role": "system", "content": self.system}, *without_system(asked.messages)]
+            asked = asked._replace(messages=messages)
+        ids = self.encoder.prompt_ids(asked)
         self.limits.check_answer(len(ids), max_new_tokens)
         return ids
 
@@ -79,7 +82,8 @@ def tokenizer_to_ship(folder: Path, prompt: dict):
     tokenizer = load_tokenizer(folder)
     if prompt["apply_chat_template"]:
         source = tokenizer.get_chat_template()
-        shipped = templates.to_ship(source, prompt.get("date") or DATE, prompt.get("opening", ""))
+        date, opening = prompt.get("date") or templates.DATE, prompt.get("opening", "")
+        shipped = templates.to_ship(source, date, opening, prompt.get("chat_template_kwargs"))
         named = tokenizer.chat_template
         tokenizer.chat_template = {**named, "default": shipped} if isinstance(named, dict) else shipped
     return tokenizer

@@ -237,12 +237,12 @@ def test_days_and_exact_numbers_beside_a_prompt_are_written_as_text(project, tmp
         (
             "in.jsonl",
             '{"messages": [{"role": "bot", "content": "b"}]}\n',
-            "in.jsonl:1: messages[0]: role 'bot'; allowed",
+            "in.jsonl:1: messages[0]: role 'bot' is not known; allowed",
         ),
         (
             "in.jsonl",
             '{"messages": [{"role": "user", "content": "b"}, {"role": "assistant", "content": "c"}]}\n',
-            "in.jsonl:1: column 'messages' ends with the assistant's message: the user's must be the last",
+            "in.jsonl:1: column 'messages' ends with the assistant's message: the user's (or a tool's) must",
         ),
         ("in.csv", "prompt,n\na,1\nb\n", "in.csv:3: 1 fields, expected 2"),
         ("in.txt", "a\n" + "long " * 300, "in.txt:2: the prompt has"),

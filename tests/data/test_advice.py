@@ -108,7 +108,7 @@ def jsonl(message: str, _file: Path) -> list[str]:
 
 
 MESSAGES = [{"messages": [{"role": "user", "content": q}, {"role": "assistant", "content": a}]} for q, a in ROWS]
-WEIGHED = {"messages": [*MESSAGES[0]["messages"][:1], {"role": "assistant", "content": "?", "weight": 0}]}
+REFUSED = {"messages": [*MESSAGES[0]["messages"][:1], {"role": "assistant", "content": "?", "refusal": "No."}]}
 QUOTED = [(f'Say "{index}", please', "Fine") for index in range(COUNT)]
 YES = [(f'"Yes" {index}', "Fine") for index in range(COUNT)]
 NUMBERS = [{"question": q, "answer": index} for index, (q, _) in enumerate(ROWS)]
@@ -166,9 +166,9 @@ CASES: dict[str, tuple[str, str | bytes, Callable, list[tuple[str, str]], list[s
     "true": ("rows.jsonl", _lines(_objects(answer=True)), completion, [(q, "yes") for q, _ in ROWS], []),
     "a list": ("rows.jsonl", _lines(_objects(answer=["a", "b"])), completion, [(q, "a, b") for q, _ in ROWS], []),
     "an object": ("rows.jsonl", _lines(_objects(answer={"a": 1})), completion, [(q, '{"a": 1}') for q, _ in ROWS], []),
-    "a weight": (
+    "a field of OpenAI's": (
         "rows.jsonl",
-        _lines([*MESSAGES, WEIGHED]),
+        _lines([*MESSAGES, REFUSED]),
         override,
         [*ROWS, (ROWS[0][0], "?")],
         ["data.layout=messages"],

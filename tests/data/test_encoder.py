@@ -10,11 +10,13 @@ from hypothesis import strategies as st
 
 from temper.data import templates
 from temper.data.columns import IGNORED
+from temper.data.conversations import Conversation
 from temper.data.encoder import Encoded, Encoder
 from temper.errors import UserError
 from tests.support.chat_templates import CLOCK, OPENINGS, THINKS, TURNS
 from tests.support.tiny import tiny_rows, tiny_tokenizer
 
+SPECIAL = {"allow_special_text": True}
 CHAT = {"apply_chat_template": True, "system": None, "template": None, "loss_on": "assistant"}
 PLAIN = {"apply_chat_template": False, "system": None, "template": "{{ prompt }}\n", "loss_on": "assistant"}
 TOKENIZER = tiny_tokenizer()
@@ -26,7 +28,8 @@ def encoder(prompt=CHAT):
 
 
 def pair_of(encoder, messages, rejected):
-    return encoder.encode_pairs(encoder.pieces([messages, [*messages[:-1], assistant(rejected)]]))[0]
+    both = [Conversation(messages), Conversation([*messages[:-1], assistant(rejected)])]
+    return encoder.encode_pairs([texts[-1] for texts in encoder.pieces(both)])[0]
 
 
 def learned_text(row) -> str:
@@ -252,8 +255,13 @@ def turns_of(encoder, messages) -> list[tuple[str, str]]:
         closing = answer[len(messages[index]["content"]) :]
         if not encoder.stop_ids & set(tokens_by(encoder.tokenizer)(closing)):
             answer = messages[index]["content"]  # nothing in the closing ends an answer: it is no part of it
+            more = render(messages[: index + 2], tokenize=False, add_generation_prompt=True)[len(before + answer) :]
+            if index + 1 < len(messages) and more.startswith(encoder.tokenizer.eos_token):
+                answer += encoder.tokenizer.eos_token
         turns.append((before[len(done) :], answer))
         done = before + answer
+        if index + 1 < len(messages) and answer == messages[index]["content"]:
+            turns, done = [], ""  # no end of this answer could be learned here: it has a text of its own
     return turns
 
 
@@ -336,21 +344,25 @@ LOSSLESS = [gpt2_like, llama3_like, with_prefix_space, metaspace]
 @example(make=trimming, template=BARE, loss_on="assistant", rows=[[("a", "b  ")], [("", "  ")]])
 def test_many_at_once_are_what_each_is_alone(make, template, loss_on, rows):
     tokenizer = tokenizer_with(make, template)
-    glued = {"apply_chat_template": template is not None, "template": "{{ prompt }}", "loss_on": loss_on}
+    glued = {"apply_chat_template": template is not None, "template": "{{ prompt }}", "loss_on": loss_on, **SPECIAL}
     encoder = Encoder(tokenizer, [tokenizer.eos_token_id], glued)
     conversations = [
         [turn for asked, said in (row if template else row[:1]) for turn in (user(asked), assistant(said))]
         for row in rows
     ]
     expected = [one_by_one(encoder, messages) for messages in conversations]
-    found = encoder.encode_pieces(encoder.pieces(conversations))
+    texts = encoder.pieces(list(map(Conversation, conversations)))
+    found = encoder.encode_pieces([found[-1] for found in texts])
     assert [dataclasses.replace(one, ended_early=False) for one in found] == expected
     assert [encoder.encode(messages) for messages in conversations] == found
     for messages, row in zip(conversations, found, strict=True):
         assert row.input_ids[: row.prompt_length] == encoder.prompt_ids(messages[:-1])
-        for turn in range(1, len(messages), 2):  # each turn is asked as a conversation would ask it
-            asked = encoder.prompt_ids(messages[:turn])
-            assert row.input_ids[: len(asked)] == asked
+    for messages, parts in zip(conversations, texts, strict=True):
+        rows = encoder.encode_pieces(parts)
+        for turns, row in zip(parts, rows, strict=True):
+            for turn in turns:  # each turn is asked as a conversation would ask it
+                asked = encoder.prompt_ids(messages[: turn.place])
+                assert row.input_ids[: len(asked)] == asked
 
 
 ENDS = ["\n\n", "\n", " ", "  ", "\n \n", "", "x", ":", ": ", "<|end|>", "<|end|>\n\n", "\t", "12"]
@@ -372,6 +384,7 @@ def test_training_asks_what_everybody_asks(make, end, prompt, answer, chat):
     source = "{% for m in messages %}" + marks + "{% else %}{{ eos_token }}{% endif %}{% endfor %}"
     tokenizer = tokenizer_with(make, source)
     free = {"apply_chat_template": chat, "template": None if chat else "{{ prompt }}" + end, "loss_on": "assistant"}
+    free |= SPECIAL  # theirs are control tokens wherever a text spells them
     encoder = Encoder(tokenizer, [tokenizer.eos_token_id], free)
     row = encoder.encode([user(prompt), assistant(answer)])
     assert row.input_ids[: row.prompt_length] == encoder.prompt_ids([user(prompt)])
@@ -403,12 +416,14 @@ def test_of_many_refused_the_first_is_named():
     strict.chat_template = "{{ raise_exception('no') if messages[0]['role'] == 'system' }}x"
     system = [{"role": "system", "content": "s"}, user("a"), assistant("b")]
     with pytest.raises(UserError, match="refuses messages of the roles system, user: no"):
-        Encoder(strict, [2], CHAT).pieces([[user("a"), assistant("b")], system, [*system, user("c"), assistant("d")]])
+        rows = [[user("a"), assistant("b")], system, [*system, user("c"), assistant("d")]]
+        Encoder(strict, [2], CHAT).pieces(list(map(Conversation, rows)))
 
 
 def test_a_row_that_begins_with_an_answer_is_refused():
     with pytest.raises(UserError, match="begins with the assistant's turn.*set prompt.system"):
-        encoder().pieces([[user("a"), assistant("b")], [assistant("a"), user("b"), assistant("c")]])
+        rows = [[user("a"), assistant("b")], [assistant("a"), user("b"), assistant("c")]]
+        encoder().pieces(list(map(Conversation, rows)))
 
 
 # --- templates with habits ----------------------------------------------------------------------------
@@ -420,11 +435,17 @@ def with_template(template: str, **fields):
     return Encoder(tokenizer, [tokenizer.eos_token_id], {**CHAT, **fields})
 
 
+def opening_of(template: str, messages) -> str:
+    renderer = with_template(template).renderer
+    renderer.find_opening(Conversation(messages))
+    return renderer.opening
+
+
 @pytest.mark.parametrize("name", OPENINGS)
 def test_what_the_template_writes_before_an_answer_is_no_answer(name):
     template, opening = OPENINGS[name]
     messages = [user("Is it good?"), assistant("positive")]
-    assert with_template(template).renderer.opening_of(messages) == opening
+    assert opening_of(template, messages) == opening
     encoder = with_template(template, opening=opening)
     row = encoder.encode(messages)
     assert learned_text(row) == "positive<|im_end|>"
@@ -485,7 +506,7 @@ def test_the_day_of_a_template_is_that_of_the_config(monkeypatch):
 )
 def test_other_programs_ask_the_same_by_the_template_that_is_shipped(template):
     messages = [user("Is it good?"), assistant("positive")]
-    opening = with_template(template).renderer.opening_of(messages)
+    opening = opening_of(template, messages)
     encoder = with_template(template, opening=opening, date="2031-01-02")
     shipped = templates.to_ship(template, "2031-01-02", opening)
     theirs = encoder.tokenizer.apply_chat_template(
@@ -503,7 +524,7 @@ def test_a_clock_that_is_asked_in_made_up_words_cannot_be_shipped():
 # --- tokens that end answers ----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("settings", [CHAT, PLAIN])
+@pytest.mark.parametrize("settings", [{**CHAT, **SPECIAL}, {**PLAIN, **SPECIAL}])
 @pytest.mark.parametrize(
     ("answer", "early"),
     [
@@ -525,7 +546,7 @@ def test_an_answer_that_holds_its_own_end_is_told(settings, answer, early):
 
 def test_an_earlier_answer_that_holds_its_end_is_told():
     messages = [user("a"), assistant("x <|im_end|> y"), user("b"), assistant("c")]
-    assert encoder().encode(messages).ended_early
+    assert encoder({**CHAT, **SPECIAL}).encode(messages).ended_early
 
 
 def test_special_tokens_that_a_model_says_are_shown():

@@ -176,7 +176,7 @@ def chat(*texts: str) -> dict:
 
 def test_answers_with_an_end_token_inside_are_left_out_and_counted(workspace, tiny_model, capsys):
     rows = [chat("a", "It is <|im_end|> or"), chat("b", "answer<|im_end|>"), chat("c", "answer")]
-    splits, audit = made(workspace, tiny_model, rows)
+    splits, audit = made(workspace, tiny_model, rows, "prompt.allow_special_text=true")
     for split in tokenize_splits.SPLITS:
         assert splits[split]["id"][:] == [2, 3]
         assert splits[split]["reference"][:] == ["answer", "answer"]
@@ -220,10 +220,16 @@ def test_what_is_said_of_turns_that_a_template_rewrites(workspace, tiny_model, c
 
     shutil.copytree(tiny_model, "model")
     Path("model/chat_template.jinja").write_text(THINKS)
-    _, audit = made(workspace, "model", [chat("a", "b", "c", "d"), chat("e", "f")])
-    assert audit["train"]["only_last_answer_learned"] == 1
+    splits, audit = made(workspace, "model", [chat("a", "b", "c", "d"), chat("e", "f")])
+    assert splits["train"]["id"][:] == [1, 1, 2]
+    assert splits["train"]["reference"][:] == ["b", "d", "f"]
+    assert splits["train"]["prompt"][:] == ["a", "c", "e"]
+    assert splits["test"]["reference"][:] == ["d", "f"]
+    assert (audit["train"]["became_several_rows"], audit["train"]["rows_from_earlier_answers"]) == (1, 1)
+    assert audit["test"]["only_last_answer_learned"] == 1
     said = capsys.readouterr().err
-    assert "1 of 2 rows of train: only the last answer is learned, for the chat template shows earlier turns" in said
+    assert "1 of 3 rows of train: each answer is a row of its own, behind the history that it has at inference" in said
+    assert "1 of 2 rows of test: only the last answer is learned, for the chat template shows earlier turns" in said
     assert r"the chat template writes '<think>\n\n</think>\n\n' before an answer" in said
     assert json.loads(Path("splits/provenance.json").read_text())["opening"] == "<think>\n\n</think>\n\n"
 
@@ -231,8 +237,12 @@ def test_what_is_said_of_turns_that_a_template_rewrites(workspace, tiny_model, c
 def test_texts_that_spell_special_tokens_are_told(workspace, tiny_model, capsys):
     rows = [chat("Say <|im_start|>assistant", "no"), chat("a", "b<|im_end|>")]
     _, audit = made(workspace, tiny_model, rows)
-    assert audit["test"]["special_tokens_in_prompts"] == 1
-    assert "1 of 2 rows of test: a text spells a special token" in capsys.readouterr().err
+    assert (audit["test"]["special_text"], audit["test"]["special_text_allowed"]) == (2, 0)
+    assert "2 of 2 rows of test: a text spells a control token, which is text" in capsys.readouterr().err
+    shutil.rmtree("prompts")
+    shutil.rmtree("splits")
+    _, audit = made(workspace, tiny_model, rows, "prompt.allow_special_text=true")
+    assert (audit["test"]["special_text"], audit["test"]["special_text_allowed"]) == (0, 2)
 
 
 STRICT = "{% if messages[0].role == 'system' %}{{ raise_exception('no system message') }}{% endif %}" + CHAT_TEMPLATE
