@@ -425,7 +425,8 @@ def test_scored_responses_that_are_none_are_named(row, message):
 def test_a_single_answer_is_desirable_or_not(label, desirable):
     for prompt, completion in (("How?", "Well."), (HOW, [WELL])):
         row = {"prompt": prompt, "completion": completion, "label": label}
-        assert pair(row, "unpaired_preference") == ([*HOW, WELL], None, desirable)
+        found = pair(row, "unpaired_preference")
+        assert (found.messages, found.rejected, found.label) == ([*HOW, WELL], None, desirable)
 
 
 @pytest.mark.parametrize("label", [None, "good", 2, [True], math.nan])

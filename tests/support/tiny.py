@@ -117,7 +117,7 @@ def make_tiny_splits(
         if labels:
             made = [_labelled(row, tokenizer, system) for row in made]
         if made:
-            splits[split] = Dataset.from_list(made, features=features(pairs, labels))
+            splits[split] = Dataset.from_list(made, features=features(pairs, labels=labels))
         number += len(texts)
     DatasetDict(splits).save_to_disk(str(folder))
     counts = {split: {"rows": len(rows), "read": len(rows), "dropped": 0} for split, rows in splits.items()}
