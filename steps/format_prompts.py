@@ -7,9 +7,10 @@ Reads:  the files of a data folder (given as the folder or its pin), or one file
         and prompt.system.
 Writes: train.jsonl, validation.jsonl, test.jsonl: {"id": row number in the raw data, from 1, "messages": [...]},
         where the last message is the assistant's answer; for a preference pair also "rejected", the worse answer to
-        the same prompt. stats.json counts the rows of each split. With data.on_bad_row=skip also rejected.jsonl:
-        {"id", "file", "line" (or "row"), "kind", "reason"} of each row that is left out because it cannot be read or
-        makes no conversation; stats.json counts them by kind.
+        the same prompt; for single answers that are desirable or not also "label". stats.json counts the rows of each
+        split. A row of scored responses makes a line for each of its pairs, with the same id. With
+        data.on_bad_row=skip also rejected.jsonl: {"id", "file", "line" (or "row"), "kind", "reason"} of each row that
+        is left out because it cannot be read or makes no conversation; stats.json counts them by kind.
 
 A row's split is decided by a hash of its prompt: the messages before the last answer, without the system message.
 Editing, adding or moving rows therefore never moves another row to another split, rows with the same prompt are
@@ -75,9 +76,11 @@ def run(config: FormatPrompts, raw: Path, output: Path, planned: Planned = NOT_P
 
 def _refuse_empty(raw: Path, stats: dict, data: dict) -> None:
     """An empty split is an error, unless its share is 0."""
+    used = stats["rows"] - stats["left_out_by_where"] - stats.get("rejected", {"rows": 0})["rows"]
+    if not used and "ties" in stats:
+        raise UserError(f"{raw}: no pair is left: the scores, or the texts, of all {stats['ties']} are the same")
     if not stats["rows"]:
         raise UserError(f"{raw}: no rows in the raw files")
-    used = stats["rows"] - stats["left_out_by_where"] - stats.get("rejected", {"rows": 0})["rows"]
     if not used:
         raise UserError(f"{raw}: data.where ({data['where']}) leaves out all {stats['rows']} rows")
     for name in SPLITS:
@@ -96,6 +99,7 @@ def _summary(stats: dict) -> str:
     parts = [f"{name} {split['rows']}" for name, split in stats["splits"].items()]
     limited = sum(split["left_out_by_limit"] for split in stats["splits"].values())
     parts += [f"left out by data.limit {limited}", f"left out by data.where {stats['left_out_by_where']}"]
+    parts += [f"no pair because scores or texts are the same {stats['ties']}"] if "ties" in stats else []
     return f"{stats['rows']} rows: {', '.join(parts)}; duplicates {stats['duplicates']}"
 
 

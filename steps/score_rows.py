@@ -17,6 +17,7 @@ import sys
 from pathlib import Path
 
 from temper.config.stages import ScoreRows
+from temper.data.columns import with_right_answers
 from temper.data.places import Place, places
 from temper.errors import UserError
 from temper.evaluation import suspects
@@ -46,7 +47,7 @@ def run(config: ScoreRows, model: Path, splits: Path, prompts: Path, raw: Path, 
         raise UserError("config: 'eval.suspects': 0 lists no rows: give the number of rows to list")
     refuse_diverged(model, "to ask about the rows")
     _check_lineage(splits, prompts, raw)
-    rows = load_rows(splits)
+    rows = with_right_answers(load_rows(splits))
     with computing_threads(config.num_threads):
         scores = suspects.scores(model, config.model_dump(), rows, load_tokenizer(model))
     worst = suspects.most_suspicious(scores, settings["suspects"])

@@ -9,9 +9,10 @@ Reads   the prompts' train.jsonl, validation.jsonl and test.jsonl; the model's t
 Writes  a `datasets.DatasetDict` (train, validation, test) with the columns id, input_ids, labels
         (-100 where nothing is learned), prompt_length, prompt, reference (the right answer's tokens decoded).
         Preference pairs also have rejected_input_ids, rejected_labels and rejected, the same prompt with the rejected
-        answer; the other columns then hold the chosen one. For a causal model, labels align with input_ids, and
-        input_ids[:prompt_length] is exactly the prompt that the finished model gets. For an encoder-decoder model,
-        input_ids is the prompt alone, and labels the answer with its end. A conversation whose chat template shows
+        answer; the other columns then hold the chosen one. Single answers that are desirable or not have `label`. For a
+        causal model, labels align with input_ids, and input_ids[:prompt_length] is exactly the prompt that the finished
+        model gets. For an encoder-decoder model, input_ids is the prompt alone, and labels the answer with its end. A
+        conversation whose chat template shows
         earlier turns otherwise than they were answered (most drop their reasoning) becomes several rows of train with
         one id, each answer behind the history that it has at inference; of validation and test its last answer is kept.
         Where rows have reasoning, reference is the answer behind it, and reasoning_start and reasoning_end are the
@@ -176,14 +177,15 @@ class _Rows:
         self.max_length, self.policy = tokenize["max_length"], tokenize["max_length_policy"]
         self.audit = Audit(encoder.allow_special_text)
         self.texts: dict[tuple[int, ...], str] = {}
-        self.pairs = "rejected" in next(each_json_line(path), {})
+        first: dict = next(each_json_line(path), {})
+        self.pairs, self.labels = "rejected" in first, "label" in first
 
     def dataset(self, path: Path):
         """Write the split to `path` and open that as a `datasets.Dataset`, so that rows do not stay in memory."""
         import pyarrow
         from datasets import Dataset, DatasetInfo
 
-        columns = features(self.pairs, bool(self.marks))
+        columns = features(self.pairs, bool(self.marks), self.labels)
         schema = columns.arrow_schema
         rows = self._rows()
         with pyarrow.ipc.new_stream(path, schema) as file:
@@ -229,7 +231,7 @@ class _Rows:
     def _encode(self, records: list[dict]) -> list[tuple[dict, int, list[Encoded]]]:
         conversations = self._conversations(records)
         texts = self.encoder.pieces(conversations)
-        every = self.path.stem == "train" and not self.pairs
+        every = self.path.stem == "train" and not self.pairs and not self.labels  # a label is of the last answer
         if self.pairs:
             places = [found[-1][-1].place for found in texts[::2]]
             pairs = self.encoder.encode_pairs([found[-1] for found in texts])
@@ -304,6 +306,8 @@ class _Rows:
         if len(encoded) == 2:
             row |= {"rejected_input_ids": encoded[1].input_ids, "rejected_labels": encoded[1].labels}
             row["rejected"] = texts[1]
+        if self.labels:
+            row["label"] = record["label"]
         return row
 
     def _text(self, answer: list[int]) -> str:

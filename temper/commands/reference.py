@@ -83,10 +83,10 @@ def config_page() -> str:
     parts = [CONFIG_HEAD]
     for name, field in schema["properties"].items():
         for kind in _objects(field, schema["$defs"]):
-            parts.append(_section(name, kind, schema["$defs"]))
+            parts += _sections(name, kind, schema["$defs"])
     alone = {name: field for name, field in schema["properties"].items() if field.get("type") == "integer"}
     parts.append(_table("Without a section", "", "", alone, schema["$defs"]))
-    return "\n".join(parts)
+    return "\n".join(dict.fromkeys(parts))  # several methods have the same section in them
 
 
 def _objects(field: dict, known: dict) -> list[dict]:
@@ -96,16 +96,17 @@ def _objects(field: dict, known: dict) -> list[dict]:
     return [kind for kind in named if "properties" in kind]
 
 
-def _section(name: str, kind: dict, known: dict) -> str:
+def _sections(name: str, kind: dict, known: dict) -> list[str]:
     inner = [
-        _section(f"{name}.{key}", inside, known)
+        section
         for key, field in kind["properties"].items()
         for inside in _objects(field, known)
+        for section in _sections(f"{name}.{key}", inside, known)
     ]
     said = kind.get("description", "").split("\n\n")[0]
     told = kind["properties"].get("kind", kind["properties"].get("name", {})).get("const")
     title = f"`{name}`" + (f": {told}" if told else "")
-    return "\n".join([_table(title, said, f"{name}.", kind["properties"], known), *inner])
+    return [_table(title, said, f"{name}.", kind["properties"], known), *inner]
 
 
 def _table(title: str, said: str, prefix: str, fields: dict, known: dict) -> str:

@@ -4,12 +4,13 @@ SPLITS = ("train", "validation", "test")
 IGNORED = -100  # the label of a token that is not learned, which torch's cross_entropy ignores
 
 
-def features(pairs: bool = False, reasoning: bool = False):
+def features(pairs: bool = False, reasoning: bool = False, labels: bool = False):
     """The columns as `datasets.Features`.
 
     Args:
         pairs: including those of the rejected answer.
         reasoning: including the texts around the reasoning in an answer.
+        labels: including `label`, whether the answer is desirable.
     """
     from datasets import Features, List, Value
 
@@ -26,7 +27,25 @@ def features(pairs: bool = False, reasoning: bool = False):
         columns |= {"rejected_input_ids": ids, "rejected_labels": ids, "rejected": Value("string")}
     if reasoning:
         columns |= {"reasoning_start": Value("string"), "reasoning_end": Value("string")}
+    if labels:
+        columns["label"] = Value("bool")
     return Features(columns)
+
+
+def with_right_answers(splits):
+    """Splits without the rows whose answer is an undesirable one (`label`), which is nothing to judge a model by."""
+    from datasets import DatasetDict
+
+    if not any("label" in rows.column_names for rows in splits.values()):
+        return splits
+    kept = {name: _right(rows) for name, rows in splits.items()}
+    return DatasetDict({name: rows for name, rows in kept.items() if len(rows)})
+
+
+def _right(rows):
+    if "label" not in rows.column_names:
+        return rows
+    return rows.select([number for number, label in enumerate(rows["label"]) if label]).remove_columns("label")
 
 
 def answer_start(input_ids: list[int], prompt_length: int) -> int:

@@ -21,14 +21,14 @@ from temper.sources import pins as raw_data
 
 def examples(
     raw: Path, data: dict, system: str | None, rejected: Rejected | None = None
-) -> Iterator[tuple[int, layouts.Example | None]]:
-    """(row number from 1 through all files, its example; None when `data.where` leaves the row out).
+) -> Iterator[tuple[int, layouts.Example | layouts.Tie | None]]:
+    """(row number from 1 through all files, an example of it; None when `data.where` leaves the row out).
 
     Args:
         rejected: takes the rows that cannot be read, or make no conversation, and are left out here; they are numbered
             like all others. None: the first is an error.
     """
-    convert = layouts.converter(data, system)
+    expand = layouts.expander(data, system)
     count, controls = itertools.count(1), doubts.Controls(data.get("encoding") or UTF_8)
     words = doubts.Words(layouts.text_columns(data))
     files = raw_data.data_files(raw)
@@ -40,15 +40,16 @@ def examples(
                 _reject(rejected, counted, file, number, row)
                 continue
             try:
-                example = convert(row)
+                made = expand(row)
             except UserError as error:
                 way_on = file.without_header if isinstance(error, layouts.NoColumnError) else ""
                 _reject(rejected, counted, file, number, BadRow(LAYOUT, f"{error}{way_on}"))
                 continue
-            if example:
-                controls.look_at(example, file, number)
-                words.look_at(row, example, file, number)
-            yield counted, example
+            for example in made:
+                if isinstance(example, layouts.Example):
+                    controls.look_at(example, file, number)
+                    words.look_at(row, example, file, number)
+                yield counted, example
     controls.say()
     words.say()
 
@@ -95,7 +96,9 @@ def split_of(position: int, shares: dict[str, float]) -> str:
 def record(number: int, example: layouts.Example) -> dict:
     """A line of train.jsonl, validation.jsonl or test.jsonl."""
     given = example._asdict()
-    more = {name: given[name] for name in ("tools", "chat_template_kwargs", "rejected") if given[name] is not None}
+    more = {
+        name: given[name] for name in ("tools", "chat_template_kwargs", "rejected", "label") if given[name] is not None
+    }
     return {"id": number, "messages": example.messages, **more}
 
 
@@ -105,11 +108,14 @@ class Splits:
     def __init__(self, folder: Path, shares: dict[str, float], limits: dict[str, int | None]):
         self.shares = shares
         self.files = {name: _SplitFile(folder / f"{name}.jsonl", limits.get(name)) for name in SPLITS}
-        self.left_out = 0
+        self.left_out = self.ties = 0
         self.prompts, self.rows = array.array("Q"), array.array("Q")  # hash of each prompt; of prompt and answer
 
-    def add(self, number: int, example: layouts.Example | None) -> None:
-        """Add the row `number`; None counts as left out by `data.where`."""
+    def add(self, number: int, example: layouts.Example | layouts.Tie | None) -> None:
+        """Add the row `number`; None counts as left out by `data.where`, and a tie makes no pair."""
+        if isinstance(example, layouts.Tie):
+            self.ties += 1
+            return
         if example is None:
             self.left_out += 1
             return
@@ -118,16 +124,19 @@ class Splits:
         said = example.messages[-1]
         answer = said["content"] if len(said) == layouts.PLAIN else json.dumps(said)
         answers = [answer, *([] if example.rejected is None else [example.rejected])]
+        answers += [] if example.label is None else [str(example.label)]
         digest = hashlib.blake2b("\0".join(answers).encode(), digest_size=8, key=hashed.rank.to_bytes(8)).digest()
         self.rows.append(int.from_bytes(digest))
         line = json.dumps(record(number, example), ensure_ascii=False)
         self.files[split_of(hashed.split, self.shares)].add(hashed.rank, line)
 
     def stats(self) -> dict:
-        """Counts of rows; `duplicates` repeat prompt and answer of an earlier row (and are kept)."""
+        """Counts of rows; `ties` made no pair, for their scores or texts are the same; `duplicates` repeat prompt and
+        answer of an earlier row (and are kept)."""
         return {
             "rows": len(self.rows) + self.left_out,
             "left_out_by_where": self.left_out,
+            **({"ties": self.ties} if self.ties else {}),
             "prompts": _distinct(self.prompts),
             "duplicates": len(self.rows) - _distinct(self.rows),
             "splits": {name: file.stats() for name, file in self.files.items()},

@@ -8,6 +8,7 @@ import pytest
 from datasets import load_from_disk
 
 from steps import tokenize_splits
+from temper.data.columns import with_right_answers
 from tests.support.tiny import CHAT_TEMPLATE, tiny_rows
 
 LONG = "a film that goes on and on and on and on and on"
@@ -50,6 +51,22 @@ def test_rows_without_pairs_are_as_they_were(workspace, tiny_model):
     assert splits["train"].column_names == ["id", "input_ids", "labels", "prompt_length", "prompt", "reference"]
     assert "rejected_tokens" not in audit["train"]
     assert "chosen" not in Path("splits/audit.txt").read_text()
+
+
+def test_single_answers_have_a_label(workspace, tiny_model):
+    tokenize(tiny_model, pairs=False)
+    shutil.rmtree("splits")
+    for split in ("train", "validation", "test"):
+        path = Path(f"prompts/{split}.jsonl")
+        lines = [json.loads(line) for line in path.read_text().splitlines()]
+        path.write_text("".join(json.dumps({**line, "label": line["id"] % 2 == 0}) + "\n" for line in lines))
+    tokenize_splits.main(["--prompts", "prompts", "--model", str(tiny_model), "--output", "splits", "sweep=none"])
+    splits = load_from_disk("splits")
+    assert splits["train"]["label"][:] == [False, True, False, True, False, True]
+    assert "--- row 1, undesirable\n" in Path("splits/audit.txt").read_text()
+    right = with_right_answers(splits)
+    assert right["test"]["id"][:] == [2, 4, 6]
+    assert "label" not in right["test"].column_names
 
 
 def limit(model) -> int:
