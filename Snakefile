@@ -9,7 +9,7 @@
     mix_prompts         prompts of each data set                ->  results/mixtures/     (data.mix)
     tokenize_splits     prompts, model                          ->  results/splits/
     sample_answers      splits, model                           ->  results/pairs/        (method.own_answers)
-    reference_logprobs  splits, model                           ->  results/references/   (method=dpo)
+    reference_logprobs  splits, model                           ->  results/references/   (method=dpo, kto)
     train_adapter       splits, model, references               ->  results/adapters/
     merge_adapter       model, adapter, splits                  ->  results/merged/
     evaluate_model      model, splits, adapter, base_report     ->  results/reports/      (evaluate_base: model, splits;
@@ -173,7 +173,7 @@ rule sample_answers:
 
 
 rule reference_logprobs:
-    "How likely the model finds both answers of each preference pair before it is trained."
+    "How likely the model finds the answers that preference optimization compares, before it is trained."
     input:
         splits=path_of("reference_logprobs", "splits"),
         model=path_of("reference_logprobs", "model"),

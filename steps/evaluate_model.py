@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING
 
 from temper.config import evaluation as checks
 from temper.config.stages import NOT_PLANNED, EvaluateModel, Planned
+from temper.data.columns import with_right_answers
 from temper.errors import UserError
 from temper.evaluation import forgetting, metrics, own_metrics
 from temper.evaluation.class_names import UNPARSED
@@ -158,7 +159,7 @@ def _report_divergence(model: Path, settings: dict, metric: str, adapter: Path, 
 
 def _rows(model: Path, splits: Path, settings: dict, tokenizer) -> DatasetDict:
     """All splits, checked."""
-    loaded, split = load_rows(splits), settings["split"]
+    loaded, split = with_right_answers(load_rows(splits)), settings["split"]
     checks.check(settings, splits, loaded, tokenizer, [split])
     limits.check(model, {split: loaded[split]}, [split], settings["max_new_tokens"])
     return loaded
@@ -204,10 +205,18 @@ def _base(folder: Path, settings: dict, judged_on: list[dict]) -> BaseReport:
 def _start_logps(folder: Path, split: str, judged_on: list[dict]) -> list[tuple[float, float]]:
     """Log-probabilities of the pairs, by the model that preference optimization started from."""
     found = load_rows(folder)
-    rows = list(found[split]) if split in found else []
-    if [row["id"] for row in rows] != [row["id"] for row in judged_on]:
+    ids, chosen, rejected = _reference_columns(found[split]) if split in found else ([], [], [])
+    if ids != [row["id"] for row in judged_on]:
         raise UserError(f"--references {folder}: of other {split} rows; run reference_logprobs on these splits")
-    return [(row["ref_chosen_logps"], row["ref_rejected_logps"]) for row in rows]
+    return list(zip(chosen, rejected, strict=True))
+
+
+def _reference_columns(figures) -> tuple[list, list, list]:
+    """(id, log-probability of the chosen answer, of the rejected one) of each pair that reference_logprobs wrote."""
+    if "ref_logps" in figures.column_names:  # of method=kto: a line an answer, the chosen one first
+        ids, logps = figures["id"][:], figures["ref_logps"][:]
+        return ids[::2], logps[::2], logps[1::2]
+    return figures["id"][:], figures["ref_chosen_logps"][:], figures["ref_rejected_logps"][:]
 
 
 def _start(folder: Path | None, metric: str) -> Start | None:

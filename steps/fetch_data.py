@@ -117,7 +117,9 @@ def _refuse_to_lose(folder: Path, pins: list[dict]) -> None:
 def _fetch_package(source: dict, folder: Path, section: str) -> dict:
     name = pypi.member_name(source)
     if is_no_data(name):
-        raise UserError(f"{section}.member: {name}: a hidden file or a pin-*.json is not data; name another member")
+        raise UserError(
+            f"{section}.member: {name}: hidden files, pin-*.json and marks such as _SUCCESS are not data; name another"
+        )
     archive = pypi.package_archive(source, section)
     pypi.extract_member(archive, source["member"], folder / name, section)
     return {"archive": archive.name}

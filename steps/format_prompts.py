@@ -7,7 +7,10 @@ Reads:  the files of a data folder (given as the folder or its pin), or one file
         and prompt.system.
 Writes: train.jsonl, validation.jsonl, test.jsonl: {"id": row number in the raw data, from 1, "messages": [...]},
         where the last message is the assistant's answer; for a preference pair also "rejected", the worse answer to
-        the same prompt. stats.json counts the rows of each split.
+        the same prompt; for single answers that are desirable or not also "label". stats.json counts the rows of each
+        split. A row of scored responses makes a line for each of its pairs, with the same id. With
+        data.on_bad_row=skip also rejected.jsonl: {"id", "file", "line" (or "row"), "kind", "reason"} of each row that
+        is left out because it cannot be read or makes no conversation; stats.json counts them by kind.
 
 A row's split is decided by a hash of its prompt: the messages before the last answer, without the system message; with
 data.splits.group_by of its group. Editing, adding or moving rows therefore never moves another row to another split,
@@ -18,6 +21,8 @@ Rows of validation and test that also stand in train, exactly or nearly (temper/
 stats.json and listed in overlap.jsonl; data.on_overlap says what is done with them.
 """
 
+import contextlib
+import itertools
 import json
 import logging
 import sys
@@ -27,8 +32,9 @@ from pathlib import Path
 from temper.config.schema import SplitSources
 from temper.config.stages import NOT_PLANNED, FormatPrompts, Planned
 from temper.data import overlap
-from temper.data.layouts import Example
+from temper.data.layouts import Example, Tie
 from temper.data.places import places
+from temper.data.rejected import FILE, Rejected
 from temper.data.splitting import SPLITS, Splits, examples
 from temper.errors import UserError
 from temper.progress import Progress
@@ -50,7 +56,7 @@ def run(config: FormatPrompts, raw: Path, output: Path, planned: Planned = NOT_P
 
     Raises:
         UserError: a row that makes no conversation (with file and line), an empty split, or raw files that changed
-            since the plan was made.
+            since the plan was made. With data.on_bad_row=skip: more bad rows than data.max_bad_share.
     """
     data = config.data.model_dump()
     identity = raw_data.identity_on_disk(raw)
@@ -59,32 +65,38 @@ def run(config: FormatPrompts, raw: Path, output: Path, planned: Planned = NOT_P
     if isinstance(config.data.source, SplitSources) and raw_data.ALL in files:
         raise UserError(f"--raw {raw}: is of no split, and data.source has one for each: name the folder of fetch_data")
     given = _given(files, raw, data, config.prompt.system)
-    with Splits(output, data["splits"], data["limit"], given) as splits, Progress(None, "format", "rows") as progress:
-        for number, example, split in _rows(files, raw, data, config.prompt.system):
+    rejected = Rejected.by_policy(data, output / FILE)
+    with (
+        rejected or contextlib.nullcontext(),
+        Splits(output, data["splits"], data["limit"], given) as splits,
+        Progress(None, "format", "rows") as progress,
+    ):
+        for number, example, split in _rows(files, raw, data, config.prompt.system, rejected):
             splits.add(number, example, split)
             progress.update()
     raw_data.refuse_other_identity(raw, raw_data.identity_on_disk(raw), identity)
-    _refuse_empty(raw, splits.stats(), data, given)
+    _refuse_rejected(raw, splits.stats(), data, rejected)
+    _refuse_empty(raw, _with_rejected(splits.stats(), rejected), data, given)
     found, shared = overlap.find(output, splits.stats()["splits"]["train"]["rows"])
     told = overlap.tell(output, found, data["on_overlap"], lambda ids: places(raw, data, ids))
     taken = overlap.leave_out(output, shared) if data["on_overlap"] == "drop" else {}
-    stats = {**splits.stats(taken), "overlap": told}
+    stats = {**_with_rejected(splits.stats(taken), rejected), "overlap": told}
     (output / "stats.json").write_text(json.dumps(stats, indent=2) + "\n", encoding="utf-8")
     log.info("%s", _summary(stats))
     return {"raw": identity, "rows": stats}
 
 
-def _rows(files: dict, raw: Path, data: dict, system: str | None) -> Iterator[tuple[int, Example | None, str | None]]:
-    """(row number through all files, its example, the split of its file)."""
+def _rows(
+    files: dict, raw: Path, data: dict, system: str | None, rejected: Rejected | None
+) -> Iterator[tuple[int, Example | Tie | None, str | None]]:
+    """(row number through all files, an example of it, the split of its file)."""
     if raw_data.ALL in files:
-        yield from ((number, example, None) for number, example in examples(raw, data, system))
+        yield from ((number, example, None) for number, example in examples(raw, data, system, rejected))
         return
-    before = 0
+    count = itertools.count(1)
     for split, path in sorted((split, path) for split, paths in files.items() for path in paths):
-        number = 0
-        for number, example in examples(path, data, system):
-            yield before + number, example, split
-        before += number
+        for number, example in examples(path, data, system, rejected, count):
+            yield number, example, split
 
 
 def _given(files: dict, raw: Path, data: dict, system: str | None) -> set[str]:
@@ -92,19 +104,37 @@ def _given(files: dict, raw: Path, data: dict, system: str | None) -> set[str]:
     if data["splits"]["column"] is None:
         return {*files} - {raw_data.ALL}
     found: set[str] = set()
-    for _, example in examples(raw, data, system):
-        if example is not None and example.split is not None:
+    for _, example in examples(raw, data, system, Rejected.by_policy(data)):
+        if isinstance(example, Example) and example.split is not None:
             found.add(example.split)
         if len(found) == len(SPLITS):
             break
     return found
 
 
+def _with_rejected(stats: dict, rejected: Rejected | None) -> dict:
+    if rejected is None:
+        return stats
+    return {**stats, "rows": stats["rows"] + rejected.rows, "rejected": rejected.stats()}
+
+
+def _refuse_rejected(raw: Path, stats: dict, data: dict, rejected: Rejected | None) -> None:
+    """Say which rows were left out because they are bad, or refuse them if they are too many."""
+    if rejected is None:
+        return
+    rows = stats["rows"] + rejected.rows
+    rejected.refuse_many(raw, rows, data["max_bad_share"])
+    if rejected.rows:
+        log.warning("%s", rejected.said(rows))
+
+
 def _refuse_empty(raw: Path, stats: dict, data: dict, given: Collection[str]) -> None:
     """An empty split is an error, unless its share is 0."""
+    used = stats["rows"] - stats["left_out_by_where"] - stats.get("rejected", {"rows": 0})["rows"]
+    if not used and "ties" in stats:
+        raise UserError(f"{raw}: no pair is left: the scores, or the texts, of all {stats['ties']} are the same")
     if not stats["rows"]:
         raise UserError(f"{raw}: no rows in the raw files")
-    used = stats["rows"] - stats["left_out_by_where"]
     if not used:
         raise UserError(f"{raw}: data.where ({data['where']}) leaves out all {stats['rows']} rows")
     for name in SPLITS:
@@ -127,6 +157,7 @@ def _summary(stats: dict) -> str:
     parts += [f"left out by data.limit {limited}", f"left out by data.where {stats['left_out_by_where']}"]
     taken = sum(split["left_out_by_overlap"] for split in stats["splits"].values())
     parts += [f"left out by data.on_overlap {taken}"] if taken else []
+    parts += [f"no pair because scores or texts are the same {stats['ties']}"] if "ties" in stats else []
     return f"{stats['rows']} rows: {', '.join(parts)}; duplicates {stats['duplicates']}"
 
 

@@ -1,13 +1,15 @@
-"""Reference log-probabilities: how likely the model finds both answers of each pair before it is trained.
+"""Reference log-probabilities: how likely the model finds the answers before it is trained.
 
 By hand::
 
     python -m steps.reference_logprobs --splits results/splits/X --model results/models/Y \\
         --output results/references/Z experiment=dpo
 
-Reads   all splits that have pairs; the model that preference optimization starts from.
+Reads   all splits that have pairs (or, for method=kto, labels); the model that preference optimization starts from.
 Writes  a `datasets.DatasetDict` with the splits' rows in their order: id, ref_chosen_logps, ref_rejected_logps (nats,
-        summed over the tokens of the answer); references.json (how many were computed, and how many were cached).
+        summed over the tokens of the answer); for method=kto with one line an answer, a pair's chosen one first: id,
+        ref_logps, ref_KL_logps (of the line's prompt with another line's answer) and KL_row (that line, from 0);
+        references.json (how many were computed, and how many were cached).
 
 Every figure is cached in ``results/.state/references/`` under the model and the answer's tokens, so an edited row costs
 two answers, not the whole data set. An answer's figure does not depend on the other rows, because only answers of the
@@ -34,6 +36,7 @@ from temper.model.adapters import refuse_diverged
 from temper.model.threads import computing_threads
 from temper.progress import Progress, quiet_libraries
 from temper.step import run_command
+from temper.training import unpaired
 from temper.training.preferences import REFERENCES, chosen_of, rejected_of
 
 STAGE = "reference_logprobs"
@@ -54,18 +57,17 @@ def run(config: ReferenceLogprobs, splits: Path, model: Path, output: Path) -> d
 
     quiet_libraries()
     rows = load_rows(splits)
-    pairs = {split: part for split, part in rows.items() if "rejected_input_ids" in part.column_names}
-    if "train" not in pairs:
-        raise UserError(
-            f"{splits}: has no preference pairs; choose data.layout=preference, or set data.rejected or "
-            "data.rejected_from, and make the splits again"
-        )
+    compared = {split: part for split, part in rows.items() if _has_answers(part, config.method.name)}
+    if "train" not in compared:
+        raise UserError(_nothing_to_compare(splits, config.method.name))
     refuse_diverged(model)
     serving.refuse_other_splits(splits, model)
-    limits.check(model, pairs)
+    limits.check(model, compared)
     path = KNOWN / f"{_identity(model, config)}.jsonl"
     known = _read(path)
-    answers = {split: [side(row) for row in part for side in (chosen_of, rejected_of)] for split, part in pairs.items()}
+    of = _Single if config.method.name == "kto" else _Paired
+    asked = {split: of(part, split) for split, part in compared.items()}
+    answers = {split: part.answers for split, part in asked.items()}
     keys = {split: [_key(answer) for answer in part] for split, part in answers.items()}
     missing = {
         key: answer
@@ -76,7 +78,7 @@ def run(config: ReferenceLogprobs, splits: Path, model: Path, output: Path) -> d
     if missing:
         with computing_threads(config.num_threads):
             known |= _compute(missing, model, config, path)
-    figures = {split: _columns(part["id"], [known[key] for key in keys[split]]) for split, part in pairs.items()}
+    figures = {split: _dataset(part.columns([known[key] for key in keys[split]])) for split, part in asked.items()}
     DatasetDict(figures).save_to_disk(output)
     counts = {"computed": len(missing), "known": sum(map(len, keys.values())) - len(missing)}
     (output / "references.json").write_text(json.dumps(counts, indent=2) + "\n", encoding="utf-8")
@@ -84,13 +86,62 @@ def run(config: ReferenceLogprobs, splits: Path, model: Path, output: Path) -> d
     return counts
 
 
-def _columns(ids: list[int], logps: list[float]):
-    """A split's figures; `logps` has both answers of a row one after the other."""
+def _has_answers(part, method: str) -> bool:
+    return "rejected_input_ids" in part.column_names or (method == "kto" and "label" in part.column_names)
+
+
+def _nothing_to_compare(splits: Path, method: str) -> str:
+    if method == "kto":
+        return (
+            f"{splits}: does not say which answers are desirable; choose data.layout=unpaired_preference, or set "
+            "data.label, or give preference pairs, and make the splits again"
+        )
+    return (
+        f"{splits}: has no preference pairs; choose data.layout=preference, or set data.rejected or "
+        "data.rejected_from, and make the splits again"
+    )
+
+
+class _Paired:
+    """The answers of a split's pairs: the chosen one of a row, then its rejected one."""
+
+    def __init__(self, part, split: str):
+        del split
+        self.ids = part["id"][:]
+        self.answers = [side(row) for row in part for side in (chosen_of, rejected_of)]
+
+    def columns(self, logps: list[float]) -> dict[str, list]:
+        return {"id": self.ids, REFERENCES[0]: logps[::2], REFERENCES[1]: logps[1::2]}
+
+
+class _Single:
+    """A split's single answers, then the mismatched texts, by which TRL's KTO measures how far a model has moved."""
+
+    def __init__(self, part, split: str):
+        self.rows = unpaired.unpaired(part)
+        self.others = unpaired.mismatched(self.rows)
+        self.answers = self.rows + unpaired.with_answers_of(self.rows, self.others)
+        if same := unpaired.of_one_prompt(self.rows, self.others):
+            log.warning(
+                "warning: %d of %d answers of %s are compared after their own prompt, for more than half of the rows "
+                "have one prompt: how far the model moves (kl) is measured less well",
+                same,
+                len(self.rows),
+                split,
+            )
+
+    def columns(self, logps: list[float]) -> dict[str, list]:
+        ids, count = [row["id"] for row in self.rows], len(self.rows)
+        figures = {unpaired.REFERENCE: logps[:count], unpaired.KL_REFERENCE: logps[count:]}
+        return {"id": ids, unpaired.KL_ROW: self.others, **figures}
+
+
+def _dataset(columns: dict[str, list]):
     from datasets import Dataset, Features, Value
 
-    columns = {"id": ids, REFERENCES[0]: logps[::2], REFERENCES[1]: logps[1::2]}
-    numbers = {name: Value("float32") for name in REFERENCES}
-    return Dataset.from_dict(columns, features=Features({"id": Value("int64"), **numbers}))
+    whole = ("id", unpaired.KL_ROW)
+    kinds = {name: Value("int64" if name in whole else "float32") for name in columns}
+    return Dataset.from_dict(columns, features=Features(kinds))
 
 
 def _compute(missing: dict[str, dict], model: Path, config: ReferenceLogprobs, path: Path) -> dict[str, float]:

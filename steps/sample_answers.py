@@ -20,7 +20,7 @@ import logging
 import sys
 from pathlib import Path
 
-from temper.config.schema import Dpo
+from temper.config.schema import OfPairs
 from temper.config.stages import SampleAnswers
 from temper.data.columns import IGNORED, features
 from temper.errors import UserError
@@ -48,7 +48,7 @@ def run(config: SampleAnswers, splits: Path, model: Path, output: Path) -> dict:
     from temper.model import loading
 
     quiet_libraries()
-    if not (isinstance(config.method, Dpo) and config.method.own_answers):
+    if not (isinstance(config.method, OfPairs) and config.method.own_answers):
         raise UserError("config: 'method.own_answers' is not set, and it says how the model answers: see method=dpo")
     settings = config.method.own_answers.model_dump()
     refuse_diverged(model)

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from temper.config.stages import ScoreRows
+from temper.data.columns import with_right_answers
 from temper.data.places import Part, Place, of_mixture, parts_of, raw_of
 from temper.errors import UserError
 from temper.evaluation import suspects
@@ -53,7 +54,7 @@ def run(config: ScoreRows, model: Path, splits: Path, prompts: Path, output: Pat
     refuse_diverged(model, "to ask about the rows")
     parts = parts_of(prompts)
     _check_lineage(splits, prompts, parts, raw)
-    rows = load_rows(splits)
+    rows = with_right_answers(load_rows(splits))
     with computing_threads(config.num_threads):
         scores = suspects.scores(model, config.model_dump(), _once(rows), load_tokenizer(model))
     worst = suspects.most_suspicious(scores, settings["suspects"])

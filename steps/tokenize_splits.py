@@ -10,9 +10,10 @@ Writes  a `datasets.DatasetDict` (train, validation, test) with the columns id, 
         (-100 where nothing is learned), prompt_length, prompt, reference (the right answer's tokens decoded), and
         group and source where the prompts have them.
         Preference pairs also have rejected_input_ids, rejected_labels and rejected, the same prompt with the rejected
-        answer; the other columns then hold the chosen one. For a causal model, labels align with input_ids, and
-        input_ids[:prompt_length] is exactly the prompt that the finished model gets. For an encoder-decoder model,
-        input_ids is the prompt alone, and labels the answer with its end. A conversation whose chat template shows
+        answer; the other columns then hold the chosen one. Single answers that are desirable or not have `label`. For a
+        causal model, labels align with input_ids, and input_ids[:prompt_length] is exactly the prompt that the finished
+        model gets. For an encoder-decoder model, input_ids is the prompt alone, and labels the answer with its end. A
+        conversation whose chat template shows
         earlier turns otherwise than they were answered (most drop their reasoning) becomes several rows of train with
         one id, each answer behind the history that it has at inference; of validation and test its last answer is kept.
         Where rows have reasoning, reference is the answer behind it, and reasoning_start and reasoning_end are the
@@ -178,14 +179,15 @@ class _Rows:
         self.audit = Audit(encoder.allow_special_text)
         self.texts: dict[tuple[int, ...], str] = {}
         first: dict = next(each_json_line(path), {})
-        self.pairs, self.about = "rejected" in first, [name for name in ABOUT if name in first]
+        self.pairs, self.labels = "rejected" in first, "label" in first
+        self.about = [name for name in ABOUT if name in first]
 
     def dataset(self, path: Path):
         """Write the split to `path` and open that as a `datasets.Dataset`, so that rows do not stay in memory."""
         import pyarrow
         from datasets import Dataset, DatasetInfo
 
-        columns = features(self.pairs, bool(self.marks), self.about)
+        columns = features(self.pairs, bool(self.marks), self.labels, self.about)
         schema = columns.arrow_schema
         rows = self._rows()
         with pyarrow.ipc.new_stream(path, schema) as file:
@@ -231,16 +233,18 @@ class _Rows:
     def _encode(self, records: list[dict]) -> list[tuple[dict, int, list[Encoded]]]:
         conversations = self._conversations(records)
         texts = self.encoder.pieces(conversations)
+        every = self.path.stem == "train" and not self.pairs and not self.labels  # a label is of the last answer
         if self.pairs:
             places = [found[-1][-1].place for found in texts[::2]]
             pairs = self.encoder.encode_pairs([found[-1] for found in texts])
             made = [(record, at, list(pair)) for record, at, pair in zip(records, places, pairs, strict=True)]
         else:
-            kept = [found if self.path.stem == "train" else found[-1:] for found in texts]
+            kept = [found[0 if every else -1 :] for found in texts]
             flat = [(record, text) for record, found in zip(records, kept, strict=True) for text in found]
             encoded = self.encoder.encode_pieces([text for _, text in flat])
             made = [(record, text[-1].place, [one]) for (record, text), one in zip(flat, encoded, strict=True)]
-        self._count(records, conversations, texts, len(made))
+        alone = slice(None, None, 1 + self.pairs)  # of a pair the chosen answer
+        self._count(conversations[alone], texts[alone], every)
         return made
 
     def _conversations(self, records: list[dict]) -> list[Conversation]:
@@ -254,24 +258,25 @@ class _Rows:
             for text in (chosen, _answered(chosen, record["rejected"]))
         ]
 
-    def _count(
-        self, records: list[dict], conversations: list[Conversation], texts: list[list[list[Turn]]], made: int
-    ) -> None:
-        """Count what the chat template and the texts of some records are like."""
-        audit, per_record = self.audit, 1 + self.pairs
-        several = sum(len(found) > 1 for found in texts) // per_record
-        if made > len(records):
-            audit.several += several
-            audit.more += made - len(records)
+    def _count(self, conversations: list[Conversation], texts: list[list[list[Turn]]], every: bool) -> None:
+        """Count what the chat template and the texts of some conversations are like.
+
+        Args:
+            every: whether each text of a conversation is a row, and not the last one only.
+        """
+        audit, several = self.audit, [len(found) for found in texts if len(found) > 1]
+        if every:
+            audit.several += sum(several)
+            audit.more += sum(several) - len(several)
         else:
-            audit.last_only += several
-        audit.special += sum(map(self.encoder.special.spelt, conversations[::per_record]))
+            audit.last_only += len(several)
+        audit.special += sum(map(self.encoder.special.spelt, conversations))
         if self.encoder.renderer.rich:
-            answers = [(found[-1][-1], given.messages[-1]) for found, given in zip(texts, conversations, strict=True)]
-            audit.written += sum(turn.written for turn, _ in answers)
-            audit.without_reasoning += sum(
-                "</think>" in turn.answer and not has_reasoning(message) for turn, message in answers
-            )
+            for conversation, found in zip(conversations, texts, strict=True):
+                for turn in [text[-1] for text in found[0 if every else -1 :]]:
+                    audit.written += turn.written
+                    empty = "</think>" in turn.answer and not has_reasoning(conversation.messages[turn.place])
+                    audit.without_reasoning += empty
 
     def _row(self, record: dict, place: int, encoded: list[Encoded]) -> dict | None:
         """The finished row of a record, or None if it is dropped."""
@@ -304,6 +309,8 @@ class _Rows:
         if len(encoded) == 2:
             row |= {"rejected_input_ids": encoded[1].input_ids, "rejected_labels": encoded[1].labels}
             row["rejected"] = texts[1]
+        if self.labels:
+            row["label"] = record["label"]
         return row
 
     def _text(self, answer: list[int]) -> str:

@@ -5,7 +5,8 @@ By hand::
     python -m steps.train_adapter --splits results/splits/X --model results/models/Y \\
         --output results/adapters/Z experiment=smoke train.learning_rate=1e-3
 
-Reads   the train and validation splits; the base model; for method=dpo the reference's log-probabilities.
+Reads   the train and validation splits; the base model; for method=dpo
+        and method=kto the reference's log-probabilities.
 Writes  the adapter as PEFT saves it; metrics.jsonl (curves); training.json (time, memory, speed, sizes); serving.json
         (sums of the base's weights, tokenizer and template, without which the adapter means nothing).
 
@@ -27,7 +28,9 @@ from pathlib import Path
 from temper.config import best
 from temper.config import evaluation as checks
 from temper.config.libraries import ignores_warmup, refuse_without_validation
+from temper.config.schema import WITH_REFERENCE, Dpo, Kto
 from temper.config.stages import NOT_PLANNED, PLATEAU, Planned, TrainAdapter
+from temper.data.columns import with_right_answers
 from temper.errors import UserError, told_by_library
 from temper.files import json_lines, load_rows, write_whole
 from temper.folders import locked
@@ -44,6 +47,7 @@ from temper.units import size
 
 STAGE = "train_adapter"
 STATE = Path("results/.state")
+LEARNED = ("train", "validation")  # splits that training sees
 
 log = logging.getLogger("temper")
 
@@ -69,8 +73,9 @@ def run(
     inputs = [splits, model, *([references] if references else [])]
     state = STATE / (planned.trunk or _by_hand(config, inputs))
     with locked(state), computing_threads(config.num_threads):
-        rows = _rows(config, planned, splits, model, references)
-        facts = _train(config, planned, rows, model, output, state)
+        rows = _rows(config, planned, splits, model)
+        learned = _learned(config, rows, splits, references)
+        facts = _train(config, planned, rows, learned, model, output, state)
     serving.write(output, served_with)
     return facts
 
@@ -97,10 +102,8 @@ def _counts(path: Path) -> bool:
     return path.is_file() and path.name not in ("provenance.json", ".snakemake_timestamp")
 
 
-def _rows(config: TrainAdapter, planned: Planned, splits: Path, model: Path, references: Path | None):
-    """The splits, checked against the model's limits and the evaluation; for DPO with the reference's figures."""
-    from datasets import DatasetDict, concatenate_datasets
-
+def _rows(config: TrainAdapter, planned: Planned, splits: Path, model: Path):
+    """The splits, checked against the model's limits and the evaluation."""
     rows = load_rows(splits)
     evaluations = [(one, checks.splits_judged(one)) for one in planned.evaluations]
     answered = {split: planned.max_new_tokens or 0 for _, judged in evaluations for split in judged}
@@ -115,20 +118,62 @@ def _rows(config: TrainAdapter, planned: Planned, splits: Path, model: Path, ref
     if evaluations:
         tokenizer = load_tokenizer(model)
         for evaluation, judged in evaluations:
-            checks.check(evaluation, splits, rows, tokenizer, judged)
-    if config.method.name != "dpo":
+            checks.check(evaluation, splits, with_right_answers(rows), tokenizer, judged)
+    return rows
+
+
+def _learned(config: TrainAdapter, rows, splits: Path, references: Path | None):
+    """The rows to learn from and to validate on, with the reference's figures where the method compares with one."""
+    from datasets import DatasetDict
+
+    from temper.training import preferences, unpaired
+
+    method = config.method.name
+    for split, part in rows.items():
+        _refuse_other_rows(method, part, split, splits)
+    if method not in WITH_REFERENCE:
         return rows
     if references is None:
-        raise UserError("--references is missing: method=dpo needs the folder of reference_logprobs for these splits")
-    figures, pairs = load_rows(references), {}
-    for split in [split for split in ("train", "validation") if split in rows]:
-        if split not in figures or list(rows[split]["id"]) != list(figures[split]["id"]):
-            raise UserError(f"--references {references}: of other rows than {splits}; run reference_logprobs on these")
-        pairs[split] = concatenate_datasets([rows[split], figures[split].remove_columns("id")], axis=1)
-    return DatasetDict(pairs)
+        raise UserError(
+            f"--references is missing: method={method} needs the folder of reference_logprobs for these splits"
+        )
+    of_method = {"dpo": preferences.with_references, "kto": unpaired.with_references}[method]
+    figures, learned = load_rows(references), {}
+    for split in [split for split in LEARNED if split in rows]:
+        made = of_method(rows[split], figures[split]) if split in figures else None
+        if made is None:
+            raise UserError(
+                f"--references {references}: of other rows than {splits}, or for another method than {method}; run "
+                "reference_logprobs on these"
+            )
+        learned[split] = made
+    if method == "kto" and "train" in learned:
+        note = unpaired.imbalance(learned["train"]["label"][:], config.method.model_dump())
+        if note:
+            log.info("note: %s", note)
+    return DatasetDict(learned)
 
 
-def _train(config: TrainAdapter, planned: Planned, rows, model: Path, output: Path, state: Path) -> dict:
+def _refuse_other_rows(method: str, part, split: str, splits: Path) -> None:
+    """Refuse a split that the method cannot learn from, or would learn the wrong thing from."""
+    pairs, labels = ("rejected_input_ids" in part.column_names), ("label" in part.column_names)
+    if split not in LEARNED:
+        return
+    if method == "sft" and labels:
+        raise UserError(
+            f"{splits}: says which answers are undesirable, and method=sft would learn these as well: choose "
+            "method=kto, or make splits of the desirable ones alone (data.where)"
+        )
+    if method not in ("sft", "kto") and not pairs:
+        raise UserError(f"{splits}: no preference pairs in the {split} split, which method={method} needs")
+    if method == "kto" and not pairs and not labels:
+        raise UserError(
+            f"{splits}: the {split} split has neither labels nor pairs, and method=kto needs to know which answers are "
+            "desirable"
+        )
+
+
+def _train(config: TrainAdapter, planned: Planned, rows, learned, model: Path, output: Path, state: Path) -> dict:
     from temper import tracking
     from temper.model.adapters import parameter_counts, save_adapter
     from temper.training import arguments, callbacks, checkpoints, estimates
@@ -139,15 +184,15 @@ def _train(config: TrainAdapter, planned: Planned, rows, model: Path, output: Pa
         if best.judged_metric(train):  # Trainer would go by the end of its name
             train = {**train, "greater_is_better": True}
         args = arguments.training_arguments(train, config.seed, state)
-    epoch_steps = _epoch_steps(rows, args)
+    epoch_steps = _epoch_steps(learned, args)
     total = args.max_steps if args.max_steps > 0 else math.ceil(epoch_steps * args.num_train_epochs)
     end = _plateau_end(args, total) if planned.part == PLATEAU else total
     plateau = [Path(planned.plateau)] if planned.plateau else []
     checkpoint = checkpoints.last_whole([state, *plateau], end)
     judge = _judge(config, planned, rows, model, lambda: _evaluations(args, end, epoch_steps))
-    trainer = _trainer(config, rows, model, args, total, judge)
+    trainer = _trainer(config, learned, model, args, total, judge)
     sizes = parameter_counts(trainer.model)
-    log.info("%s", _headline(rows, sizes, args, end, checkpoint, config.num_threads))
+    log.info("%s", _headline(learned, sizes, args, end, checkpoint, config.num_threads))
     needs = estimates.estimate(trainer, trainer.sampler.lengths, before)
     log.info("%s", needs.text())
     if end <= args.warmup_steps:
@@ -213,7 +258,7 @@ def _judge(config: TrainAdapter, planned: Planned, rows, model: Path, evaluation
     choosing = importlib.import_module(best.JUDGING)
     tokenizer = load_tokenizer(model)
     return choosing.ValidationJudge(
-        metric, settings, by_answers, rows, model, tokenizer, evaluations(), planned.own_code
+        metric, settings, by_answers, with_right_answers(rows), model, tokenizer, evaluations(), planned.own_code
     )
 
 
@@ -251,7 +296,7 @@ def _write_facts(config: TrainAdapter, recorded, facts: dict, output: Path) -> d
         "peak_memory_bytes": peak_memory(),
         "gflop_per_second": round(facts["flops_per_step"] / 1e9 * facts["steps_per_second"], 3),
     }
-    if config.method.name == "dpo":
+    if isinstance(config.method, Dpo | Kto):
         facts["beta"] = config.method.beta
     (output / "training.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
     log.info(

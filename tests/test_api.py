@@ -102,6 +102,12 @@ def test_preferences(workspace, tiny_model):
     assert tuned.run.prompt["system"] is None
     with pytest.raises(UserError, match=r'rows\[0\]: has a rejected answer, which goes with method="dpo"'):
         api.train(pairs, tiny_model, output="out")
+    labelled = [{**row, "label": number % 3 > 0} for number, row in enumerate(ROWS)]
+    for method, rows in (("orpo", pairs), ("kto", pairs), ("kto", labelled)):
+        tuned = api.train(rows, tiny_model, output="out", method=method, **OPTIONS)
+        assert isinstance(tuned.answer("A joy.", max_new_tokens=2), str)
+    with pytest.raises(UserError, match=r"rows\[12\]: pairs and single answers with a label do not mix"):
+        api.train([*labelled[:12], pairs[0]], tiny_model, output="out", method="kto")
     with pytest.raises(UserError, match=r'rows\[0\]: has no rejected answer, which goes with method="sft"'):
         api.train(ROWS, tiny_model, output="out", method="dpo")
 

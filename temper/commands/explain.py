@@ -95,6 +95,7 @@ def _code_now(stage: str) -> dict[str, str]:
 
 def changed_rows(job: planning.Job, prompts: Path) -> str:
     """Which raw rows differ from those that `prompts` was made from."""
+    from temper.data.rejected import Rejected
     from temper.data.splitting import SPLITS, examples, record
 
     raw = Path(job.inputs["raw"])
@@ -103,11 +104,13 @@ def changed_rows(job: planning.Job, prompts: Path) -> str:
     before: dict = {}
     for split in SPLITS:
         before |= {made.get("id"): made for made in read_json_lines(prompts / f"{split}.jsonl")}
-    rows_now = examples(raw, job.config["data"], job.config["prompt"]["system"])
+    rejected = Rejected.by_policy(job.config["data"])
+    rows_now = examples(raw, job.config["data"], job.config["prompt"]["system"], rejected)
     now = {number: example and record(number, example) for number, example in rows_now}
     rows = read_json(prompts / "stats.json", {"rows": int})["rows"]
-    if len(now) != rows:
-        return f"{raw.parent}: {rows} -> {len(now)} rows"
+    rows_now_all = len(now) + (rejected.rows if rejected else 0)
+    if rows_now_all != rows:
+        return f"{raw.parent}: {rows} -> {rows_now_all} rows"
     changed = [number for number, made in before.items() if now.get(number) != made]
     if not changed:
         return f"{raw.parent}: a row that no split uses changed"

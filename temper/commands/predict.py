@@ -24,10 +24,10 @@ import tempfile
 from pathlib import Path
 
 from temper.commands import flags
-from temper.data import conversations, texts
+from temper.data import conversations, encodings, texts
 from temper.data.conversations import Conversation
 from temper.data.layouts import beside, refuse_unused
-from temper.data.rows import FORMATS, RawFile, refuse_utf16
+from temper.data.rows import FORMATS, RawFile, format_of
 from temper.errors import UserError
 from temper.files import write_whole
 from temper.progress import quiet_libraries
@@ -172,8 +172,9 @@ def _lines(name: str):
     content = sys.stdin.buffer.read() if name == STDIO else Path(name).read_bytes()
     for number, line in enumerate(content.split(b"\n"), start=1):
         try:
-            if number == 1:
-                refuse_utf16(line, f"{name}:1")
+            kind = encodings.unmarked_utf16(line) if number == 1 else None
+            if kind:
+                raise UserError(f"{name}:1: every other byte is 0: convert the file (iconv -f {kind} -t utf-8)")
             text = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
         except UnicodeDecodeError as error:
             raise UserError(f"{name}:{number}: no UTF-8 ({error.reason}): convert the file") from None
@@ -182,9 +183,9 @@ def _lines(name: str):
 
 
 def _table(path: Path):
-    if path.suffix != ".gz" and path.suffix not in FORMATS:
+    if format_of(path.name) is None:
         raise UserError(f"--input {path}: name a file that ends in .txt, {', '.join(FORMATS)}")
-    file = RawFile(path)
+    file = RawFile(path, settable=False)
     for number, columns in file:
         yield row(file.place(number), columns)
 

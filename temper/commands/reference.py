@@ -83,10 +83,11 @@ def config_page() -> str:
     parts = [CONFIG_HEAD]
     for name, field in schema["properties"].items():
         kinds = _objects(field, schema["$defs"])
-        parts += [_section(name, kind, schema["$defs"], kinds) for kind in kinds]
+        for kind in kinds:
+            parts += _sections(name, kind, schema["$defs"], kinds)
     alone = {name: field for name, field in schema["properties"].items() if field.get("type") == "integer"}
     parts.append(_table("Without a section", "", "", alone, schema["$defs"]))
-    return "\n".join(parts)
+    return "\n".join(dict.fromkeys(parts))  # several methods have the same section in them
 
 
 def _objects(field: dict, known: dict) -> list[dict]:
@@ -97,18 +98,19 @@ def _objects(field: dict, known: dict) -> list[dict]:
     return [named] if "properties" in named else []
 
 
-def _section(name: str, kind: dict, known: dict, told_of: list[dict]) -> str:
+def _sections(name: str, kind: dict, known: dict, told_of: list[dict]) -> list[str]:
     """`told_of`: classes that have a section beside this one, and need no other inside it."""
     inner = []
     for key, field in kind["properties"].items():
         kinds = [inside for inside in _objects(field, known) if inside not in told_of]
-        inner += [_section(f"{name}.{key}", inside, known, kinds) for inside in kinds]
+        for inside in kinds:
+            inner += _sections(f"{name}.{key}", inside, known, kinds)
     said = kind.get("description", "").split("\n\n")[0]
     title = kind.get("title", "")  # that of a class is its name, unless it says otherwise
     told = kind["properties"].get("kind", kind["properties"].get("name", {})).get("const")
     told = told or (title if title.islower() else None)
     title = f"`{name}`" + (f": {told}" if told else "")
-    return "\n".join([_table(title, said, f"{name}.", kind["properties"], known), *inner])
+    return [_table(title, said, f"{name}.", kind["properties"], known), *inner]
 
 
 def _table(title: str, said: str, prefix: str, fields: dict, known: dict) -> str:

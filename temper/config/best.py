@@ -1,7 +1,8 @@
 """Which figure of the validation split chooses a training's checkpoint (`train.metric_for_best_model`).
 
-The loss, and with method=dpo the rewards, are computed in any case. A metric of the task, or one of your own, takes an
-answer to each validation row, at each evaluation: such a training sees how answers are judged, and its key has it.
+The loss, and in preference optimization the rewards, are computed in any case. A metric of the task, or one of your
+own, takes an answer to each validation row, at each evaluation: such a training sees how answers are judged, and its
+key has it.
 """
 
 from temper.errors import UserError, suggest
@@ -16,7 +17,7 @@ SCHEDULES = ("reduce_lr_on_plateau", "greedy")  # learning rates that go by the 
 def judged_metric(train: dict) -> str | None:
     """The metric of answers that chooses the checkpoint; None where it is a figure of the training itself."""
     name = str(train.get("metric_for_best_model") or "loss").removeprefix("eval_")
-    return None if name == "loss" or name.startswith(("rewards/", "logps/")) else name
+    return None if name in ("loss", "nll_loss") or name.startswith(("rewards/", "logps/")) else name
 
 
 def needs_answers(settings: dict, metric: str) -> bool:

@@ -30,7 +30,7 @@ CHECKED = Path("results/.state/checked-configs")  # sections found valid, by has
 
 
 def check_library_sections(train: dict, adapter: dict, method: str) -> None:
-    """Check `train` against TrainingArguments and `adapter` against its PEFT class, for a method (sft, dpo).
+    """Check `train` against TrainingArguments and `adapter` against its PEFT class, for a method (sft, dpo, ...).
 
     Importing transformers takes seconds, so sections found valid are remembered by hash.
 
@@ -169,10 +169,10 @@ def _check_best(args, train: dict, method: str) -> None:
     if judged_metric(train) is not None:  # temper/config/best.py checks these, by `eval`
         return
     known = ["loss"]
-    if name not in known and method == "dpo":
-        from temper.training.preferences import FIGURES
+    if name not in known and method != "sft":
+        from temper.training.preferences import FIGURES_OF
 
-        known += FIGURES
+        known += FIGURES_OF[method]
     if name not in known:
         raise UserError(
             f"config: 'train.metric_for_best_model': validation has no '{name}'; {suggest(name, known)} (what runs are "

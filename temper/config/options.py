@@ -55,7 +55,7 @@ TRAIN_USED = {
     "save_steps": "with save_strategy=steps",
     "save_total_limit": "at least 2, because the last complete checkpoint must stay",
     "load_best_model_at_end": "needs a validation split",
-    "metric_for_best_model": "loss; with method=dpo also one of the reward figures; or a metric of answers",
+    "metric_for_best_model": "loss; in preference optimization also one of the reward figures; or a metric of answers",
     "greater_is_better": "",
     "full_determinism": "",
     "use_cpu": "",

@@ -22,6 +22,8 @@ from pydantic import (
     model_validator,
 )
 
+from temper.data import encodings
+
 
 class Section(BaseModel):
     """Base class of all sections: an unknown key is an error, never ignored."""
@@ -148,7 +150,8 @@ class Csv(Section):
     quotechar: Annotated[str, Field(min_length=1, max_length=1)] | None = '"'
     """null: quotes are ordinary characters."""
     escapechar: Annotated[str, Field(min_length=1, max_length=1)] | None = None
-    """Character that escapes a quote inside a text."""
+    r"""Character that escapes quotes, line ends, delimiters and itself. Before others it is text. If quotechar is null,
+    \n, \t and \r are control characters, as PostgreSQL writes them."""
     fieldnames: list[str] | None = None
     """Column names, if the file has no header line."""
 
@@ -182,8 +185,19 @@ class SplitLimits(Section):
 
 
 Layout = Literal[
-    "messages", "prompt_completion", "instruction", "question_answer", "sharegpt", "preference", "template"
+    "messages",
+    "prompt_completion",
+    "instruction",
+    "question_answer",
+    "sharegpt",
+    "preference",
+    "scored_responses",
+    "unpaired_preference",
+    "template",
 ]
+
+
+LAYOUTS_OF_PAIRS = ("preference", "scored_responses")
 
 
 class Data(Section):
@@ -195,8 +209,15 @@ class Data(Section):
     format: Literal["json", "jsonl", "csv", "parquet"] | None = None
     """null: inferred from the file's extension."""
     csv: Csv = Csv()
+    encoding: Annotated[str, AfterValidator(encodings.checked)] = "utf-8"
+    """Of text files, by Python's name (cp1252, latin-1, utf-16-le, ...). A file's byte order mark comes before it."""
     field: str | None = None
-    """If a json file is one object: the field that holds the rows."""
+    """If a json file is one object: the field that holds the rows, or the fields from outside to inside, as in SQuAD's
+    data.paragraphs.qas. Rows then have the columns of the objects around them, too."""
+    on_bad_row: Literal["error", "skip"] = "error"
+    """A row that cannot be read or makes no conversation ends the step, or is left out and listed in rejected.jsonl."""
+    max_bad_share: Annotated[float, Field(ge=0, lt=1)] = 0.01
+    """For skip: a larger share of bad rows is an error. A row counts as often as it has lines."""
     layout: Layout
     """Which columns form the conversation."""
     columns: dict[str, str] = {}
@@ -209,6 +230,11 @@ class Data(Section):
     """For layout template: the answer, as Jinja over the row's columns."""
     rejected: str | None = None
     """For layout template: the rejected answer of a preference pair, as Jinja."""
+    label: str | None = None
+    """For layout template: whether the answer is desirable (method=kto), as a Jinja expression."""
+    score_pairs: Literal["best_worst", "all"] = "best_worst"
+    """For layout scored_responses: the pairs of a row, its best response against its worst, or each against each that
+    has a lower score."""
     rejected_from: Annotated[list[str], Field(min_length=2)] | None = None
     """Labels; the rejected answer is a label other than the row's own, picked by a hash of the row."""
     where: str | None = None
@@ -251,9 +277,20 @@ class Data(Section):
             raise ValueError(
                 "layout 'template' needs both 'prompt' and 'completion' (Jinja templates over the columns)"
             )
-        if self.layout != "template" and (self.prompt or self.completion or self.rejected):
-            names = "'prompt', 'completion' and 'rejected'"
+        if self.layout != "template" and (self.prompt or self.completion or self.rejected or self.label):
+            names = "'prompt', 'completion', 'rejected' and 'label'"
             raise ValueError(f"{names} are for layout 'template', not for '{self.layout}'")
+        if self.layout != "scored_responses" and self.score_pairs != "best_worst":
+            raise ValueError(f"'score_pairs' is for layout 'scored_responses', not for '{self.layout}'")
+        return self
+
+    @model_validator(mode="after")
+    def _share_belongs_to_skip(self):
+        if self.on_bad_row == "error" and self.max_bad_share != type(self).model_fields["max_bad_share"].default:
+            raise ValueError(
+                "'max_bad_share' is for bad rows that are left out: set on_bad_row=skip, or leave it out "
+                "(~data.max_bad_share)"
+            )
         return self
 
     @model_validator(mode="after")
@@ -267,15 +304,25 @@ class Data(Section):
 
     @model_validator(mode="after")
     def _one_source_of_rejected_answers(self):
-        if self.rejected_from is not None and (self.rejected is not None or self.layout == "preference"):
-            what = "layout 'preference'" if self.layout == "preference" else "'rejected'"
+        of_layout = self.layout in LAYOUTS_OF_PAIRS
+        if self.rejected_from is not None and (self.rejected is not None or of_layout):
+            what = f"layout '{self.layout}'" if of_layout else "'rejected'"
             raise ValueError(f"'rejected_from' and {what} both say what the rejected answer is: leave one out")
+        if self.has_labels and (self.rejected is not None or self.rejected_from is not None):
+            what = "'label'" if self.label is not None else f"layout '{self.layout}'"
+            name = "rejected" if self.rejected is not None else "rejected_from"
+            raise ValueError(f"{what} says whether single answers are desirable, '{name}' makes pairs: leave one out")
         return self
 
     @property
     def has_pairs(self) -> bool:
         """Whether each row has a rejected answer beside the chosen one."""
-        return self.layout == "preference" or self.rejected is not None or self.rejected_from is not None
+        return self.layout in LAYOUTS_OF_PAIRS or self.rejected is not None or self.rejected_from is not None
+
+    @property
+    def has_labels(self) -> bool:
+        """Whether each row says if its answer is desirable."""
+        return self.layout == "unpaired_preference" or self.label is not None
 
 
 PartLimits = Annotated[
@@ -480,7 +527,16 @@ class OwnAnswers(Section):
     _drawing = model_validator(mode="after")(_drawing_is_for_samples)
 
 
-class Dpo(Section):
+class OfPairs(Section):
+    """Preference optimization on pairs of a chosen and a rejected answer."""
+
+    sft: SftFirst | None = None
+    """Fine-tune on the chosen answers first. null: start from the model as it is."""
+    own_answers: OwnAnswers | None = None
+    """Sample the rejected answers from the model. null: take those of the data."""
+
+
+class Dpo(OfPairs):
     """Direct preference optimization: learn to prefer the chosen answer over the rejected one. Names are TRL's."""
 
     name: Literal["dpo"]
@@ -489,10 +545,6 @@ class Dpo(Section):
     loss_type: Literal["sigmoid", "hinge", "ipo", "robust"] = "sigmoid"
     label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
     """For loss_type robust: share of pairs with chosen and rejected swapped."""
-    sft: SftFirst | None = None
-    """Fine-tune on the chosen answers first. null: start from the model as it is."""
-    own_answers: OwnAnswers | None = None
-    """Sample the rejected answers from the model. null: take those of the data."""
 
     @model_validator(mode="after")
     def _smoothing_is_for_robust(self):
@@ -503,8 +555,46 @@ class Dpo(Section):
         return self
 
 
-Method = Annotated[Sft | Dpo, Field(discriminator="name")]
-METHODS = {"sft": Sft, "dpo": Dpo}
+class Orpo(OfPairs):
+    """Odds ratio preference optimization: fine-tune on the chosen answer, and make it likelier than the rejected one.
+    Needs no reference. Names are TRL's."""
+
+    name: Literal["orpo"]
+    beta: Annotated[float, Field(gt=0)] = 0.1
+    """Weight of the odds ratio beside fine-tuning; lambda in the paper."""
+
+
+class Simpo(OfPairs):
+    """Simple preference optimization: prefer the answer that is likelier per token, by a margin. Needs no reference.
+    Names are TRL's."""
+
+    name: Literal["simpo"]
+    beta: Annotated[float, Field(gt=0)] = 2.0
+    """Scale of the reward, which is beta times the answer's mean log-probability per token."""
+    simpo_gamma: Annotated[float, Field(ge=0)] = 1.0
+    """Margin by which the chosen answer's reward is to exceed that of the rejected one."""
+    cpo_alpha: Annotated[float, Field(ge=0)] = 0.0
+    """Weight of fine-tuning on the chosen answer beside that (CPO-SimPO). 0: SimPO itself."""
+
+
+class Kto(Section):
+    """Kahneman-Tversky optimization: raise desirable answers and lower undesirable ones, which need not be pairs.
+    Names are TRL's."""
+
+    name: Literal["kto"]
+    beta: Annotated[float, Field(gt=0)] = 0.1
+    """Larger values keep the model closer to the reference."""
+    desirable_weight: Annotated[float, Field(gt=0)] = 1.0
+    """Weight of the desirable answers, for where there are more of one kind."""
+    undesirable_weight: Annotated[float, Field(gt=0)] = 1.0
+    """Weight of the undesirable answers."""
+    sft: SftFirst | None = None
+    """Of pairs, fine-tune on the chosen answers first. null: start from the model as it is."""
+
+
+Method = Annotated[Sft | Dpo | Orpo | Simpo | Kto, Field(discriminator="name")]
+METHODS: dict[str, type[Section]] = {"sft": Sft, "dpo": Dpo, "orpo": Orpo, "simpo": Simpo, "kto": Kto}
+WITH_REFERENCE = ("dpo", "kto")  # methods that compare with the model that training starts from
 
 
 class Merge(Section):
@@ -530,7 +620,9 @@ class Probe(Section):
     """null: inferred from the file's extension. In a text, blank lines separate the passages."""
     csv: Csv = Csv()
     field: str | None = None
-    """If a json file is one object: the field that holds the rows."""
+    """If a json file is one object: the field that holds the rows, as data.field."""
+    encoding: Annotated[str, AfterValidator(encodings.checked)] = "utf-8"
+    """As data.encoding."""
     text: str | None = None
     """For rows: their text, as Jinja over the columns."""
     passage: str | None = None

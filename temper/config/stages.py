@@ -108,7 +108,12 @@ class SampleAnswers(Section):
     num_threads: NumThreads = 1
 
 
+class ComparedBy(Part):
+    name: Literal["sft", "dpo", "orpo", "simpo", "kto"] = "dpo"  # kto compares single answers, all others pairs
+
+
 class ReferenceLogprobs(Section):
+    method: ComparedBy = ComparedBy()
     model: Loaded
     quantization: Quantization
     num_threads: NumThreads = 1
@@ -253,7 +258,7 @@ STAGES = {
             "references",
             ("references",),
             ("references.json",),
-            {"splits": "folder of tokenize_splits, with preference pairs", "model": START},
+            {"splits": "folder of tokenize_splits, with preference pairs or labelled answers", "model": START},
         ),
         Stage(
             "train_adapter",
@@ -264,7 +269,7 @@ STAGES = {
             {
                 "splits": "folder of tokenize_splits",
                 "model": "folder of fetch_model, or of merge_adapter to start from a trained model",
-                "references?": "folder of reference_logprobs, for method=dpo",
+                "references?": "folder of reference_logprobs, for method=dpo and method=kto",
             },
         ),
         Stage(

@@ -2,7 +2,7 @@
 
 from temper.config import best
 from temper.config.libraries import check_library_sections, refuse_without_validation
-from temper.config.schema import METHODS, SOURCE_KINDS, Config, Data, Mixture, OfficialSplits, SplitSources
+from temper.config.schema import METHODS, SOURCE_KINDS, Config, Data, Mixture, OfficialSplits, OfPairs, SplitSources
 from temper.errors import UserError, suggest
 from temper.errors import found as _found
 from temper.evaluation.metrics import refuse_without_pairs
@@ -67,19 +67,19 @@ def _check_secrets(config: dict) -> None:
 
 def _check_method(config: dict) -> None:
     """Check what the method requires of the other sections."""
-    method, pairs = config["method"], has_pairs(config["data"])
-    refuse_without_pairs(config["eval"], pairs)
-    if method["name"] != "dpo":
+    method, name = config["method"], config["method"]["name"]
+    refuse_without_pairs(config["eval"], has_pairs(config["data"]))
+    for data in data_sets(config["data"]):
+        _check_rows_of_method(method, Data.model_validate(data))
+    if name == "sft":
         return
-    if not pairs and not method["own_answers"]:
+    if config["prompt"]["loss_on"] == "all" and name != "orpo" and not method["sft"]:
         raise UserError(
-            "config: method=dpo needs preference pairs: choose data.layout=preference, or say what the rejected answer "
-            "is with data.rejected (layout template), data.rejected_from (a list of labels) or method.own_answers"
+            f"config: 'prompt.loss_on': all is for method=sft and orpo; method={name} compares answers: leave it out"
         )
-    if config["prompt"]["loss_on"] == "all" and not method["sft"]:
-        raise UserError("config: 'prompt.loss_on': all is for method=sft; method=dpo compares answers: leave it out")
     if config["train"].get("label_smoothing_factor"):
-        raise UserError("config: 'train.label_smoothing_factor' is for method=sft; see method.label_smoothing")
+        instead = "; see method.label_smoothing" if name == "dpo" else ": leave it out"
+        raise UserError(f"config: 'train.label_smoothing_factor' is for method=sft{instead}")
     if method["sft"]:
         first = sft_config(config)
         try:
@@ -88,6 +88,30 @@ def _check_method(config: dict) -> None:
             _check_validation(first)
         except UserError as error:
             raise UserError(f"config: 'method.sft': {str(error).removeprefix('config: ')}") from None
+
+
+def _check_rows_of_method(method: dict, data: Data) -> None:
+    """Refuse rows that the method cannot learn from, or would learn the wrong thing from."""
+    name = method["name"]
+    if issubclass(METHODS[name], OfPairs) and not data.has_pairs and not method["own_answers"]:
+        instead = "; single answers with a label are for method=kto" if data.has_labels else ""
+        raise UserError(
+            f"config: method={name} needs preference pairs: choose data.layout=preference, or say what the rejected "
+            "answer is with data.rejected (layout template), data.rejected_from (a list of labels) or "
+            f"method.own_answers{instead}"
+        )
+    if name == "kto" and not data.has_pairs and not data.has_labels:
+        raise UserError(
+            "config: method=kto needs to know which answers are desirable: choose data.layout=unpaired_preference, or "
+            "set data.label (layout template); or give pairs (data.layout=preference, data.rejected or "
+            "data.rejected_from), of which it takes both answers"
+        )
+    if data.has_labels and (name == "sft" or method.get("sft") or method.get("own_answers")):
+        what = f"method={name}" if name == "sft" else "'method.sft'" if method.get("sft") else "'method.own_answers'"
+        raise UserError(
+            f"config: {what} would learn the undesirable answers as well: give it the desirable ones alone, with "
+            "data.where and a layout without labels (prompt_completion; or no data.label), or choose method=kto"
+        )
 
 
 def sft_config(config: dict) -> dict:

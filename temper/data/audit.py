@@ -125,6 +125,8 @@ def shown_rows(train, encoder: Encoder) -> str:
         lines[0] += "The encoder reads what stands before =>, the decoder makes what follows.\n"
     for row in train.select(range(min(SHOWN, len(train)))):
         title = f"--- row {row['id']}"
+        if "label" in row:
+            title += f", {'desirable' if row['label'] else 'undesirable'}"
         lines.append(f"{title}{', chosen' if pairs else ''}\n{_marked(row['input_ids'], row['labels'], encoder)}\n")
         if pairs:
             lines.append(f"{title}, rejected\n{_marked(row['rejected_input_ids'], row['rejected_labels'], encoder)}\n")

@@ -9,12 +9,13 @@ IGNORED = -100  # the label of a token that is not learned, which torch's cross_
 ABOUT = ("group", "source")  # what a row may have besides: the group of rows it is one of, its part of a mixture
 
 
-def features(pairs: bool = False, reasoning: bool = False, about: Collection[str] = ()):
+def features(pairs: bool = False, reasoning: bool = False, labels: bool = False, about: Collection[str] = ()):
     """The columns as `datasets.Features`.
 
     Args:
         pairs: including those of the rejected answer.
         reasoning: including the texts around the reasoning in an answer.
+        labels: including `label`, whether the answer is desirable.
         about: those of `ABOUT` that the rows have.
     """
     from datasets import Features, List, Value
@@ -32,8 +33,26 @@ def features(pairs: bool = False, reasoning: bool = False, about: Collection[str
         columns |= {"rejected_input_ids": ids, "rejected_labels": ids, "rejected": Value("string")}
     if reasoning:
         columns |= {"reasoning_start": Value("string"), "reasoning_end": Value("string")}
+    if labels:
+        columns["label"] = Value("bool")
     columns |= {name: Value("string") for name in ABOUT if name in about}
     return Features(columns)
+
+
+def with_right_answers(splits):
+    """Splits without the rows whose answer is an undesirable one (`label`), which is nothing to judge a model by."""
+    from datasets import DatasetDict
+
+    if not any("label" in rows.column_names for rows in splits.values()):
+        return splits
+    kept = {name: _right(rows) for name, rows in splits.items()}
+    return DatasetDict({name: rows for name, rows in kept.items() if len(rows)})
+
+
+def _right(rows):
+    if "label" not in rows.column_names:
+        return rows
+    return rows.select([number for number, label in enumerate(rows["label"]) if label]).remove_columns("label")
 
 
 def answer_start(input_ids: list[int], prompt_length: int) -> int:

@@ -63,17 +63,17 @@ def places(raw: Path, data: dict, wanted: Collection[int]) -> dict[int, Place]:
 
     Args:
         raw: a data folder, its pin, or one file of rows.
-        data: the config section; format, csv and field are used.
+        data: the config section; format, csv, field and encoding are used.
         wanted: the row numbers to look for; those beyond the data's end are left out.
 
     Raises:
-        UserError: a line that cannot be read.
+        UserError: a file that cannot be read on.
     """
     found: dict[int, Place] = {}
     count, wanted = itertools.count(1), set(wanted)
     for path in data_files(raw):
-        file = RawFile(path, data.get("format"), data.get("csv") or {}, data.get("field"))
-        for number, _ in file:
+        file = RawFile.of(path, data, plain={})
+        for number, _ in file.entries():  # a row that is left out as bad is counted, too
             row = next(count)
             if row in wanted:
                 found[row] = Place(str(path), number, file.counts_rows)

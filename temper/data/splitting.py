@@ -6,61 +6,63 @@ import hashlib
 import heapq
 import itertools
 import json
-import logging
-import re
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 
-from temper.data import layouts
+from temper.data import doubts, layouts
 from temper.data.columns import SPLITS
-from temper.data.rows import RawFile
+from temper.data.rejected import LAYOUT, Rejected
+from temper.data.rows import UTF_8, BadRow, RawFile, plain_types
 from temper.errors import UserError
 from temper.sources import pins as raw_data
-
-log = logging.getLogger("temper")
-
 
 # --- reading -------------------------------------------------------------------------------------
 
 
-def examples(raw: Path, data: dict, system: str | None) -> Iterator[tuple[int, layouts.Example | None]]:
-    """(row number from 1 through all files, its example; None when `data.where` leaves the row out)."""
-    convert = layouts.converter(data, system)
-    count, controls = itertools.count(1), _Controls()
-    for path in raw_data.data_files(raw):
-        file = RawFile(path, data.get("format"), data.get("csv") or {}, data.get("field"))
-        for number, row in file:
+def examples(
+    raw: Path,
+    data: dict,
+    system: str | None,
+    rejected: Rejected | None = None,
+    count: Iterator[int] | None = None,
+) -> Iterator[tuple[int, layouts.Example | layouts.Tie | None]]:
+    """(row number from 1 through all files, an example of it; None when `data.where` leaves the row out).
+
+    Args:
+        rejected: takes the rows that cannot be read, or make no conversation, and are left out here; they are numbered
+            like all others. None: the first is an error.
+        count: the numbers of the rows; None: from 1.
+    """
+    expand = layouts.expander(data, system)
+    count, controls = count or itertools.count(1), doubts.Controls(data.get("encoding") or UTF_8)
+    words = doubts.Words(layouts.text_columns(data))
+    files = raw_data.data_files(raw)
+    plain = plain_types(files, data)
+    for path in files:
+        file = RawFile.of(path, data, plain)
+        for (number, row), counted in zip(file.entries(), count, strict=False):
+            if isinstance(row, BadRow):
+                _reject(rejected, counted, file, number, row)
+                continue
             try:
-                example = convert(row)
+                made = expand(row)
             except UserError as error:
-                raise UserError(f"{file.place(number)}: {error}") from None
-            if example:
-                controls.look_at(example, file.place(number))
-            yield next(count), example
+                way_on = file.without_header if isinstance(error, layouts.NoColumnError) else ""
+                _reject(rejected, counted, file, number, BadRow(LAYOUT, f"{error}{way_on}"))
+                continue
+            for example in made:
+                if isinstance(example, layouts.Example):
+                    controls.look_at(example, file, number)
+                    words.look_at(row, example, file, number)
+                yield counted, example
     controls.say()
+    words.say()
 
 
-class _Controls:
-    """Counts rows with C1 control characters. No text has them; they come from reading Windows text as Latin-1."""
-
-    PATTERN = re.compile("[\x80-\x84\x86-\x9f]")
-
-    def __init__(self):
-        self.rows, self.first = 0, ""
-
-    def look_at(self, example: layouts.Example, place: str) -> None:
-        texts = [message["content"] for message in example.messages] + [example.rejected or ""]
-        if any(self.PATTERN.search(text) for text in texts):
-            self.rows, self.first = self.rows + 1, self.first or place
-
-    def say(self) -> None:
-        if self.rows:
-            log.warning(
-                "%d rows hold control characters (the first: %s), as a file of Windows does that was converted from "
-                "Latin-1: convert the original with iconv -f cp1252 -t utf-8",
-                self.rows,
-                self.first,
-            )
+def _reject(rejected: Rejected | None, counted: int, file: RawFile, number: int, row: BadRow) -> None:
+    if rejected is None:
+        raise UserError(f"{file.place(number)}: {row.reason}") from None
+    rejected.add(counted, file, number, row)
 
 
 # --- splitting -----------------------------------------------------------------------------------
@@ -108,7 +110,7 @@ def group_hash(group: str) -> int:
 def record(number: int, example: layouts.Example) -> dict:
     """A line of train.jsonl, validation.jsonl or test.jsonl."""
     given = example._asdict()
-    names = ("tools", "chat_template_kwargs", "rejected", "group")
+    names = ("tools", "chat_template_kwargs", "rejected", "label", "group")
     more = {name: given[name] for name in names if given[name] is not None}
     return {"id": number, "messages": example.messages, **more}
 
@@ -123,11 +125,15 @@ class Splits:
     def __init__(self, folder: Path, shares: dict, limits: dict[str, int | None], given: Collection[str] = ()):
         self.shares = {name: 0.0 if name in given else shares[name] for name in ("validation", "test")}
         self.files = {name: _SplitFile(folder / f"{name}.jsonl", limits.get(name)) for name in SPLITS}
-        self.left_out = 0
+        self.left_out = self.ties = 0
         self.prompts, self.rows = array.array("Q"), array.array("Q")  # hash of each prompt; of prompt and answer
 
-    def add(self, number: int, example: layouts.Example | None, split: str | None = None) -> None:
-        """Add the row `number`; None counts as left out by `data.where`. `split`: of the file that it is in."""
+    def add(self, number: int, example: layouts.Example | layouts.Tie | None, split: str | None = None) -> None:
+        """Add the row `number`; None counts as left out by `data.where`, and a tie makes no pair. `split`: of the file
+        that it is in."""
+        if isinstance(example, layouts.Tie):
+            self.ties += 1
+            return
         if example is None:
             self.left_out += 1
             return
@@ -136,6 +142,7 @@ class Splits:
         said = example.messages[-1]
         answer = said["content"] if len(said) == layouts.PLAIN else json.dumps(said)
         answers = [answer, *([] if example.rejected is None else [example.rejected])]
+        answers += [] if example.label is None else [str(example.label)]
         digest = hashlib.blake2b("\0".join(answers).encode(), digest_size=8, key=hashed.rank.to_bytes(8)).digest()
         self.rows.append(int.from_bytes(digest))
         line = json.dumps(record(number, example), ensure_ascii=False)
@@ -146,7 +153,8 @@ class Splits:
         self.files[named].add(hashed.rank, line)
 
     def stats(self, overlapping: dict[str, int] | None = None) -> dict:
-        """Counts of rows; `duplicates` repeat prompt and answer of an earlier row (and are kept).
+        """Counts of rows; `ties` made no pair, for their scores or texts are the same; `duplicates` repeat prompt and
+        answer of an earlier row (and are kept).
 
         Args:
             overlapping: split -> rows that were taken out of it since, because they stand in another.
@@ -155,6 +163,7 @@ class Splits:
         return {
             "rows": len(self.rows) + self.left_out,
             "left_out_by_where": self.left_out,
+            **({"ties": self.ties} if self.ties else {}),
             "prompts": _distinct(self.prompts),
             "duplicates": len(self.rows) - _distinct(self.rows),
             "splits": {name: file.stats(taken.get(name, 0)) for name, file in self.files.items()},

@@ -1,7 +1,8 @@
 """Which values of a row may become text in a template.
 
-Text and numbers go in as they are, dates in ISO format. Anything else (null, true, bytes, a list) is refused with
-advice, because the model would learn Python's representation of it: ``None``, ``True``, ``b'...'`` or ``['a']``.
+Text and numbers go in as they are, dates in ISO format, true and false in JSON's spelling. Anything else (null, bytes,
+a list) is refused with advice, because the model would learn Python's representation of it: ``None``, ``b'...'`` or
+``['a']``.
 """
 
 import datetime
@@ -72,7 +73,7 @@ def environment():
 
 
 def checked(value):
-    """`value` if it is text, or a number or date, as text.
+    """`value` if it is text or a number; a date, true or false as text.
 
     Raises:
         NotTextError: it is anything else.
@@ -81,7 +82,9 @@ def checked(value):
         return value
     if isinstance(value, datetime.date | datetime.time):
         return value.isoformat()
-    if isinstance(value, bool) or not isinstance(value, int | float | decimal.Decimal) or not math.isfinite(value):
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if not isinstance(value, int | float | decimal.Decimal) or not math.isfinite(value):
         if type(value).__name__.endswith("Undefined"):
             return value  # which raises its own error
         raise NotTextError(value)
@@ -136,15 +139,27 @@ def way_on(value, column: str | None) -> str:
             return f'leave such rows out (set data.where to "{name} is not none"), or write {empty}'
         test = f"{name} == {name}" if _is_nan(value) else f"{name} | abs < 1e308"
         return f'leave such rows out: set data.where to "{test}"'
-    if isinstance(value, bool):
-        return f"say it in words: {{{{ 'yes' if {name} else 'no' }}}}"
     if isinstance(value, list | tuple):
-        return f"write {{{{ {name} | join(', ') }}}}"
+        made = "tojson" if any(map(_is_no_text, value)) else "join(', ')"
+        return f"write {{{{ {name} | {made} }}}}"
     if isinstance(value, dict):
-        return f"write {{{{ {name} | tojson }}}}, or name what of it you want"
+        return f"name what of it you want{_part(name, value)}, or write {{{{ {name} | tojson }}}}"
     if isinstance(value, bytes):
         return f"write {{{{ {name}.decode() }}}}"
     return "make text of it in the file"
+
+
+def _is_no_text(value) -> bool:
+    return isinstance(value, list | tuple | dict | bytes)
+
+
+def _part(name: str, value: dict) -> str:
+    """A text in an object, as a template names it: for SQuAD's answers, ``answers.text[0]``."""
+    for key, part in value.items():
+        first = part[0] if isinstance(part, list) and part else part
+        if str(key).isidentifier() and isinstance(first, str):
+            return f", as in {{{{ {name}.{key}{'' if first is part else '[0]'} }}}}"
+    return ""
 
 
 def shown(value) -> str:
@@ -281,7 +296,16 @@ def _joined(join: Callable) -> Callable:
 
 
 def _json(value, indent: int | None = None) -> str:
-    return json.dumps(value, indent=indent, ensure_ascii=False, allow_nan=False)
+    return json.dumps(value, indent=indent, ensure_ascii=False, allow_nan=False, default=_json_text)
+
+
+def _json_text(value) -> str:
+    """Values that files have and JSON has not, as text."""
+    if isinstance(value, datetime.date | datetime.time):
+        return value.isoformat()
+    if isinstance(value, decimal.Decimal) and value.is_finite():
+        return str(value)
+    raise NotTextError(value)
 
 
 def _strict_number(convert: Callable) -> Callable:

@@ -35,7 +35,9 @@ MOST_TOKENS = 1024  # in a window, also where a model's context is longer: cost,
 TRIED = 24  # tokens of the rows on which the way of computing is tried
 AT_ONCE = 1024  # tokens that go through the model together: logits of 200 MB for a vocabulary of 49,152
 FEWEST = 2  # passages: of one there is no interval
-OF_DATA = re.compile(r"(?<![\w/])data\.(source|field|format|csv\.(?:delimiter|quotechar|escapechar|fieldnames))\b")
+OF_DATA = re.compile(
+    r"(?<![\w/])data\.(source|field|format|encoding|csv\.(?:delimiter|quotechar|escapechar|fieldnames))\b"
+)
 log = logging.getLogger("temper")
 
 
@@ -86,21 +88,13 @@ def _passages(path: Path, settings: dict) -> Iterator[str]:
     if kind is None:
         raise UserError(f"{path}: cannot tell by its ending what it is: set probe.format to text, csv, json, ...")
     if kind != "text":
-        yield from _of_rows(RawFile(path, kind, settings["csv"], settings["field"]), settings)
+        yield from _of_rows(RawFile.of(path, {**settings, "format": kind}), settings)
         return
     if settings["text"] is not None:
         raise UserError(f"{path}: 'probe.text' is for rows, and this is text: leave it out (~probe.text)")
-    yield from filter(None, (part.strip() for part in re.split(r"\n\s*\n", _text(path))))
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(
-            f"{path}: byte 0x{error.object[error.start]:02x} at {error.start + 1} is not UTF-8: convert the file "
-            "(iconv -f cp1252 -t utf-8, if it is Latin-1 or of Windows)"
-        ) from None
+    text = RawFile.of(path, {"format": "json", "encoding": settings["encoding"]}).text()
+    text = text.replace("\r\n", "\n").replace("\r", "\n")
+    yield from filter(None, (part.strip() for part in re.split(r"\n\s*\n", text)))
 
 
 def _of_rows(file: RawFile, settings: dict) -> Iterator[str]:

@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from temper.data.batches import count_learned
 from temper.data.columns import IGNORED, answer_start
 from temper.evaluation import intervals, metrics, own_metrics
 from temper.evaluation.choices import Choices, likeliest
@@ -48,6 +49,7 @@ class Asked:
             loss_tokens=self.losses.tokens,
             answer_bytes=_answer_bytes(asked),
             pair_logps=self.pair_logps,
+            pair_tokens=pair_tokens(asked),
             finished=self.answers.finished,
             groups=groups_of(asked),
         )
@@ -78,6 +80,20 @@ class Judgement:
     scores: metrics.Scores
     intervals: dict[str, list[float]]
     gain: list[float] | None
+
+
+def pair_tokens(rows: list[dict]) -> list[tuple[int, int]] | None:
+    """How many tokens of each preference pair's chosen and rejected answer count; None without pairs."""
+    if "rejected_input_ids" not in rows[0]:
+        return None
+    return [
+        (_tokens_of(row, "input_ids", "labels"), _tokens_of(row, "rejected_input_ids", "rejected_labels"))
+        for row in rows
+    ]
+
+
+def _tokens_of(row: dict, ids: str, labels: str) -> int:
+    return count_learned(row[labels][answer_start(row[ids], row["prompt_length"]) :])
 
 
 def _answer_bytes(rows: list[dict]) -> list[int] | None:
@@ -138,6 +154,7 @@ def evidence_of(settings: dict, rows: list[dict]) -> metrics.Evidence:
         return [row[name] for row in rows] if name in rows[0] else None
 
     pairs = [(row["chosen_logp"], row["rejected_logp"]) for row in rows] if "chosen_logp" in rows[0] else None
+    tokens = [(row["chosen_tokens"], row["rejected_tokens"]) for row in rows] if "chosen_tokens" in rows[0] else None
     return metrics.Evidence(
         settings,
         gold=[row["reference"] for row in rows],
@@ -147,6 +164,7 @@ def evidence_of(settings: dict, rows: list[dict]) -> metrics.Evidence:
         loss_tokens=column("tokens"),
         answer_bytes=column("bytes"),
         pair_logps=pairs,
+        pair_tokens=tokens,
         finished=column("finished"),
         own={name: [row["metrics"][name] for row in rows] for name in rows[0].get("metrics", ())},
         groups=groups_of(rows),
@@ -166,7 +184,7 @@ def judge(metric: str, evidence: metrics.Evidence, base: BaseReport | None) -> J
     """
     scores = metrics.score(evidence)
     shown = dict.fromkeys([metric, *(entry["metric"] for entry in evidence.settings["published"])])
-    shown |= dict.fromkeys(name for name in [metrics.PREFERENCE] if name in scores.statistics)
+    shown |= dict.fromkeys(name for name in metrics.OF_PREFERENCE if name in scores.statistics)
     of_rows = len(evidence), evidence.groups
     found = {name: intervals.interval(scores.statistics[name], *of_rows) for name in shown}
     gain = None
@@ -283,8 +301,9 @@ def _prediction_row(index: int, row: dict, asked: Asked, judged: Judgement, base
         line["label_logps"] = [round(logp, 5) for logp in choices.logps[index]]
     if own := judged.evidence.own:
         line["metrics"] = {name: figures[index] for name, figures in own.items()}
-    if asked.pair_logps:
+    if asked.pair_logps and judged.evidence.pair_tokens:
         line["chosen_logp"], line["rejected_logp"] = asked.pair_logps[index]
+        line["chosen_tokens"], line["rejected_tokens"] = judged.evidence.pair_tokens[index]
     if "rejected" in row:
         line["rejected"] = row["rejected"]
     return line

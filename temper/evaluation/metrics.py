@@ -89,6 +89,7 @@ class Evidence:
         loss_sums, loss_tokens: cross entropy in nats, summed over the row's supervised tokens, and how many those are.
         answer_bytes: of the gold answer in UTF-8; None where more than the answer is supervised.
         pair_logps: log-probability of a preference pair's chosen and of its rejected answer.
+        pair_tokens: how many tokens of each of the two these are the sum of.
         start_logps: the same of the model that preference optimization started from, and `beta`, the training's.
         finished: whether the answer ended by itself.
         own: name -> figures of the rows by metrics of your own (`eval.metrics`).
@@ -103,6 +104,7 @@ class Evidence:
     loss_tokens: Sequence[int] | None = None
     answer_bytes: Sequence[int] | None = None
     pair_logps: Sequence[tuple[float, float]] | None = None
+    pair_tokens: Sequence[tuple[int, int]] | None = None
     start_logps: Sequence[tuple[float, float]] | None = None
     beta: float | None = None
     finished: Sequence[bool] | None = None
@@ -343,6 +345,19 @@ def _preference_accuracy(evidence: Evidence) -> Statistic | None:
     return None if pairs is None else Mean([chosen > rejected for chosen, rejected in pairs])
 
 
+def _preference_accuracy_per_token(evidence: Evidence) -> Statistic | None:
+    """preference accuracy per token: the same by the mean log-probability of an answer's tokens, for by their sum
+    shorter answers are likelier."""
+    pairs, tokens = evidence.pair_logps, evidence.pair_tokens
+    if pairs is None or tokens is None:
+        return None
+    means = [
+        (chosen / max(1, of_chosen), rejected / max(1, of_rejected))
+        for (chosen, rejected), (of_chosen, of_rejected) in zip(pairs, tokens, strict=True)
+    ]
+    return Mean([chosen > rejected for chosen, rejected in means])
+
+
 def _reward_accuracy(evidence: Evidence) -> Statistic | None:
     """reward accuracy: share of pairs in which training raised the chosen answer more than the rejected one."""
     rewards = evidence.rewards
@@ -375,7 +390,9 @@ def _unfinished(evidence: Evidence) -> Statistic | None:
 # --- the rows ------------------------------------------------------------------------------------
 
 PREFERENCE, BITS_PER_BYTE = "preference_accuracy", "bits_per_byte"
-TRAINING_FIGURES = {"logps", "learned_tokens", "pairs"}  # of training and its validation, beside those here
+OF_PREFERENCE = (PREFERENCE, "preference_accuracy_per_token")
+# Of training and its validation, beside those here.
+TRAINING_FIGURES = {"logps", "learned_tokens", "pairs", "answers", "nll_loss", "kl"}
 PER_TOKEN = ("loss", "perplexity")  # not comparable between models that cut text into other tokens
 # A task's own metrics. The first ranks runs unless eval.metric names another, and scores single rows.
 TASKS = {
@@ -402,6 +419,7 @@ ANY_TASK = (
     Metric("perplexity", _perplexity, lower_is_better=True),
     Metric(BITS_PER_BYTE, _bits_per_byte, lower_is_better=True),
     Metric(PREFERENCE, _preference_accuracy),
+    Metric(OF_PREFERENCE[1], _preference_accuracy_per_token),
     Metric("rewards/accuracies", _reward_accuracy, ranks=False),
     Metric("rewards/margins", _reward_margin, ranks=False),
     Metric("rewards/chosen", _reward_chosen, ranks=False),
@@ -484,8 +502,8 @@ def refuse_without_pairs(settings: dict, has_pairs: bool) -> None:
     asked = [("eval.metric", settings["metric"])]
     asked += [("eval.published", figure["metric"]) for figure in settings["published"]]
     for key, metric in asked:
-        if metric == PREFERENCE and not has_pairs:
-            raise UserError(f"config: '{key}': {PREFERENCE} needs preference pairs, see data.layout=preference")
+        if metric in OF_PREFERENCE and not has_pairs:
+            raise UserError(f"config: '{key}': {metric} needs preference pairs, see data.layout=preference")
 
 
 # --- scoring -------------------------------------------------------------------------------------

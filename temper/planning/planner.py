@@ -8,7 +8,7 @@ from temper import tracking
 from temper.config import harness as harness_checks
 from temper.config.best import JUDGING
 from temper.config.compose import chosen_experiment, expand, own_folder, parse_overrides, split_overrides, use_folder
-from temper.config.schema import Probe
+from temper.config.schema import WITH_REFERENCE, Probe
 from temper.config.stages import FOLDERS, PLATEAU, keys_hidden, numbered, stage_config
 from temper.config.validate import data_sets, has_pairs, sft_config
 from temper.errors import UserError
@@ -240,7 +240,7 @@ class _Planner:
 
         All runs of a sweep that start from the same model share them.
         """
-        if config["method"]["name"] != "dpo":
+        if config["method"]["name"] not in WITH_REFERENCE:
             return {}
         load = load_for_training(config["adapter"], config["model"]["load"])
         view = {**config, "model": {**config["model"], "load": load}}

@@ -21,7 +21,7 @@ from temper.reports import html, plots
 
 FORMULAS = (*"=+-@", *"＝＋－＠", *"\t\r\n ")  # beginnings of what a spreadsheet does not take for a text
 NUMBER = re.compile(r"[+-]?\d+(\.\d*)?([eE][+-]?\d+)?")
-OF_PAIRS = (metrics.PREFERENCE, "rewards/accuracies", "rewards/margins")
+OF_PAIRS = (*metrics.OF_PREFERENCE, "rewards/accuracies", "rewards/margins")
 EXTRAS = ("tokens_per_second", "peak_memory_bytes", "trainable_parameters")
 
 

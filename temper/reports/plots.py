@@ -130,19 +130,22 @@ def loss_curves(lines: list[dict]) -> str | None:
 
 
 def reward_curves(lines: list[dict]) -> str | None:
-    """Rewards of one preference optimization, and in how many pairs they are right; None when there are none."""
+    """Rewards of one preference optimization, and in how many pairs they are right (of single answers their margin);
+    None when there are none."""
     if not curve(lines, "rewards/margins")[0]:
         return None
+    of_pairs = bool(curve(lines, "rewards/accuracies")[0])
+    shown, title = ("accuracies", "share of pairs that are right") if of_pairs else ("margins", "margin of rewards")
 
     def paint(axes):
         for name, label, colour in (("chosen", "chosen", THEME["accent"]), ("rejected", "rejected", THEME["series-1"])):
             axes[0].plot(*curve(lines, f"rewards/{name}"), color=colour, label=label, linewidth=1.4)
             axes[0].plot(*curve(lines, f"eval_rewards/{name}"), color=colour, linestyle="", marker="o", markersize=5)
-        axes[1].plot(*curve(lines, "rewards/accuracies"), color=THEME["base"], label="training", linewidth=1.4)
-        validation = curve(lines, "eval_rewards/accuracies")
+        axes[1].plot(*curve(lines, f"rewards/{shown}"), color=THEME["base"], label="training", linewidth=1.4)
+        validation = curve(lines, f"eval_rewards/{shown}")
         axes[1].plot(*validation, color=THEME["accent"], label="validation", marker="o", markersize=5)
         axes[0].set(title="rewards (points: validation)", xlabel="epoch")
-        axes[1].set(title="share of pairs that are right", xlabel="epoch", ylim=(0, 1.05))
+        axes[1].set(title=title, xlabel="epoch", **({"ylim": (0, 1.05)} if of_pairs else {}))
         for axis in axes:
             axis.legend(loc="best")
 
@@ -182,6 +185,8 @@ def _run_style(rank: int, runs: int) -> dict:
 
 def _unit(lines: list[dict]) -> str:
     """What a training's loss is a mean over."""
+    if curve(lines, "kl")[0]:
+        return "per answer"
     return "per pair" if curve(lines, "rewards/margins")[0] else "nats per token"
 
 

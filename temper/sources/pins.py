@@ -8,7 +8,7 @@ the files are named after their split, and the pin says which is of which.
 import collections
 from pathlib import Path
 
-from temper.data.rows import format_of, refuse_unread
+from temper.data.rows import UTF_8, format_of, refuse_unread
 from temper.errors import UserError
 from temper.files import read_json
 from temper.hashing import HashCache, digest, file_sha256
@@ -62,9 +62,14 @@ def _check_options(data: dict, source: dict) -> None:
             f"config: 'data.format': {data['format']} is for files, and rows of the hub are kept as jsonl: "
             "leave it out (~data.format)"
         )
+    if source["kind"] == "hub" and data["encoding"] != UTF_8:
+        raise UserError(
+            f"config: 'data.encoding': {data['encoding']} is for files, and rows of the hub are kept as UTF-8: "
+            "leave it out (~data.encoding)"
+        )
     for name in _names(source):
         if found := data["format"] or format_of(name):
-            refuse_unread(f"config: {name}", found, data["csv"], data["field"])
+            refuse_unread(f"config: {name}", found, data["csv"], data["field"], data["encoding"])
 
 
 def _names(source: dict) -> list[str]:
@@ -100,7 +105,9 @@ def source_files(source: dict, section: str = "data.source") -> dict[str, Path]:
         if name in named:
             raise UserError(f"{section}.path: {named[name]} and {file} would both be called {name}: rename one")
         if is_no_data(name):
-            raise UserError(f"{section}.path: {file}: hidden files and pin-*.json are not data: rename it")
+            raise UserError(
+                f"{section}.path: {file}: hidden files, pin-*.json and marks such as _SUCCESS are not data: rename it"
+            )
         named[name] = file
     return dict(sorted(named.items()))
 
@@ -127,8 +134,8 @@ def is_pin(path: Path) -> bool:
 
 
 def is_no_data(name: str) -> bool:
-    """Whether a file of this name in a data folder is not a raw file, but hidden or a pin."""
-    return name.startswith(".") or is_pin(Path(name))
+    """Whether a file of this name in a data folder is no raw file: hidden, a pin, or a mark as Spark's _SUCCESS."""
+    return name.startswith(".") or is_pin(Path(name)) or (name.startswith("_") and format_of(name) is None)
 
 
 def planned_identity(name: str, source: dict, hashes: HashCache) -> dict:

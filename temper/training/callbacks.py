@@ -13,7 +13,7 @@ from temper.files import json_lines, known_json_lines, write_whole
 from temper.progress import Progress
 from temper.training import checkpoints
 from temper.training.arguments import EARLY_STOPPING, steps_per_epoch
-from temper.training.preferences import FIGURES
+from temper.training.preferences import FIGURES_OF
 from temper.training.trainers import TemperTrainer
 
 log = logging.getLogger("temper")
@@ -116,7 +116,8 @@ class MetricsFile(TrainerCallback):
     interruptions.
     """
 
-    KEPT = ("loss", "eval_loss", "learning_rate", "grad_norm", *FIGURES, *(f"eval_{name}" for name in FIGURES))
+    OF_PREFERENCES = tuple(dict.fromkeys(name for names in FIGURES_OF.values() for name in names))
+    KEPT = ("loss", "eval_loss", "learning_rate", "grad_norm", *OF_PREFERENCES, *(f"eval_{n}" for n in OF_PREFERENCES))
 
     def __init__(self, path: Path, checkpoint: Path | None, trainer: TemperTrainer, listener=None):
         """Start `path` anew with the metrics stored with the checkpoint."""

@@ -16,13 +16,13 @@ from torch.utils.data import DataLoader
 from transformers import PrinterCallback, Trainer
 from transformers.integrations import activate_neftune
 
-from temper.data.batches import Batch, EpochSampler, padded_shape
+from temper.data.batches import Batch, EpochSampler, count_learned, padded_shape
 from temper.errors import UserError
 from temper.model.adapters import refuse_adapter_misfits
 from temper.model.predictions import SupervisedLoss, tokens_computed, tokens_of, with_decoder_inputs
 from temper.model.reading import reading, refuse_tensors
-from temper.training import checkpoints
-from temper.training.preferences import FIGURES, PreferenceLoss, pairs_batch
+from temper.training import checkpoints, unpaired
+from temper.training.preferences import NLL, PAIR_LOSSES, PairLoss, answers_and_rest
 
 log = logging.getLogger("temper")
 
@@ -157,25 +157,28 @@ class TemperTrainer(Trainer):
     @torch.no_grad()
     def mean_figures(self, dataset) -> tuple[dict[str, float], int]:
         """(figures, mean over a data set's items, and how many those are)."""
+        sums: dict[str, float] = {}
+        counts: dict[str, int] = {}
+        for batch in self._evaluated_batches(dataset):
+            with self.compute_loss_context_manager():
+                figures = self.summed_figures(batch)
+            for name, (value, count) in figures.items():
+                sums[name] = sums.get(name, 0.0) + value.item()
+                counts[name] = counts.get(name, 0) + count
+        return {name: total / max(counts[name], 1) for name, total in sums.items()}, counts.get("loss", 0)
+
+    def _evaluated_batches(self, dataset):
+        """Batches of a data set, rows of similar length together, with the model in evaluation."""
         lengths = _lengths(dataset)
         order = sorted(range(len(dataset)), key=lengths.__getitem__)
-        loader = DataLoader(
+        self.model.eval()
+        return DataLoader(
             dataset.select(order), batch_size=self.args.per_device_eval_batch_size, collate_fn=self.data_collator
         )
-        self.model.eval()
-        sums: dict[str, float] = {}
-        items = 0
-        for batch in loader:
-            with self.compute_loss_context_manager():
-                figures, count = self.summed_figures(batch)
-            sums = {name: sums.get(name, 0.0) + value.item() for name, value in figures.items()}
-            items += count
-        return {name: total / max(items, 1) for name, total in sums.items()}, items
 
-    def summed_figures(self, batch) -> tuple[dict[str, torch.Tensor], int]:
-        """(figures, summed over a batch's items, and how many those are): here the loss of learned tokens."""
-        loss, count = self.supervised_loss(self.model, batch)
-        return {"loss": loss}, count
+    def summed_figures(self, batch) -> dict[str, tuple[torch.Tensor, int]]:
+        """Name -> (sum of a figure over a batch's items, how many those are): here the loss of learned tokens."""
+        return {"loss": self.supervised_loss(self.model, batch)}
 
 
 def _refuse_other_shapes(optimizer) -> None:
@@ -197,56 +200,125 @@ class PreferenceTrainer(TemperTrainer):
     """The same for preference pairs: one row is a pair, and the loss is the mean over pairs.
 
     Args:
-        preference_loss: of the two answers of a pair, given the reference's log-probabilities.
+        preference_loss: of the two answers of a pair. Where it learns the chosen texts as well, that part is the mean
+            over their learned tokens.
     """
 
     ITEMS = "pairs"
-    batch_of = staticmethod(pairs_batch)
 
-    def __init__(self, *, preference_loss: PreferenceLoss, **arguments):
+    def __init__(self, *, preference_loss: PairLoss | unpaired.KtoLoss, **arguments):
+        self.batch_of = preference_loss.batch_of
         super().__init__(**arguments)
-        self.preference_loss = preference_loss
-        self.figures: list[dict[str, torch.Tensor]] = []  # of the pairs since the last log
+        self.preference_loss: Any = preference_loss
+        self.figures: list[dict[str, torch.Tensor]] = []  # of the items since the last log
 
     def train(self, *arguments, **keywords):
         self.figures.clear()  # of what went through for the estimate
         return super().train(*arguments, **keywords)
 
     def pair_losses(self, model, batch):
-        """(loss of each pair, figures of each pair); both answers go through the model together."""
-        return self.preference_loss(self.supervised_loss.sequence_logps(model, batch, answers=2), batch)
+        """(loss of each pair, figures, each the values that it is the mean of); both answers go through together.
 
-    def _get_num_items_in_batch(self, batch_samples, device):
+        With the cross entropy of each learned token of the chosen texts as a figure, if the loss has that part; it is
+        the one with a gradient.
+        """
+        if not self.preference_loss.nll_weight:
+            return self.preference_loss(self.supervised_loss.sequence_logps(model, batch, answers=2), batch)
+        logps, cross_entropies = answers_and_rest(self.supervised_loss.predictions(model, batch, answers=2), batch)
+        losses, figures = self.preference_loss(logps, batch)
+        return losses, {**figures, NLL: cross_entropies}
+
+    def _get_num_items_in_batch(self, batch_samples, device):  # noqa: ARG002 - Trainer's signature
+        """(pairs, learned tokens of the chosen texts) of an optimizer step."""
         pairs = sum(map(len, batch_samples)) // 2
-        return torch.full((), pairs, device=device)  # torch.tensor would wait for the device
+        ahead = int(self._loss_shifts_labels)
+        chosen = (row["labels"] for batch in batch_samples for row in batch.rows[: len(batch) // 2])
+        return pairs, sum(count_learned(labels[ahead:]) for labels in chosen)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Mean over the pairs of the whole optimizer step, however it is cut into batches."""
         assert not return_outputs, "evaluate() is ours and never asks for outputs"
         losses, figures = self.pair_losses(model, inputs)
-        self.figures.append(figures)
+        self.figures.append({name: values.detach() for name, values in figures.items()})
         self.loss_is_scaled_for_ga = num_items_in_batch is not None
-        return losses.sum() / (len(losses) if num_items_in_batch is None else num_items_in_batch)
+        pairs, tokens = num_items_in_batch or (len(losses), len(figures.get(NLL, ())))
+        loss = losses.sum() / pairs
+        if NLL in figures:
+            loss = loss + self.preference_loss.nll_weight * figures[NLL].sum() / max(tokens, 1)
+        return loss
+
+    def mean_figures(self, dataset):
+        """Loss, rewards and log-probabilities, mean over a data set's pairs."""
+        figures, items = super().mean_figures(dataset)
+        if NLL in figures:
+            figures["loss"] += self.preference_loss.nll_weight * figures[NLL]
+        return figures, items
 
     def summed_figures(self, batch):
-        """Loss, rewards and log-probabilities, summed over a batch's pairs."""
         losses, figures = self.pair_losses(self.model, batch)
-        return {name: values.sum() for name, values in {"loss": losses, **figures}.items()}, len(losses)
+        return {name: (values.sum(), len(values)) for name, values in {"loss": losses, **figures}.items()}
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """With a training loss go the rewards of the same pairs."""
         if "loss" in logs and self.figures:
-            logs |= {name: torch.cat([figures[name] for figures in self.figures]).mean().item() for name in FIGURES}
+            names = self.figures[0]
+            logs |= _means({name: torch.cat([figures[name] for figures in self.figures]) for name in names})
             self.figures.clear()
         super().log(logs, start_time)
 
 
+class UnpairedTrainer(PreferenceTrainer):
+    """The same for single answers: one row is an answer, desirable or not, and the loss is the mean over rows."""
+
+    ITEMS = "answers"
+
+    def ratios(self, model, batch):
+        """(`unpaired.ratios` of a batch, log-probability of each answer). Mismatched texts get no gradient."""
+        with torch.no_grad():
+            mismatched = self.supervised_loss.sequence_logps(model, unpaired.mismatched_batch(batch))
+        logps = self.supervised_loss.sequence_logps(model, batch)
+        return unpaired.ratios(batch, logps, mismatched), logps.detach()
+
+    def _get_num_items_in_batch(self, batch_samples, device):  # noqa: ARG002 - Trainer's signature
+        return sum(map(len, batch_samples)), 0
+
+    def pair_losses(self, model, batch):
+        """(loss of each answer, figures, each the values that it is the mean of)."""
+        return self._judged(*self.ratios(model, batch))
+
+    def _judged(self, ratios, logps):
+        losses, figures = self.preference_loss(*ratios)
+        desirable = ratios[2]
+        return losses, {**figures, "logps/chosen": logps[desirable], "logps/rejected": logps[~desirable]}
+
+    @torch.no_grad()
+    def mean_figures(self, dataset):
+        """Figures of a data set as one batch: how far the model has moved is estimated from all its rows."""
+        parts = []
+        for batch in self._evaluated_batches(dataset):
+            with self.compute_loss_context_manager():
+                parts.append(self.ratios(self.model, batch))
+        ratios = [torch.cat(part) for part in zip(*(ratios for ratios, _ in parts), strict=True)]
+        losses, figures = self._judged(ratios, torch.cat([logps for _, logps in parts]))
+        return _means({"loss": losses, **figures}), len(losses)
+
+
+def _means(figures: dict[str, torch.Tensor]) -> dict[str, float]:
+    """The mean of each figure that has values, and the margin of rewards where it is not one of each pair."""
+    means = {name: values.mean().item() for name, values in figures.items() if len(values)}
+    if "rewards/chosen" in means and "rewards/rejected" in means:
+        means.setdefault("rewards/margins", means["rewards/chosen"] - means["rewards/rejected"])
+    return means
+
+
 def trainer_for(method: dict, **arguments) -> TemperTrainer:
     """The trainer of a config section `method`."""
-    if method["name"] == "sft":
-        return TemperTrainer(**arguments)
-    loss = PreferenceLoss(method["beta"], method["loss_type"], method["label_smoothing"])
-    return PreferenceTrainer(preference_loss=loss, **arguments)
+    if method["name"] in PAIR_LOSSES:
+        return PreferenceTrainer(preference_loss=PAIR_LOSSES[method["name"]](method), **arguments)
+    if method["name"] == "kto":
+        weights = method["desirable_weight"], method["undesirable_weight"]
+        return UnpairedTrainer(preference_loss=unpaired.KtoLoss(method["beta"], *weights), **arguments)
+    return TemperTrainer(**arguments)
 
 
 LENGTHS = ("input_ids", "labels", "rejected_input_ids", "rejected_labels")

@@ -77,6 +77,11 @@ CASES = [
     _fetch("the folder above", r"must end in the name of a file", ZIP, member="x/.."),
     _fetch("a folder", r"must end in the name of a file", ZIP, member="x/"),
     _fetch("a name that is too long", r"at most 200 bytes", ZIP, member="x" * 250),
-    _fetch("a hidden member", r"hidden file or a pin", _zip(**{"__rows": ROWS}), member=".rows"),
-    _fetch("a member named like a pin", r"hidden file or a pin", _zip(**{"pin-1__json": b"{}"}), member="pin-1.json"),
+    _fetch("a hidden member", r"hidden files, pin-\*\.json and marks", _zip(**{"__rows": ROWS}), member=".rows"),
+    _fetch(
+        "a member named like a pin",
+        r"hidden files, pin-\*\.json and marks",
+        _zip(**{"pin-1__json": b"{}"}),
+        member="pin-1.json",
+    ),
 ]

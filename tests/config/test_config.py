@@ -24,7 +24,7 @@ def test_every_file_in_conf_composes_and_validates(workspace):
     for group, choices in compose.groups().items():
         for choice in choices:
             alone = [] if group in ("experiment", "sweep") else ["sweep=none"]
-            alone += ["data.rejected_from=[positive,negative]"] if (group, choice) == ("method", "dpo") else []
+            alone += ["data.rejected_from=[positive,negative]"] if group == "method" and choice != "sft" else []
             _, configs = composed(*alone, f"{group}={choice}")
             assert configs, f"{group}={choice} gives no run"
             checked.append(f"{group}/{choice}")
@@ -73,9 +73,17 @@ def test_every_file_in_conf_composes_and_validates(workspace):
         ("data.splits.test=0", "config: 'data.splits.test': input should be greater than 0"),
         ("method=dpo", "config: method=dpo needs preference pairs: choose data.layout=preference, or say what"),
         ("method.beta=1", "config: unknown key 'method.beta'"),
-        ("method.name=kto", "does not match any of the expected tags: 'sft', 'dpo'"),
+        ("method.name=cpo", "does not match any of the expected tags: 'sft', 'dpo', 'orpo', 'simpo', 'kto'"),
+        ("method=orpo", "config: method=orpo needs preference pairs: choose data.layout=preference, or say what"),
+        (
+            "method=kto",
+            "config: method=kto needs to know which answers are desirable: choose data.layout=unpaired_pref",
+        ),
+        ("data.label=rating", "config: method=sft would learn the undesirable answers as well: give it the desirable"),
+        ("data.score_pairs=all", "'score_pairs' is for layout 'scored_responses', not for 'template'"),
+        ("eval.metric=preference_accuracy_per_token", "preference_accuracy_per_token needs preference pairs"),
         ("eval.metric=preference_accuracy", "config: 'eval.metric': preference_accuracy needs preference pairs"),
-        ("data.layout=preference", "'prompt', 'completion' and 'rejected' are for layout 'template'"),
+        ("data.layout=preference", "'prompt', 'completion', 'rejected' and 'label' are for layout 'template'"),
         ("prompt.system=über", "put a value with blanks or other special characters in quotes"),
     ],
 )
@@ -98,6 +106,9 @@ def test_a_fault_is_one_line_that_names_it(workspace, override, message):
         ("method.sft={train:{lr:1}}", "config: 'method.sft': unknown key 'train.lr'; did you mean 'learning_rate'?"),
         ("train.label_smoothing_factor=0.1", "config: 'train.label_smoothing_factor' is for method=sft"),
         ("data.rejected=x", "'rejected_from' and 'rejected' both say what the rejected answer is"),
+        ("data.label=x", "'label' says whether single answers are desirable, 'rejected_from' makes pairs"),
+        ("prompt.loss_on=all", "config: 'prompt.loss_on': all is for method=sft and orpo; method=dpo compares answers"),
+        ("train.metric_for_best_model=kl", "validation of task 'labels' has no 'kl'"),
         ("data.rejected_from=[a]", "config: 'data.rejected_from': list should have at least 2 items"),
     ],
 )
@@ -106,6 +117,32 @@ def test_a_fault_of_preference_optimization_is_one_line(workspace, override, mes
         composed("experiment=dpo", override)
     assert message in str(error.value)
     assert "\n" not in str(error.value)
+
+
+LABELLED = ["data.rejected_from=null", "data.label=rating"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["experiment=orpo", "method.lambda=1"], "config: unknown key 'method.lambda'; allowed: beta, name"),
+        (["experiment=simpo", "method.gamma=1"], "config: unknown key 'method.gamma'; did you mean 'simpo_gamma'?"),
+        (["experiment=kto", "method.desirable_weight=0"], "config: 'method.desirable_weight': input should be greater"),
+        (["experiment=dpo", *LABELLED], "method.own_answers; single answers with a label are for method=kto"),
+        (["experiment=kto", *LABELLED, "method.sft={}"], "config: 'method.sft' would learn the undesirable answers"),
+        (["experiment=orpo", "train.label_smoothing_factor=0.1"], "is for method=sft: leave it out"),
+    ],
+)
+def test_methods_and_rows_that_do_not_fit_are_one_line(workspace, overrides, message):
+    with pytest.raises(UserError) as error:
+        composed(*overrides)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_orpo_may_learn_the_prompts_and_kto_takes_labels(workspace):
+    composed("experiment=orpo", "prompt.loss_on=all")
+    composed("experiment=kto", *LABELLED)
 
 
 def test_a_stage_by_itself_names_the_same_faults(workspace):

@@ -1,10 +1,8 @@
 """What messages about data propose works: each is followed to the letter, as in a shell, and gives the right rows."""
 
-import codecs
 import json
 import re
 import shlex
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
@@ -64,18 +62,25 @@ def where(message: str, _file: Path) -> list[str]:
     return ["data.where=" + hydra_text(re.search(r'set data\.where to "(.*?)"', message)[1])]
 
 
-def iconv(message: str, file: Path) -> list[str]:
-    """The conversion of the file."""
-    command = re.search(r"iconv -f \S+ -t utf-8", message)[0]
-    done = subprocess.run([*shlex.split(command), str(file)], capture_output=True, check=True)
-    file.write_bytes(done.stdout)
-    return []
-
-
 def completion(message: str, _file: Path) -> list[str]:
     """The template that it writes out, for the answer."""
     assert "data.layout=template" in message
     return [*FREE[:2], f'data.completion="{re.findall(r"{{.*?}}", message)[-1]}"']
+
+
+def completion_first(message: str, _file: Path) -> list[str]:
+    """The first of the templates that it writes out."""
+    return [*FREE[:2], f'data.completion="{re.findall(r"{{.*?}}", message)[0]}"']
+
+
+def skip(message: str, file: Path) -> list[str]:
+    """Its second proposal, and the share of such rows, which is over the default here."""
+    return [*override(message, file), "data.max_bad_share=0.5"]
+
+
+def deepest(message: str, _file: Path) -> list[str]:
+    """The innermost field but one that it names: the questions, not their answers."""
+    return ["data.field=" + re.findall(r"'(data[a-z.]*)'", message)[-2]]
 
 
 def brackets(message: str, file: Path) -> list[str]:
@@ -116,17 +121,50 @@ COLUMNS = {"question": [q for q, _ in ROWS], "answer": [a for _, a in ROWS]}
 INDEXED = {name: dict(enumerate(column)) for name, column in COLUMNS.items()}
 ALONE = "\n".join(json.dumps(row, indent=1) for row in _objects())
 WINDOWS = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in _objects()).encode("cp1252")
+UTF8_BUT_ONE = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in _objects()).encode() + b'{"a": "\xe9"}\n'
+ESCAPED = "question,answer\n" + "".join(f"{q},{a}\\, {a}\n" for q, a in ROWS)
+SQUAD_ROWS = [{**row, "answers": [{"text": row["answer"]}]} for row in _objects()]
+SQUAD = {"version": "1.1", "data": [{"title": "t", "paragraphs": [{"context": "c", "qas": SQUAD_ROWS}]}]}
 # name -> file, content, way to follow, right rows, overrides
 CASES: dict[str, tuple[str, str | bytes, Callable, list[tuple[str, str]], list[str]]] = {
     "semicolons": ("rows.csv", _table(";"), override, ROWS, []),
     "tabs": ("rows.csv", _table("\t"), override, ROWS, []),
     "pipes": ("rows.csv", _table("|"), override, ROWS, []),
-    "Windows": ("rows.csv", _table().encode("cp1252"), iconv, ROWS, []),
-    "Windows, jsonl": ("rows.jsonl", WINDOWS, iconv, ROWS, []),
-    "UTF-16 of Excel": ("rows.csv", codecs.BOM_UTF16_LE + _table().encode("utf-16-le"), iconv, ROWS, []),
-    "UTF-16, big endian": ("rows.csv", codecs.BOM_UTF16_BE + _table().encode("utf-16-be"), iconv, ROWS, []),
-    "UTF-16 without mark": ("rows.csv", _table().encode("utf-16-le"), iconv, ROWS, []),
-    "UTF-16 without mark, big endian": ("rows.csv", _table().encode("utf-16-be"), iconv, ROWS, []),
+    "Windows": ("rows.csv", _table().encode("cp1252"), override, ROWS, []),
+    "Windows, jsonl": ("rows.jsonl", WINDOWS, override, ROWS, []),
+    "UTF-16 without mark": ("rows.csv", _table().encode("utf-16-le"), override, ROWS, []),
+    "UTF-16 without mark, big endian": ("rows.csv", _table().encode("utf-16-be"), override, ROWS, []),
+    "UTF-16 by name, without mark": (
+        "rows.csv",
+        _table().encode("utf-16-le"),
+        override,
+        ROWS,
+        ["data.encoding=utf-16"],
+    ),
+    "nan in a layout": ("rows.jsonl", _lines(_objects({"answer": float("nan")})), where, ROWS, []),
+    "escaped delimiters": ("rows.csv", ESCAPED, override, [(q, f"{a}, {a}") for q, a in ROWS], []),
+    "one line that is not UTF-8": ("rows.jsonl", UTF8_BUT_ONE, skip, ROWS, []),
+    "SQuAD": (
+        "rows.json",
+        json.dumps(SQUAD),
+        deepest,
+        [(f"{q} in c", a) for q, a in ROWS],
+        ["data.layout=template", "data.prompt='{{ question }} in {{ context }}'", *FREE[2:]],
+    ),
+    "SQuAD's answers": (
+        "rows.jsonl",
+        _lines(_objects(answer={"text": ["a", "b"], "answer_start": [1, 2]})),
+        completion_first,
+        [(q, "a") for q, _ in ROWS],
+        [],
+    ),
+    "a list of objects": (
+        "rows.jsonl",
+        _lines(_objects(answer=[{"a": 1}])),
+        completion,
+        [(q, '[{"a": 1}]') for q, _ in ROWS],
+        [],
+    ),
     "backslashes before quotes": ("rows.csv", _table(rows=QUOTED, quote='\\"'), override, QUOTED, []),
     "quotes that are text": (
         "rows.csv",
@@ -144,6 +182,8 @@ CASES: dict[str, tuple[str, str | bytes, Callable, list[tuple[str, str]], list[s
         [("a", "a"), *((f"q{index}", "a") for index in range(COUNT))],
         [],
     ),
+    "no header": ("rows.csv", _table().split("\r\n", 1)[1], names, ROWS, []),
+    "no header, in a template": ("rows.csv", _table().split("\r\n", 1)[1], names, ROWS, FREE),
     "rows in a field": ("rows.json", json.dumps({"n": 1, "data": _objects()}), override, ROWS, []),
     "rows in a field with a blank": ("rows.json", json.dumps({"n": [1], "my data": _objects()}), override, ROWS, []),
     "lines called json": ("rows.json", _lines(_objects()), override, ROWS, []),
@@ -163,7 +203,7 @@ CASES: dict[str, tuple[str, str | bytes, Callable, list[tuple[str, str]], list[s
         FREE,
     ),
     "a number": ("rows.jsonl", _lines(_objects(answer=7)), completion, [(q, "7") for q, _ in ROWS], []),
-    "true": ("rows.jsonl", _lines(_objects(answer=True)), completion, [(q, "yes") for q, _ in ROWS], []),
+    "true": ("rows.jsonl", _lines(_objects(answer=True)), completion, [(q, "true") for q, _ in ROWS], []),
     "a list": ("rows.jsonl", _lines(_objects(answer=["a", "b"])), completion, [(q, "a, b") for q, _ in ROWS], []),
     "an object": ("rows.jsonl", _lines(_objects(answer={"a": 1})), completion, [(q, '{"a": 1}') for q, _ in ROWS], []),
     "a field of OpenAI's": (

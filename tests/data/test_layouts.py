@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from temper.config.schema import Data
-from temper.data.layouts import LAYOUTS, converter
+from temper.data.layouts import LAYOUTS, Example, Tie, converter, expander
 from temper.errors import UserError
 
 SOURCE = {"kind": "files", "path": "rows.jsonl"}
@@ -204,6 +204,8 @@ def test_faults_in_templates(data, message):
         ("{{ 'yes' if flag else 'no' }}{% if not flag %}!{% endif %}", "yes"),
         ("{{ day }} {{ day ~ '' }} {{ day | trim }}", "2024-02-03 2024-02-03 2024-02-03"),
         ("{{ '%s of %d' | format(word, 3) }}", "yes of 3"),
+        ("{{ flag }} {{ flag ~ '' }} {{ [flag] | join }} {{ '%s' | format(not flag) }}", "true true true false"),
+        ("{{ {'day': day, 'flag': flag} | tojson }}", '{"day": "2024-02-03", "flag": true}'),
     ],
 )
 def test_templates_make_of_a_row_what_they_say(source, expected):
@@ -213,7 +215,7 @@ def test_templates_make_of_a_row_what_they_say(source, expected):
     assert made[0]["content"] == expected
 
 
-@pytest.mark.parametrize("value", [None, True, math.nan, math.inf, b"a", ["a"], {"a": 1}, [None]])
+@pytest.mark.parametrize("value", [None, math.nan, math.inf, b"a", ["a"], {"a": 1}, [None]])
 @pytest.mark.parametrize(
     "source",
     ["{{ x }}", "{{ x | string }}", "{{ x | trim }}", "{{ x ~ 'a' }}", "{{ [x] | join }}", "{{ '%s' | format(x) }}"],
@@ -301,6 +303,13 @@ def pair(row, layout="preference", **data):
             "chosen": {"from": "gpt", "value": "Well."},
             "rejected": {"from": "gpt", "value": "Badly."},
         },
+        {
+            "conversations": [{"from": "human", "value": "How?"}],
+            "chosen": {"from": "gpt", "value": "Well."},
+            "rejected": {"from": "gpt", "value": "Badly."},
+        },
+        {"prompt": "How?", "chosen": [*HOW, WELL], "rejected": [*HOW, BADLY], "score_chosen": 8.0},
+        {"prompt": HOW, "chosen": [*HOW, WELL], "rejected": [*HOW, BADLY]},
     ],
 )
 def test_all_forms_of_a_preference_pair(row):
@@ -346,6 +355,11 @@ def test_another_label_is_picked_by_the_row_alone():
             "'chosen' and 'rejected' differ before their last message",
         ),
         (
+            {"prompt": "Who?", "chosen": [*HOW, WELL], "rejected": [*HOW, BADLY]},
+            {},
+            "column 'chosen' begins with a user's message that is not that of the column prompt ('How?')",
+        ),
+        (
             {"question": "a", "answer": "b"},
             {"rejected_from": ["c", "d"]},
             "the answer 'b' is none of data.rejected_from",
@@ -358,12 +372,85 @@ def test_pairs_that_are_none_are_named(row, data, message):
     assert message in str(error.value)
 
 
+# --- scored responses, and single answers ----------------------------------------------------------
+
+
+def pairs_of(row, score_pairs="best_worst", **data):
+    found = expander({"layout": "scored_responses", "score_pairs": score_pairs, **data}, None)(row)
+    ties = sum(isinstance(one, Tie) for one in found)
+    assert ties == len([one for one in found if not isinstance(one, Example)])
+    return [(one.messages[-1]["content"], one.rejected) for one in found if isinstance(one, Example)], ties
+
+
+def test_responses_with_scores_make_pairs():
+    row = {"prompt": "How?", "responses": ["b", "c", "a", "c"], "scores": [2, 1, 3.5, 1]}
+    assert pairs_of(row) == ([("a", "c")], 0)
+    every = [("a", "b"), ("a", "c"), ("a", "c"), ("b", "c"), ("b", "c")]
+    assert pairs_of(row, "all") == (every, 1), "the last two have one score"
+    assert pairs_of({**row, "scores": [1, 1, 1, 1]}) == ([], 1)
+    assert pairs_of({"prompt": "How?", "responses": ["a", "a", "b"], "scores": [2, 1, 1]}, "all") == ([("a", "b")], 2)
+
+
+def test_the_completions_of_ultrafeedback_are_scored_responses():
+    completions = [
+        {"response": "Badly.", "overall_score": 3, "model": "x", "annotations": {}},
+        {"response": "Well.", "overall_score": 8.5, "model": "y", "annotations": {}},
+    ]
+    row = {"instruction": "How?", "completions": completions}
+    columns = {"prompt": "instruction", "responses": "completions"}
+    assert pairs_of(row, columns=columns) == ([("Well.", "Badly.")], 0)
+    where = expander({"layout": "scored_responses", "columns": columns, "where": "completions | length > 2"}, None)
+    assert where(row) == [None]
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"responses": ["a", "b"], "scores": [1]}, "'responses' and 'scores' do not match: 2 responses, 1 scores"),
+        ({"responses": ["a"], "scores": [1]}, "column 'responses' holds ['a'], not a list of at least two responses"),
+        ({"responses": ["a", "b"], "scores": [1, "2"]}, "scores[1] is '2', not a number"),
+        ({"responses": ["a", "b"], "scores": [1, math.nan]}, "scores[1] is nan, not a number"),
+        ({"responses": ["a", "b"]}, "no column 'scores', and responses[0] has no 'overall_score' or 'score'"),
+        ({"responses": ["a", ""], "scores": [2, 1]}, "responses[1] is empty, and not a text; correct"),
+        ({"responses": ["a", 3], "scores": [2, 1]}, "responses[1] is 3, and not a text; correct the row, or leave it"),
+    ],
+)
+def test_scored_responses_that_are_none_are_named(row, message):
+    with pytest.raises(UserError) as error:
+        pairs_of({"prompt": "How?", **row})
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("label", "desirable"), [(True, True), (False, False), (1, True), (0, False), ("True", True), ("false", False)]
+)
+def test_a_single_answer_is_desirable_or_not(label, desirable):
+    for prompt, completion in (("How?", "Well."), (HOW, [WELL])):
+        row = {"prompt": prompt, "completion": completion, "label": label}
+        found = pair(row, "unpaired_preference")
+        assert (found.messages, found.rejected, found.label) == ([*HOW, WELL], None, desirable)
+
+
+@pytest.mark.parametrize("label", [None, "good", 2, [True], math.nan])
+def test_a_label_that_is_neither_is_named(label):
+    with pytest.raises(UserError, match="column 'label' holds .*, neither true nor false; data.layout=template can"):
+        pair({"prompt": "How?", "completion": "Well.", "label": label}, "unpaired_preference")
+
+
+def test_a_template_says_what_is_desirable():
+    template = {"prompt": "{{ text }}", "completion": "{{ answer }}", "label": "stars > 3"}
+    for stars in (3, 4):
+        assert pair({"text": "How?", "answer": "Well.", "stars": stars}, "template", **template).label == (stars > 3)
+    with pytest.raises(UserError, match="data.label: asks whether the text 'no' is true"):
+        pair({"text": "How?", "answer": "Well.", "good": "no"}, "template", **{**template, "label": "good"})
+
+
 def test_the_proposed_where_leaves_out_pairs_of_two_prompts():
     row = {"chosen": [*HOW, WELL], "rejected": [{"role": "user", "content": "Who?"}, BADLY]}
     assert pair(row, where="chosen[:-1] == rejected[:-1]") is None
 
 
-@pytest.mark.parametrize("value", [None, True, math.nan, b"a", ["a"], {"a": 1}])
+@pytest.mark.parametrize("value", [None, math.nan, b"a", ["a"], {"a": 1}])
 @pytest.mark.parametrize(
     "source",
     [

@@ -117,7 +117,7 @@ GOOD_LINE = b'{"a": 1}\n'
         (
             "x.jsonl",
             GOOD_LINE + b'{"a": "caf\xe9"}\n',
-            "x.jsonl:2: byte 0xe9 at column 11 is not UTF-8: convert the file",
+            "x.jsonl:2: byte 0xe9 at column 11 is not UTF-8: set data.encoding=cp1252, if",
         ),
         (
             "x.json",

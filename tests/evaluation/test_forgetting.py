@@ -47,6 +47,11 @@ def test_rows_of_one_passage_are_put_together(tmp_path):
     assert len(read(tmp_path, "a.txt", rows, **asked)) == 4, "each row is one, but for the blank one"
 
 
+def test_encodings_by_name(tmp_path):
+    for content, encoding in (("é\n\nü", "cp1252"), ("é\n\nü", "utf-16")):
+        assert read(tmp_path, "a.txt", content.encode(encoding), encoding=encoding) == ["é", "ü"]
+
+
 def test_a_limit_takes_the_same_passages_whatever_stands_beside_them(tmp_path):
     passages = [f"Passage {number}." for number in range(40)]
     some = read(tmp_path, "a.txt", "\n\n".join(passages), limit=10)
@@ -61,7 +66,7 @@ def test_a_limit_takes_the_same_passages_whatever_stands_beside_them(tmp_path):
     ("name", "content", "settings", "says"),
     [
         ("a.txt", "Only one.", {}, "has 1 passage(s), and its interval takes 2: blank lines separate"),
-        ("a.txt", b"caf\xe9\n\nx", {}, "byte 0xe9 at 4 is not UTF-8"),
+        ("a.txt", b"caf\xe9\n\nx", {}, "byte 0xe9 at column 4 is not UTF-8: set probe.encoding=cp1252"),
         ("a.log", "x\n\ny", {}, "set probe.format to text"),
         ("a.csv", "id,text\n1,x\n", {}, "has rows: say what their text is (probe.text="),
         ("a.txt", "x\n\ny", {"text": "{{ text }}"}, "'probe.text' is for rows, and this is text"),

@@ -103,6 +103,20 @@ def test_preference_optimization_adds_one_stage_that_a_sweep_shares(workspace):
     assert "reference_logprobs" not in keys(build())
 
 
+def test_only_methods_with_a_reference_compute_one(workspace):
+    for method in ("orpo", "simpo"):
+        plan = build("method.beta=0.1,0.3", experiment=method)
+        assert "reference_logprobs" not in keys(plan)
+        assert not any("references" in job.inputs for job in plan.jobs.values())
+    plan = build("method.beta=0.1,0.3", "train.per_device_train_batch_size=4,8", experiment="kto")
+    [reference] = [job for job in plan.jobs.values() if job.stage == "reference_logprobs"]
+    assert {job.inputs["references"] for job in plan.jobs.values() if job.stage == "train_adapter"} == {reference.path}
+    assert reference.path not in build(experiment="dpo").jobs
+    labelled = build("data.rejected_from=null", "data.label=rating", experiment="kto")
+    asking = {job.stage for job in labelled.jobs.values() if "references" in job.inputs}
+    assert asking == {"train_adapter"}, "single answers have no pair to judge"
+
+
 def test_all_parameters_are_compared_with_a_reference_in_their_own_precision(workspace):
     def precision(*overrides):
         jobs = build(*overrides, experiment="dpo").jobs.values()

@@ -244,7 +244,7 @@ MATRIX = (
                 "samples: Annotated[int, Field(ge=0)]",
                 "samples: Annotated[int, Field(gt=-1)]",
             ),
-            ("temper/config/validate.py", "method=dpo needs preference pairs", "method=dpo wants pairs"),
+            ("temper/config/validate.py", "needs preference pairs", "wants preference pairs"),
             ("temper/step.py", "also write the log lines to this file", "copy the log lines to this file"),
         ),
     ),

@@ -293,7 +293,7 @@ def test_faults_in_files_sources(workspace, capsys):
         ): f"data.source.path: {workspace}/x/a/rows.csv and {workspace}/y/a/rows.csv would both",
         (
             ".hidden.csv",
-        ): f"data.source.path: {workspace}/.hidden.csv: hidden files and pin-*.json are not data: rename it",
+        ): f"data.source.path: {workspace}/.hidden.csv: hidden files, pin-*.json and marks such as _SUCCESS",
     }.items():
         assert complaint(capsys, fetch, files_source(*paths)).startswith(message)
 

@@ -238,7 +238,7 @@ def test_control_characters_of_a_wrong_conversion_are_said_once(project, caplog)
         run(layout="prompt_completion")
     [said] = [record.getMessage() for record in caplog.records if "control" in record.getMessage()]
     assert said.startswith("2 rows hold control characters (the first: rows.jsonl:5)")
-    assert "iconv -f cp1252 -t utf-8" in said
+    assert "read the original with data.encoding=cp1252" in said
 
 
 def test_empty_splits_are_refused(project, capsys):
@@ -305,6 +305,41 @@ def test_the_rejected_answer_is_kept_beside_the_conversation_and_moves_no_split(
     assert ids == {split: [row["id"] for row in read(OUTPUT / f"{split}.jsonl")] for split in splitting.SPLITS}
 
 
+def test_scored_responses_make_pairs_of_one_split_and_ties_are_counted(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    rows = [
+        {"prompt": f"{number}?", "responses": ["yes", "no", "maybe"], "scores": [3, 1, 2 if number % 2 else 1]}
+        for number in range(40)
+    ]
+    Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run(layout="scored_responses", score_pairs="all")
+    stats = json.loads((OUTPUT / "stats.json").read_text())
+    assert (stats["rows"], stats["ties"], stats["duplicates"], stats["prompts"]) == (3 * 20 + 2 * 20, 20, 0, 40)
+    assert "no pair because scores or texts are the same 20" in capsys.readouterr().err
+    for split in splitting.SPLITS:
+        for record in read(OUTPUT / f"{split}.jsonl"):
+            scores = dict(zip(["yes", "no", "maybe"], rows[record["id"] - 1]["scores"], strict=True))
+            assert scores[record["messages"][-1]["content"]] > scores[record["rejected"]]
+            assert record["messages"][0]["content"] == f"{record['id'] - 1}?"
+    shutil.rmtree(OUTPUT)
+    run(layout="scored_responses")
+    assert json.loads((OUTPUT / "stats.json").read_text())["rows"] == 40
+    shutil.rmtree(OUTPUT)
+    Path("rows.jsonl").write_text(json.dumps({"prompt": "?", "responses": ["a", "b"], "scores": [1, 1]}) + "\n")
+    message = "no pair is left: the scores, or the texts, of all 1 are the same"
+    assert message in complaint(capsys, layout="scored_responses")
+
+
+def test_single_answers_keep_their_label(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    rows = [{"prompt": f"{n // 2}?", "completion": "yes", "label": n % 2 == 0} for n in range(80)]
+    Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run(layout="unpaired_preference")
+    records = [record for split in splitting.SPLITS for record in read(OUTPUT / f"{split}.jsonl")]
+    assert {record["id"]: record["label"] for record in records} == {n + 1: n % 2 == 0 for n in range(80)}
+    assert json.loads((OUTPUT / "stats.json").read_text())["duplicates"] == 0, "they differ in their label"
+
+
 def test_rows_that_differ_in_what_they_reject_are_no_duplicates(folder):
     table = [("yes", "no"), ("yes", "maybe"), ("yes", "no")]
     with Splits(folder, SHARES, NO_LIMIT) as splits:
@@ -322,7 +357,7 @@ DATA = Path(__file__).resolve().parents[2] / "shared/data"
     [
         ("lamini_docs.jsonl", 1400, {"where": "answer"}),
         ("alpaca_demo.json", 999, {"layout": "instruction"}),
-        ("preference_demo.json", 300, {"layout": "preference", "columns": {"prompt": "conversations"}}),
+        ("preference_demo.json", 300, {"layout": "preference"}),
         (
             "english_quotes.jsonl",
             3002,

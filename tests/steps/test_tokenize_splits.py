@@ -8,6 +8,7 @@ import pytest
 from datasets import load_from_disk
 
 from steps import tokenize_splits
+from temper.data.columns import with_right_answers
 from tests.support.tiny import CHAT_TEMPLATE, tiny_rows
 
 LONG = "a film that goes on and on and on and on and on"
@@ -50,6 +51,22 @@ def test_rows_without_pairs_are_as_they_were(workspace, tiny_model):
     assert splits["train"].column_names == ["id", "input_ids", "labels", "prompt_length", "prompt", "reference"]
     assert "rejected_tokens" not in audit["train"]
     assert "chosen" not in Path("splits/audit.txt").read_text()
+
+
+def test_single_answers_have_a_label(workspace, tiny_model):
+    tokenize(tiny_model, pairs=False)
+    shutil.rmtree("splits")
+    for split in ("train", "validation", "test"):
+        path = Path(f"prompts/{split}.jsonl")
+        lines = [json.loads(line) for line in path.read_text().splitlines()]
+        path.write_text("".join(json.dumps({**line, "label": line["id"] % 2 == 0}) + "\n" for line in lines))
+    tokenize_splits.main(["--prompts", "prompts", "--model", str(tiny_model), "--output", "splits", "sweep=none"])
+    splits = load_from_disk("splits")
+    assert splits["train"]["label"][:] == [False, True, False, True, False, True]
+    assert "--- row 1, undesirable\n" in Path("splits/audit.txt").read_text()
+    right = with_right_answers(splits)
+    assert right["test"]["id"][:] == [2, 4, 6]
+    assert "label" not in right["test"].column_names
 
 
 def limit(model) -> int:
@@ -208,10 +225,10 @@ def test_what_is_said_of_turns_that_a_template_rewrites(workspace, tiny_model, c
     assert splits["train"]["reference"][:] == ["b", "d", "f"]
     assert splits["train"]["prompt"][:] == ["a", "c", "e"]
     assert splits["test"]["reference"][:] == ["d", "f"]
-    assert (audit["train"]["became_several_rows"], audit["train"]["rows_from_earlier_answers"]) == (1, 1)
+    assert (audit["train"]["became_several_rows"], audit["train"]["rows_from_earlier_answers"]) == (2, 1)
     assert audit["test"]["only_last_answer_learned"] == 1
     said = capsys.readouterr().err
-    assert "1 of 3 rows of train: each answer is a row of its own, behind the history that it has at inference" in said
+    assert "2 of 3 rows of train: each answer is a row of its own, behind the history that it has at inference" in said
     assert "1 of 2 rows of test: only the last answer is learned, for the chat template shows earlier turns" in said
     assert r"the chat template writes '<think>\n\n</think>\n\n' before an answer" in said
     assert json.loads(Path("splits/provenance.json").read_text())["opening"] == "<think>\n\n</think>\n\n"

@@ -86,7 +86,12 @@ def tiny_rows(count: int, start: int = 0) -> list[tuple[str, str]]:
 
 
 def make_tiny_splits(
-    folder: Path, model_folder: Path, rows: dict | None = None, system: str | None = SYSTEM, pairs: bool = False
+    folder: Path,
+    model_folder: Path,
+    rows: dict | None = None,
+    system: str | None = SYSTEM,
+    pairs: bool = False,
+    labels: bool = False,
 ) -> Path:
     """Write splits as `tokenize_splits` does, with the tokenizer in `model_folder`.
 
@@ -95,6 +100,7 @@ def make_tiny_splits(
             the (prompt, answer) pairs themselves; default: `ROWS`.
         system: the system message; None leaves it out.
         pairs: preference pairs: the other sentiment is rejected.
+        labels: single answers, of which every third is the other sentiment and undesirable.
     """
     from datasets import Dataset, DatasetDict
     from transformers import AutoTokenizer
@@ -108,8 +114,10 @@ def make_tiny_splits(
         made = [tiny_row(tokenizer, number + i, prompt, answer, system) for i, (prompt, answer) in enumerate(texts, 1)]
         if pairs:
             made = [_with_rejected(row, tokenizer, system) for row in made]
+        if labels:
+            made = [_labelled(row, tokenizer, system) for row in made]
         if made:
-            splits[split] = Dataset.from_list(made, features=features(pairs))
+            splits[split] = Dataset.from_list(made, features=features(pairs, labels=labels))
         number += len(texts)
     DatasetDict(splits).save_to_disk(str(folder))
     counts = {split: {"rows": len(rows), "read": len(rows), "dropped": 0} for split, rows in splits.items()}
@@ -139,6 +147,27 @@ def _with_rejected(row: dict, tokenizer, system: str | None) -> dict:
     wrong = {"positive": "negative", "negative": "not negative, positive"}[row["reference"]]
     other = tiny_row(tokenizer, row["id"], row["prompt"], wrong, system)
     return {**row, "rejected_input_ids": other["input_ids"], "rejected_labels": other["labels"], "rejected": wrong}
+
+
+def _labelled(row: dict, tokenizer, system: str | None) -> dict:
+    """The row with `label`; every third row is answered wrongly."""
+    if row["id"] % 3:
+        return {**row, "label": True}
+    wrong = {"positive": "negative", "negative": "not negative, positive"}[row["reference"]]
+    return {**tiny_row(tokenizer, row["id"], row["prompt"], wrong, system), "label": False}
+
+
+def moved_model(folder: Path, seed: int = 1):
+    """The model in a folder with all weights moved at random, as a policy that is no longer the reference."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager")
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight += 0.05 * torch.randn(weight.shape, generator=generator)
+    return model
 
 
 def gradients(model, loss) -> dict:

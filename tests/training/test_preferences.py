@@ -17,7 +17,7 @@ from temper.data.batches import Batch
 from temper.evaluation import likelihoods
 from temper.model.predictions import SupervisedLoss, flat_way, plain_way
 from temper.training.preferences import FIGURES, PreferenceLoss, chosen_of, pairs_batch, rejected_of
-from tests.support.tiny import gradients, make_tiny_splits, tiny_tokenizer
+from tests.support.tiny import gradients, make_tiny_splits, moved_model, tiny_tokenizer
 
 LOAD = {"dtype": "float32", "attn_implementation": "eager"}
 SMALL = [
@@ -59,12 +59,7 @@ def rows(tiny_pairs, references):
 @pytest.fixture
 def policy(tiny_model):
     """The tiny model, moved away from where the reference stands."""
-    model = AutoModelForCausalLM.from_pretrained(tiny_model, attn_implementation="eager")
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for weight in model.parameters():
-            weight += 0.05 * torch.randn(weight.shape, generator=generator)
-    return model
+    return moved_model(tiny_model)
 
 
 def trl_trainer(policy, tiny_model, rows, **loss):
@@ -341,6 +336,11 @@ def test_merge_and_report_of_a_preference_optimization(workspace, tiny_pairs, ti
     lines = [json.loads(line) for line in Path("report/predictions.jsonl").read_text().splitlines()]
     right = [line["chosen_logp"] > line["rejected_logp"] for line in lines]
     assert figures["preference_accuracy"] == sum(right) / len(right)
+    means = [tuple(line[f"{side}_logp"] / line[f"{side}_tokens"] for side in ("chosen", "rejected")) for line in lines]
+    assert figures["preference_accuracy_per_token"] == sum(good > bad for good, bad in means) / len(means)
+    for line, row in zip(lines, load_from_disk(tiny_pairs)["validation"], strict=True):
+        counted = [sum(label != -100 for label in row[name]) for name in ("labels", "rejected_labels")]
+        assert [line["chosen_tokens"], line["rejected_tokens"]] == counted
     gains = [
         0.1 * (line["chosen_logp"] - figure["ref_chosen_logps"])
         for line, figure in zip(lines, load_from_disk(references)["validation"], strict=True)
