@@ -174,7 +174,7 @@ def _lines(name: str):
         try:
             kind = encodings.unmarked_utf16(line) if number == 1 else None
             if kind:
-                raise UserError(f"{name}:1: every other byte is 0: convert the file (iconv -f {kind} -t utf-8)")
+                raise UserError(f"{name}:1: every other byte is 0: convert the file ({encodings.to_utf8(kind)})")
             text = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
         except UnicodeDecodeError as error:
             raise UserError(f"{name}:{number}: no UTF-8 ({error.reason}): convert the file") from None

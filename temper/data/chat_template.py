@@ -292,7 +292,8 @@ class ChatTemplate:
         messages, tools, more = conversation
         if tools and "tools" not in self.reads:
             raise UserError(
-                f"{self.name}: its chat template does not show tools: drop them (data.ignore_fields=[tools])"
+                f"{self.name}: its chat template does not show tools: leave out the column 'tools' (for training by "
+                "data.ignore_fields=[tools])"
             )
         given = self._known(more, "column 'chat_template_kwargs'") if more else {}
         shown = list(map(self.forms.shown, messages))

@@ -1,6 +1,7 @@
 """Encodings of text files: which there are, and what a file's first bytes say."""
 
 import codecs
+import re
 
 from temper.errors import suggest
 
@@ -58,6 +59,12 @@ def is_wide(encoding: str) -> bool:
 
 def is_utf8(encoding: str) -> bool:
     return codecs.lookup(encoding).name in ("utf-8", "utf-8-sig")
+
+
+def to_utf8(encoding: str) -> str:
+    """The command that converts a file, by the name that iconv knows (utf-16le for Python's utf-16-le)."""
+    name = re.sub("-([bl]e)$", r"\1", encoding)
+    return f"iconv -f {name} -t utf-8"
 
 
 def is_latin1(encoding: str) -> bool:

@@ -344,7 +344,7 @@ class RawFile:
     def _read_as(self, encoding: str) -> str:
         if self.settable:
             return f"set data.encoding={encoding}"
-        return f"convert the file (iconv -f {encoding} -t utf-8)"
+        return f"convert the file ({encodings.to_utf8(encoding)})"
 
     def text(self) -> str:
         """All of a text file, its line ends as they are."""

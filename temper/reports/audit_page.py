@@ -32,7 +32,6 @@ def write_page(output: Path, audit: dict, train, tokenizer, apart: bool) -> None
     html.render(
         "audit.html",
         output / "audit.html",
-        name=output.name,
         max_length=audit["max_length"],
         splits=audit["splits"],
         reasons=_found(audit, {"longer_than_max_length": "longer than tokenize.max_length", **DROPPED}),

@@ -198,10 +198,12 @@ CASES = [
     _template("where nested deeply", r"nested too deeply", "a", where="not " * 3000 + "1"),
     _template("an attribute of Python's", r"rows\.jsonl:1: .*unsafe", "{{ answer.__class__.__mro__ }}"),
     _template("nothing", r"gives an empty text", "{{ answer | default('', true) }}", None),
-    _messages("weight 0", r"'weight' \(0\) .*data\.ignore_fields=\[weight\]", [ASK, {**ANSWER, "weight": 0}]),
-    _messages("tool calls", r"'tool_calls' ", [ASK, {**ANSWER, "tool_calls": [{"id": "1"}]}]),
-    _messages("thoughts", r"'reasoning_content' ", [ASK, {**ANSWER, "reasoning_content": "Hm."}]),
-    _messages("tools beside", r"'tools' ", {"messages": [ASK, ANSWER], "tools": [{"name": "f"}]}),
+    _messages("weight 0 alone", r"no turn of the assistant's is to be learned", [ASK, {**ANSWER, "weight": 0}]),
+    _messages("weight 0.5", r"'weight' is 0\.5; a turn is learned", [ASK, {**ANSWER, "weight": 0.5}]),
+    _messages("a refusal", r"'refusal' .*data\.ignore_fields=\[refusal\]", [ASK, {**ANSWER, "refusal": "No."}]),
+    _messages("tool calls", r"needs a function with name and arg", [ASK, {**ANSWER, "tool_calls": [{"id": "1"}]}]),
+    _messages("thoughts of a user", r"only the assistant's may have it", [{**ASK, "reasoning_content": "Hm."}, ANSWER]),
+    _messages("tools beside", r"'tools' holds", {"messages": [ASK, ANSWER], "tools": ["f"]}),
     _messages("a system column beside", r"'system' ", {"messages": [ASK, ANSWER], "system": "Be kind."}),
     _messages(
         "a role that is a list", r"messages\[0\]: role \['user'\] is not known", [{**ASK, "role": ["user"]}, ANSWER]

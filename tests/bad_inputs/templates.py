@@ -102,6 +102,7 @@ CASES = [
         "answer that holds its end",
         r"no row is left of 1: the answers of 1 hold a token that ends",
         None,
+        "prompt.allow_special_text=true",
         turns=[EXCHANGE[0], ("assistant", "a <|im_end|> b")],
     ),
     _tokenize(

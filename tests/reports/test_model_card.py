@@ -43,7 +43,7 @@ def planted(value, text: str):
 def card_of(run, folder: Path, text: str, merged: bool) -> str:
     """The card of a run whose every text was chosen by somebody else."""
     parts = {}
-    for stage in (*model_card.CONFIGS, "model"):
+    for stage in (*(stage for stage in model_card.CONFIGS if run.has(stage)), "model"):
         parts[stage] = shutil.copytree(run.parts[stage], folder / stage)
         config, made = planted(runs.read_config(parts[stage]), text), runs.read_provenance(parts[stage])
         if stage == "model":
