@@ -47,7 +47,8 @@ def run(config: MixPrompts, prompts: list[Path], output: Path) -> dict:
         )
     parts, before = [], 0
     for folder, entry in zip(prompts, mix, strict=True):
-        rows = read_json(folder / "stats.json", {"rows": int})["rows"]
+        stats = read_json(folder / "stats.json", {"rows": int})
+        rows = stats["rows"] + stats.get("ties", 0)  # at least the rows of the files, which number the ids
         parts.append(Part(entry.source, str(folder), before + 1, rows))
         before += rows
     counts = {split: _mixed(split, parts, [entry.weight for entry in mix], output) for split in SPLITS}
