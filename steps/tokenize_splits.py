@@ -270,7 +270,7 @@ class _Rows:
             audit.more += sum(several) - len(several)
         else:
             audit.last_only += len(several)
-        audit.special += sum(map(self.encoder.special.spelt, conversations))
+        audit.special += self.encoder.spelling(conversations, texts)
         if self.encoder.renderer.rich:
             for conversation, found in zip(conversations, texts, strict=True):
                 for turn in [text[-1] for text in found[0 if every else -1 :]]:

@@ -24,6 +24,7 @@ ASK = {"role": "user", "content": "TemperAsksWhatATemplateShows"}
 GIVEN = frozenset({"messages", "tools", "documents", "add_generation_prompt"})  # not for chat_template_kwargs
 SWITCHES = frozenset({"enable_thinking", "thinking", "reasoning_effort", "preserve_thinking", "add_thoughts"})
 REASONING = ("reasoning_content", "thinking", "reasoning")  # names of the field in templates, the most usual first
+PLAIN = 2  # fields of a message that only has role and content
 THOUGHT = "\n</think>\n\n"  # between reasoning and answer, where a prompt ends with <think>
 
 
@@ -382,6 +383,8 @@ class _Forms:
 
     def shown(self, message: Message) -> Message:
         """The message in the template's forms."""
+        if len(message) == PLAIN and not self.in_parts and message["role"] in ("system", "user"):
+            return message  # as most are
         made = {name: value for name, value in message.items() if name not in ("train", "reasoning_content")}
         if message["role"] == "assistant":
             trace, content = self.thoughts(message)
@@ -450,8 +453,9 @@ def _leaves(value) -> Iterator[str]:
 
 def _find(part: str, text: str) -> int | None:
     """Where a text ends in another, as it is or in JSON's spelling; None if it is not there."""
-    for spelling in (part, json.dumps(part, ensure_ascii=False)[1:-1], json.dumps(part)[1:-1]):
-        at = text.find(spelling)
-        if at >= 0:
-            return at + len(spelling)
-    return _find(part.capitalize(), text) if part in ("true", "false") else None
+    at = text.find(part)
+    if at >= 0:  # nearly always
+        return at + len(part)
+    spellings = [json.dumps(part, ensure_ascii=False)[1:-1], json.dumps(part)[1:-1]]
+    spellings += [part.capitalize()] if part in ("true", "false") else []
+    return next((text.find(spelling) + len(spelling) for spelling in spellings if spelling in text), None)

@@ -133,6 +133,12 @@ class Encoder:
         texts = self.renderer.texts([self._hidden(conversation) for conversation in conversations])
         return [found[-1:] for found in texts] if self.learn_all or self.apart else texts
 
+    def spelling(self, conversations: list[Conversation], texts: list[list[Pieces]]) -> int:
+        """How many conversations spell a control token, given the texts of each."""
+        if self.allow_special_text:
+            return sum(map(self.special.spelt, conversations))
+        return sum(any(HIDDEN in turn.before or HIDDEN in turn.answer for turn in found[-1]) for found in texts)
+
     def _hidden(self, conversation: Conversation) -> Conversation:
         return conversation if self.allow_special_text else self.special.hidden(conversation)
 
