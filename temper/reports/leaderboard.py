@@ -129,11 +129,11 @@ def _diverged_row(run: DivergedRun, like: dict) -> dict:
 
 
 def tie_sentence(ranking: Ranking) -> str | None:
-    """What cannot be told from the best, and what it would take; None where there is one recipe only."""
+    """What cannot be told from the best, and what it would take; None where there is one run only."""
     recipes, tied, rows = ranking.recipes, ranking.tied, ranking.best.figures.rows
     what = "recipes" if ranking.noise else "runs"
     if len(recipes) == 1:
-        return None
+        return _noise_sentence(ranking)
     if not ranking.one_rows:
         return "The runs were judged on different rows, so they are not compared row by row: their order may be chance."
     if len(tied) == 1:
@@ -145,10 +145,15 @@ def tie_sentence(ranking: Ranking) -> str | None:
         smallest, needed = shown
         text += f" A difference in {html.metric_name(ranking.metric)} below {smallest:.3f} would often go unseen"
         text += f"; to see one of 0.01 takes {needed:,} rows."
-    if noise := ranking.noise:
-        text += f" Trainings of one recipe with other seeds differ by {noise.spread:.3f} (standard deviation)"
-        text += f": two single runs mean something from {noise.told_apart:.3f} apart."
-    return text
+    return " ".join(filter(None, [text, _noise_sentence(ranking)]))
+
+
+def _noise_sentence(ranking: Ranking) -> str | None:
+    """What other seeds change, and how far two runs must be apart for it."""
+    if ranking.noise is None:
+        return None
+    text = f"Trainings of one recipe with other seeds differ by {ranking.noise.spread:.3f} (standard deviation)"
+    return f"{text}: two single runs mean something from {ranking.noise.told_apart:.3f} apart."
 
 
 def csv_text(rows: list[dict]) -> str:

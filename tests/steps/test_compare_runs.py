@@ -309,6 +309,15 @@ def test_seeds_of_a_recipe_are_repeats_and_no_competitors(seeds, capsys):
     assert "places are by the mean of accuracy" in capsys.readouterr().out
 
 
+def test_seeds_alone_say_how_far_apart_two_runs_mean_something(seeds):
+    config, output = seeds
+    config["runs"] = config["runs"][:2]
+    compare_runs.compare(config, output)
+    page = (output / "report.html").read_text()
+    assert "One recipe" in page
+    assert "differ by 0.106 (standard deviation): two single runs mean something from 1.906 apart" in page
+
+
 def test_what_seeds_change_counts_in_the_comparison(seeds):
     """Recipes that rows tell apart, while their own seeds differ as much, are not told apart."""
     config, output = seeds
