@@ -22,17 +22,16 @@ stats.json and listed in overlap.jsonl; data.on_overlap says what is done with t
 """
 
 import contextlib
-import itertools
 import json
 import logging
 import sys
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from pathlib import Path
 
 from temper.config.schema import SplitSources
 from temper.config.stages import NOT_PLANNED, FormatPrompts, Planned
 from temper.data import overlap
-from temper.data.layouts import Example, Tie
+from temper.data.layouts import Example
 from temper.data.places import places
 from temper.data.rejected import FILE, Rejected
 from temper.data.splitting import SPLITS, Splits, examples
@@ -64,6 +63,7 @@ def run(config: FormatPrompts, raw: Path, output: Path, planned: Planned = NOT_P
     files = raw_data.split_files(raw)
     if isinstance(config.data.source, SplitSources) and raw_data.ALL in files:
         raise UserError(f"--raw {raw}: is of no split, and data.source has one for each: name the folder of fetch_data")
+    split_of = {path: split for split, paths in files.items() for path in paths if split != raw_data.ALL}
     given = _given(files, raw, data, config.prompt.system)
     rejected = Rejected.by_policy(data, output / FILE)
     with (
@@ -71,32 +71,25 @@ def run(config: FormatPrompts, raw: Path, output: Path, planned: Planned = NOT_P
         Splits(output, data["splits"], data["limit"], given) as splits,
         Progress(None, "format", "rows") as progress,
     ):
-        for number, example, split in _rows(files, raw, data, config.prompt.system, rejected):
-            splits.add(number, example, split)
+        for number, example, path in examples(raw, data, config.prompt.system, rejected):
+            splits.add(number, example, split_of.get(path))
             progress.update()
     raw_data.refuse_other_identity(raw, raw_data.identity_on_disk(raw), identity)
-    _refuse_rejected(raw, splits.stats(), data, rejected)
-    _refuse_empty(raw, _with_rejected(splits.stats(), rejected), data, given)
-    found, shared = overlap.find(output, splits.stats()["splits"]["train"]["rows"])
-    told = overlap.tell(output, found, data["on_overlap"], lambda ids: places(raw, data, ids))
-    taken = overlap.leave_out(output, shared) if data["on_overlap"] == "drop" else {}
-    stats = {**_with_rejected(splits.stats(taken), rejected), "overlap": told}
+    stats = splits.stats()
+    if rejected is not None:
+        stats |= {"rows": stats["rows"] + rejected.rows, "rejected": rejected.stats()}
+        rejected.refuse_many(raw, stats["rows"], data["max_bad_share"])
+        if rejected.rows:
+            log.warning("%s", rejected.said(stats["rows"]))
+    _refuse_empty(raw, stats, data, given)
+    found, shared = overlap.find(output, stats["splits"]["train"]["rows"])
+    stats["overlap"] = overlap.tell(output, found, data["on_overlap"], lambda ids: places(raw, data, ids))
+    for split, taken in (overlap.leave_out(output, shared) if data["on_overlap"] == "drop" else {}).items():
+        stats["splits"][split]["rows"] -= taken
+        stats["splits"][split]["left_out_by_overlap"] = taken
     (output / "stats.json").write_text(json.dumps(stats, indent=2) + "\n", encoding="utf-8")
     log.info("%s", _summary(stats))
     return {"raw": identity, "rows": stats}
-
-
-def _rows(
-    files: dict, raw: Path, data: dict, system: str | None, rejected: Rejected | None
-) -> Iterator[tuple[int, Example | Tie | None, str | None]]:
-    """(row number through all files, an example of it, the split of its file)."""
-    if raw_data.ALL in files:
-        yield from ((number, example, None) for number, example in examples(raw, data, system, rejected))
-        return
-    count = itertools.count(1)
-    for split, path in sorted((split, path) for split, paths in files.items() for path in paths):
-        for number, example in examples(path, data, system, rejected, count):
-            yield number, example, split
 
 
 def _given(files: dict, raw: Path, data: dict, system: str | None) -> set[str]:
@@ -104,28 +97,12 @@ def _given(files: dict, raw: Path, data: dict, system: str | None) -> set[str]:
     if data["splits"]["column"] is None:
         return {*files} - {raw_data.ALL}
     found: set[str] = set()
-    for _, example in examples(raw, data, system, Rejected.by_policy(data)):
+    for _, example, _ in examples(raw, data, system, Rejected.by_policy(data)):
         if isinstance(example, Example) and example.split is not None:
             found.add(example.split)
         if len(found) == len(SPLITS):
             break
     return found
-
-
-def _with_rejected(stats: dict, rejected: Rejected | None) -> dict:
-    if rejected is None:
-        return stats
-    return {**stats, "rows": stats["rows"] + rejected.rows, "rejected": rejected.stats()}
-
-
-def _refuse_rejected(raw: Path, stats: dict, data: dict, rejected: Rejected | None) -> None:
-    """Say which rows were left out because they are bad, or refuse them if they are too many."""
-    if rejected is None:
-        return
-    rows = stats["rows"] + rejected.rows
-    rejected.refuse_many(raw, rows, data["max_bad_share"])
-    if rejected.rows:
-        log.warning("%s", rejected.said(rows))
 
 
 def _refuse_empty(raw: Path, stats: dict, data: dict, given: Collection[str]) -> None:

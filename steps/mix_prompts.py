@@ -24,9 +24,9 @@ from pathlib import Path
 from temper.config.stages import MixPrompts
 from temper.data import overlap
 from temper.data.columns import SPLITS
-from temper.data.places import MIXTURE, Part, of_mixture
+from temper.data.places import MIXTURE, Part, ids_of, of_mixture
 from temper.errors import UserError
-from temper.files import each_json_line, json_text, read_json, write_whole
+from temper.files import each_json_line, json_text, write_whole
 from temper.progress import Progress
 from temper.step import run_command
 
@@ -47,8 +47,7 @@ def run(config: MixPrompts, prompts: list[Path], output: Path) -> dict:
         )
     parts, before = [], 0
     for folder, entry in zip(prompts, mix, strict=True):
-        stats = read_json(folder / "stats.json", {"rows": int})
-        rows = stats["rows"] + stats.get("ties", 0)  # at least the rows of the files, which number the ids
+        rows = ids_of(folder)
         parts.append(Part(entry.source, str(folder), before + 1, rows))
         before += rows
     counts = {split: _mixed(split, parts, [entry.weight for entry in mix], output) for split in SPLITS}

@@ -90,7 +90,8 @@ def _tokenizer(config: RunHarness, model: Path):
     if config.prompt.apply_chat_template:
         if not tokenizer.chat_template:
             raise UserError(f"{model}: has no chat template: choose prompt=plain, and lm-eval asks without one")
-        tokenizer.chat_template = to_ship(tokenizer.chat_template, config.prompt.date, opening="")
+        date, more = config.prompt.date, config.prompt.chat_template_kwargs
+        tokenizer.chat_template = to_ship(tokenizer.chat_template, date, opening="", chat_template_kwargs=more)
     return tokenizer
 
 

@@ -31,12 +31,14 @@ import json
 import logging
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
+from temper.config.audit import check as check_audit
 from temper.config.stages import TokenizeSplits
-from temper.data.audit import Audit, report, shown_rows
+from temper.data.audit import Audit, doubled, report, shown_rows
 from temper.data.chat_template import ChatTemplate
+from temper.data.chunks import chunks
 from temper.data.columns import ABOUT, SPLITS, features, final_answer
 from temper.data.conversations import Conversation, has_reasoning, is_rich, of_record
 from temper.data.encoder import Encoded, Encoder
@@ -59,7 +61,7 @@ def run(config: TokenizeSplits, prompts: Path, model: Path, output: Path) -> dic
 
     Raises:
         UserError: a row is too long under ``max_length_policy: error``; a split has no rows left; the template refuses
-            a row or changes its answer.
+            a row or changes its answer; more rows were left out or cut than `tokenize.max_share` allows.
     """
     from datasets import DatasetDict
 
@@ -81,15 +83,17 @@ def run(config: TokenizeSplits, prompts: Path, model: Path, output: Path) -> dic
             audits[split] = rows.audit.summary()
             if len(made):  # `datasets` cannot read back a split without rows
                 splits[split] = made
+        context = limits.limits_of(model).positions
+        audit = {"max_length": config.tokenize.max_length, "context": context, "splits": audits}
+        report(audits)
+        check_audit(audit, config.tokenize.model_dump(), prompts)
         limits.check(model, splits)
         DatasetDict(splits).save_to_disk(output)
         shown = shown_rows(splits["train"], encoder)
-        audit = {"max_length": config.tokenize.max_length, "splits": audits}
         write_page(output, audit, splits["train"], tokenizer, encoder.apart)
     (output / "audit.json").write_text(json.dumps(audit, indent=2) + "\n", encoding="utf-8")
     (output / "audit.txt").write_text(shown, encoding="utf-8")
     serving.write(output, serving.of_folder(model, tokenizer))
-    report(audits)
     written = {"opening": encoder.renderer.opening, "rich": encoder.renderer.rich}
     return {"rows": {split: audit["rows"] for split, audit in audits.items()}, **written}
 
@@ -177,6 +181,8 @@ class _Rows:
         self.marks = dict(zip(("reasoning_start", "reasoning_end"), marks, strict=True)) if marks else {}
         self.max_length, self.policy = tokenize["max_length"], tokenize["max_length_policy"]
         self.audit = Audit(encoder.allow_special_text)
+        self.begin = {encoder.tokenizer.bos_token_id} - {None}
+        self.ends = encoder.stop_ids & encoder.added  # a line end may end answers, too, and comes twice in any text
         self.texts: dict[tuple[int, ...], str] = {}
         first: dict = next(each_json_line(path), {})
         self.pairs, self.labels = "rejected" in first, "label" in first
@@ -192,7 +198,9 @@ class _Rows:
         rows = self._rows()
         with pyarrow.ipc.new_stream(path, schema) as file:
             while some := list(itertools.islice(rows, ROWS)):
-                file.write_table(pyarrow.Table.from_pylist(some, schema=schema))
+                table = pyarrow.Table.from_pylist(some, schema=schema)
+                self._count_doubled(table)
+                file.write_table(table)
         if not self.audit.rows and self.audit.read:
             raise UserError(f"{self.path}: no row is left of {self.audit.read}: {self._why()}")
         with path.open("rb") as file:  # `datasets` itself would copy all rows into memory here
@@ -200,22 +208,36 @@ class _Rows:
         table = pyarrow.ipc.open_stream(pyarrow.memory_map(str(path))).read_all()
         return Dataset(table, info=DatasetInfo(features=columns), fingerprint=fingerprint)
 
+    def _count_doubled(self, table) -> None:
+        """Count the rows of a table in which a begin token, or one that ends answers, comes twice in a row."""
+        for name in limits.READ:
+            if name in table.column_names:
+                texts, ids = table[name].combine_chunks(), table["id"]
+                found = (doubled(texts, self.begin)[0], doubled(texts, self.ends - self.begin)[1])
+                for what, rows in zip(("doubled_begin", "doubled_end"), found, strict=True):
+                    for row in rows:
+                        self.audit.find(what, ids[row].as_py())
+
     def _why(self) -> str:
         """Say why rows were dropped, and what to do."""
-        audit, ways = self.audit, []
-        if audit.too_long:
-            ways.append(f"{audit.too_long} are longer than tokenize.max_length={self.max_length}; raise it")
-        if audit.ended_early:
-            ways.append(f"the answers of {audit.ended_early} hold a token that ends answers; leave it out of the data")
-        if audit.equal:
-            ways.append(f"in {audit.equal} the chosen and the rejected answer are the same tokens; correct the data")
+        counts, ways = self.audit.counts, []
+        if long := counts["longer_than_max_length"]:
+            ways.append(f"{long} are longer than tokenize.max_length={self.max_length}; raise it")
+        if early := counts["answer_with_end_token"]:
+            ways.append(f"the answers of {early} hold a token that ends answers; leave it out of the data")
+        if equal := counts["equal_pairs"]:
+            ways.append(f"in {equal} the chosen and the rejected answer are the same tokens; correct the data")
         return "; ".join(ways)
 
     def _rows(self) -> Iterator[dict]:
         """The rows that are kept."""
         with Progress(None, f"tokenize {self.path.stem}", "rows") as progress:
-            for records in _batches(each_json_line(self.path)):
-                yield from filter(None, (self._row(*made) for made in self._encoded(records)))
+            for records in chunks(each_json_line(self.path), _characters, BATCH):
+                for made in self._encoded(records):
+                    if row := self._row(*made):
+                        yield row
+                    else:
+                        self.audit.find("dropped", made[0]["id"])
                 progress.update(len(records))
 
     def _encoded(self, records: list[dict]) -> Iterator[tuple[dict, int, list[Encoded]]]:
@@ -244,7 +266,7 @@ class _Rows:
             encoded = self.encoder.encode_pieces([text for _, text in flat])
             made = [(record, text[-1].place, [one]) for (record, text), one in zip(flat, encoded, strict=True)]
         alone = slice(None, None, 1 + self.pairs)  # of a pair the chosen answer
-        self._count(conversations[alone], texts[alone], every)
+        self._count(records, conversations[alone], texts[alone], every)
         return made
 
     def _conversations(self, records: list[dict]) -> list[Conversation]:
@@ -258,31 +280,40 @@ class _Rows:
             for text in (chosen, _answered(chosen, record["rejected"]))
         ]
 
-    def _count(self, conversations: list[Conversation], texts: list[list[list[Turn]]], every: bool) -> None:
+    def _count(
+        self, records: list[dict], conversations: list[Conversation], texts: list[list[list[Turn]]], every: bool
+    ) -> None:
         """Count what the chat template and the texts of some conversations are like.
 
         Args:
             every: whether each text of a conversation is a row, and not the last one only.
         """
-        audit, several = self.audit, [len(found) for found in texts if len(found) > 1]
-        if every:
-            audit.several += sum(several)
-            audit.more += sum(several) - len(several)
-        else:
-            audit.last_only += len(several)
-        audit.special += self.encoder.spelling(conversations, texts)
+        audit, ids = self.audit, [record["id"] for record in records]
+        for number, found in zip(ids, texts, strict=True):
+            more = len(found) - 1
+            if more:
+                audit.find("became_several_rows" if every else "only_last_answer_learned", number)
+            if more and every:
+                audit.counts["became_several_rows"] += more  # all of them
+                audit.counts["rows_from_earlier_answers"] += more
+        for at in self.encoder.spelling(conversations, texts):
+            audit.find(audit.special, ids[at])
         if self.encoder.renderer.rich:
-            for conversation, found in zip(conversations, texts, strict=True):
-                for turn in [text[-1] for text in found[0 if every else -1 :]]:
-                    audit.written += turn.written
-                    empty = "</think>" in turn.answer and not has_reasoning(conversation.messages[turn.place])
-                    audit.without_reasoning += empty
+            for number, conversation, found in zip(ids, conversations, texts, strict=True):
+                self._count_reasoning(number, conversation, [text[-1] for text in found[0 if every else -1 :]])
+
+    def _count_reasoning(self, number: int, conversation: Conversation, answers: list[Turn]) -> None:
+        for turn in answers:
+            if turn.written:
+                self.audit.find("reasoning_not_in_template", number)
+            if "</think>" in turn.answer and not has_reasoning(conversation.messages[turn.place]):
+                self.audit.find("without_reasoning", number)
 
     def _row(self, record: dict, place: int, encoded: list[Encoded]) -> dict | None:
         """The finished row of a record, or None if it is dropped."""
-        self.audit.count(encoded, self.max_length)
+        self.audit.count(record["id"], encoded, self.max_length)
         if any(one.ended_early for one in encoded):
-            self.audit.ended_early += 1
+            self.audit.find("answer_with_end_token", record["id"])
             return None
         texts = [self._text(one.answer) for one in encoded]
         if max(one.length for one in encoded) > self.max_length:
@@ -290,12 +321,13 @@ class _Rows:
             if shortened is None:
                 return None
             encoded = shortened
+            self.audit.find("truncated", record["id"])
         if len(encoded) == 2 and encoded[0].answer == encoded[1].answer:
-            self.audit.equal += 1
+            self.audit.find("equal_pairs", record["id"])
             return None
         messages = record["messages"][:place]
         user = next(message["content"] for message in reversed(messages) if message["role"] == "user")
-        self.audit.keep(encoded)
+        self.audit.keep(record["id"], encoded, self.encoder.stop_ids)
         row = {
             "id": record["id"],
             "input_ids": encoded[0].input_ids,
@@ -335,7 +367,7 @@ class _Rows:
         short = [one.cut(self.max_length) for one in encoded]
         # Evaluation judges the last answer, and a pair learns nothing else: a row without it is useless.
         if not all(one.answer for one in short):
-            self.audit.nothing_left += 1
+            self.audit.find("answer_cut_off_entirely", number)
             return None
         return short
 
@@ -347,17 +379,9 @@ def _answered(conversation: Conversation, answer: str) -> Conversation:
     )
 
 
-def _batches(records: Iterable[dict]) -> Iterator[list[dict]]:
-    """The records, in batches of about BATCH characters: long rows take no more memory than short ones."""
-    batch, size = [], 0
-    for record in records:
-        batch.append(record)
-        size += sum(len(message["content"]) for message in record["messages"]) + len(record.get("rejected", ""))
-        if size >= BATCH:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
+def _characters(record: dict) -> int:
+    """Of a record's texts."""
+    return sum(len(message["content"]) for message in record["messages"]) + len(record.get("rejected", ""))
 
 
 def main(argv=None) -> None:

@@ -95,6 +95,7 @@ def _code_now(stage: str) -> dict[str, str]:
 
 def changed_rows(job: planning.Job, prompts: Path) -> str:
     """Which raw rows differ from those that `prompts` was made from."""
+    from temper.data.layouts import Tie
     from temper.data.rejected import Rejected
     from temper.data.splitting import SPLITS, examples, record
 
@@ -106,9 +107,10 @@ def changed_rows(job: planning.Job, prompts: Path) -> str:
         before |= {made.get("id"): made for made in read_json_lines(prompts / f"{split}.jsonl")}
     rejected = Rejected.by_policy(job.config["data"])
     rows_now = examples(raw, job.config["data"], job.config["prompt"]["system"], rejected)
-    now = {number: example and record(number, example) for number, example in rows_now}
+    made_now = [(number, example) for number, example, _ in rows_now if not isinstance(example, Tie)]
+    now = {number: example and record(number, example) for number, example in made_now}
     rows = read_json(prompts / "stats.json", {"rows": int})["rows"]
-    rows_now_all = len(now) + (rejected.rows if rejected else 0)
+    rows_now_all = len(made_now) + (rejected.rows if rejected else 0)
     if rows_now_all != rows:
         return f"{raw.parent}: {rows} -> {rows_now_all} rows"
     changed = [number for number, made in before.items() if now.get(number) != made]

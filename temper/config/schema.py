@@ -436,6 +436,34 @@ class Prompt(Section):
         return self
 
 
+# A share of the rows of a split.
+Share = Annotated[float, Field(ge=0, le=1)]
+
+
+class MaxShare(Section):
+    """What tokenizing may do to so large a share of the rows of each split; more is an error before any training.
+
+    audit.json counts each. null: no limit.
+    """
+
+    dropped: Share | None = 0.1
+    """Left out: too long for max_length, an answer that holds an end token, pairs whose answers are the same tokens."""
+    truncated: Share | None = 0.1
+    """Cut by max_length_policy truncate."""
+    doubled_begin: Share | None = 0.0
+    """Two begin tokens in a row."""
+    doubled_end: Share | None = 0.0
+    """A token that ends answers, twice in a row."""
+    special_text: Share | None = None
+    """A text spells a control token, and is read as text."""
+    special_text_allowed: Share | None = None
+    """A text spells a control token, and is read as that (prompt.allow_special_text)."""
+    without_reasoning: Share | None = None
+    """An empty block of reasoning is learned."""
+    only_last_answer_learned: Share | None = None
+    """The template shows earlier answers otherwise, and only the last one of a conversation is used."""
+
+
 class Tokenize(Section):
     """Length limit of a row in tokens, and what happens to longer rows.
 
@@ -445,6 +473,7 @@ class Tokenize(Section):
     max_length: Annotated[int, Field(gt=1)] = 1024
     """Most tokens in a row."""
     max_length_policy: Literal["drop", "truncate", "error"] = "drop"
+    max_share: MaxShare = MaxShare()
 
 
 # --- model, method, training ---------------------------------------------------------------------

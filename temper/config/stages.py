@@ -172,6 +172,7 @@ class Asks(Part):
 class Templated(Part):
     apply_chat_template: bool = True
     date: str = Prompt.model_fields["date"].default
+    chat_template_kwargs: dict[str, Any] = {}
 
 
 class RunHarness(Section):
@@ -481,6 +482,7 @@ NOT_IN_KEY: dict[str, frozenset[str]] = {
     "eval": frozenset({"test", "suspects", "gate", "harness"}),
     "probe": frozenset({"name", "source"}),  # as of data
     "data": frozenset({"name", "source"}),  # the raw files' identity represents the source
+    "tokenize": frozenset({"max_share"}),  # of what more is refused; it changes no row
     "method": frozenset({"sft"}),  # the resulting model represents it
     "train": frozenset(
         [

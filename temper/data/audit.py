@@ -4,6 +4,7 @@ import bisect
 import collections
 import itertools
 import logging
+from collections.abc import Collection
 
 from temper.data.columns import IGNORED
 from temper.data.encoder import Encoded, Encoder
@@ -11,6 +12,7 @@ from temper.data.encoder import Encoded, Encoder
 log = logging.getLogger("temper")
 
 SHOWN = 5  # rows in audit.txt
+FIRST = 3  # rows that are named of what was found
 DROPPED = {  # messages about rows that are dropped whatever their length
     "answer_cut_off_entirely": "tokenize.max_length cuts their last answer off",
     "answer_with_end_token": "an answer holds a token that ends answers, and what follows it could not be learned",
@@ -28,62 +30,75 @@ TOLD = {  # messages about rows that are kept
     "behind the prompt's <think>",
     "without_reasoning": "an answer has no reasoning, and the empty block that the chat template writes for it is "
     "learned (prompt.chat_template_kwargs.enable_thinking=false, where the template knows it, puts it into the prompt)",
+    "doubled_begin": "a text begins with two begin tokens (the tokenizer puts one before each text, and a template may "
+    "have another)",
+    "doubled_end": "a token that ends answers comes twice in a row",
 }
+LENGTHS = {  # messages about rows that are longer than tokenize.max_length
+    "dropped": "are left out",
+    "longer_than_max_length": "are longer than tokenize.max_length",
+    "truncated": "are cut to tokenize.max_length",
+    "end_not_learned": "have lost the end of an answer by that, so nothing teaches the model to stop there",
+}
+FINDINGS = (*LENGTHS, *DROPPED, *TOLD, "tokenized_piecewise")  # what audit.json counts of each split
 NOTABLE = 0.05  # warn if more than this share of rows exceeds max_length
 
 
 class Audit:
-    """What happened to the rows of one split.
+    """What happened to the rows of one split: counts by what was found, and the ids of the first rows of each.
 
     Args:
         special_allowed: whether texts that spell control tokens become control tokens.
     """
 
     def __init__(self, special_allowed: bool = False):
-        self.special_allowed = special_allowed
+        self.special = "special_text_allowed" if special_allowed else "special_text"
         self.lengths: collections.Counter[int] = collections.Counter()  # length -> rows, including dropped ones
-        self.too_long = self.nothing_left = self.retokenized = self.ended_early = self.equal = 0
-        self.last_only = self.several = self.more = self.special = self.written = self.without_reasoning = 0
+        self.counts: collections.Counter[str] = collections.Counter()
+        self.first: dict[str, list[int]] = {}
         self.rows = self.tokens = self.learned = self.rejected = 0
 
     @property
     def read(self) -> int:
         return self.lengths.total()
 
-    def count(self, encoded: list[Encoded], max_length: int) -> None:
+    def find(self, what: str, number: int) -> None:
+        """Something was found in the row with this id."""
+        self.counts[what] += 1
+        first = self.first.setdefault(what, [])
+        if len(first) < FIRST and number not in first:
+            first.append(number)
+
+    def count(self, number: int, encoded: list[Encoded], max_length: int) -> None:
         """Count a row: its length is that of its text, or of the longer text of a pair."""
         length = max(one.length for one in encoded)
         self.lengths[length] += 1
-        self.too_long += length > max_length
-        self.retokenized += any(one.retokenized for one in encoded)
+        if length > max_length:
+            self.find("longer_than_max_length", number)
+        if any(one.retokenized for one in encoded):
+            self.find("tokenized_piecewise", number)
 
-    def keep(self, encoded: list[Encoded]) -> None:
+    def keep(self, number: int, encoded: list[Encoded], stop_ids: Collection[int]) -> None:
         self.rows += 1
         self.tokens += sum(one.tokens for one in encoded)
         self.learned += _learned(encoded[0])
         self.rejected += sum(_learned(one) for one in encoded[1:])
+        if any(one.labels[-1] not in stop_ids for one in encoded):
+            self.find("end_not_learned", number)
 
     def summary(self) -> dict:
-        """Counts, quantiles and a histogram of lengths, and the `max_length` that would keep 99% of the rows."""
+        """Counts, quantiles and a histogram of lengths, and the `max_length` that would keep 99% of the rows.
+
+        `first` has the ids of the first rows of what was found.
+        """
         read = self.read
         quantile = {str(q): self._length_of(min(read - 1, int(q * read))) for q in (0.5, 0.9, 0.99)} if read else {}
         suggested = -(-quantile["0.99"] // 8) * 8 if quantile else None
         return {
             "rows": self.rows,
             "read": read,
-            "longer_than_max_length": self.too_long,
-            "dropped": read - self.rows,
-            "answer_cut_off_entirely": self.nothing_left,
-            "answer_with_end_token": self.ended_early,
-            "equal_pairs": self.equal,
-            "only_last_answer_learned": self.last_only,
-            "became_several_rows": self.several,
-            "rows_from_earlier_answers": self.more,
-            "special_text": 0 if self.special_allowed else self.special,
-            "special_text_allowed": self.special if self.special_allowed else 0,
-            "reasoning_not_in_template": self.written,
-            "without_reasoning": self.without_reasoning,
-            "tokenized_piecewise": self.retokenized,
+            **{name: self.counts[name] for name in FINDINGS},
+            "rows_from_earlier_answers": self.counts["rows_from_earlier_answers"],
             "tokens": self.tokens,
             "learned_tokens": self.learned,
             **({"rejected_tokens": self.rejected} if self.rejected else {}),
@@ -91,6 +106,7 @@ class Audit:
             "quantiles": quantile,
             "suggested_max_length": suggested,
             "histogram": _histogram(self.lengths),
+            "first": {name: self.first[name] for name in FINDINGS if name in self.first},
         }
 
     def _length_of(self, rank: int) -> int:
@@ -98,6 +114,18 @@ class Audit:
         lengths = sorted(self.lengths)
         rows_up_to = list(itertools.accumulate(self.lengths[length] for length in lengths))
         return lengths[bisect.bisect_right(rows_up_to, rank)]
+
+
+def doubled(texts, tokens: Collection[int]) -> tuple[list[int], list[int]]:
+    """Texts of a `pyarrow.ListArray` of token ids that (begin with, have further on) one of `tokens` twice in a row."""
+    import numpy as np
+
+    ids, starts = texts.flatten().to_numpy(zero_copy_only=False), texts.offsets.to_numpy() - texts.offsets[0].as_py()
+    at = np.flatnonzero((ids[1:] == ids[:-1]) & np.isin(ids[1:], list(tokens)))
+    rows = np.searchsorted(starts, at, side="right") - 1
+    same = at + 1 < starts[rows + 1]  # not the end of one text and the beginning of the next
+    begins = at == starts[rows]
+    return np.unique(rows[same & begins]).tolist(), np.unique(rows[same & ~begins]).tolist()
 
 
 def _learned(encoded: Encoded) -> int:
@@ -165,6 +193,14 @@ def report(audits: dict[str, dict]) -> None:
         for name, what in DROPPED.items():
             if audit[name]:
                 log.warning("warning: %d of %d rows of %s are left out: %s", audit[name], audit["read"], split, what)
+        if audit["end_not_learned"]:
+            log.warning(
+                "warning: %d of %d rows of %s %s",
+                audit["end_not_learned"],
+                audit["read"],
+                split,
+                LENGTHS["end_not_learned"],
+            )
         if audit["longer_than_max_length"] > NOTABLE * audit["read"]:
             log.warning(
                 "warning: %d of %d rows of %s are longer than tokenize.max_length; %s would keep 99%% of them",

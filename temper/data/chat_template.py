@@ -15,7 +15,14 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from temper.data import templates
-from temper.data.conversations import Conversation, Message, split_thoughts, with_thoughts_in_content
+from temper.data.conversations import (
+    PLAIN,
+    Conversation,
+    Message,
+    split_thoughts,
+    with_thoughts_in_content,
+    without_system,
+)
 from temper.data.rendering import LEAVE_OUT, Turn
 from temper.errors import UserError, suggest
 
@@ -24,7 +31,6 @@ ASK = {"role": "user", "content": "TemperAsksWhatATemplateShows"}
 GIVEN = frozenset({"messages", "tools", "documents", "add_generation_prompt"})  # not for chat_template_kwargs
 SWITCHES = frozenset({"enable_thinking", "thinking", "reasoning_effort", "preserve_thinking", "add_thoughts"})
 REASONING = ("reasoning_content", "thinking", "reasoning")  # names of the field in templates, the most usual first
-PLAIN = 2  # fields of a message that only has role and content
 THOUGHT = "\n</think>\n\n"  # between reasoning and answer, where a prompt ends with <think>
 
 
@@ -53,10 +59,11 @@ class ChatTemplate:
             environment = templates.chat_environment(source, prompt.get("date") or templates.DATE)
             self.template = environment.from_string(source)
             self.reads_clock = templates.reads_clock(source, environment)
-            self.reads = templates.names(source, environment)
+            self.reads = templates.variables(source, environment)
+            fields = templates.fields(source, environment)
         self.variables = {**tokenizer.special_tokens_map, "tools": None, "documents": None}
         self.variables |= self._known(prompt.get("chat_template_kwargs") or {}, "config: 'prompt.chat_template_kwargs'")
-        self.forms = _Forms(self.reads, self._try)
+        self.forms = _Forms(fields, self._try)
 
     def _known(self, given: dict[str, Any], what: str) -> dict[str, Any]:
         """`given`, after checking that the template uses these variables."""
@@ -298,25 +305,20 @@ class ChatTemplate:
             )
         given = self._known(more, "column 'chat_template_kwargs'") if more else {}
         shown = list(map(self.forms.shown, messages))
-        return self.template.render(
-            {
-                **self.variables,
-                **given,
-                "messages": shown,
-                "tools": tools,
-                "add_generation_prompt": add_generation_prompt,
-            }
-        )
+        return self._rendered(shown, add_generation_prompt, **given, tools=tools)
 
     def _try(self, messages: list[Message], add_generation_prompt: bool) -> str:
         """The text of messages as they are, or an empty one if the template refuses them."""
         try:
             with templates.bounded(""):
-                return self.template.render(
-                    {**self.variables, "messages": messages, "add_generation_prompt": add_generation_prompt}
-                )
+                return self._rendered(messages, add_generation_prompt)
         except UserError:
             return ""
+
+    def _rendered(self, messages: list[Message], add_generation_prompt: bool, **variables) -> str:
+        """The text of messages in the template's forms."""
+        asked = {"messages": messages, "add_generation_prompt": add_generation_prompt}
+        return self.template.render({**self.variables, **variables, **asked})
 
     def _fails(self, conversation: Conversation) -> str:
         roles = ", ".join(message["role"] for message in conversation.messages)
@@ -348,18 +350,19 @@ class _Forms:
     """In which of their usual forms a template takes messages: found by showing it some.
 
     Args:
-        reads: the names that the template uses.
+        fields: those of messages that the template reads, and its texts.
         render: messages -> text, empty if the template refuses them.
     """
 
-    def __init__(self, reads: frozenset[str], render: Callable[[list[Message], bool], str]):
-        self.reads, self.render = reads, render
-        self.reasoning = next((name for name in REASONING if name in reads), None)
-        self.parses_thoughts = "</think>" in reads
+    def __init__(self, fields: frozenset[str], render: Callable[[list[Message], bool], str]):
+        self.render = render
+        self.knows_developers = "developer" in fields
+        self.reasoning = next((name for name in REASONING if name in fields), None)
+        self.parses_thoughts = "</think>" in fields
         self.in_parts = PROBE not in render([{**ASK, "content": PROBE}], True) and PROBE in render(
             [{**ASK, "content": [{"type": "text", "text": PROBE}]}], True
         )
-        self.arguments_as_text, self.no_content = self._form_of_calls() if "tool_calls" in reads else (False, "")
+        self.arguments_as_text, self.no_content = self._form_of_calls() if "tool_calls" in fields else (False, "")
 
     def _form_of_calls(self) -> tuple[bool, str | None]:
         """(whether arguments are JSON text, what the content of a message without text is)."""
@@ -395,7 +398,7 @@ class _Forms:
             if calls := message.get("tool_calls"):
                 made["tool_calls"] = list(map(self._call, calls))
                 made["content"] = made["content"] or self.no_content
-        elif message["role"] == "developer" and "developer" not in self.reads:
+        elif message["role"] == "developer" and not self.knows_developers:
             made["role"] = "system"
         if self.in_parts and isinstance(made["content"], str):
             made["content"] = [{"type": "text", "text": made["content"]}]
@@ -410,7 +413,7 @@ class _Forms:
 
 def _is_exchange(messages: list[Message]) -> bool:
     """Whether there is one prompt and one answer, as a free template needs."""
-    return sum(message["role"] != "system" for message in messages) == 2
+    return len(without_system(messages)) == 2
 
 
 def _answers(messages: list[Message]) -> list[int]:

@@ -16,6 +16,8 @@ from temper.errors import UserError, suggest
 
 Message = dict[str, Any]
 Messages = list[Message]
+PLAIN = 2  # fields of a message that only has role and content
+SYSTEM = ("system", "developer")  # two names of one role
 ROLES = ("system", "developer", "user", "assistant", "tool")
 OTHER_ROLES = {"human": "user", "gpt": "assistant", "model": "assistant", "observation": "tool"}
 CALLS = "function_call"  # LLaMA-Factory's role: the assistant's message, whose text is a call as JSON
@@ -36,6 +38,16 @@ class Conversation(NamedTuple):
     def upto(self, end: int) -> "Conversation":
         """The first messages."""
         return self._replace(messages=self.messages[:end])
+
+
+def as_conversation(given: Conversation | Messages) -> Conversation:
+    """A conversation, of which only the messages may be given."""
+    return given if isinstance(given, Conversation) else Conversation(given)
+
+
+def without_system(messages: Messages) -> Messages:
+    """The messages without the system's."""
+    return [message for message in messages if message["role"] not in SYSTEM]
 
 
 def of_record(record: dict) -> Conversation:
@@ -68,10 +80,10 @@ def message(turn, name: str) -> Message:
     for field in ("name", "tool_call_id"):
         if turn.get(field) is not None:
             made[field] = turn[field]
-    more = _of_assistant(turn, name) if role == "assistant" else {}
-    if role != "assistant":
+    if role == "assistant":
+        made |= _of_assistant(turn, name)
+    else:
         _refuse_assistants_fields(turn, role, name)
-    made |= more
     if not (made["content"].strip() or "tool_calls" in made or role == "tool"):
         if content is None:
             raise UserError(f"{name}: the content is null, not text")
@@ -106,9 +118,9 @@ def checked(messages: Messages, column: str) -> Messages:
 def tools_of(row: dict, column: str = "tools") -> list[dict] | None:
     """The tools that a row offers, a list of JSON schemas that may be given as JSON text; None if there are none."""
     given = row.get(column)
-    if isinstance(given, str) and given.strip():
-        given = from_json(given, f"column '{column}'")
-    if given in (None, "", [], {}) or (isinstance(given, str) and not given.strip()):
+    if isinstance(given, str):
+        given = from_json(given, f"column '{column}'") if given.strip() else None
+    if given in (None, "", [], {}):
         return None
     if not isinstance(given, list) or not all(isinstance(tool, dict) for tool in given):
         raise UserError(f"column '{column}' holds {texts.shown(given)}, not a list of tools as JSON schemas")

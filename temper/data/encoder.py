@@ -12,13 +12,12 @@ and learns the answer and its end in its decoder: two sequences.
 
 import bisect
 import dataclasses
-import re
 
 from temper.data.chat_template import ChatTemplate
 from temper.data.columns import IGNORED, answer_text
-from temper.data.conversations import Conversation
+from temper.data.conversations import Conversation, as_conversation
 from temper.data.rendering import FreeTemplate, Turn, text_of
-from temper.data.special_text import HIDDEN, SpecialText
+from temper.data.special_text import HIDDEN, SpecialText, any_of
 from temper.errors import UserError
 from temper.model.reading import reading
 
@@ -103,7 +102,7 @@ class Encoder:
                 "or set prompt.apply_chat_template=false and a prompt.template"
             )
         else:
-            self.renderer = ChatTemplate(tokenizer, prompt, self._end_pattern().search)
+            self.renderer = ChatTemplate(tokenizer, prompt, any_of(self._ends_of_answers()).search)
         if apart and self.learn_all:
             raise UserError(
                 f"{tokenizer.name_or_path}: prompt.loss_on=all is for causal models, and this one reads the prompt in "
@@ -133,11 +132,15 @@ class Encoder:
         texts = self.renderer.texts([self._hidden(conversation) for conversation in conversations])
         return [found[-1:] for found in texts] if self.learn_all or self.apart else texts
 
-    def spelling(self, conversations: list[Conversation], texts: list[list[Pieces]]) -> int:
-        """How many conversations spell a control token, given the texts of each."""
+    def spelling(self, conversations: list[Conversation], texts: list[list[Pieces]]) -> list[int]:
+        """Which conversations (their places in the list) spell a control token, given the texts of each."""
         if self.allow_special_text:
-            return sum(map(self.special.spelt, conversations))
-        return sum(any(HIDDEN in turn.before or HIDDEN in turn.answer for turn in found[-1]) for found in texts)
+            return [at for at, conversation in enumerate(conversations) if self.special.spelt(conversation)]
+        return [
+            at
+            for at, found in enumerate(texts)
+            if any(HIDDEN in turn.before or HIDDEN in turn.answer for turn in found[-1])
+        ]
 
     def _hidden(self, conversation: Conversation) -> Conversation:
         return conversation if self.allow_special_text else self.special.hidden(conversation)
@@ -158,8 +161,7 @@ class Encoder:
 
         Equal to the beginning of a training row: ``input_ids[:prompt_length]``.
         """
-        asked = conversation if isinstance(conversation, Conversation) else Conversation(conversation)
-        turns = self.renderer.prompt(self._hidden(asked))
+        turns = self.renderer.prompt(self._hidden(as_conversation(conversation)))
         if self.apart:
             return self._encoder_ids([text_of(turns)])[0]
         ids, answers, _ = self._tokenized([turns])[0]
@@ -169,10 +171,9 @@ class Encoder:
         """The text of an answer's tokens, up to the one that ends it, as it is shown and evaluated."""
         return answer_text(self.tokenizer, ids, self.stop_ids)
 
-    def _end_pattern(self) -> re.Pattern:
-        """Finds the first token that ends answers in a text."""
-        ends = [text for text in self.tokenizer.convert_ids_to_tokens(sorted(self.stop_ids)) if text]
-        return re.compile("|".join(map(re.escape, sorted(ends, key=len, reverse=True))) or "(?!)")
+    def _ends_of_answers(self) -> list[str]:
+        """The texts of the tokens that end answers."""
+        return [text for text in self.tokenizer.convert_ids_to_tokens(sorted(self.stop_ids)) if text]
 
     # --- encoder-decoder --------------------------------------------------------------------------
 
@@ -181,10 +182,8 @@ class Encoder:
         prompts = self._encoder_ids([text_of(turns[:-1]) + turns[-1].before for turns in rows])
         answers = [turns[-1].answer + turns[-1].closing for turns in rows]
         shown = list(map(self.special.shown, answers))
-        learned = self._tokens(text_target=shown, add_special_tokens=False)["input_ids"]
-        for text, ids in zip(answers, learned, strict=True):
-            if HIDDEN in text:
-                self.special.as_text(text, ids)
+        made = self._tokens(text_target=shown, add_special_tokens=False)["input_ids"]
+        learned = [self.special.as_text(text, ids)[0] for text, ids in zip(answers, made, strict=True)]
         return [
             EncodedApart(ids, self._ended(labels), len(ids), False, self._ends_early(turns[-1], labels))
             for turns, ids, labels in zip(rows, prompts, learned, strict=True)
@@ -192,10 +191,8 @@ class Encoder:
 
     def _encoder_ids(self, prompts: list[str]) -> list[list[int]]:
         made = self._tokens(list(map(self.special.shown, prompts)), add_special_tokens=self.free)["input_ids"]
-        for text, ids in zip(prompts, made, strict=True):
-            if HIDDEN in text:
-                self.special.as_text(text, ids, first=len(self.first_ids))
-        return made
+        first = len(self.first_ids)
+        return [self.special.as_text(text, ids, first)[0] for text, ids in zip(prompts, made, strict=True)]
 
     def _ended(self, ids: list[int]) -> list[int]:
         """An answer up to and including its stop token, which is added if there is none."""
@@ -246,10 +243,7 @@ class Encoder:
 
     def _spelt_as_text(self, text: str, ids: list[int], answers: list[range], cut: bool) -> tuple:
         """The row with the tokens of text where `text` hides spellings of control tokens."""
-        if HIDDEN not in text:
-            return ids, answers, cut
-        ids = list(ids)  # which may be known for other rows
-        now = self.special.as_text(text, ids)
+        ids, now = self.special.as_text(text, ids)
         return ids, [range(now(turn.start), now(turn.stop)) for turn in answers], cut
 
     def _behind_first(self, ids: list[int], answers: list[range], cut: bool) -> tuple[list[int], list[range], bool]:
@@ -353,7 +347,7 @@ class Encoder:
 
     def _stops_at_the_end(self, answer: str) -> int:
         """Number of such tokens at the end of an answer."""
-        texts, count, rest = self.tokenizer.convert_ids_to_tokens(sorted(self.stop_ids)), 0, answer.rstrip()
+        texts, count, rest = self._ends_of_answers(), 0, answer.rstrip()
         while stop := next((text for text in texts if rest.endswith(text)), None):
             count, rest = count + 1, rest.removesuffix(stop).rstrip()
         return count

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 from temper.data import conversations, templates, texts
-from temper.data.conversations import Messages, checked, read
+from temper.data.conversations import PLAIN, Messages, checked, read, without_system
 from temper.data.placing import group_in, split_in
 from temper.errors import UserError, suggest
 
@@ -80,8 +80,7 @@ def converter(data: dict, system: str | None) -> Callable[[dict], Example | None
 
     Args:
         data: the config section; layout, columns, prompt, completion, rejected, rejected_from, label, where and splits
-            are
-            used.
+            are used.
         system: a system message, replacing one in the data; None keeps the data's own.
 
     Raises:
@@ -203,22 +202,14 @@ def _refuse_broken_text(example: Example) -> None:
     said += [("rejected answer", example.rejected)] if example.rejected else []
     rich = [message for message in example.messages if len(message) > PLAIN]
     if rich or example.tools or example.chat_template_kwargs:
-        beside = json.dumps([rich, example.tools, example.chat_template_kwargs], ensure_ascii=False, default=str)
-        said.append(("conversation", beside))
+        more = json.dumps([rich, example.tools, example.chat_template_kwargs], ensure_ascii=False, default=str)
+        said.append(("conversation", more))
     for role, text in said:
         try:
             text.encode()
         except UnicodeEncodeError as error:
             half = error.object[error.start].encode("unicode_escape").decode()
             raise UserError(f"the {role}'s text holds half a character ({half}): correct the file") from None
-
-
-PLAIN = 2  # fields of a message that only has role and content
-
-
-def without_system(messages: Messages) -> Messages:
-    """The conversation without its system message (or that of the role developer, which is another name for it)."""
-    return [message for message in messages if message["role"] not in ("system", "developer")]
 
 
 def _renamed_columns(data: dict) -> dict[str, str]:

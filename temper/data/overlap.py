@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from temper.data.chunks import chunks
 from temper.data.places import Place
 from temper.data.splitting import asked, keep_lines
 from temper.errors import UserError
@@ -178,15 +179,7 @@ def _every(path: Path, step: int) -> list[_Row]:
 
 
 def _batches(rows: Iterable[_Row]) -> Iterator[list[_Row]]:
-    batch, size = [], 0
-    for row in rows:
-        batch.append(row)
-        size += len(row.text)
-        if size >= MOST_CHARACTERS or len(batch) >= MOST_ROWS:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
+    return chunks(rows, lambda row: len(row.text), MOST_CHARACTERS, MOST_ROWS)
 
 
 # --- sketches ------------------------------------------------------------------------------------

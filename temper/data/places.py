@@ -36,8 +36,15 @@ class Part(NamedTuple):
 def parts_of(prompts: Path) -> list[Part]:
     """The data sets of a folder of mix_prompts; of one of format_prompts that one."""
     if not (prompts / MIXTURE).is_file():
-        return [Part("", str(prompts), 1, read_json(prompts / "stats.json", {"rows": int})["rows"])]
+        return [Part("", str(prompts), 1, ids_of(prompts))]
     return [Part(**part) for part in read_json(prompts / MIXTURE, list[dict[str, str | int]])]
+
+
+def ids_of(prompts: Path) -> int:
+    """How many ids the rows of a folder of format_prompts may have: at least as many as the raw data has rows, of which
+    one may make several pairs, or none."""
+    stats = read_json(prompts / "stats.json", {"rows": int})
+    return stats["rows"] + stats.get("ties", 0)
 
 
 def raw_of(prompts: Path) -> Path:

@@ -7,11 +7,10 @@ Python.
 from typing import NamedTuple
 
 from temper.data import templates
-from temper.data.conversations import Conversation, with_thoughts_in_content
+from temper.data.conversations import SYSTEM, Conversation, with_thoughts_in_content, without_system
 from temper.errors import UserError
 
 LEAVE_OUT = "leave such rows out with data.where"
-SYSTEM = ("system", "developer")
 
 
 class Turn(NamedTuple):
@@ -72,7 +71,7 @@ class FreeTemplate:
                 f"template does, or drop them: data.ignore_fields=[{name}]"
             )
         system = next((message["content"] for message in messages if message["role"] in SYSTEM), None)
-        turns = [message for message in messages if message["role"] not in SYSTEM]
+        turns = without_system(messages)
         if len(turns) != 1:
             instead = "use prompt.apply_chat_template=true, or " if self.chat_template else ""
             raise UserError(

@@ -41,8 +41,8 @@ class SpecialText:
         self.ids = {**tags, **special}
         # Tokenizers take the longest of several added tokens that begin at one place.
         self.spellings = [HIDDEN, *sorted(self.ids, key=len, reverse=True)]
-        self.of_assistant = _any_of([HIDDEN, *special])
-        self.of_others = _any_of(self.spellings)
+        self.of_assistant = any_of([HIDDEN, *special])
+        self.of_others = any_of(self.spellings)
         self.control = frozenset(self.ids.values())
 
     # --- before the template ----------------------------------------------------------------------------
@@ -93,23 +93,25 @@ class SpecialText:
         """The text with all spellings back."""
         return _HIDING.sub(lambda found: self.spellings[ord(found[1]) - FIRST], text) if HIDDEN in text else text
 
-    def as_text(self, text: str, ids: list[int], first: int = 0) -> Callable[[int], int]:
-        """Replace the tokens of all spellings in `ids`, in place.
+    def as_text(self, text: str, ids: list[int], first: int = 0) -> tuple[list[int], Callable[[int], int]]:
+        """The tokens of a text, in which those of all spellings are replaced.
 
         Args:
             text: with hidden spellings, whose shown text has been tokenized to `ids`.
             first: tokens of `ids` before those of the text.
 
         Returns:
-            Where a token is now, from its place before; also for the place behind the last one.
+            (tokens, where a token is now, from its place before; also for the place behind the last one)
 
         Raises:
             UserError: the tokenizer does not make a token of each spelling.
         """
+        if HIDDEN not in text:
+            return ids, int
         order = [(found[1] is not None, found[0]) for found in self._control_or_hidden.finditer(text)]
         spelt = [(hidden, self.spellings[ord(found[1]) - FIRST] if hidden else found) for hidden, found in order]
         wanted = collections.deque((hidden, spelling) for hidden, spelling in spelt if spelling != HIDDEN)
-        made: list[int] = ids[:first]
+        made = ids[:first]
         places = list(range(first))
         for token in ids[first:]:
             places.append(len(made))
@@ -124,8 +126,7 @@ class SpecialText:
                 "with data.where, or set prompt.allow_special_text=true"
             )
         places.append(len(made))
-        ids[:] = made
-        return places.__getitem__
+        return made, places.__getitem__
 
     @functools.cached_property
     def _control_or_hidden(self) -> re.Pattern:
@@ -159,5 +160,6 @@ class SpecialText:
 _HIDING = re.compile(f"{HIDDEN}(.)", re.DOTALL)
 
 
-def _any_of(spellings: list[str]) -> re.Pattern:
-    return re.compile("|".join(map(re.escape, sorted(spellings, key=len, reverse=True))))
+def any_of(spellings: list[str]) -> re.Pattern:
+    """Finds any of some texts, of several that begin at one place the longest."""
+    return re.compile("|".join(map(re.escape, sorted(spellings, key=len, reverse=True))) or "(?!)")

@@ -20,21 +20,16 @@ from temper.sources import pins as raw_data
 
 
 def examples(
-    raw: Path,
-    data: dict,
-    system: str | None,
-    rejected: Rejected | None = None,
-    count: Iterator[int] | None = None,
-) -> Iterator[tuple[int, layouts.Example | layouts.Tie | None]]:
-    """(row number from 1 through all files, an example of it; None when `data.where` leaves the row out).
+    raw: Path, data: dict, system: str | None, rejected: Rejected | None = None
+) -> Iterator[tuple[int, layouts.Example | layouts.Tie | None, Path]]:
+    """(row number from 1 through all files, an example of it, its file); None when `data.where` leaves the row out.
 
     Args:
         rejected: takes the rows that cannot be read, or make no conversation, and are left out here; they are numbered
             like all others. None: the first is an error.
-        count: the numbers of the rows; None: from 1.
     """
     expand = layouts.expander(data, system)
-    count, controls = count or itertools.count(1), doubts.Controls(data.get("encoding") or UTF_8)
+    count, controls = itertools.count(1), doubts.Controls(data.get("encoding") or UTF_8)
     words = doubts.Words(layouts.text_columns(data))
     files = raw_data.data_files(raw)
     plain = plain_types(files, data)
@@ -54,7 +49,7 @@ def examples(
                 if isinstance(example, layouts.Example):
                     controls.look_at(example, file, number)
                     words.look_at(row, example, file, number)
-                yield counted, example
+                yield counted, example, path
     controls.say()
     words.say()
 
@@ -152,21 +147,16 @@ class Splits:
             named = split_of(position, self.shares)
         self.files[named].add(hashed.rank, line)
 
-    def stats(self, overlapping: dict[str, int] | None = None) -> dict:
+    def stats(self) -> dict:
         """Counts of rows; `ties` made no pair, for their scores or texts are the same; `duplicates` repeat prompt and
-        answer of an earlier row (and are kept).
-
-        Args:
-            overlapping: split -> rows that were taken out of it since, because they stand in another.
-        """
-        taken = overlapping or {}
+        answer of an earlier row (and are kept)."""
         return {
             "rows": len(self.rows) + self.left_out,
             "left_out_by_where": self.left_out,
             **({"ties": self.ties} if self.ties else {}),
             "prompts": _distinct(self.prompts),
             "duplicates": len(self.rows) - _distinct(self.rows),
-            "splits": {name: file.stats(taken.get(name, 0)) for name, file in self.files.items()},
+            "splits": {name: file.stats() for name, file in self.files.items()},
         }
 
     def __enter__(self):
@@ -216,10 +206,9 @@ class _SplitFile:
     def _drop(self, keep: set[int]) -> None:
         keep_lines(self.path, lambda index, _line: index in keep)
 
-    def stats(self, overlapping: int) -> dict:
+    def stats(self) -> dict:
         rows = self.seen if self.limit is None else len(self.kept)
-        left_out = {"left_out_by_limit": self.seen - rows, "left_out_by_overlap": overlapping}
-        return {"rows": rows - overlapping, **left_out}
+        return {"rows": rows, "left_out_by_limit": self.seen - rows, "left_out_by_overlap": 0}
 
 
 def keep_lines(path: Path, keeps: Callable[[int, bytes], bool]) -> None:

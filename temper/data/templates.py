@@ -82,12 +82,19 @@ def reads_clock(source: str, environment) -> bool:
     return any(name.name == "strftime_now" for name in environment.parse(source).find_all(nodes.Name))
 
 
-def names(source: str, environment) -> frozenset[str]:
-    """All names in a template: of variables and fields, and its texts (``m["thinking"]``, a role) with tags in them."""
+def variables(source: str, environment) -> frozenset[str]:
+    """The variables of a template, also those that it sets itself."""
+    from jinja2 import nodes
+
+    return frozenset(node.name for node in environment.parse(source).find_all(nodes.Name))
+
+
+def fields(source: str, environment) -> frozenset[str]:
+    """The fields that a template reads, and its texts (``m["thinking"]``, a role) with the tags in them."""
     from jinja2 import nodes
 
     tree = environment.parse(source)
-    found = {node.name for node in tree.find_all(nodes.Name)} | {node.attr for node in tree.find_all(nodes.Getattr)}
+    found = {node.attr for node in tree.find_all(nodes.Getattr)}
     for text in (node.value for node in tree.find_all(nodes.Const) if isinstance(node.value, str)):
         found |= {text, *re.findall(r"</?\w+>", text)}
     return frozenset(found)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from temper import tracking
 from temper.config import harness as harness_checks
+from temper.config.audit import check as check_audit
 from temper.config.best import JUDGING
 from temper.config.compose import chosen_experiment, expand, own_folder, parse_overrides, split_overrides, use_folder
 from temper.config.schema import WITH_REFERENCE, Probe
@@ -15,7 +16,8 @@ from temper.errors import UserError
 from temper.evaluation import own_metrics
 from temper.evaluation.forgetting import told_of_probe
 from temper.evaluation.metrics import BITS_PER_BYTE, PER_TOKEN, check_metric, sweeps_model
-from temper.folders import check_name
+from temper.files import read_json
+from temper.folders import check_name, is_complete
 from temper.hashing import HashCache, canonical_json
 from temper.keys import code_key, stage_key
 from temper.model.adapters import load_for_training
@@ -68,7 +70,16 @@ def build(
     _add_comparison(plan, first, [text for text in texts if text.partition("=")[0].strip() not in parsed.axes])
     _add_tracking_targets(plan)
     _check_places(plan)
+    _check_audits(plan)
     return plan
+
+
+def _check_audits(plan: Plan) -> None:
+    """Refuse rows that were tokenized before, under other limits than those of this plan."""
+    for job in plan.jobs.values():
+        if job.stage == "tokenize_splits" and is_complete(Path(job.path)):
+            audit = read_json(Path(job.path) / "audit.json", {"max_length": int, "splits": dict[str, dict]})
+            check_audit(audit, job.settings["tokenize"], Path(job.inputs["prompts"]))
 
 
 def _check_places(plan: Plan) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import NamedTuple
 
-from temper.data.audit import DROPPED, TOLD
+from temper.data.audit import DROPPED, LENGTHS, TOLD
 from temper.data.columns import IGNORED
 from temper.reports import html
 
@@ -34,7 +34,7 @@ def write_page(output: Path, audit: dict, train, tokenizer, apart: bool) -> None
         output / "audit.html",
         max_length=audit["max_length"],
         splits=audit["splits"],
-        reasons=_found(audit, {"longer_than_max_length": "longer than tokenize.max_length", **DROPPED}),
+        reasons=_found(audit, {**LENGTHS, **DROPPED}),
         remarks=_found(audit, TOLD),
         histogram=_histogram(audit["splits"]["train"]["histogram"]),
         rows=[_shown(row, tokenizer, apart) for row in train.select(numbers)],

@@ -6,9 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from temper.data import templates
-from temper.data.conversations import Conversation
+from temper.data.conversations import Conversation, as_conversation, without_system
 from temper.data.encoder import Encoder
-from temper.data.layouts import without_system
 from temper.errors import UserError
 from temper.model.adapters import is_prompt_learning
 from temper.model.limits import limits_of
@@ -45,7 +44,7 @@ class Prompter:
         Raises:
             UserError: they leave less than `max_new_tokens` of the model's context.
         """
-        asked = conversation if isinstance(conversation, Conversation) else Conversation(conversation)
+        asked = as_conversation(conversation)
         if self.system is not None:
             messages = [{"role": "system", "content": self.system}, *without_system(asked.messages)]
             asked = asked._replace(messages=messages)

@@ -5,9 +5,11 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
+import pyarrow
 import pytest
 
 from temper.data import templates
+from temper.data.audit import doubled
 from temper.data.columns import IGNORED, final_answer
 from temper.data.conversations import Conversation
 from temper.data.encoder import Encoder
@@ -212,6 +214,15 @@ def test_answers_and_their_ends_are_learned_behind_the_prompts_of_inference(name
 
 
 @pytest.mark.parametrize("name", FAMILIES)
+def test_no_family_ends_an_answer_twice(name):
+    """So `tokenize.max_share.doubled_end` may be 0."""
+    settings = {"chat_template_kwargs": OFF} if FAMILIES[name].opening.startswith("set") else {}
+    encoder = encoder_of(name, ONE, **settings)
+    ids = pyarrow.array([encoder.encode(conversation.messages).input_ids for conversation in (ONE, TWO)])
+    assert doubled(ids, encoder.stop_ids & encoder.added) == ([], [])
+
+
+@pytest.mark.parametrize("name", FAMILIES)
 def test_reasoning_is_learned_with_the_answer_or_refused(name):
     family = FAMILIES[name]
     settings = {}
@@ -283,6 +294,20 @@ def test_the_marks_of_a_template_agree(name):
         assert tokenizer.decode(ours) == marked_text.replace(encoder.renderer.opening, "")
     for text in (tokenizer.decode(ours), marked_text):
         assert re.findall(r"[A-Z][a-z ]+[.?]", text) == ["It is four.", "That makes five."]
+
+
+def test_a_variable_of_a_templates_own_is_no_field_of_a_message():
+    """DeepSeek-V3.1's `thinking` is a switch: the reasoning is part of the content."""
+    tokenizer = tokenizer_of("llama3")
+    written = tokenizer.chat_template
+    try:
+        tokenizer.chat_template = "{% if thinking is not defined %}{% set thinking = false %}{% endif %}" + written
+        said = learned("llama3", THOUGHT)
+        assert said == ended(FAMILIES["llama3"], "<think>\nHalf of eight.\n</think>\n\nIt is four.")
+        with pytest.raises(UserError, match="does not use 'role'"):  # a field of messages
+            encoder_of("llama3", ONE, chat_template_kwargs={"role": "x"})
+    finally:
+        tokenizer.chat_template = written
 
 
 def test_a_switch_that_a_template_does_not_know_is_refused():

@@ -1,13 +1,16 @@
 """Plan: which runs and artefacts a sweep has, and what an edit changes in their keys."""
 
 import json
+import shutil
 
 import pytest
 
+from steps import tokenize_splits
 from temper.config import compose
 from temper.errors import UserError
 from temper.planning import plan as planning
 from temper.planning import planner
+from tests.support import finished
 
 
 def build(*overrides, experiment="demo", sweep=None):
@@ -60,6 +63,7 @@ OF_A_MODEL = {"merge_adapter", "evaluate_model", "rank_runs", "score_rows"}
             "tokenize.max_length=99",
             {"tokenize_splits", "train_adapter", *OF_A_MODEL},
         ),
+        ("tokenize.max_share.dropped=0.5", set()),
         ("merge.dtype=float32", OF_A_MODEL),
         ("eval.suspects=9", {"score_rows", "rank_runs"}),
         ("tracking.experiment_name=other", set()),
@@ -79,6 +83,22 @@ OF_A_MODEL = {"merge_adapter", "evaluate_model", "rank_runs", "score_rows"}
 def test_an_edit_changes_just_the_stages_that_see_it(workspace, override, stages):
     fixed = ["sweep=none", "train.num_train_epochs=1"]
     assert changed(build(*fixed), build(*fixed, override)) - {"compare_runs"} == stages
+
+
+def test_rows_that_were_tokenized_under_other_limits_are_judged_by_those_of_the_plan(workspace, finished_run):
+    """Without tokenizing or training again."""
+    audit = json.loads((finished_run / finished.PARTS["tokenize_splits"] / "audit.json").read_text())
+    options = ["sweep=none", f"tokenize.max_length={audit['splits']['train']['quantiles']['0.9'] - 1}"]
+    made = build(*options, experiment="smoke").runs[0].artefacts
+    prompts, model, splits = (made[stage] for stage in ("format_prompts", "fetch_model", "tokenize_splits"))
+    finished.put(finished_run, {"format_prompts": prompts, "fetch_model": model})
+    shutil.copy(finished_run / "reviews.jsonl", "reviews.jsonl")
+    inputs = ["--prompts", prompts, "--model", model, "--output", splits, "experiment=smoke", *options]
+    tokenize_splits.main([*inputs, "tokenize.max_share.dropped=null"])
+    loose = build(*options, "tokenize.max_share.dropped=0.9", experiment="smoke")
+    assert loose.runs[0].artefacts == made
+    with pytest.raises(UserError, match=r"rows of train .*max_share\.dropped=0\.1; the first: reviews\.jsonl:\d+, "):
+        build(*options, experiment="smoke")
 
 
 def test_a_training_knows_all_evaluations_of_what_it_makes(workspace):

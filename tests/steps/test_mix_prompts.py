@@ -10,7 +10,7 @@ import pytest
 from steps import format_prompts, mix_prompts
 from temper.data.columns import SPLITS
 from temper.data.places import of_mixture, parts_of
-from tests.steps.test_own_splits import answers, complaint, rows, write
+from tests.steps.test_own_splits import answers, complaint, rows, text, write
 
 OUTPUT = Path("results/mixtures/both-key")
 
@@ -107,3 +107,22 @@ def test_a_folder_for_each_data_set_and_rows_of_each(two, capsys):
     arguments = ["--prompts", *two.values(), "--output", "results/mixtures/x", "--config", config]
     said = complaint(capsys, mix_prompts.main, arguments)
     assert said == "--prompts: 2 folder(s), and data.mix has 1 data sets: give one for each"
+
+
+def test_rows_whose_scores_tie_leave_ids_for_the_next_data_set(workspace):
+    """Ids count the rows of the files, and of these some make no pair."""
+    scored = [
+        {"prompt": f"{text(number)}?", "responses": ["a", "b"], "scores": [number % 4, 0]} for number in range(80)
+    ]
+    prompts = {
+        name: formatted(name, [{**row, "prompt": name + row["prompt"]} for row in scored], layout="scored_responses")
+        for name in ("one", "other")
+    }
+    found = [row for split in mixed(prompts, 1, 1).values() for row in split]
+    ids = {name: {row["id"] for row in found if row["source"] == name} for name in prompts}
+    assert ids["one"].isdisjoint(ids["other"])
+    places = of_mixture(parts_of(OUTPUT), ids["one"] | ids["other"])
+    for row in found:
+        place = places[row["id"]]
+        line = Path(place.file).read_text().splitlines()[place.number - 1]
+        assert json.loads(line)["prompt"] == row["messages"][0]["content"]

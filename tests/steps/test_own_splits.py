@@ -9,6 +9,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 
 from steps import fetch_data, format_prompts
@@ -87,6 +89,18 @@ def test_each_split_is_its_source_and_what_is_not_given_is_taken_from_train(work
     source |= files(validation=write("dev.jsonl", rows(range(300, 310))))
     found = formatted(fetched(source))
     assert [len(found[split]) for split in SPLITS] == [100, 10, 20]
+
+
+def test_a_number_is_written_alike_in_all_splits(workspace):
+    """Whole numbers lose their .0 in all files of a data set or in none, as where the files are not split."""
+    for split, found in {"train": [1.0, None, 2.0] * 4, "test": [1.5, 2.0, 3.0]}.items():
+        some = [{"question": f"{split} {text(number)}", "answer": value} for number, value in enumerate(found)]
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(some), f"{split}.parquet")
+    raw = fetched(files(train="train.parquet", test="test.parquet"))
+    template = {"layout": "template", "prompt": "{{ question }}", "completion": "{{ answer }}"}
+    found = formatted(raw, **template, where="answer is not none", splits={"validation": 0.0})
+    assert answers(found["test"]) == {"1.5", "2.0", "3.0"}
+    assert answers(found["train"]) == {"1.0", "2.0"}
 
 
 def test_the_identity_knows_which_file_is_of_which_split(workspace):

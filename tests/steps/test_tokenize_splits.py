@@ -1,16 +1,23 @@
 """tokenize_splits: preference pairs, and what the length limit does to them."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
+import pyarrow
 import pytest
 from datasets import load_from_disk
+from hypothesis import given
+from hypothesis import strategies as st
 
-from steps import tokenize_splits
+from steps import format_prompts, tokenize_splits
+from temper.data.audit import doubled
 from temper.data.columns import with_right_answers
-from tests.support.tiny import CHAT_TEMPLATE, tiny_rows
+from tests.support.asking import complaint
+from tests.support.tiny import CHAT_TEMPLATE, tiny_rows, tiny_tokenizer
 
+NO_LIMITS = ["tokenize.max_share.dropped=null", "tokenize.max_share.truncated=null"]
 LONG = "a film that goes on and on and on and on and on"
 
 
@@ -25,8 +32,8 @@ def tokenize(model, *overrides, pairs: bool = True):
             turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": chosen}]
             lines.append({"id": number, "messages": turns, **({"rejected": rejected} if pairs else {})})
         Path(f"prompts/{split}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    arguments = ["--prompts", "prompts", "--model", str(model), "--output", "splits", "sweep=none", *overrides]
-    tokenize_splits.main(arguments)
+    arguments = ["--prompts", "prompts", "--model", str(model), "--output", "splits", "sweep=none"]
+    tokenize_splits.main([*arguments, *NO_LIMITS, *overrides])
     return load_from_disk("splits"), json.loads(Path("splits/audit.json").read_text())["splits"]
 
 
@@ -163,9 +170,8 @@ def made(workspace, model, records: list[dict], *overrides) -> tuple[dict, dict]
     lines = [json.dumps({"id": number, **record}) + "\n" for number, record in enumerate(records, 1)]
     for split in tokenize_splits.SPLITS:
         Path(f"prompts/{split}.jsonl").write_text("".join(lines))
-    tokenize_splits.main(
-        ["--prompts", "prompts", "--model", str(model), "--output", "splits", "sweep=none", *overrides]
-    )
+    arguments = ["--prompts", "prompts", "--model", str(model), "--output", "splits", "sweep=none"]
+    tokenize_splits.main([*arguments, *NO_LIMITS, *overrides])
     return load_from_disk("splits"), json.loads(Path("splits/audit.json").read_text())["splits"]
 
 
@@ -286,3 +292,109 @@ def test_what_other_programs_do_not_know_is_told(workspace, tiny_model, capsys):
 def test_a_date_that_nothing_asks_for_is_told(workspace, tiny_model, capsys):
     made(workspace, tiny_model, [chat("a", "b")], "prompt.date=2031-01-02")
     assert "prompt.date=2031-01-02 changes nothing" in capsys.readouterr().err
+
+
+# --- what is too much -----------------------------------------------------------------------------------
+
+LONG_ROWS = {7, 20, 21, 33, 50, 64, 71, 72, 90}
+
+
+def format_rows(longer: str = "question") -> None:
+    """The prompts of 100 rows, of which those of `LONG_ROWS` have a long text in a column."""
+    rows = [{"question": f"word {number}", "answer": f"it is {number}"} for number in range(1, 101)]
+    for number in LONG_ROWS:
+        rows[number - 1][longer] += " and more" * 30
+    Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = {"layout": "question_answer", "splits": {"validation": 0.3, "test": 0.3}}
+    config = json.dumps({"data": data, "prompt": {"system": None}})
+    format_prompts.main(["--raw", "rows.jsonl", "--output", "prompts", "--config", config])
+
+
+def tokenize_rows(model, *overrides: str) -> dict:
+    shutil.rmtree("splits", ignore_errors=True)
+    limits = ["tokenize.max_length=64", "tokenize.max_share.dropped=0.02"]
+    inputs = ["--prompts", "prompts", "--model", str(model), "--output", "splits", "sweep=none"]
+    tokenize_splits.main([*inputs, *limits, *overrides])
+    return json.loads(Path("splits/audit.json").read_text())["splits"]
+
+
+def ids_of_split(split: str) -> list[int]:
+    return [json.loads(line)["id"] for line in Path(f"prompts/{split}.jsonl").read_text().splitlines()]
+
+
+def test_too_many_rows_left_out_are_an_error_that_names_them(workspace, tiny_model, capsys):
+    format_rows()
+    said = complaint(capsys, lambda _: tokenize_rows(tiny_model))
+    train = ids_of_split("train")
+    long = [number for number in train if number in LONG_ROWS]
+    assert said.startswith(
+        f"prompts: {len(long)} of {len(train)} rows of train ({len(long) / len(train):.1%}) are left"
+    )
+    assert f" ({len(long)}: longer than tokenize.max_length), more than tokenize.max_share.dropped=0.02; " in said
+    first = ", ".join(f"rows.jsonl:{number}" for number in long[:3])
+    assert f"; the first: {first}{', ...' if len(long) > 3 else ''}: " in said
+    assert not Path("splits").exists()
+
+    # Both ways that it proposes work, for all splits at once.
+    share = re.search(r"set (tokenize\.max_share\.dropped=[\d.]+)$", said)[1]
+    audit = tokenize_rows(tiny_model, share)
+    assert audit["train"]["first"]["dropped"] == long[:3]
+    assert all(found["dropped"] == len(LONG_ROWS & {*ids_of_split(split)}) > 0 for split, found in audit.items())
+    length = re.search(r"(tokenize\.max_length=\d+) would keep 99%", said)[1]
+    assert all(found["dropped"] == 0 for found in tokenize_rows(tiny_model, length).values())
+
+
+def test_too_many_rows_cut_are_an_error(workspace, tiny_model, capsys):
+    format_rows(longer="answer")
+    cut = ["tokenize.max_length_policy=truncate"]
+    said = complaint(capsys, lambda _: tokenize_rows(tiny_model, *cut, "tokenize.max_share.truncated=0.05"))
+    assert "are cut to tokenize.max_length, more than tokenize.max_share.truncated=0.05; the first: rows.jsonl:" in said
+    assert tokenize_rows(tiny_model, *cut, "tokenize.max_share.truncated=null")["train"]["truncated"] > 0
+
+
+def test_a_cut_answer_has_lost_its_end(workspace, tiny_model, capsys):
+    rows = [chat("Say it.", LONG), chat("Say it.", "yes")]
+    length = len(tiny_tokenizer()(LONG)["input_ids"])
+    _, audit = made(workspace, tiny_model, rows, f"tokenize.max_length={length}", "tokenize.max_length_policy=truncate")
+    assert (audit["train"]["truncated"], audit["train"]["end_not_learned"]) == (1, 1)
+    assert audit["train"]["first"]["end_not_learned"] == [1]
+    assert "1 of 2 rows of train have lost the end of an answer" in capsys.readouterr().err
+
+
+def test_a_second_begin_token_is_an_error(workspace, tiny_model, capsys):
+    """A tokenizer that puts one before each text, and a template that has another."""
+    format_rows()
+    shutil.copytree(tiny_model, "model")
+    written = json.loads(Path("model/tokenizer.json").read_text())
+    begin, number = tiny_tokenizer().bos_token, tiny_tokenizer().bos_token_id
+    single = [{"SpecialToken": {"id": begin, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
+    tokens = {begin: {"id": begin, "ids": [number], "tokens": [begin]}}
+    pair = [*single, {"Sequence": {"id": "B", "type_id": 1}}]
+    written["post_processor"] = {"type": "TemplateProcessing", "single": single, "pair": pair, "special_tokens": tokens}
+    Path("model/tokenizer.json").write_text(json.dumps(written))
+    free = ["prompt=plain", "tokenize.max_length=1000"]
+    assert tokenize_rows("model", *free)["train"]["doubled_begin"] == 0
+    twice = [*free, f"prompt.template='{begin}{{{{ prompt }}}} '"]
+    said = complaint(capsys, lambda _: tokenize_rows("model", *twice))
+    assert "are kept, but a text begins with two begin tokens" in said
+    assert re.search(r"take one of them out of the template, .* or, .* set tokenize\.max_share\.doubled_begin=1$", said)
+    found = tokenize_rows("model", *twice, "tokenize.max_share.doubled_begin=1")["train"]
+    assert found["doubled_begin"] == found["rows"] > 0
+
+
+def test_a_token_that_ends_answers_twice_in_a_row(workspace, tiny_model):
+    shutil.copytree(tiny_model, "model")
+    template = Path("model/chat_template.jinja").read_text().replace("<|im_end|>", "<|im_end|><|im_end|>")
+    Path("model/chat_template.jinja").write_text(template)
+    _, audit = made(workspace, "model", [chat("a", "b", "c", "d")], "tokenize.max_share.doubled_end=1")
+    assert (audit["train"]["doubled_end"], audit["train"]["doubled_begin"]) == (1, 0)
+
+
+@given(st.lists(st.lists(st.integers(0, 3), min_size=1, max_size=6), min_size=1, max_size=6), st.integers(0, 5))
+def test_doubled_tokens_are_found_within_texts(texts, skipped):
+    """Texts may be a slice of a longer array, and one may begin with the token that another ends with."""
+    array = pyarrow.array([[1, 1]] * skipped + texts).slice(skipped)
+    pairs = [[at for at in range(len(text) - 1) if text[at] == text[at + 1] == 1] for text in texts]
+    begins = [row for row, found in enumerate(pairs) if 0 in found]
+    further = [row for row, found in enumerate(pairs) if {*found} - {0}]
+    assert doubled(array, {1}) == (begins, further)

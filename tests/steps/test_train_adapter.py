@@ -12,7 +12,7 @@ from steps import merge_adapter, train_adapter
 from temper.config.stages import load_stage_config
 from temper.files import read_json_lines
 from temper.model.loading import load_model, resolve_dtype
-from tests.support.trainings import SMALL, assert_equal, train
+from tests.support.trainings import SMALL, assert_equal, forget_after, train
 
 
 def test_the_command_writes_adapter_curves_and_figures(workspace, tiny_splits, tiny_model):
@@ -103,10 +103,7 @@ def test_continuing_in_the_middle_of_an_epoch_is_exact(workspace, tiny_splits, t
     options = ["train.num_train_epochs=3", "train.save_strategy=steps", "train.save_steps=4", "train.logging_steps=1"]
     undisturbed = train(tiny_splits, tiny_model, "undisturbed", *options, trunk="undisturbed")
     train(tiny_splits, tiny_model, "first", *options, "train.save_total_limit=9", trunk="killed")
-    state = Path("results/.state/killed")
-    for checkpoint in state.glob("checkpoint-*"):  # as if killed after step 10, with step 8 saved
-        if int(checkpoint.name.rpartition("-")[2]) > 8:
-            shutil.rmtree(checkpoint)
+    forget_after(8, Path("results/.state/killed"))
     resumed = train(tiny_splits, tiny_model, "resumed", *options, trunk="killed")
     assert json.loads(Path("resumed/training.json").read_text())["resumed_from_step"] == 8
     assert_equal(undisturbed, resumed)

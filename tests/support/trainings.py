@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -37,6 +38,13 @@ def start(splits, model, output, config) -> subprocess.Popen:
 def steps_done(state: Path) -> int:
     lines = (state / "metrics.jsonl").read_text().splitlines() if (state / "metrics.jsonl").is_file() else []
     return max((json.loads(line)["step"] for line in lines if line.endswith("}")), default=0)
+
+
+def forget_after(step: int, state: Path) -> None:
+    """Leave of a training's checkpoints those up to a step, as if it had been killed soon after."""
+    for checkpoint in state.glob("checkpoint-*"):
+        if int(checkpoint.name.rpartition("-")[2]) > step:
+            shutil.rmtree(checkpoint)
 
 
 BEST = [

@@ -2,7 +2,6 @@
 
 import json
 import math
-import shutil
 from pathlib import Path
 
 import pytest
@@ -18,6 +17,7 @@ from temper.training import unpaired
 from temper.training.preferences import FIGURES, PAIR_LOSSES, answers_and_rest, chosen_of
 from temper.training.trainers import _means
 from tests.support.tiny import gradients, make_tiny_splits, moved_model, tiny_tokenizer
+from tests.support.trainings import assert_equal, forget_after
 
 TRL = {"report_to": "none", "use_cpu": True, "bf16": False, "max_length": None, "output_dir": "trl"}
 SMALL = [
@@ -276,13 +276,6 @@ def lines_of(output) -> list[dict]:
     return [{**line, "seconds": 0} for line in lines]
 
 
-def assert_equal(one, other):
-    assert one.keys() == other.keys()
-    assert one, "no weights to compare"
-    for name, weight in one.items():
-        assert torch.equal(weight, other[name]), name
-
-
 @pytest.fixture(params=METHODS)
 def method(request):
     return request.param
@@ -327,9 +320,7 @@ def test_resuming_and_trunks_are_exact(workspace, method, splits, tiny_model):
     assert json.loads(Path("shared2/training.json").read_text())["resumed_from_step"] == epoch
     assert_equal(alone, shared)
     saved = epoch + 4 - epoch % 4
-    for checkpoint in Path("results/.state/shared").glob("checkpoint-*"):  # as if killed soon after
-        if int(checkpoint.name.rpartition("-")[2]) > saved:
-            shutil.rmtree(checkpoint)
+    forget_after(saved, Path("results/.state/shared"))
     resumed = train(method, splits, tiny_model, "resumed", *options, trunk="shared")
     assert json.loads(Path("resumed/training.json").read_text())["resumed_from_step"] == saved
     assert_equal(alone, resumed)

@@ -18,6 +18,7 @@ from temper.evaluation import likelihoods
 from temper.model.predictions import SupervisedLoss, flat_way, plain_way
 from temper.training.preferences import FIGURES, PreferenceLoss, chosen_of, pairs_batch, rejected_of
 from tests.support.tiny import gradients, make_tiny_splits, moved_model, tiny_tokenizer
+from tests.support.trainings import assert_equal, forget_after
 
 LOAD = {"dtype": "float32", "attn_implementation": "eager"}
 SMALL = [
@@ -214,13 +215,6 @@ def lines_of(output) -> list[dict]:
     return [json.loads(line) for line in (Path(output) / "metrics.jsonl").read_text().splitlines()]
 
 
-def assert_equal(one, other):
-    assert one.keys() == other.keys()
-    assert one, "no weights to compare"
-    for name, weight in one.items():
-        assert torch.equal(weight, other[name]), name
-
-
 def test_it_starts_at_log_2_and_learns_to_prefer(workspace, tiny_pairs, tiny_model, references):
     train(tiny_pairs, tiny_model, references, "out", "train.num_train_epochs=4")
     lines = lines_of("out")
@@ -266,9 +260,7 @@ def test_continuing_in_the_middle_of_an_epoch_is_exact(workspace, tiny_pairs, ti
     ]
     undisturbed = train(tiny_pairs, tiny_model, references, "undisturbed", *options, trunk="undisturbed")
     train(tiny_pairs, tiny_model, references, "first", *options, "train.save_total_limit=9", trunk="killed")
-    for checkpoint in Path("results/.state/killed").glob("checkpoint-*"):  # as if killed after step 10, with 8 saved
-        if int(checkpoint.name.rpartition("-")[2]) > 8:
-            shutil.rmtree(checkpoint)
+    forget_after(8, Path("results/.state/killed"))
     resumed = train(tiny_pairs, tiny_model, references, "resumed", *options, trunk="killed")
     assert json.loads(Path("resumed/training.json").read_text())["resumed_from_step"] == 8
     assert_equal(undisturbed, resumed)
