@@ -97,7 +97,7 @@ def _given(files: dict, raw: Path, data: dict, system: str | None) -> set[str]:
     if data["splits"]["column"] is None:
         return {*files} - {raw_data.ALL}
     found: set[str] = set()
-    for _, example, _ in examples(raw, data, system, Rejected.by_policy(data)):
+    for _, example, _ in examples(raw, data, system, Rejected.by_policy(data), tell=False):
         if isinstance(example, Example) and example.split is not None:
             found.add(example.split)
         if len(found) == len(SPLITS):

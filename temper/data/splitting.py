@@ -20,13 +20,14 @@ from temper.sources import pins as raw_data
 
 
 def examples(
-    raw: Path, data: dict, system: str | None, rejected: Rejected | None = None
+    raw: Path, data: dict, system: str | None, rejected: Rejected | None = None, tell: bool = True
 ) -> Iterator[tuple[int, layouts.Example | layouts.Tie | None, Path]]:
     """(row number from 1 through all files, an example of it, its file); None when `data.where` leaves the row out.
 
     Args:
         rejected: takes the rows that cannot be read, or make no conversation, and are left out here; they are numbered
             like all others. None: the first is an error.
+        tell: name doubtful values in the log, at the end; not where the rows are read a second time.
     """
     expand = layouts.expander(data, system)
     count, controls = itertools.count(1), doubts.Controls(data.get("encoding") or UTF_8)
@@ -50,8 +51,9 @@ def examples(
                     controls.look_at(example, file, number)
                     words.look_at(row, example, file, number)
                 yield counted, example, path
-    controls.say()
-    words.say()
+    if tell:
+        controls.say()
+        words.say()
 
 
 def _reject(rejected: Rejected | None, counted: int, file: RawFile, number: int, row: BadRow) -> None:

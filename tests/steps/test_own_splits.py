@@ -179,6 +179,13 @@ def test_a_split_that_the_column_never_names_is_taken_from_train(workspace):
     assert 10 < len(found["validation"]) < 30
 
 
+def test_doubtful_values_are_said_once_though_the_rows_are_read_twice(workspace, caplog):
+    write("rows.jsonl", rows(range(100), part="train") + [{"question": "Who?", "answer": "nan", "part": "test"}])
+    formatted("rows.jsonl", splits={**SHARES, "column": "part"})
+    said = [record.getMessage() for record in caplog.records if "'nan' in column 'answer'" in record.getMessage()]
+    assert len(said) == 1
+
+
 @pytest.mark.parametrize(
     ("value", "said"),
     [
