@@ -163,7 +163,10 @@ def _pin(output: Path, source: dict) -> Path:
     if not is_pin(output):
         return output / name
     if output.name != name:
-        raise UserError(f"--output {output}: the pin of this {SECTION} is called {name}; name that or just the folder")
+        raise UserError(
+            f"--output {output}: the pin of this {SECTION} is called {name}: name that or just the folder; if files "
+            "were added to a folder or pattern, or taken away, since the plan was made, run again"
+        )
     return output
 
 

@@ -65,7 +65,8 @@ class HubSource(Section):
 
 
 class FilesSource(Section):
-    """Your own files, read in place. `path`: a file or a list of files; for a model, its folder."""
+    """Your own files, read in place. `path`: for data a file, a folder, a pattern (`rows/*.jsonl`, `rows/**/*.jsonl`),
+    or a list of these; for a model its folder."""
 
     kind: Literal["files"]
     path: Annotated[str, Field(min_length=1)] | Annotated[list[str], Field(min_length=1)]

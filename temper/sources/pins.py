@@ -6,6 +6,8 @@ the files are named after their split, and the pin says which is of which.
 """
 
 import collections
+import glob
+from collections.abc import Iterable
 from pathlib import Path
 
 from temper.data.rows import UTF_8, format_of, refuse_unread
@@ -52,11 +54,11 @@ def _with_absolute_paths(source: dict, section: str) -> dict:
 
 def check_options(data: dict) -> None:
     """Refuse options for another format than that of the data's files, as far as that is known."""
-    for source in by_split(data["source"]).values():
-        _check_options(data, source)
+    for split, source in by_split(data["source"]).items():
+        _check_options(data, source, section_of(split))
 
 
-def _check_options(data: dict, source: dict) -> None:
+def _check_options(data: dict, source: dict, section: str) -> None:
     if source["kind"] == "hub" and data["format"] not in (None, "jsonl"):
         raise UserError(
             f"config: 'data.format': {data['format']} is for files, and rows of the hub are kept as jsonl: "
@@ -67,49 +69,105 @@ def _check_options(data: dict, source: dict) -> None:
             f"config: 'data.encoding': {data['encoding']} is for files, and rows of the hub are kept as UTF-8: "
             "leave it out (~data.encoding)"
         )
-    for name in _names(source):
+    for name in _names(source, section):
         if found := data["format"] or format_of(name):
             refuse_unread(f"config: {name}", found, data["csv"], data["field"], data["encoding"])
+        elif source["kind"] == "files":
+            raise UserError(
+                f"{section}.path: {name}: cannot tell the format by the ending: set data.format to json, jsonl, csv or "
+                "parquet, or, if it is no data, name the others by a pattern, as FOLDER/*.jsonl"
+            )
 
 
-def _names(source: dict) -> list[str]:
+def _names(source: dict, section: str) -> list[str]:
     """The names of the data's files."""
     if source["kind"] == "hub":
         return [f"{source['repository']}.jsonl"]
     if source["kind"] == "files":
-        return [source["path"]] if isinstance(source["path"], str) else source["path"]
+        return [str(file) for file in source_files(source, section).values()]
     return [source["member"] if isinstance(source["member"], str) else source["member"][-1]]
 
 
 def source_files(source: dict, section: str = "data.source") -> dict[str, Path]:
     """The files of a `files` source: name in the data folder -> absolute path, sorted by that name.
 
-    Files with the same name get their folder's name in front. Paths are not resolved, because the target of a link (a
+    Files with the same name get their folders' names in front. Paths are not resolved, because the target of a link (a
     blob in a cache, say) may lack the file's extension.
 
     Raises:
-        UserError: for the first path that is not a file, or whose name equals another's.
+        UserError: for the first path that names no file, a file twice, or what may be data or not.
     """
     paths = source["path"] if isinstance(source["path"], list) else [source["path"]]
-    files = [Path(path).expanduser().absolute() for path in paths]
-    for path, file in zip(paths, files, strict=True):
-        if not file.is_file():
-            found = "is a folder: name the files in it" if file.is_dir() else "no such file"
-            if file.exists() and not file.is_dir():
-                found = "is not a regular file (a pipe or a device?): write its content to one"
-            raise UserError(f"{section}.path: {path}: {found} (relative paths start at {Path.cwd()})")
-    counts = collections.Counter(file.name for file in files)
+    files = [file for path in paths for file in _files_of(path, f"{section}.path: {path}")]
+    for file, times in collections.Counter(files).items():
+        if times > 1:
+            raise UserError(f"{section}.path: {file} is named twice: its rows would be there twice")
     named: dict[str, Path] = {}
-    for file in files:
-        name = file.name if counts[file.name] == 1 else f"{file.parent.name}-{file.name}"
+    for file, name in _different_names(files).items():
         if name in named:
             raise UserError(f"{section}.path: {named[name]} and {file} would both be called {name}: rename one")
-        if is_no_data(name):
-            raise UserError(
-                f"{section}.path: {file}: hidden files, pin-*.json and marks such as _SUCCESS are not data: rename it"
-            )
         named[name] = file
     return dict(sorted(named.items()))
+
+
+def _files_of(path: str, what: str) -> list[Path]:
+    """What a path names: the file itself, the files in the folder, or those that a pattern matches."""
+    start = Path(path).expanduser().absolute()
+    if start.is_dir():
+        files = _in_folder(path, start, what)
+    elif start.exists() or not glob.has_magic(path):
+        files = [start]
+        if is_no_data(start.name):
+            raise UserError(f"{what}: hidden files, pin-*.json and marks such as _SUCCESS are not data: rename it")
+    else:
+        files = _matches(start, what)
+    for file in files:
+        if not file.is_file():
+            found = "is not a regular file (a pipe or a device?): write its content to one"
+            found = found if file.exists() else "no such file"
+            which = "" if file == start else f"{file}: "
+            raise UserError(f"{what}: {which}{found} (relative paths start at {Path.cwd()})")
+    return files
+
+
+def _in_folder(path: str, folder: Path, what: str) -> list[Path]:
+    """The files right in a folder. Another folder in it is refused: what is in there may belong to the data or not."""
+    if (folder / "_delta_log").is_dir():
+        raise UserError(f"{what}: is a Delta table, some of whose files may hold old rows: write its rows to a file")
+    files = sorted(file for file in folder.iterdir() if not file.is_dir() and not is_no_data(file.name))
+    ending = "".join(files[0].suffixes[-1:]) if files else ".jsonl"
+    for inner in sorted(folder.iterdir()):
+        if inner.is_dir() and not inner.name.startswith("."):
+            raise UserError(
+                f"{what}: has the folder {inner.name} in it: name the files that are data by a pattern, "
+                f"{Path(path) / '*'}{ending} (without that folder's) or {Path(path) / '**' / '*'}{ending} (with them)"
+            )
+    if not files:
+        raise UserError(f"{what}: no data files in this folder (relative paths start at {Path.cwd()})")
+    return files
+
+
+def _matches(pattern: Path, what: str) -> list[Path]:
+    """The files that match a pattern (``*``, ``?``, ``[...]``, ``**`` for folders of any depth)."""
+    found = sorted(map(Path, glob.glob(str(pattern), recursive=True)))  # noqa: PTH207 - Path.glob finds hidden files
+    files = [file for file in found if not file.is_dir() and not is_no_data(file.name)]
+    folders = [] if "**" in pattern.parts else [file for file in found if file.is_dir()]
+    if folders:
+        raise UserError(
+            f"{what}: matches the folder {folders[0]}: name its files as well ({folders[0].name}/*), or not it"
+        )
+    if not files:
+        raise UserError(f"{what}: no file matches (relative paths start at {Path.cwd()})")
+    return files
+
+
+def _different_names(files: Iterable[Path]) -> dict[Path, str]:
+    """File -> its name, with as many of its folders in front, by dashes, as tell it from the others."""
+    names = {file: file.name for file in files}
+    for depth in range(2, max((len(file.parts) for file in names), default=0)):
+        twice = {name for name, times in collections.Counter(names.values()).items() if times > 1}
+        names |= {file: "-".join(file.parts[-depth:]) for file, name in names.items() if name in twice}
+    return names
 
 
 def data_files(raw: Path) -> list[Path]:

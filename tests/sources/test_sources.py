@@ -279,21 +279,87 @@ def test_files_of_the_same_name_and_links_that_are_not_used_any_more(workspace):
     assert (workspace / "a/rows.jsonl").is_file()
 
 
+def touched(workspace, *names) -> list[Path]:
+    for name in names:
+        (workspace / name).parent.mkdir(parents=True, exist_ok=True)
+        (workspace / name).write_text(name)
+    return [workspace / name for name in names]
+
+
+def test_a_folder_or_a_pattern_stands_for_its_files(workspace):
+    top = touched(workspace, "rows/b.jsonl", "rows/a.jsonl", "rows/_SUCCESS", "rows/.b.jsonl.crc", "rows/_c.jsonl")
+    a_b_c = [top[4], top[1], top[0]]
+    for path in ("rows", "rows/*.jsonl", "r?ws/[_a-z]*", "rows/../rows"):
+        found = raw_data.source_files({"kind": "files", "path": path})
+        assert [*found] == ["_c.jsonl", "a.jsonl", "b.jsonl"]
+        assert [file.resolve() for file in found.values()] == a_b_c
+    deep = touched(workspace, "rows/2024/a.jsonl", "rows/2025/01/a.jsonl", "other/01/a.jsonl", "rows/[1].jsonl")
+    assert raw_data.source_files({"kind": "files", "path": "rows/*.jsonl"}).keys() == {*found, "[1].jsonl"}
+    found = raw_data.source_files({"kind": "files", "path": ["rows/[1].jsonl", "rows/**/a.jsonl", "other/01"]})
+    names = {"rows-a.jsonl": top[1], "2024-a.jsonl": deep[0], "2025-01-a.jsonl": deep[1], "other-01-a.jsonl": deep[2]}
+    assert found == {**names, "[1].jsonl": deep[3]}
+
+
+def test_a_new_file_in_the_folder_is_new_data(workspace):
+    touched(workspace, "rows/a.jsonl")
+    source = {"kind": "files", "path": "rows"}
+    before = fetch(source)
+    known = raw_data.identity_on_disk(before)
+    touched(workspace, "rows/b.jsonl")
+    planned = raw_data.planned_identity("set", source, HashCache(Path("cache")))
+    after = fetch(source)
+    assert before != after
+    assert not before.exists()
+    assert [path.name for path in raw_data.data_files(after)] == ["a.jsonl", "b.jsonl"]
+    assert planned == raw_data.identity_on_disk(after) != known
+    (workspace / "rows/b.jsonl").unlink()
+    assert fetch(source) == before
+    assert raw_data.identity_on_disk(before) == known
+
+
+def test_faults_in_folders_and_patterns(workspace, capsys):
+    touched(workspace, "deep/a.csv", "deep/2024/b.csv", "table/_delta_log/0.json", "table/a.parquet")
+    touched(workspace, "jobs/_temporary/a.csv")
+    (workspace / "empty").mkdir()
+    for paths, message in {
+        ("empty",): f"data.source.path: empty: no data files in this folder (relative paths start at {workspace})",
+        ("none/*.csv",): f"data.source.path: none/*.csv: no file matches (relative paths start at {workspace})",
+        ("deep",): "data.source.path: deep: has the folder 2024 in it: name the files that are data by a pattern, "
+        "deep/*.csv (without that folder's) or deep/**/*.csv (with them)",
+        ("jobs",): "data.source.path: jobs: has the folder _temporary in it",
+        (
+            "deep/*",
+        ): f"data.source.path: deep/*: matches the folder {workspace}/deep/2024: name its files as well (2024/*)",
+        ("table",): "data.source.path: table: is a Delta table",
+        ("deep/a.csv", "deep/*.csv"): f"data.source.path: {workspace}/deep/a.csv is named twice",
+    }.items():
+        assert complaint(capsys, fetch, files_source(*paths)).startswith(message)
+    proposed = {"deep/*.csv": ["a.csv"], "deep/**/*.csv": ["a.csv", "b.csv"]}
+    for path, names in proposed.items():
+        assert [*raw_data.source_files({"kind": "files", "path": path})] == names
+
+
+def test_a_file_that_may_be_no_data_is_told_before_any_job(workspace):
+    touched(workspace, "rows/a.jsonl", "rows/README.md")
+    data = {"source": {"kind": "files", "path": "rows"}, "format": None, "csv": {}, "field": None, "encoding": "utf-8"}
+    with pytest.raises(
+        UserError, match=r"data.source.path: .*/rows/README.md: cannot tell the format .*FOLDER/\*.jsonl"
+    ):
+        raw_data.check_options(data)
+    raw_data.check_options(data | {"source": {"kind": "files", "path": "rows/*.jsonl"}})
+
+
 def test_faults_in_files_sources(workspace, capsys):
-    (workspace / "x/a").mkdir(parents=True)
-    (workspace / "y/a").mkdir(parents=True)
-    for name in ("x/a/rows.csv", "y/a/rows.csv", ".hidden.csv"):
-        (workspace / name).touch()
+    touched(workspace, ".hidden.csv", "a/b-c.csv", "y/b-c.csv", "a-b/c.csv", "z/c.csv")
     for paths, message in {
         ("none.csv",): f"data.source.path: none.csv: no such file (relative paths start at {workspace})",
-        ("x",): "data.source.path: x: is a folder: name the files in it",
         (
-            "x/a/rows.csv",
-            "y/a/rows.csv",
-        ): f"data.source.path: {workspace}/x/a/rows.csv and {workspace}/y/a/rows.csv would both",
-        (
-            ".hidden.csv",
-        ): f"data.source.path: {workspace}/.hidden.csv: hidden files, pin-*.json and marks such as _SUCCESS",
+            "a/b-c.csv",
+            "y/b-c.csv",
+            "a-b/c.csv",
+            "z/c.csv",
+        ): f"data.source.path: {workspace}/a/b-c.csv and {workspace}/a-b/c.csv would both",
+        (".hidden.csv",): "data.source.path: .hidden.csv: hidden files, pin-*.json and marks such as _SUCCESS",
     }.items():
         assert complaint(capsys, fetch, files_source(*paths)).startswith(message)
 
@@ -321,7 +387,7 @@ def test_the_name_of_a_pin_is_its_truth(capsys):
     source = files_source("mine.jsonl")
     right = raw_data.pin_path("set", source)
     message = complaint(capsys, fetch, source, output=FOLDER / "pin-0000000000.json")
-    assert message.endswith(f"the pin of this data.source is called {right.name}; name that or just the folder")
+    assert f"the pin of this data.source is called {right.name}: name that or just the folder" in message
     assert fetch(source, output=right).is_file()
 
 
