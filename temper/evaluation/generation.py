@@ -17,10 +17,11 @@ log = logging.getLogger("temper")
 class Answers:
     """In the order of the prompts: the text, its tokens with the one that ended it, whether the model did end it.
 
-    Of rows with reasoning, the text is the answer behind it.
+    Of rows with reasoning, the text is the answer behind it, and `said` all that the model said.
     """
 
     texts: list[str]
+    said: list[str]
     ids: list[list[int]]
     finished: list[bool]
     seconds: float
@@ -51,7 +52,7 @@ def generate_answers(
     import torch
 
     known, ends = known or {}, set(stop_ids)
-    answers = Answers([""] * len(rows), [[] for _ in rows], [False] * len(rows), 0.0)
+    answers = Answers([""] * len(rows), [""] * len(rows), [[] for _ in rows], [False] * len(rows), 0.0)
     owner = model.get_base_model() if is_prompt_learning(model) else model
     own_defaults, owner.generation_config = owner.generation_config, _greedy(owner, settings, tokenizer, stop_ids)
     started = time.perf_counter()
@@ -162,7 +163,8 @@ def _store(answers: Answers, row: int, ids: list[int], asked: dict, tokenizer, s
     end = next((at for at, token in enumerate(ids) if token in stop_ids), None)
     answers.finished[row] = end is not None
     answers.ids[row] = ids if end is None else ids[: end + 1]
-    answers.texts[row] = final_answer(answer_text(tokenizer, ids, stop_ids), asked)
+    answers.said[row] = answer_text(tokenizer, ids, stop_ids)
+    answers.texts[row] = final_answer(answers.said[row], asked)
 
 
 def _samplers(rows: list[dict], settings: dict):

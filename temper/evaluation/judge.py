@@ -285,13 +285,14 @@ def _prediction_row(index: int, row: dict, asked: Asked, judged: Judgement, base
     answers, choices = asked.answers, asked.choices
     line = {name: row[name] for name in ("id", "group", "source", "prompt", "reference") if name in row}
     line |= {"prediction": answers.texts[index], "score": judged.scores.rows[index]}
+    if "reasoning_end" in row:
+        line["reasoning"] = answers.said[index].removesuffix(answers.texts[index]).strip()
     if choices:
         line |= {"label": judged.evidence.readings[index], "choice": choices.chosen[index]}
 
     if base:
         line |= {"base_prediction": base.rows[index]["prediction"], "base_score": base.scores.rows[index]}
-        if "choice" in base.rows[index]:
-            line["base_choice"] = base.rows[index]["choice"]
+        line |= {f"base_{name}": base.rows[index][name] for name in ("reasoning", "choice") if name in base.rows[index]}
 
     line |= {"finished": answers.finished[index]}
     line |= {"loss_sum": asked.losses.sums[index], "tokens": asked.losses.tokens[index]}

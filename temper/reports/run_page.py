@@ -30,6 +30,7 @@ def write_page(output: Path, figures: Figures, predictions: list, curves: list, 
         confusions=_confusions(figures),
         groups=choose_samples(groups, settings["samples"]),
         counts={name: len(rows) for name, rows in groups.items()},
+        reasons=any("reasoning" in row for row in predictions),
         settings=settings,
         configs=configs,
     )

@@ -1,6 +1,7 @@
 """evaluate_model: its numbers against plain transformers, its files, its page."""
 
 import json
+import shutil
 
 import pytest
 
@@ -306,6 +307,37 @@ def test_the_page_is_the_same_each_time(reports, tmp_path):
         )
         pages.append((tmp_path / name / "run" / "report.html").read_text())
     assert pages[0] == pages[1]
+
+
+def test_reasoning_is_told_apart_from_the_answer_that_is_judged(folder, tmp_path):
+    """What ends the reasoning is here a text that the model says in one answer; all others begin with `start`."""
+    from datasets import load_from_disk
+
+    splits = load_from_disk(str(folder / "splits"))
+    evaluate(folder, tmp_path / "plain", config("text"))
+    full = [json.loads(line) for line in (tmp_path / "plain" / "predictions.jsonl").read_text().splitlines()]
+    assert not any("reasoning" in line for line in full)
+    end = full[0]["prediction"][2:4]
+    assert end.strip()
+    marks = {"reasoning_start": full[1]["prediction"][:1], "reasoning_end": end}
+    shutil.copytree(folder / "splits", tmp_path / "splits")
+    splits.map(lambda _row: marks, keep_in_memory=True).save_to_disk(str(tmp_path / "splits"))
+
+    report = ("--base-report", tmp_path / "base")
+    evaluate(folder, tmp_path / "base", config("text"), splits=tmp_path / "splits")
+    evaluate(folder, tmp_path / "tuned", config("text"), *report, splits=tmp_path / "splits")
+    found = [json.loads(line) for line in (tmp_path / "tuned" / "predictions.jsonl").read_text().splitlines()]
+    for line, whole in zip(found, full, strict=True):
+        before, mark, behind = whole["prediction"].rpartition(end)
+        unfinished = not mark and behind.startswith(marks["reasoning_start"])
+        assert line["prediction"] == line["base_prediction"] == ("" if unfinished else behind.strip())
+        assert line["reasoning"] == line["base_reasoning"] == (behind if unfinished else before + mark).strip()
+    assert any(line["reasoning"] and line["prediction"] for line in found)
+    assert any(line["reasoning"] and not line["prediction"] for line in found)
+    page = (tmp_path / "tuned" / "report.html").read_text()
+    assert page.count("(nothing: the reasoning has not ended)") > 1
+    assert "Reasoning is in grey" in page
+    assert "Reasoning is in grey" not in (tmp_path / "plain" / "report.html").read_text()
 
 
 @pytest.mark.parametrize(("task", "answer"), [("tags", "love, life"), ("text", "Life is what happens.")])
