@@ -7,8 +7,9 @@ By hand::
 
 Reads   the prompts' train.jsonl, validation.jsonl and test.jsonl; the model's tokenizer.
 Writes  a `datasets.DatasetDict` (train, validation, test) with the columns id, input_ids, labels
-        (-100 where nothing is learned), prompt_length, prompt, reference (the right answer's tokens decoded), and
-        group and source where the prompts have them.
+        (-100 where nothing is learned), prompt_length, prompt (for people: the user's message; of several turns all,
+        without the system message), reference (the right answer's tokens decoded), and group and source where the
+        prompts have them.
         Preference pairs also have rejected_input_ids, rejected_labels and rejected, the same prompt with the rejected
         answer; the other columns then hold the chosen one. Single answers that are desirable or not have `label`. For a
         causal model, labels align with input_ids, and input_ids[:prompt_length] is exactly the prompt that the finished
@@ -40,7 +41,7 @@ from temper.data.audit import Audit, doubled, report, shown_rows
 from temper.data.chat_template import ChatTemplate
 from temper.data.chunks import chunks
 from temper.data.columns import ABOUT, SPLITS, features, final_answer
-from temper.data.conversations import Conversation, has_reasoning, is_rich, of_record
+from temper.data.conversations import Conversation, asked_text, has_reasoning, is_rich, of_record
 from temper.data.encoder import Encoded, Encoder
 from temper.data.rendering import Turn
 from temper.data.templates import DATE
@@ -325,15 +326,13 @@ class _Rows:
         if len(encoded) == 2 and encoded[0].answer == encoded[1].answer:
             self.audit.find("equal_pairs", record["id"])
             return None
-        messages = record["messages"][:place]
-        user = next(message["content"] for message in reversed(messages) if message["role"] == "user")
         self.audit.keep(record["id"], encoded, self.encoder.stop_ids)
         row = {
             "id": record["id"],
             "input_ids": encoded[0].input_ids,
             "labels": encoded[0].labels,
             "prompt_length": encoded[0].prompt_length,
-            "prompt": user,
+            "prompt": asked_text(record["messages"][:place]),
             "reference": texts[0],
             **{name: record[name] for name in self.about},
             **self.marks,

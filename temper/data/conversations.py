@@ -151,6 +151,20 @@ def is_rich(messages: Messages) -> bool:
     return any("tool_calls" in message or has_reasoning(message) for message in messages)
 
 
+def asked_text(messages: Messages) -> str:
+    """What an answer answers, for people: the user's message; of several turns all, each with its role in front."""
+    turns = without_system(messages)
+    if len(turns) == 1:
+        return turns[0]["content"]
+    return "\n".join(f"{turn['role']}: {_said_text(turn)}" for turn in turns)
+
+
+def _said_text(message: Message) -> str:
+    functions = [call["function"] for call in message.get("tool_calls", ())]
+    calls = [f"{of['name']}({json.dumps(of['arguments'], ensure_ascii=False)})" for of in functions]
+    return "\n".join([*([message["content"]] if message["content"] or not calls else []), *calls])
+
+
 # --- fields ------------------------------------------------------------------------------------------
 
 

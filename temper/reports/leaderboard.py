@@ -244,7 +244,8 @@ def _tested_lines(board: Board) -> list[str]:
     """What the test split says of the runs that were judged on it."""
     name = f"test_{board.metric}"
     if board.split == "test":
-        return ["ranked by the test split itself, so the figure of the best is flattered by the choice"]
+        flattered = ", so the figure of the best is flattered by the choice" if len(board.rows) > 1 else ""
+        return [f"ranked by the test split itself{flattered}"]
     tested = [row for row in board.rows if row.get(name) is not None]
     if not tested:
         return ["the test split was not opened"]

@@ -6,6 +6,7 @@ import re
 import pytest
 
 from temper.commands.predict import conversation
+from temper.data.conversations import asked_text
 from temper.data.layouts import converter
 from temper.errors import UserError
 
@@ -143,3 +144,17 @@ def test_predict_asks_with_tools_and_their_results():
     assert asked.tools == [TOOL]
     assert [message["role"] for message in asked.messages] == ["user", "assistant", "tool"]
     assert asked.messages[1]["tool_calls"] == [CALL]
+
+
+def test_what_an_answer_answers_is_shown_with_all_that_was_said():
+    system, call = (
+        {"role": "system", "content": "Be brief."},
+        {"role": "assistant", "content": "", "tool_calls": [CALL]},
+    )
+    assert asked_text([system, ASK]) == "Weather?"
+    said = 'user: Weather?\nassistant: weather({"town": "Graz"})\ntool: 7'
+    assert asked_text([system, ASK, call, {"role": "tool", "content": "7"}]) == said
+    assert asked_text([ASK, {**call, "content": "I ask."}, ASK]).splitlines()[1:3] == [
+        "assistant: I ask.",
+        'weather({"town": "Graz"})',
+    ]

@@ -229,7 +229,7 @@ def test_what_is_said_of_turns_that_a_template_rewrites(workspace, tiny_model, c
     splits, audit = made(workspace, "model", [chat("a", "b", "c", "d"), chat("e", "f")])
     assert splits["train"]["id"][:] == [1, 1, 2]
     assert splits["train"]["reference"][:] == ["b", "d", "f"]
-    assert splits["train"]["prompt"][:] == ["a", "c", "e"]
+    assert splits["train"]["prompt"][:] == ["a", "user: a\nassistant: b\nuser: c", "e"]
     assert splits["test"]["reference"][:] == ["d", "f"]
     assert (audit["train"]["became_several_rows"], audit["train"]["rows_from_earlier_answers"]) == (2, 1)
     assert audit["test"]["only_last_answer_learned"] == 1
