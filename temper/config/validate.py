@@ -215,6 +215,8 @@ def explain(error, model, prefix: str = "") -> str:
     fault = (unknown or faults)[0]  # a misspelt key explains why another is missing
     path = [str(part) for part in _without_tags(fault["loc"])]
     key = ".".join([prefix, *path] if prefix else path)
+    if alone := [fault["loc"][-1] for fault in unknown if _of_one_data_set(fault["loc"])]:
+        return _not_of_mixtures(alone)
     if fault["type"] == "extra_forbidden":
         known = _fields_at(model, fault["loc"][:-1])
         return f"config: unknown key '{key}'; {suggest(path[-1], known)}"
@@ -230,6 +232,21 @@ def explain(error, model, prefix: str = "") -> str:
     if isinstance(found, dict) and not of_another_type:
         return f"config: '{key}': {message}"
     return f"config: '{key}': {message} (found {_found(found, text_wanted=fault['type'] == 'string_type')})"
+
+
+def _of_one_data_set(location) -> bool:
+    """Whether a pydantic location is a key of a mixture that only a data set has."""
+    return location[-2:-1] == ("mixed",) and location[-1] in Data.model_fields
+
+
+def _not_of_mixtures(keys: list[str]) -> str:
+    them, are = ("it", "is") if len(keys) == 1 else ("them", "are")
+    limit = " (of limit, its part in data.mix may: {data: ..., limit: 500})" if "limit" in keys else ""
+    named = " and ".join(f"'data.{key}'" for key in keys)
+    return (
+        f"config: {named} {are} of one data set, and this is a mixture: the file of each data set says {them}{limit}; "
+        f"leave {them} out here ({' '.join(f'~data.{key}' for key in keys)})"
+    )
 
 
 def _without_tags(location) -> list:

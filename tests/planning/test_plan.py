@@ -1,6 +1,7 @@
 """Plan: which runs and artefacts a sweep has, and what an edit changes in their keys."""
 
 import json
+import re
 import shutil
 
 import pytest
@@ -364,3 +365,20 @@ def test_what_is_no_mixture_is_refused(mixture, mix, said):
     with pytest.raises(UserError) as caught:
         on_both()
     assert str(caught.value).startswith(said)
+
+
+@pytest.mark.usefixtures("mixture")
+def test_what_an_experiment_says_of_one_data_set_is_refused_for_a_mixture_and_what_is_proposed_works():
+    both = ("data=both", "sweep=none")
+    with pytest.raises(UserError) as caught:
+        build(*both, experiment="demo")
+    assert str(caught.value).startswith(
+        "config: 'data.limit' is of one data set, and this is a mixture: the file of each"
+    )
+    [way] = re.findall(r"leave it out here \((.*)\)", str(caught.value))
+    assert way == "~data.limit"
+    assert build(*both, way, experiment="demo").runs
+    with pytest.raises(UserError, match=r"'data.(limit|rejected_from)' and .* are of one data set.*them out here"):
+        build(*both, experiment="orpo")
+    with pytest.raises(UserError, match="unknown key 'data.on_overlp'; did you mean 'on_overlap'"):
+        build(*both, "+data.on_overlp=drop", experiment="lamini_docs")
