@@ -191,7 +191,12 @@ class RawFile:
                     if names is None:
                         self._refuse_header(number, lines.fault)
                         names = self._header(fields, number, delimiter)
-                    elif lines.fault or len(fields) != len(names) or (fields == names and len(names) > 1):
+                    elif (
+                        lines.fault
+                        or len(fields) != len(names)
+                        or (fields == names and len(names) > 1)
+                        or (number == before + 1 and _is_header(fields, names))
+                    ):
                         yield number, self._bad_row(fields, names, delimiter, lines, start - number)
                     else:
                         row = dict(zip(names, fields, strict=True))
@@ -465,6 +470,12 @@ def _escapes(options: dict, delimiter: str):
         return escape + (letters[char] if char in letters else found[0])
 
     return functools.partial(re.compile(f"{re.escape(escape)}(.)", re.DOTALL).sub, one)
+
+
+def _is_header(fields: list[str], names: list[str]) -> bool:
+    """Whether a first line names the columns that data.csv.fieldnames names: two of them do, as pandas' index has no
+    name there."""
+    return sum(field == name for field, name in zip(fields, names, strict=True)) > 1
 
 
 def _unreadable(path: Path, error: Exception, after: str = "") -> Exception:

@@ -81,6 +81,14 @@ def test_gzip_tsv_and_a_last_line_without_end(tmp_path):
     assert read(path, quotechar=None) == [{"id": "1", "text": 'say "hi"'}, {"id": "2", "text": "last"}]
 
 
+def test_a_header_is_no_row_where_its_columns_are_named_again(tmp_path):
+    path = tmp_path / "pandas.csv"
+    path.write_text(",question,answer\n0,Why?,answer\n1,question,answer\n")
+    with pytest.raises(UserError, match=r"pandas.csv:1: is a header, not a row: leave data.csv.fieldnames out"):
+        list(RawFile(path, "csv", {"fieldnames": ["id", "question", "answer"]}))
+    assert [row["answer"] for _, row in RawFile(path, "csv")] == ["answer", "answer"]
+
+
 def test_csv_without_header_takes_fieldnames(tmp_path):
     path = tmp_path / "rows.txt"
     path.write_bytes(b'1\t0.5\tgood\r\n\r\n2\t-1\tit\'s "bad"\r\n')
