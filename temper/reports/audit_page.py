@@ -58,7 +58,11 @@ def _shown(row: dict, tokenizer, apart: bool) -> dict:
     texts = [("", row["input_ids"], row["labels"])]
     if "rejected_input_ids" in row:
         texts = [("chosen", *texts[0][1:]), ("rejected", row["rejected_input_ids"], row["rejected_labels"])]
-    return {"id": row["id"], "texts": [(name, tokens(ids, labels, tokenizer, apart)) for name, ids, labels in texts]}
+    return {
+        "id": row["id"],
+        "source": row.get("source"),
+        "texts": [(name, tokens(ids, labels, tokenizer, apart)) for name, ids, labels in texts],
+    }
 
 
 def tokens(ids: list[int], labels: list[int], tokenizer, apart: bool = False) -> list[Token]:

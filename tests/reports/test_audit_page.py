@@ -35,3 +35,9 @@ def test_the_page_shows_what_is_learned_and_what_was_left_out(workspace, tiny_mo
     assert "".join(shown).startswith("It is 0.&lt;|im_end|&gt;It is 2.&lt;|im_end|&gt;")
     assert "longer than tokenize.max_length" in page
     assert audit["train"]["dropped"] == 1
+
+
+def test_the_page_says_of_which_data_set_of_a_mixture_a_row_is(workspace, tiny_model):
+    made(workspace, tiny_model, [{**chat("a", "b"), "source": "films"}, {**chat("c", "d"), "source": "books & co"}])
+    page = (workspace / "splits/audit.html").read_text(encoding="utf-8")
+    assert re.findall(r"row (\d+ \(.*?\))<", page) == ["1 (films)", "2 (books &amp; co)"]

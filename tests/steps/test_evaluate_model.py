@@ -340,6 +340,14 @@ def test_reasoning_is_told_apart_from_the_answer_that_is_judged(folder, tmp_path
     assert "Reasoning is in grey" not in (tmp_path / "plain" / "report.html").read_text()
 
 
+def test_the_page_says_of_which_data_set_of_a_mixture_a_row_is(reports, tmp_path):
+    made = reports[2] / "tuned"
+    predictions = [json.loads(line) | {"source": "films"} for line in (made / "predictions.jsonl").open()]
+    run_page.write_page(tmp_path, read_figures(made), predictions, [], config()["eval"], {})
+    assert (tmp_path / "report.html").read_text().count(f"row {predictions[0]['id']} (films)") == 1
+    assert " (films)" not in (made / "report.html").read_text()
+
+
 @pytest.mark.parametrize(("task", "answer"), [("tags", "love, life"), ("text", "Life is what happens.")])
 def test_other_tasks(folder, tmp_path, task, answer):
     make_tiny_splits(tmp_path / "splits", folder / "model", rows={"test": [("Quote", answer), ("Another", answer)]})
