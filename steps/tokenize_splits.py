@@ -184,6 +184,8 @@ class _Rows:
         self.audit = Audit(encoder.allow_special_text)
         self.begin = {encoder.tokenizer.bos_token_id} - {None}
         self.ends = encoder.stop_ids & encoder.added  # a line end may end answers, too, and comes twice in any text
+        end_texts = encoder.tokenizer.convert_ids_to_tokens(sorted(self.ends)) if not encoder.allow_special_text else []
+        self.end_texts = tuple(filter(None, end_texts))  # as rows may spell them
         self.texts: dict[tuple[int, ...], str] = {}
         first: dict = next(each_json_line(path), {})
         self.pairs, self.labels = "rejected" in first, "label" in first
@@ -299,6 +301,8 @@ class _Rows:
                 audit.counts["rows_from_earlier_answers"] += more
         for at in self.encoder.spelling(conversations, texts):
             audit.find(audit.special, ids[at])
+            if conversations[at].messages[-1]["content"].rstrip().endswith(self.end_texts):
+                audit.find("end_spelled", ids[at])
         if self.encoder.renderer.rich:
             for number, conversation, found in zip(ids, conversations, texts, strict=True):
                 self._count_reasoning(number, conversation, [text[-1] for text in found[0 if every else -1 :]])

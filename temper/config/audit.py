@@ -74,4 +74,5 @@ def _way_on(audit: dict, name: str) -> str:
             f"shorten the rows (99% of each split have up to {needed} tokens, and the model reads {audit['context']})"
         )
     ways = dict.fromkeys(("doubled_begin", "doubled_end"), "take one of them out of the template, if it is from there")
+    ways["end_spelled"] = "take it off the answers, for the chat template or Temper writes the token itself"
     return ways.get(name, "correct the rows, or leave them out with data.where")

@@ -455,6 +455,8 @@ class MaxShare(Section):
     """Two begin tokens in a row."""
     doubled_end: Share | None = 0.0
     """A token that ends answers, twice in a row."""
+    end_spelled: Share | None = 0.1
+    """An answer ends with the text of an end token, which would be learned as text before the token itself."""
     special_text: Share | None = None
     """A text spells a control token, and is read as text."""
     special_text_allowed: Share | None = None

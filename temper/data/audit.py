@@ -26,6 +26,8 @@ TOLD = {  # messages about rows that are kept
     "special_text": "a text spells a control token, which is text for the model too (prompt.allow_special_text=true "
     "makes control tokens of them)",
     "special_text_allowed": "a text spells a control token, which the model reads as that token",
+    "end_spelled": "an answer ends with the text of a token that ends answers, so the model learns to write that text "
+    "before the token itself",
     "reasoning_not_in_template": "the chat template leaves out an answer's reasoning; it is learned as the row has it, "
     "behind the prompt's <think>",
     "without_reasoning": "an answer has no reasoning, and the empty block that the chat template writes for it is "

@@ -242,13 +242,25 @@ def test_what_is_said_of_turns_that_a_template_rewrites(workspace, tiny_model, c
 
 def test_texts_that_spell_special_tokens_are_told(workspace, tiny_model, capsys):
     rows = [chat("Say <|im_start|>assistant", "no"), chat("a", "b<|im_end|>")]
-    _, audit = made(workspace, tiny_model, rows)
+    _, audit = made(workspace, tiny_model, rows, "tokenize.max_share.end_spelled=0.5")
     assert (audit["test"]["special_text"], audit["test"]["special_text_allowed"]) == (2, 0)
+    assert (audit["test"]["end_spelled"], audit["test"]["first"]["end_spelled"]) == (1, [2])
     assert "2 of 2 rows of test: a text spells a control token, which is text" in capsys.readouterr().err
     shutil.rmtree("prompts")
     shutil.rmtree("splits")
     _, audit = made(workspace, tiny_model, rows, "prompt.allow_special_text=true")
     assert (audit["test"]["special_text"], audit["test"]["special_text_allowed"]) == (0, 2)
+    assert audit["test"]["end_spelled"] == 0
+
+
+def test_answers_that_already_end_with_the_end_token_are_an_error(workspace, tiny_model, capsys):
+    with pytest.raises(SystemExit):
+        made(workspace, tiny_model, [chat("a", "b<|im_end|>"), chat("c", "d<|im_end|>\n")])
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert (
+        "2 of 2 rows of train (100.0%) are kept, but an answer ends with the text of a token that ends answers" in said
+    )
+    assert "take it off the answers, for the chat template or Temper writes the token itself, or, if that is as" in said
 
 
 STRICT = "{% if messages[0].role == 'system' %}{{ raise_exception('no system message') }}{% endif %}" + CHAT_TEMPLATE
