@@ -281,6 +281,9 @@ def prediction_rows(rows: list[dict], asked: Asked, judged: Judgement, base: Bas
     return [_prediction_row(index, row, asked, judged, base) for index, row in enumerate(rows)]
 
 
+OF_ANSWERS = ("reasoning", "choice", "finished")  # what a line has of the untouched model's answer beside its text
+
+
 def _prediction_row(index: int, row: dict, asked: Asked, judged: Judgement, base: BaseReport | None) -> dict:
     answers, choices = asked.answers, asked.choices
     line = {name: row[name] for name in ("id", "group", "source", "prompt", "reference") if name in row}
@@ -292,7 +295,7 @@ def _prediction_row(index: int, row: dict, asked: Asked, judged: Judgement, base
 
     if base:
         line |= {"base_prediction": base.rows[index]["prediction"], "base_score": base.scores.rows[index]}
-        line |= {f"base_{name}": base.rows[index][name] for name in ("reasoning", "choice") if name in base.rows[index]}
+        line |= {f"base_{name}": base.rows[index][name] for name in OF_ANSWERS if name in base.rows[index]}
 
     line |= {"finished": answers.finished[index]}
     line |= {"loss_sum": asked.losses.sums[index], "tokens": asked.losses.tokens[index]}

@@ -330,11 +330,13 @@ def test_reasoning_is_told_apart_from_the_answer_that_is_judged(folder, tmp_path
     for line, whole in zip(found, full, strict=True):
         before, mark, behind = whole["prediction"].rpartition(end)
         unfinished = not mark and behind.startswith(marks["reasoning_start"])
+        assert line["finished"] == line["base_finished"]
         assert line["prediction"] == line["base_prediction"] == ("" if unfinished else behind.strip())
         assert line["reasoning"] == line["base_reasoning"] == (behind if unfinished else before + mark).strip()
     assert any(line["reasoning"] and line["prediction"] for line in found)
     assert any(line["reasoning"] and not line["prediction"] for line in found)
     page = (tmp_path / "tuned" / "report.html").read_text()
+    assert page.count("· cut off") == 2 * sum(not line["finished"] for line in found) > 0
     assert page.count("(nothing: the reasoning has not ended)") > 1
     assert "Reasoning is in grey" in page
     assert "Reasoning is in grey" not in (tmp_path / "plain" / "report.html").read_text()
