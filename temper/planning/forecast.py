@@ -17,7 +17,7 @@ from temper.units import seconds, size
 
 @dataclasses.dataclass
 class Made:
-    """An artefact that is there: its config, as flat keys and texts, and its provenance."""
+    """An artefact that is there: its config, as flat keys and texts, without what is in no key; and its provenance."""
 
     path: Path
     config: dict[str, str]
@@ -70,8 +70,17 @@ def _read(folder: Path) -> Made | None:
 
     if not (folder / "config.yaml").is_file():
         return None
-    provenance = read_json(folder / "provenance.json", {"inputs": dict[str, str], "seconds": float})
-    return Made(folder, stored_config(folder), provenance)
+    provenance = read_json(folder / "provenance.json", {"stage": str, "inputs": dict[str, str], "seconds": float})
+    stored = stored_config(folder).items()
+    return Made(folder, {key: value for key, value in stored if not _in_no_key(provenance["stage"], key)}, provenance)
+
+
+def _in_no_key(stage: str, key: str) -> bool:
+    """Whether a flat key (``tokenize.max_share.dropped``) is of what the stage's jobs do not have in their config."""
+    from temper.config.stages import STAGES, keys_hidden
+
+    section, _, name = key.partition(".")
+    return section in STAGES[stage].config.model_fields and name.partition(".")[0] in keys_hidden(stage, section)
 
 
 class Forecast:

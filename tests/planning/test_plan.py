@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from pathlib import Path
 
 import pytest
 
@@ -275,6 +276,26 @@ def test_explain_before_anything_was_fetched(workspace):
     assert "sweep demo: 34 job(s) to run, and the comparison" in text
     assert "nothing like it was made yet" in text
     assert "forecast: nothing to go by yet" in text
+
+
+@pytest.mark.usefixtures("workspace")
+@pytest.mark.parametrize("stage", ["tokenize_splits", "evaluate_model"])
+def test_what_is_in_no_key_is_no_reason_to_make_something_again(stage):
+    from temper.commands import explain
+    from temper.config.stages import FOLDERS
+    from temper.planning.forecast import Archive
+
+    job = next(job for job in build().jobs.values() if job.stage == stage)
+    shown = {"tokenize_splits": ("tokenize", "max_share"), "evaluate_model": ("eval", "suspects")}
+    section, name = shown[stage]
+    assert name not in job.config[section]
+    stored = {**job.config, section: {**job.config[section], name: {"dropped": 0.5}}}
+    folder = Path("results") / FOLDERS[stage] / "earlier"
+    folder.mkdir(parents=True)
+    (folder / "config.yaml").write_text(json.dumps(stored))
+    (folder / "provenance.json").write_text(json.dumps({"stage": stage, "inputs": job.inputs, "seconds": 1.0}))
+    like = Archive().most_similar(job)
+    assert explain.reasons(job, like, {}) == ["its folder was deleted, or never finished"]
 
 
 @pytest.mark.parametrize("metric", ["loss", "perplexity"])

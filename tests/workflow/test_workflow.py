@@ -94,6 +94,7 @@ def test_an_edited_row_reruns_format_and_below(smoke, monkeypatch):
     raw.write_bytes(original)
     assert f"data/raw/movie_reviews: row {row['id']} changed" in explained
     assert "forecast: " in explained
+    assert "(not set)" not in explained
     fetched = ("fetch_data", "fetch_model")
     assert executed(done) == {rule: count for rule, count in PLANNED_OF_TWO.items() if rule not in fetched}
 
