@@ -55,7 +55,7 @@ RC: Any = {
 }
 
 
-def _draw(paint, width: float, height: float, columns: int = 1) -> str:
+def _draw(paint, width: float, height: float, columns: int = 1, rows: int = 1) -> str:
     """SVG text of what `paint(axes)` draws; `width` and `height` in inches. `paint` gets a list when `columns` > 1."""
     import matplotlib
     from matplotlib.backends.backend_svg import FigureCanvasSVG
@@ -64,10 +64,10 @@ def _draw(paint, width: float, height: float, columns: int = 1) -> str:
     with matplotlib.rc_context(RC):
         figure = Figure(figsize=(width, height), layout="constrained", facecolor="none")
         FigureCanvasSVG(figure)
-        axes = figure.subplots(1, columns, squeeze=False)[0]
+        axes = list(figure.subplots(rows, columns, squeeze=False).flat)
         for axis in axes:
             axis.set_facecolor("none")
-        paint(list(axes) if columns > 1 else axes[0])
+        paint(axes if columns > 1 else axes[0])
         return _svg(figure)
 
 
@@ -122,7 +122,8 @@ def loss_curves(lines: list[dict]) -> str | None:
 
     def paint(axis):
         axis.plot(*train, color=THEME["base"], label="training", linewidth=1.4)
-        axis.plot(*validation, color=THEME["accent"], label="validation", marker="o", markersize=5)
+        if validation[0]:
+            axis.plot(*validation, color=THEME["accent"], label="validation", marker="o", markersize=5)
         _loss_axis(axis, train[1] + validation[1], _unit(lines))
         axis.legend(loc="upper right")
 
@@ -143,8 +144,9 @@ def reward_curves(lines: list[dict]) -> str | None:
             axes[0].plot(*curve(lines, f"eval_rewards/{name}"), color=colour, linestyle="", marker="o", markersize=5)
         axes[1].plot(*curve(lines, f"rewards/{shown}"), color=THEME["base"], label="training", linewidth=1.4)
         validation = curve(lines, f"eval_rewards/{shown}")
-        axes[1].plot(*validation, color=THEME["accent"], label="validation", marker="o", markersize=5)
-        axes[0].set(title="rewards (points: validation)", xlabel="epoch")
+        if validation[0]:
+            axes[1].plot(*validation, color=THEME["accent"], label="validation", marker="o", markersize=5)
+        axes[0].set(title=f"rewards{' (points: validation)' if validation[0] else ''}", xlabel="epoch")
         axes[1].set(title=title, xlabel="epoch", **({"ylim": (0, 1.05)} if of_pairs else {}))
         for axis in axes:
             axis.legend(loc="best")
@@ -218,11 +220,17 @@ def comparison(panels: list[dict]) -> str:
     panels = [{**panel, "entries": entries} for panel, entries in zip(panels, shown, strict=True)]
     most = max(len(panel["entries"]) for panel in panels)
 
-    def paint(axes):
-        for axis, panel in zip(axes if isinstance(axes, list) else [axes], panels, strict=True):
-            _dots(axis, panel)
+    columns = min(len(panels), 2)  # of more, the page would shrink the text
+    rows = math.ceil(len(panels) / columns)
 
-    return _draw(paint, 4.6 * len(panels) if len(panels) > 1 else 7.6, 0.75 + 0.36 * most, columns=len(panels))
+    def paint(axes):
+        axes = axes if isinstance(axes, list) else [axes]
+        for axis, panel in zip(axes, panels, strict=False):
+            _dots(axis, panel)
+        for axis in axes[len(panels) :]:
+            axis.set_axis_off()
+
+    return _draw(paint, 4.6 * columns if columns > 1 else 7.6, (0.75 + 0.36 * most) * rows, columns, rows)
 
 
 def _dots(axis, panel: dict) -> None:

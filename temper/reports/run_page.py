@@ -10,6 +10,8 @@ from temper.files import read_json, read_yaml
 from temper.keys import flat
 from temper.reports import html, plots
 
+PER_TOKEN = ("orpo", "simpo")  # methods without a reference: an answer's reward is of its likelihood itself
+
 # --- the page ------------------------------------------------------------------------------------
 
 
@@ -27,6 +29,9 @@ def write_page(output: Path, figures: Figures, predictions: list, curves: list, 
         panels=plots.comparison(_panels(figures)),
         loss_curves=plots.loss_curves(curves),
         reward_curves=plots.reward_curves(curves),
+        validated=any("eval_loss" in line for line in curves),
+        per_token=any(table.get("method.name") in PER_TOKEN for table in configs.values()),
+        of_pairs=any("rewards/accuracies" in line for line in curves),
         confusions=_confusions(figures),
         groups=choose_samples(groups, settings["samples"]),
         counts={name: len(rows) for name, rows in groups.items()},

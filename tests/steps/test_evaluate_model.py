@@ -350,6 +350,31 @@ def test_the_page_says_of_which_data_set_of_a_mixture_a_row_is(reports, tmp_path
     assert " (films)" not in (made / "report.html").read_text()
 
 
+@pytest.mark.parametrize(
+    ("method", "figure", "reward", "pairs"),
+    [
+        ("dpo", "accuracies", "change of an answer's log-probability", True),
+        ("kto", "margins", "change of an answer's log-probability", False),
+        ("orpo", "accuracies", "mean log-probability of an answer's tokens", True),
+        ("simpo", "accuracies", "mean log-probability of an answer's tokens", True),
+    ],
+)
+def test_the_page_says_what_a_reward_is(reports, tmp_path, method, figure, reward, pairs):
+    made = reports[2] / "tuned"
+    predictions = [json.loads(line) for line in (made / "predictions.jsonl").open()]
+    names = ("rewards/chosen", "rewards/rejected", "rewards/margins", f"rewards/{figure}")
+    lines = [{"step": 1, "epoch": epoch, "loss": 1.0, **dict.fromkeys(names, 0.5)} for epoch in (0.5, 1.0)]
+    pages = []
+    for validation in ([], [{"step": 2, "epoch": 1.0, "eval_loss": 1.0, **{f"eval_{name}": 0.5 for name in names}}]):
+        configs = {"train_adapter": {"method.name": method}}
+        run_page.write_page(tmp_path, read_figures(made), predictions, [*lines, *validation], config()["eval"], configs)
+        pages.append((tmp_path / "report.html").read_text())
+    for page in pages:
+        assert f"A reward is beta times the {reward}" in page
+        assert ("a pair counts as right" in page) == pairs
+    assert ["and on the validation split" in page for page in pages] == [False, True]
+
+
 @pytest.mark.parametrize(("task", "answer"), [("tags", "love, life"), ("text", "Life is what happens.")])
 def test_other_tasks(folder, tmp_path, task, answer):
     make_tiny_splits(tmp_path / "splits", folder / "model", rows={"test": [("Quote", answer), ("Another", answer)]})
