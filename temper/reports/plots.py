@@ -162,19 +162,24 @@ def sweep_curves(runs: list[tuple[str, list[dict]]]) -> str | None:
         return None
     labels = distinct([name for name, _ in runs], LONGEST_LABEL)
 
+    titles = {"loss": "training loss", "eval_loss": "validation loss"}
+    shown = [name for name in titles if any(curve(lines, name)[0] for _, lines in runs)]
+
     def paint(axes):
-        for axis, name, title in zip(axes, ("loss", "eval_loss"), ("training loss", "validation loss"), strict=True):
+        axes = axes if isinstance(axes, list) else [axes]
+        for axis, name in zip(axes, shown, strict=True):
             drawn = {}
             for rank, (_, lines) in reversed(list(enumerate(runs))):
                 style = _run_style(rank, len(runs))
                 [drawn[rank]] = axis.plot(*curve(lines, name), marker="o" if name == "eval_loss" else None, **style)
             _loss_axis(axis, [value for _, lines in runs for value in curve(lines, name)[1]])
-            axis.set(title=title, ylabel="")
+            axis.set(title=titles[name], ylabel="")
         if len(runs) <= SERIES:
             handles = [drawn[rank] for rank in range(len(runs))]
             _legend(axes[0].figure, handles, labels, loc="outside lower left", ncols=2, fontsize=9)
 
-    return _draw(paint, 9.6, 3.4 + 0.2 * math.ceil(min(len(runs), SERIES) / 2), columns=2)
+    width = 9.6 if len(shown) > 1 else 7.6
+    return _draw(paint, width, 3.4 + 0.2 * math.ceil(min(len(runs), SERIES) / 2), columns=len(shown))
 
 
 def _run_style(rank: int, runs: int) -> dict:

@@ -57,6 +57,7 @@ def write_page(output: Path, config: dict, names: list[str], ranking: Ranking, b
         effects=_effects(runs, keys, ranking.metric),
         curves=plots.sweep_curves([(_label(run), curves_of(run)) for run in runs[: plots.MOST_CURVES]]),
         most_curves=plots.MOST_CURVES,
+        other_losses=any(key.partition(".")[0] == "method" for key in keys),
         command=_command_for(ranking.chosen.point, config),
         suspects=suspects.read(ranking.chosen.suspects),
         suspects_csv=_link(ranking.chosen.suspects or "", suspects.CSV, output),

@@ -545,6 +545,16 @@ def test_each_text_is_in_the_legend_and_on_the_axis(sweep, texts):
     assert html.short(texts[0], plots.LONGEST_TICK) in words
 
 
+@pytest.mark.parametrize(
+    ("names", "titles"), [(["loss"], ["training loss"]), (["loss", "eval_loss"], ["training loss", "validation loss"])]
+)
+def test_a_loss_that_no_run_has_is_not_drawn(names, titles):
+    lines = [{"step": step, **dict.fromkeys(names, 1.0 / step)} for step in (1, 2, 3)]
+    svg = ElementTree.fromstring(plots.sweep_curves([("a", lines), ("b", lines)]))
+    words = ["".join(node.itertext()) for node in svg.iter() if node.tag.endswith("text")]
+    assert [word for word in words if word.endswith(" loss")] == titles
+
+
 def test_long_texts_that_differ_at_their_end_do_not_look_the_same():
     first, second = html.distinct(["x" * 5000 + "y", "x" * 5000 + "z"], 60)
     assert first != second
