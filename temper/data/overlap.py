@@ -7,9 +7,9 @@ Candidates come from bottom-k sketches (Broder 1997, "On the resemblance and con
 smallest hashes of a row, of which two similar rows share most. Each candidate's similarity is then computed exactly, so
 what is reported is so.
 
-Only the rows of validation and test are held in memory, with some 600 bytes each, and a sample of `HELD_OF_TRAIN` rows of
-train; all others pass by. Against that sample the rows of train themselves are held, too: what is found is the share of
-prompts that nearly repeat another, exactly for up to so many rows, and of a sample for more.
+Only the rows of validation and test are held in memory, with some 600 bytes each, and a sample of `HELD_OF_TRAIN` rows
+of train; all others pass by. The rows of train are compared with that sample, too. That tells which of its prompts
+nearly repeat another: of all of train when it has no more rows than that.
 """
 
 import collections
@@ -40,7 +40,7 @@ MOST_LOOKED_AT = 8 * SKETCH  # hashes of a row that a sketch is chosen from, so 
 BITS = 48  # of a hash; the 16 above hold the row's place in its batch
 MOST_ROWS, MOST_CHARACTERS = 2**15, 2**20  # of a batch
 COMMON, SAMPLE = 0.05, 2000  # runs of characters in more than this share of so many rows tell nothing
-HELD_OF_TRAIN = 10_000  # rows of train that all others there are compared with
+HELD_OF_TRAIN = 4_000  # rows of train that all others there are compared with
 MOST_COMPARED = 50  # prompts that one of them is compared with, at most, until a near one is found
 MOST_HOLDERS = 500  # a hash that more rows of a split have is not looked up: that would take rows x rows
 KINDS = {"prompt": "with the same prompt", "near": "with nearly the same", "group": "of the same group"}
@@ -64,8 +64,8 @@ class Overlap(NamedTuple):
 class NearTrain(NamedTuple):
     """Prompts of train that nearly repeat another prompt there.
 
-    `prompts`: that were looked at, all different. `whole`: whether that is every prompt of train. `found`: one overlap of
-    train with itself for each of them that has one, in the order of the rows.
+    `prompts`: that were looked at, all different. `whole`: whether that is every prompt of train. `found`: one overlap
+    of train with itself for each of them that has one, in the order of the rows.
     """
 
     prompts: int

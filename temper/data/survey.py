@@ -142,8 +142,7 @@ class Survey:
         across = np.maximum.reduceat(splits, starts) > np.minimum.reduceat(splits, starts)
         topics = np.split(rows, starts[1:])
         first = [
-            self._one_of_each(topics[at], most_answers)
-            for at in np.argsort(np.minimum.reduceat(rows, starts))[:most]
+            self._one_of_each(topics[at], most_answers) for at in np.argsort(np.minimum.reduceat(rows, starts))[:most]
         ]
         in_train = len(self._contradicting(self.ranges["train"])[1])
         return Several(len(starts), len(rows), in_train, int(across.sum()), first)

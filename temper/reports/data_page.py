@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -80,7 +81,9 @@ def _texts(folder: Path, rows: list[dict]) -> Iterator[tuple[tuple, dict[str, st
 def _row_texts(record: dict) -> dict[str, str]:
     *before, last = record["messages"]
     alone = len(before) == 1
-    prompt = "\n".join(message["content"] if alone else f"{message['role']}: {message['content']}" for message in before)
+    prompt = "\n".join(
+        message["content"] if alone else f"{message['role']}: {message['content']}" for message in before
+    )
     calls = f"\n{json.dumps(last['tool_calls'], ensure_ascii=False)}" if last.get("tool_calls") else ""
     found = {"prompt": prompt, "answer": last["content"] + calls}
     if "rejected" in record:
@@ -114,7 +117,7 @@ def _side_by_side(pair: dict, texts: dict) -> dict:
 
 def _marked(one: str, other: str) -> list[list[tuple[str, bool]]]:
     """The two texts in parts, each with whether it differs from the other text."""
-    first, second = ([part for word in text.split(" ") for part in (word, " ")][:-1] for text in (one, other))
+    first, second = (re.findall(r"\s+|\S+", text) for text in (one, other))
     steps = difflib.SequenceMatcher(None, first, second, autojunk=False).get_opcodes()
     left = [("".join(first[start:end]), kind != "equal") for kind, start, end, _, _ in steps if end > start]
     right = [("".join(second[start:end]), kind != "equal") for kind, _, _, start, end in steps if end > start]
@@ -138,7 +141,10 @@ def _findings(report: dict, different: str) -> Iterator[tuple[bool, str]]:
     if bad := sum(one["rows"] for one in rows.get("rejected", {}).values()):
         yield True, f"{count(bad)} of {count(rows['read'])} rows are bad and left out."
     if (chance := report["labels_differ_by_chance"]) is not None and chance < UNLIKELY:
-        yield True, f"The labels' shares differ between the splits, by more than chance (chi-squared test, p={chance:.1g})."
+        yield (
+            True,
+            f"The labels' shares differ between the splits, by more than chance (chi-squared test, p={chance:.1g}).",
+        )
     if again := report["duplicates"]["rows"]["train"]:
         yield False, f"{count(again)} of {count(train)} training rows repeat an earlier one, prompt and answer."
     near = report["near_duplicates"]
