@@ -119,7 +119,8 @@ class Survey:
         """Rows with the prompt and the answer of an earlier row of their split. `most`: to name, of each split."""
         import numpy as np
 
-        counts, first = {}, []
+        counts: dict[str, int] = {}
+        first: list[list[Row]] = []
         for split, rows in self.ranges.items():
             both = _numbers(self.topics)[rows] * np.int64(MIX) + _numbers(self.said)[rows]
             _, starts, which = np.unique(both, return_index=True, return_inverse=True)

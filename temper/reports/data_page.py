@@ -81,11 +81,9 @@ def _texts(folder: Path, rows: list[dict]) -> Iterator[tuple[tuple, dict[str, st
 def _row_texts(record: dict) -> dict[str, str]:
     *before, last = record["messages"]
     alone = len(before) == 1
-    prompt = "\n".join(
-        message["content"] if alone else f"{message['role']}: {message['content']}" for message in before
-    )
+    lines = [message["content"] if alone else f"{message['role']}: {message['content']}" for message in before]
     calls = f"\n{json.dumps(last['tool_calls'], ensure_ascii=False)}" if last.get("tool_calls") else ""
-    found = {"prompt": prompt, "answer": last["content"] + calls}
+    found = {"prompt": "\n".join(lines), "answer": last["content"] + calls}
     if "rejected" in record:
         found["rejected"] = record["rejected"]
     if "label" in record:
@@ -106,11 +104,11 @@ def _answers(report: dict, texts: dict) -> list[tuple[str, list[tuple[dict, dict
 def _side_by_side(pair: dict, texts: dict) -> dict:
     """A pair of rows with the words of their prompts, and which of these the other has not."""
     found = [texts.get(_key(row)) for row in pair["rows"]]
-    prompts = [text["prompt"] if text else None for text in found]
-    marked = _marked(*prompts) if None not in prompts else [[(text, False)] if text else None for text in prompts]
+    there = [text["prompt"] for text in found if text]  # data.on_overlap may have taken out one, or both
+    marked = iter(_marked(*there) if len(there) == 2 else [[(prompt, False)] for prompt in there])
     sides = [
-        {"row": row, "prompt": prompt, "answer": text and text["answer"]}
-        for row, prompt, text in zip(pair["rows"], marked, found, strict=True)
+        {"row": row, "prompt": next(marked) if text else None, "answer": text and text["answer"]}
+        for row, text in zip(pair["rows"], found, strict=True)
     ]
     return {**pair, "sides": sides}
 
@@ -141,10 +139,7 @@ def _findings(report: dict, different: str) -> Iterator[tuple[bool, str]]:
     if bad := sum(one["rows"] for one in rows.get("rejected", {}).values()):
         yield True, f"{count(bad)} of {count(rows['read'])} rows are bad and left out."
     if (chance := report["labels_differ_by_chance"]) is not None and chance < UNLIKELY:
-        yield (
-            True,
-            f"The labels' shares differ between the splits, by more than chance (chi-squared test, p={chance:.1g}).",
-        )
+        yield True, f"The labels' shares differ between the splits, by more than chance (p={chance:.1g})."
     if again := report["duplicates"]["rows"]["train"]:
         yield False, f"{count(again)} of {count(train)} training rows repeat an earlier one, prompt and answer."
     near = report["near_duplicates"]
@@ -154,10 +149,9 @@ def _findings(report: dict, different: str) -> Iterator[tuple[bool, str]]:
         yield False, f"{prompts} nearly repeat another there."
     languages = report["languages"]["prompt"]
     known = {name: rows for name, rows in languages.items() if name not in (UNKNOWN, NO_LANGUAGE)}
-    if others := sum(list(known.values())[1:]) if known else 0:
-        if others > RARE * sum(languages.values()):
-            main = next(iter(known))
-            yield False, f"{count(others)} of {count(sum(known.values()))} prompts are in another language than {main}."
+    if (others := sum(list(known.values())[1:])) > RARE * sum(languages.values()):
+        main = next(iter(known))
+        yield False, f"{count(others)} of {count(sum(known.values()))} prompts are in another language than {main}."
 
 
 def _shares(labels: dict[str, dict[str, int]] | None, kept: dict[str, int]) -> list[tuple[str, int, dict[str, float]]]:
