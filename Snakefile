@@ -280,6 +280,7 @@ rule evaluate_model:
         base_report=path_of("evaluate_model", "base_report"),
         references=path_of("evaluate_model", "references"),
         start_report=path_of("evaluate_model", "start_report"),
+        first_report=path_of("evaluate_model", "first_report"),
         probe=path_of("evaluate_model", "probe"),
     output:
         update(directory("results/reports/{name}")),
@@ -292,7 +293,12 @@ rule evaluate_model:
         gpu=temper.gpus_per_job(),
     params:
         references=temper.flags_of(
-            PLAN, "evaluate_model", "references", "start_report", "probe"
+            PLAN,
+            "evaluate_model",
+            "references",
+            "start_report",
+            "first_report",
+            "probe",
         ),
     shell:
         "python -m steps.evaluate_model"

@@ -10,7 +10,7 @@ By hand::
 Reads   the split that `eval.split` names (and, for the baselines, the training split); a merged or an untouched model;
         of the adapter only its curves and its config; the untouched model's report, to compare with; after
         preference optimization the reference's log-probabilities, and the report of the model that it started from;
-        the probe, a general text.
+        the report of a training on documents that came first; the probe, a general text.
 Writes  metrics.json (all figures, see `figures_of`); predictions.jsonl (one answer a line); curves.jsonl (the
         training's, if there was one); probe.jsonl (one passage of the probe a line); report.html (one page, nothing
         fetched from elsewhere).
@@ -31,7 +31,7 @@ from temper.errors import UserError
 from temper.evaluation import forgetting, metrics, own_metrics
 from temper.evaluation.class_names import UNPARSED
 from temper.evaluation.contamination import figures_without, sentence
-from temper.evaluation.figures import Diverged, Figures, Start, read_figures, write_figures
+from temper.evaluation.figures import Diverged, Figures, First, Start, read_figures, write_figures
 from temper.evaluation.judge import (
     Asked,
     BaseReport,
@@ -69,6 +69,7 @@ def run(
     base_report: Path | None = None,
     references: Path | None = None,
     start_report: Path | None = None,
+    first_report: Path | None = None,
     probe: Path | None = None,
     planned: Planned = NOT_PLANNED,
 ) -> dict:
@@ -101,7 +102,7 @@ def run(
 
     train = read_json(adapter / "training.json") if adapter else None
     judged = judge(metric, _evidence(asked, settings, judged_on, train, references), base)
-    start, left_out = _start(start_report, metric), _left_out(splits)
+    start, left_out = _start(start_report, metric, bool(first_report)), _left_out(splits)
     learned = _learned(rows, settings)
     found = figures_of(metric, learned, judged_on, asked, judged, base, train=train, start=start, left_out=left_out)
     trained = list(rows["train"]["source"]) if "source" in rows["train"].column_names else []
@@ -109,6 +110,7 @@ def run(
     known = in_train.read(splits)
     found.without_train = figures_without(metric, config.eval.split, judged_on, judged.evidence, known)
     found.data_report = known and known.report
+    found.first = _first(first_report) if first_report else None
     if asked.probed:
         found.probe = forgetting.figures_of_probe(asked.probed, base_report)
         write_whole(output / forgetting.FILE, json_lines(asked.probed.lines))
@@ -224,14 +226,30 @@ def _reference_columns(figures) -> tuple[list, list, list]:
     return figures["id"][:], figures["ref_chosen_logps"][:], figures["ref_rejected_logps"][:]
 
 
-def _start(folder: Path | None, metric: str) -> Start | None:
-    """Figures of the model that this training started from, when that was trained itself."""
+def _start(folder: Path | None, metric: str, documents: bool) -> Start | None:
+    """Figures of the model that this training started from, when that was trained itself.
+
+    Args:
+        documents: whether on documents.
+    """
     if folder is None:
         return None
     found = read_figures(folder)
     if isinstance(found, Diverged):
         raise UserError(f"--start-report {folder}: its training diverged, so nothing could have started from it")
-    return Start(name="after fine-tuning", values=found.values, intervals=found.intervals, metric=metric)
+    name = "after the documents" if documents else "after fine-tuning"
+    return Start(name=name, values=found.values, intervals=found.intervals, metric=metric)
+
+
+def _first(folder: Path) -> First:
+    """What the training on documents changed, which came before."""
+    found = read_figures(folder)
+    if isinstance(found, Diverged) or found.base is None:
+        raise UserError(f"--first-report {folder}: has no figures, or none of the untouched model to compare with")
+    metric = found.metric
+    return First(
+        report=folder.name, metric=metric, rows=found.rows, value=found.values[metric], base=found.base[metric]
+    )
 
 
 def headline(found: Figures) -> str:

@@ -177,6 +177,7 @@ def _train(config: TrainAdapter, planned: Planned, rows, learned, model: Path, o
     from temper import tracking
     from temper.model.adapters import parameter_counts, save_adapter
     from temper.training import arguments, callbacks, checkpoints, estimates
+    from temper.training.trainers import row_lengths
 
     before = peak_memory()
     with told_by_library("train"):
@@ -193,7 +194,7 @@ def _train(config: TrainAdapter, planned: Planned, rows, learned, model: Path, o
     trainer = _trainer(config, learned, model, args, total, judge)
     sizes = parameter_counts(trainer.model)
     log.info("%s", _headline(learned, sizes, args, end, checkpoint, config.num_threads))
-    needs = estimates.estimate(trainer, trainer.sampler.lengths, before)
+    needs = estimates.estimate(trainer, row_lengths(learned["train"]), before)
     log.info("%s", needs.text())
     if end <= args.warmup_steps:
         log.info("note: %d steps end within train.warmup_steps=%g: lower it", end, args.warmup_steps)

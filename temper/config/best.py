@@ -51,7 +51,9 @@ def check(train: dict, settings: dict | None) -> None:
         return
     if settings is None:
         raise UserError(f"{key}: '{metric}' needs the section `eval`, which says how answers are judged")
-    known = [one.name for one in TASKS[settings["task"]]] + [one["name"] for one in settings["metrics"]]
+    known = [one.name for one in TASKS[settings["task"]] if not one.lower_is_better] + [
+        one["name"] for one in settings["metrics"]
+    ]
     if metric not in known and not is_own(settings, metric):
         task = settings["task"]
         raise UserError(f"{key}: validation of task '{task}' has no '{metric}'; {suggest(metric, ['loss', *known])}")

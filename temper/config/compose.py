@@ -341,20 +341,25 @@ def expand(overrides: Overrides) -> tuple[dict, list[tuple[dict, dict]]]:
 
 
 def with_parts(config: dict) -> dict:
-    """The config with each data set of a mixture, which names a file of conf/data, as that file has it."""
+    """The config with each data set of a mixture, and of `method.first`, that is the name of a file of conf/data, as
+    that file has it."""
+    method = config.get("method")
+    if isinstance(method, dict) and isinstance(method.get("first"), dict):
+        config = {**config, "method": {**method, "first": _with_part(method["first"], "method.first.data")}}
     data = config.get("data")
     if not isinstance(data, dict) or not isinstance(data.get("mix"), list):
         return config
-    return {**config, "data": {**data, "mix": [_with_part(part) for part in data["mix"]]}}
+    return {**config, "data": {**data, "mix": [_with_part(part, "data.mix") for part in data["mix"]]}}
 
 
-def _with_part(part) -> Any:
+def _with_part(part, key: str) -> Any:
     if not isinstance(part, dict) or not isinstance(part.get("data"), str):
         return part
-    _known_choice("data", part["data"], f"data.mix: {part['data']}")
+    _known_choice("data", part["data"], f"{key}: {part['data']}")
     data = to_container(_compose((), tuple(folders()), f"data/{part['data']}"))["data"]
     if "mix" in data:
-        raise UserError(f"config: 'data.mix': {part['data']} is a mixture itself: name the data sets in it")
+        what = "name the data sets in it" if key == "data.mix" else "name a single data set"
+        raise UserError(f"config: '{key}': {part['data']} is a mixture itself: {what}")
     return {**part, "data": data}
 
 

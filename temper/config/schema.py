@@ -185,6 +185,7 @@ class SplitLimits(Section):
 
 
 Layout = Literal[
+    "text",
     "messages",
     "prompt_completion",
     "instruction",
@@ -206,8 +207,8 @@ class Data(Section):
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$")]
     source: RowsSource
     """One source, or {train: ..., validation: ..., test: ...}, of which the last two may be left out."""
-    format: Literal["json", "jsonl", "csv", "parquet"] | None = None
-    """null: inferred from the file's extension."""
+    format: Literal["json", "jsonl", "csv", "parquet", "text"] | None = None
+    """null: inferred from the file's extension. text: a file is one row, whose column text is all of it."""
     csv: Csv = Csv()
     encoding: Annotated[str, AfterValidator(encodings.checked)] = "utf-8"
     """Of text files, by Python's name (cp1252, latin-1, utf-16-le, ...). A file's byte order mark comes before it."""
@@ -295,7 +296,7 @@ class Data(Section):
 
     @model_validator(mode="after")
     def _fields_belong_to_messages(self):
-        if self.ignore_fields and self.layout in ("template", "question_answer"):
+        if self.ignore_fields and self.layout in ("text", "template", "question_answer"):
             raise ValueError(
                 f"'ignore_fields' names fields of messages, and layout '{self.layout}' reads none: leave it out "
                 "(~data.ignore_fields)"
@@ -312,6 +313,12 @@ class Data(Section):
             what = "'label'" if self.label is not None else f"layout '{self.layout}'"
             name = "rejected" if self.rejected is not None else "rejected_from"
             raise ValueError(f"{what} says whether single answers are desirable, '{name}' makes pairs: leave one out")
+        return self
+
+    @model_validator(mode="after")
+    def _documents_have_no_answers(self):
+        if self.layout == "text" and self.rejected_from is not None:
+            raise ValueError("'rejected_from' is for answers, and layout 'text' has none: leave it out")
         return self
 
     @property
@@ -332,21 +339,26 @@ PartLimits = Annotated[
 ]
 
 
-class MixPart(Section):
-    """A data set of a mixture."""
+class NamedData(Section):
+    """A data set of a file of conf/data, or as much of it as a limit says."""
 
     data: Annotated[Data, WithJsonSchema({"type": "string"})]
     """Name of a file of conf/data, which says all but how much of it is taken."""
-    weight: Annotated[float, Field(gt=0, le=1000)] = 1.0
-    """How often each of its training rows is learned in an epoch; of a fraction, a hash of the row picks the rows."""
     limit: PartLimits = None
     """Most of its rows: a number is for train; a mapping as data.limit. null: as its own file says."""
 
     @model_validator(mode="after")
-    def _limits_of_this_mixture(self):
+    def _limits_of_this_use(self):
         if self.limit is not None:
             self.data.limit = self.data.limit.model_copy(update=self.limit.model_dump(exclude_none=True))
         return self
+
+
+class MixPart(NamedData):
+    """A data set of a mixture."""
+
+    weight: Annotated[float, Field(gt=0, le=1000)] = 1.0
+    """How often each of its training rows is learned in an epoch; of a fraction, a hash of the row picks the rows."""
 
 
 class Mixture(Section):
@@ -472,7 +484,9 @@ class Tokenize(Section):
 
     max_length: Annotated[int, Field(gt=1)] = 1024
     """Most tokens in a row."""
-    max_length_policy: Literal["drop", "truncate", "error"] = "drop"
+    max_length_policy: Literal["drop", "truncate", "split", "error"] | None = None
+    """What becomes of longer rows. null: split for documents (data.layout=text), which go on in another row; else
+    drop."""
     max_share: MaxShare = MaxShare()
 
 
@@ -523,10 +537,27 @@ class Model(Section):
         return self
 
 
+class DocumentsFirst(NamedData):
+    """Continued pretraining on documents (data.layout=text) before fine-tuning, given as differences from the run's
+    config."""
+
+    tokenize: dict[str, Any] = {}
+    train: dict[str, Any] = {}
+    adapter: dict[str, Any] = {}
+
+    @model_validator(mode="after")
+    def _of_documents(self):
+        if self.data.layout != "text":
+            raise ValueError(f"'data' is for documents (layout text), and {self.data.name} has {self.data.layout}")
+        return self
+
+
 class Sft(Section):
-    """Supervised fine-tuning: learn the answers."""
+    """Supervised fine-tuning: learn the answers, or documents."""
 
     name: Literal["sft"]
+    first: DocumentsFirst | None = None
+    """Train on documents first. null: start from the model as it is."""
 
 
 class SftFirst(Section):
@@ -769,7 +800,7 @@ class Harness(Section):
 class Eval(Section):
     """How a model is evaluated, on which split."""
 
-    task: Literal["labels", "tags", "text"]
+    task: Literal["labels", "tags", "text", "documents"]
     labels: list[str] | None = None
     """For task labels: all possible answers."""
     separator: Annotated[str, Field(min_length=1)] = ","
@@ -794,7 +825,7 @@ class Eval(Section):
     published: list[Published] = []
     suspects: Annotated[int, Field(ge=0)] = 50
     """Rows to list as suspicious, likely mislabelled ones: of training and validation those that the chosen run trusts
-    the least. 0: none."""
+    the least. 0: none. Task documents has none."""
     gate: Gate | None = None
     """Bounds that the chosen run must keep, else the command ends with exit code 1."""
     harness: Harness | None = None
@@ -808,7 +839,15 @@ class Eval(Section):
             raise ValueError(f"'labels' is for task 'labels'; '{self.task}' reads none: leave it out (~eval.labels)")
         if self.task != "tags" and self.separator != ",":
             raise ValueError(f"'separator' is for task 'tags'; '{self.task}' has none: leave it out (~eval.separator)")
+        if self.task == "documents":
+            self._refuse_answers()
         return self
+
+    def _refuse_answers(self) -> None:
+        """Documents are scored, and no answers are asked for."""
+        for name in ("metrics", "max_new_tokens", "do_sample"):
+            if getattr(self, name) != type(self).model_fields[name].default:
+                raise ValueError(f"'{name}' is for answers, and task 'documents' asks for none: leave it out")
 
     _drawing = model_validator(mode="after")(_drawing_is_for_samples)
 

@@ -153,7 +153,7 @@ class EvaluateModel(Section):
 class Scored(Part):
     """What of `eval` decides which rows are suspicious."""
 
-    task: Literal["labels", "tags", "text"]
+    task: Literal["labels", "tags", "text", "documents"]
     labels: list[str] | None = None
     batch_size: int = 32
     suspects: int = 50
@@ -299,6 +299,7 @@ STAGES = {
                 "references?": "folder of reference_logprobs, after preference optimization",
                 "probe?": "general text as config section probe describes it: its folder, its pin, or one file",
                 "start_report?": "report of the model that the training started from, when that was trained itself",
+                "first_report?": "report of the training on documents that came first (method.first)",
             },
         ),
         Stage("rank_runs", RankRuns, "rankings", holds=("ranking.json",)),
@@ -483,7 +484,7 @@ NOT_IN_KEY: dict[str, frozenset[str]] = {
     "probe": frozenset({"name", "source"}),  # as of data
     "data": frozenset({"name", "source"}),  # the raw files' identity represents the source
     "tokenize": frozenset({"max_share"}),  # of what more is refused; it changes no row
-    "method": frozenset({"sft"}),  # the resulting model represents it
+    "method": frozenset({"sft", "first"}),  # the resulting model represents it
     "train": frozenset(
         [
             "logging_strategy",

@@ -2,10 +2,22 @@
 
 from temper.config import best
 from temper.config.libraries import check_library_sections, refuse_without_validation
-from temper.config.schema import METHODS, SOURCE_KINDS, Config, Data, Mixture, OfficialSplits, OfPairs, SplitSources
+from temper.config.schema import (
+    METHODS,
+    SOURCE_KINDS,
+    Config,
+    Data,
+    Eval,
+    Mixture,
+    OfficialSplits,
+    OfPairs,
+    SplitSources,
+    Tokenize,
+)
+from temper.data.layouts import TEXT
 from temper.errors import UserError, suggest
 from temper.errors import found as _found
-from temper.evaluation.metrics import refuse_without_pairs
+from temper.evaluation.metrics import DOCUMENTS, refuse_without_pairs
 from temper.keys import flat
 from temper.secrets import has_login, secret_variables
 
@@ -72,6 +84,8 @@ def _check_method(config: dict) -> None:
     for data in data_sets(config["data"]):
         _check_rows_of_method(method, Data.model_validate(data))
     if name == "sft":
+        if method["first"]:
+            _check_first("first", documents_config(config))
         return
     if config["prompt"]["loss_on"] == "all" and name != "orpo" and not method["sft"]:
         raise UserError(
@@ -81,13 +95,18 @@ def _check_method(config: dict) -> None:
         instead = "; see method.label_smoothing" if name == "dpo" else ": leave it out"
         raise UserError(f"config: 'train.label_smoothing_factor' is for method=sft{instead}")
     if method["sft"]:
-        first = sft_config(config)
-        try:
-            check_library_sections(first["train"], first["adapter"], "sft")
-            best.check(first["train"], config["eval"])
-            _check_validation(first)
-        except UserError as error:
-            raise UserError(f"config: 'method.sft': {str(error).removeprefix('config: ')}") from None
+        _check_first("sft", sft_config(config))
+
+
+def _check_first(key: str, first: dict) -> None:
+    """Check the config of a training that comes before."""
+    try:
+        check_library_sections(first["train"], first["adapter"], "sft")
+        best.check(first["train"], first["eval"])
+        _check_validation(first)
+        _check_documents(first)
+    except UserError as error:
+        raise UserError(f"config: 'method.{key}': {str(error).removeprefix('config: ')}") from None
 
 
 def _check_rows_of_method(method: dict, data: Data) -> None:
@@ -116,9 +135,28 @@ def _check_rows_of_method(method: dict, data: Data) -> None:
 
 def sft_config(config: dict) -> dict:
     """The config of the fine-tuning in `method.sft`: this config with its changes."""
-    first = config["method"]["sft"]
+    return {**config, "method": {"name": "sft"}, **_trained_first(config, config["method"]["sft"])}
+
+
+def _trained_first(config: dict, first: dict) -> dict:
+    """The sections `train` and `adapter` of a training that comes before."""
     adapter = first["adapter"] if "peft_type" in first["adapter"] else {**config["adapter"], **first["adapter"]}
-    return {**config, "method": {"name": "sft"}, "train": {**config["train"], **first["train"]}, "adapter": adapter}
+    return {"train": {**config["train"], **first["train"]}, "adapter": adapter}
+
+
+def documents_config(config: dict) -> dict:
+    """The config of the training on documents in `method.first`: this config with its changes."""
+    first = config["method"]["first"]
+    tokenize = checked(Tokenize, {**config["tokenize"], **first["tokenize"]}, "method.first.tokenize").model_dump()
+    return {
+        **config,
+        "method": {"name": "sft"},
+        "data": first["data"],
+        "prompt": {**config["prompt"], "system": None},
+        "tokenize": tokenize,
+        "eval": Eval(task="documents", split=config["eval"]["split"], batch_size=8).model_dump(),
+        **_trained_first(config, first),
+    }
 
 
 def _has_no_validation(data: dict) -> bool:
@@ -130,9 +168,43 @@ def _check_validation(config: dict) -> None:
         refuse_without_validation(config["train"])
 
 
+def _check_documents(config: dict) -> None:
+    """Refuse what is not for raw text, or is for raw text alone."""
+    layouts = {data["layout"] for data in data_sets(config["data"])}
+    if TEXT not in layouts:
+        if config["eval"]["task"] == DOCUMENTS:
+            raise UserError(
+                "config: 'eval.task': documents is for raw text (data.layout=text), and these rows have answers: "
+                "choose another, such as eval=text"
+            )
+        return
+    if len(layouts) > 1:
+        raise UserError(
+            "config: 'data.mix': documents (layout text) and rows with answers do not mix: to learn from both, train "
+            "on the documents first (method.first={data: ...})"
+        )
+    if config["eval"]["task"] != DOCUMENTS:
+        raise UserError(
+            f"config: 'eval.task': {config['eval']['task']} judges answers, and documents (data.layout=text) have "
+            "none: set eval=documents"
+        )
+    if config["method"]["name"] != "sft":
+        raise UserError(
+            f"config: method={config['method']['name']} compares answers, and documents (data.layout=text) have none: "
+            "set method=sft"
+        )
+    for name, wanted in (("system", None), ("loss_on", "assistant")):
+        if config["prompt"][name] != wanted:
+            raise UserError(
+                f"config: 'prompt.{name}' is for messages, and documents (data.layout=text) have none: set it to "
+                f"{'null' if wanted is None else wanted}"
+            )
+
+
 def _check_together(config: dict) -> None:
     """Refuse sections that do not go together."""
     _check_validation(config)
+    _check_documents(config)
     if _has_no_validation(config["data"]) and config["eval"]["split"] == "validation":
         raise UserError(
             "config: 'data.splits.validation': 0 leaves no rows to choose a run by: raise it, or rank the runs by the "
@@ -247,6 +319,6 @@ def _fields_at(model, location) -> list[str]:
             annotation = model.model_fields[part].annotation
             if hasattr(annotation, "model_fields"):
                 model = annotation
-            elif part in ("published", "metrics", "sft", "own_answers", "gate", "mix", "limit"):
+            elif part in ("published", "metrics", "sft", "first", "own_answers", "gate", "mix", "limit"):
                 model = annotation.__args__[0]  # list[Published], SftFirst | None, ...
     return list(model.model_fields)

@@ -7,7 +7,7 @@ import logging
 from collections.abc import Collection
 
 from temper.data.columns import IGNORED
-from temper.data.encoder import Encoded, Encoder
+from temper.data.encoder import Encoded
 
 log = logging.getLogger("temper")
 
@@ -38,6 +38,7 @@ LENGTHS = {  # messages about rows that are longer than tokenize.max_length
     "dropped": "are left out",
     "longer_than_max_length": "are longer than tokenize.max_length",
     "truncated": "are cut to tokenize.max_length",
+    "continued": "are longer than tokenize.max_length, and go on in another row behind their last token there",
     "end_not_learned": "have lost the end of an answer by that, so nothing teaches the model to stop there",
 }
 FINDINGS = (*LENGTHS, *DROPPED, *TOLD, "tokenized_piecewise")  # what audit.json counts of each split
@@ -140,8 +141,12 @@ def _histogram(lengths: collections.Counter[int]) -> dict[str, int]:
     return {f"{top // 2 + 1}-{top}": counts[top] for top in sorted(counts)}
 
 
-def shown_rows(train, encoder: Encoder) -> str:
-    """The first rows as text, with the learned parts between >>> and <<<."""
+def shown_rows(train, tokenizer, apart: bool) -> str:
+    """The first rows as text, with the learned parts between >>> and <<<.
+
+    Args:
+        apart: whether the model is an encoder-decoder.
+    """
     pairs = "rejected" in train.column_names
     lines = ["What the model reads in training. It learns what stands between >>> and <<<, nothing else.\n"]
     if pairs:
@@ -149,21 +154,24 @@ def shown_rows(train, encoder: Encoder) -> str:
             "What the model reads in training, the chosen answer first. Supervised fine-tuning learns what stands\n"
             "between >>> and <<< in it; preference optimization compares the last answers of the two.\n"
         ]
-    if encoder.apart:
+    if apart:
         lines[0] += "The encoder reads what stands before =>, the decoder makes what follows.\n"
     for row in train.select(range(min(SHOWN, len(train)))):
         title = f"--- row {row['id']}"
         if "label" in row:
             title += f", {'desirable' if row['label'] else 'undesirable'}"
-        lines.append(f"{title}{', chosen' if pairs else ''}\n{_marked(row['input_ids'], row['labels'], encoder)}\n")
+        lines.append(
+            f"{title}{', chosen' if pairs else ''}\n{_marked(row['input_ids'], row['labels'], tokenizer, apart)}\n"
+        )
         if pairs:
-            lines.append(f"{title}, rejected\n{_marked(row['rejected_input_ids'], row['rejected_labels'], encoder)}\n")
+            lines.append(
+                f"{title}, rejected\n{_marked(row['rejected_input_ids'], row['rejected_labels'], tokenizer, apart)}\n"
+            )
     return "\n".join(lines)
 
 
-def _marked(ids: list[int], labels: list[int], encoder: Encoder) -> str:
-    tokenizer = encoder.tokenizer
-    if encoder.apart:
+def _marked(ids: list[int], labels: list[int], tokenizer, apart: bool) -> str:
+    if apart:
         return f"{tokenizer.decode(ids)}\n=> >>>{tokenizer.decode(labels)}<<<"
     text, learning = "", False
     for token, label in zip(ids, labels, strict=True):
@@ -201,7 +209,11 @@ def report(audits: dict[str, dict]) -> None:
                 split,
                 LENGTHS["end_not_learned"],
             )
-        if audit["longer_than_max_length"] > NOTABLE * audit["read"]:
+        if audit["continued"]:
+            log.info(
+                "note: %d of %d documents of %s %s", audit["continued"], audit["read"], split, LENGTHS["continued"]
+            )
+        elif audit["longer_than_max_length"] > NOTABLE * audit["read"]:
             log.warning(
                 "warning: %d of %d rows of %s are longer than tokenize.max_length; %s would keep 99%% of them",
                 audit["longer_than_max_length"],

@@ -9,7 +9,13 @@ IGNORED = -100  # the label of a token that is not learned, which torch's cross_
 ABOUT = ("group", "source")  # what a row may have besides: the group of rows it is one of, its part of a mixture
 
 
-def features(pairs: bool = False, reasoning: bool = False, labels: bool = False, about: Collection[str] = ()):
+def features(
+    pairs: bool = False,
+    reasoning: bool = False,
+    labels: bool = False,
+    about: Collection[str] = (),
+    documents: bool = False,
+):
     """The columns as `datasets.Features`.
 
     Args:
@@ -17,6 +23,7 @@ def features(pairs: bool = False, reasoning: bool = False, labels: bool = False,
         reasoning: including the texts around the reasoning in an answer.
         labels: including `label`, whether the answer is desirable.
         about: those of `ABOUT` that the rows have.
+        documents: including how many tokens each of a row's documents has.
     """
     from datasets import Features, List, Value
 
@@ -36,6 +43,8 @@ def features(pairs: bool = False, reasoning: bool = False, labels: bool = False,
     if labels:
         columns["label"] = Value("bool")
     columns |= {name: Value("string") for name in ABOUT if name in about}
+    if documents:
+        columns["documents"] = ids
     return Features(columns)
 
 

@@ -50,6 +50,11 @@ def without_system(messages: Messages) -> Messages:
     return [message for message in messages if message["role"] not in SYSTEM]
 
 
+def is_document(messages: Messages) -> bool:
+    """Whether the one message is a text to continue the pretraining on, which answers nothing."""
+    return len(messages) == 1 and messages[0]["role"] == "assistant"
+
+
 def of_record(record: dict) -> Conversation:
     """The conversation of a line of train.jsonl, validation.jsonl or test.jsonl."""
     return Conversation(record["messages"], record.get("tools"), record.get("chat_template_kwargs"))

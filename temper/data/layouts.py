@@ -17,6 +17,8 @@ from temper.data.conversations import PLAIN, Messages, checked, read, without_sy
 from temper.data.placing import group_in, split_in
 from temper.errors import UserError, suggest
 
+TEXT = "text"  # the layout of documents
+
 
 class NoColumnError(UserError):
     """A row has not the column that a layout or template names."""
@@ -87,7 +89,10 @@ def converter(data: dict, system: str | None) -> Callable[[dict], Example | None
         UserError: now, for a template that does not compile; when called, for a row without a usable conversation.
     """
     free = data["layout"] == "template"
-    columns = () if data["layout"] in ("template", "question_answer") else LAYOUTS[data["layout"]][1]  # of messages
+    no_messages = data["layout"] in ("template", "question_answer", TEXT)
+    columns = () if no_messages else LAYOUTS[data["layout"]][1]  # of messages
+    if data["layout"] == TEXT and system is not None:
+        raise UserError("config: 'prompt.system': layout 'text' is documents, which have no messages: set it to null")
     prepare = _preparer(data, columns)
     column, group_by = _columns_of_splits(data)
 
@@ -244,6 +249,14 @@ def text_columns(data: dict) -> dict[str, str]:
     names = _used({**data, "where": None}) if free else LAYOUTS[data["layout"]][1]
     renamed = data.get("columns") or {}
     return {renamed.get(name, name): name for name in sorted(names)}
+
+
+# --- documents -----------------------------------------------------------------------------------
+
+
+def document(row: dict) -> Messages:
+    """Column text: a document, which is an answer to nothing."""
+    return [_said("assistant", _text(row, "text"))]
 
 
 # --- layouts of two texts ------------------------------------------------------------------------
@@ -472,6 +485,7 @@ def another_label(labels: list[str], messages: Messages) -> str:
 
 # layout -> (function, its columns)
 LAYOUTS: dict[str, tuple[Callable[[dict], Messages], tuple[str, ...]]] = {
+    TEXT: (document, ("text",)),
     "messages": (messages, ("messages",)),
     "prompt_completion": (prompt_completion, ("prompt", "completion")),
     "instruction": (instruction, ("instruction", "input", "output")),

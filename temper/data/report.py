@@ -13,7 +13,7 @@ from temper.data.columns import SPLITS
 from temper.data.languages import count_languages
 from temper.data.overlap import KINDS, NearTrain, Overlap, by_pair
 from temper.data.places import Place, named_place
-from temper.data.survey import QUANTILES, Row, Survey
+from temper.data.survey import DOCUMENTS, QUANTILES, Row, Survey
 from temper.errors import short
 from temper.files import each_json_line, json_text, read_json, write_whole
 
@@ -152,7 +152,9 @@ def make(folder: Path, rows: dict, found: list[Overlap], near: NearTrain) -> Rep
         "languages": {
             "rows": len(survey.sampled),
             "prompt": count_languages(asked for asked, _ in survey.sampled),
-            "answer": count_languages(answer for _, answer in survey.sampled) if labels is None else None,
+            "answer": count_languages(answer for _, answer in survey.sampled)
+            if labels is None and survey.kind != DOCUMENTS
+            else None,
         },
     }
     return report

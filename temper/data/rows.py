@@ -25,6 +25,7 @@ from temper.errors import UserError, lack, words
 from temper.units import size
 
 FORMATS = {".json": "json", ".jsonl": "jsonl", ".ndjson": "jsonl", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
+TEXTS = (".txt", ".md")  # of files that are one text
 PACKED = (".gz", ".zst")
 CSV_DEFAULTS = {"delimiter": ",", "quotechar": '"', "escapechar": None, "fieldnames": None}
 UTF_8 = "utf-8"
@@ -55,7 +56,8 @@ class RawFile:
 
     Args:
         path: the file; json, jsonl and csv may be packed (``.gz``, ``.zst``).
-        format: json, jsonl, csv or parquet; None: from the file's extension.
+        format: json, jsonl, csv, parquet or text (one row, whose column text is all of the file); None: from the
+            file's extension.
         csv: delimiter, quotechar (None: quotes are ordinary), escapechar, fieldnames (None: from the first line).
         field: if a json file is one object, the field that holds the rows; ``a.b`` is field b of the objects in a.
         encoding: of the text, by Python's name. A byte order mark in the file comes before it.
@@ -97,6 +99,7 @@ class RawFile:
 
     def _read(self, strict: bool) -> Iterator[tuple[int, dict | BadRow]]:
         readers = {"json": self._json, "jsonl": self._jsonl, "csv": self._csv, "parquet": self._parquet}
+        readers["text"] = self._text
         read = readers[str(self.format)]
         number = 0
         try:
@@ -133,6 +136,10 @@ class RawFile:
         return f"{self.path}:{number}"
 
     # --- one reader per format: (line number, or row number from 1; row) -------------------------
+
+    def _text(self):
+        """A file that is one text is one row."""
+        yield 1, {"text": self.text().strip("\ufeff")}
 
     def _jsonl(self):
         for number, line in self._lines():
@@ -540,7 +547,11 @@ DECODER = json.JSONDecoder(object_pairs_hook=_unique)
 def _format_by_ending(path: Path) -> str:
     found = format_of(path.name)
     if found is None:
-        raise UserError(f"{path}: cannot tell the format by the ending: set data.format to json, jsonl, csv or parquet")
+        if Path(unpacked(path.name)).suffix in TEXTS:
+            return "text"
+        raise UserError(
+            f"{path}: cannot tell the format by the ending: set data.format to json, jsonl, csv, parquet or text"
+        )
     return found
 
 

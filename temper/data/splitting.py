@@ -11,6 +11,7 @@ from pathlib import Path
 
 from temper.data import doubts, layouts
 from temper.data.columns import SPLITS
+from temper.data.conversations import is_document
 from temper.data.rejected import LAYOUT, Rejected
 from temper.data.rows import UTF_8, BadRow, RawFile, plain_types
 from temper.errors import UserError
@@ -72,10 +73,14 @@ class PromptHash:
 
 
 def asked(messages: layouts.Messages) -> list[list]:
-    """The prompt: role, content and calls of the messages before the last answer, without the system message."""
+    """The prompt: role, content and calls of the messages before the last answer, without the system message.
+
+    Of a document its text.
+    """
+    before = messages if is_document(messages) else messages[:-1]
     return [
         [message["role"], message["content"], *message.get("tool_calls", ())]
-        for message in layouts.without_system(messages[:-1])
+        for message in layouts.without_system(before)
     ]
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from temper.data.columns import SPLITS
-from temper.data.conversations import PLAIN
+from temper.data.conversations import PLAIN, is_document
 from temper.data.languages import LONGEST
 from temper.data.sample import Sample
 
@@ -22,8 +22,8 @@ MOST_LABELS, LONGEST_LABEL = 50, 100  # different answers, and characters of one
 ROWS_A_LABEL = 4  # rows for each, on average, from which they are
 MIX = 0x9E3779B97F4A7C15 - 2**64  # an odd number without pattern, to make one hash of two
 QUANTILES = (0, 0.05, 0.25, 0.5, 0.75, 0.95, 1)
-TEXTS = ("prompt", "answer", "rejected")
-ANSWERS, PAIRS, JUDGED = "answers", "pairs", "judged"  # kinds of rows
+TEXTS = ("document", "prompt", "answer", "rejected")
+ANSWERS, PAIRS, JUDGED, DOCUMENTS = "answers", "pairs", "judged", "documents"  # kinds of rows
 
 
 class Row(NamedTuple):
@@ -84,23 +84,27 @@ class Survey:
         record = json.loads(line)
         *before, last = record["messages"]
         answer = last["content"]
-        topic, said, label = _told(record, repr(before), answer, repr(last))
+        document = is_document(record["messages"])
+        topic, said, label = _told(record, repr(before), answer, repr(last), document)
         if self.ids and (record["id"], topic, said) == (self.ids[-1], self.topics[-1], self.said[-1]):
             self.repeated += 1
             return
-        self.kind = PAIRS if "rejected" in record else JUDGED if "label" in record else ANSWERS
+        self.kind = _kind(record, document)
         self.ids.append(record["id"])
         self.lines.append(number)
         self.topics.append(topic)
         self.said.append(said)
-        self.lengths["prompt"].append(sum(len(message["content"]) for message in before))
-        self.lengths["answer"].append(len(answer))
+        if document:
+            self.lengths["document"].append(len(answer))
+        else:
+            self.lengths["prompt"].append(sum(len(message["content"]) for message in before))
+            self.lengths["answer"].append(len(answer))
         if self.kind == PAIRS:
             self.lengths["rejected"].append(len(record["rejected"]))
         self.labels.add(split, label)
         if line in self._sample:
             asked = next((message["content"] for message in reversed(before) if message["role"] == "user"), "")
-            self.sampled.append((asked[:LONGEST], answer[:LONGEST]))
+            self.sampled.append((answer[:LONGEST] if document else asked[:LONGEST], answer[:LONGEST]))
 
     def row(self, index: int) -> Row:
         """The row at a place in the survey."""
@@ -185,11 +189,19 @@ class Survey:
         return found
 
 
-def _told(record: dict, prompt: str, answer: str, said: str) -> tuple[int, int, str | None]:
+def _kind(record: dict, document: bool) -> str:
+    if document:
+        return DOCUMENTS
+    return PAIRS if "rejected" in record else JUDGED if "label" in record else ANSWERS
+
+
+def _told(record: dict, prompt: str, answer: str, said: str, document: bool) -> tuple[int, int, str | None]:
     """(hash of what is answered, hash of the answer, its text if it may be a label).
 
     Rows of the same topic that say different things contradict each other. The hashes are for this process alone.
     """
+    if document:
+        return hash(said), 0, None
     prompt = f"{prompt} {record.get('tools')!r} {record.get('chat_template_kwargs')!r}"
     if "rejected" in record:
         return hash((prompt, frozenset((answer, record["rejected"])))), hash(answer), None

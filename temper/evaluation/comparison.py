@@ -14,6 +14,7 @@ from temper.evaluation.figures import FILE, Diverged, Figures, read_figures
 from temper.evaluation.judge import evidence_of, groups_of
 from temper.evaluation.metrics import (
     BITS_PER_BYTE,
+    DOCUMENTS,
     TASKS,
     Mean,
     Statistic,
@@ -326,17 +327,18 @@ def _with_noise(found: Difference, noise: Noise, ours: int, theirs: int) -> Diff
 
 def _statistic(recipe: Recipe, settings: dict) -> tuple[Statistic, list[tuple], list[str] | None]:
     """(the ranking metric of a recipe's answers, mean over its seeds; what tells their rows; the groups of these)."""
-    rows = [_rows(run) for run in recipe.runs]
+    rows = [_rows(run, settings["task"]) for run in recipe.runs]
     found = [_statistic_of(of_run, settings, recipe.metric) for of_run in rows]
     return mean_statistic(found), [(row["id"], row["reference"]) for row in rows[0]], groups_of(rows[0])
 
 
-def _rows(run: RankedRun) -> list[dict]:
-    return read_json_lines(Path(run.report) / "predictions.jsonl", {"id": int, "reference": str, "prediction": str})
+def _rows(run: RankedRun, task: str) -> list[dict]:
+    answers = {} if task == DOCUMENTS else {"prediction": str}
+    return read_json_lines(Path(run.report) / "predictions.jsonl", {"id": int, "reference": str, **answers})
 
 
 def _statistic_of(rows: list[dict], settings: dict, metric: str) -> Statistic:
-    if metric == TASKS[settings["task"]][0].name:  # the score of each row is this metric already
+    if settings["task"] != DOCUMENTS and metric == TASKS[settings["task"]][0].name:  # of which each row has its score
         return Mean([row["score"] for row in rows])
     found = with_own(settings["task"], [metric])[metric].statistic(evidence_of(settings, rows))
     assert found is not None, "a run is ranked by a metric that it has"

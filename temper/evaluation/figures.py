@@ -89,6 +89,18 @@ class Start(_Content):
     metric: str
 
 
+class First(_Content):
+    """What a training on documents changed, which came before this one, on the documents of the same split."""
+
+    report: str
+    """The name of its folder in results/reports."""
+    metric: str
+    rows: int
+    value: Number
+    base: Number
+    """The same of the untouched model."""
+
+
 class Figures(_Content):
     """The figures of a model on one split."""
 
@@ -123,6 +135,7 @@ class Figures(_Content):
     train: dict[str, Any] | None
     """The adapter's training.json."""
     start: Start | None
+    first: First | None = None
     left_out: dict[str, dict[str, int | None]]
     """Split -> how many of its rows tokenizing left out, and of how many; splits that kept all are not in it."""
     probe: ProbeFigures | None = None

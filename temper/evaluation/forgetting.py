@@ -18,9 +18,9 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from temper.data import templates, texts
+from temper.data import documents, templates, texts
 from temper.data.columns import IGNORED
-from temper.data.rows import RawFile, format_of
+from temper.data.rows import TEXTS, RawFile, format_of
 from temper.errors import UserError
 from temper.evaluation.figures import Delta, ProbeFigures
 from temper.evaluation.intervals import delta_interval, interval
@@ -30,7 +30,6 @@ from temper.progress import Progress
 from temper.sources import pins
 
 FILE = "probe.jsonl"
-TEXT = (".txt", ".md")  # endings of files that are text, not rows
 MOST_TOKENS = 1024  # in a window, also where a model's context is longer: cost, and models stay comparable
 TRIED = 24  # tokens of the rows on which the way of computing is tried
 AT_ONCE = 1024  # tokens that go through the model together: logits of 200 MB for a vocabulary of 49,152
@@ -83,7 +82,7 @@ def _limited(passages: list[str], most: int | None) -> list[str]:
 
 def _passages(path: Path, settings: dict) -> Iterator[str]:
     kind = settings["format"] or format_of(path.name)
-    if kind is None and path.suffix.lower() in TEXT:
+    if kind is None and path.suffix.lower() in TEXTS:
         kind = "text"
     if kind is None:
         raise UserError(f"{path}: cannot tell by its ending what it is: set probe.format to text, csv, json, ...")
@@ -168,12 +167,11 @@ def probe(model, tokenizer, passages: list[str], context: float) -> Probed:
     started = time.perf_counter()
     found = tokenizer(passages, add_special_tokens=False)["input_ids"]
     _say_unknown(tokenizer, found)
-    first = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
-    most = int(min(context, MOST_TOKENS))
-    windows = [(number, row) for number, tokens in enumerate(found) for row in _windows(tokens, first, most)]
-    rows = [row for _, row in windows]
+    first, most = documents.beginning(tokenizer), int(min(context, MOST_TOKENS))
+    numbered = [(number, row) for number, tokens in enumerate(found) for row in _windows(tokens, first, most)]
+    rows = [row for _, row in numbered]
     sums = [0.0] * len(passages)
-    for (number, _), loss in zip(windows, _losses(model, rows, tokenizer.pad_token_id), strict=True):
+    for (number, _), loss in zip(numbered, _losses(model, rows, tokenizer.pad_token_id), strict=True):
         sums[number] += loss
     for number, loss in enumerate(sums, 1):
         if not math.isfinite(loss):
@@ -204,10 +202,8 @@ def _say_unknown(tokenizer, found: list[list[int]]) -> None:
 
 def _windows(tokens: list[int], first: int, most: int) -> Iterator[dict]:
     """Rows of at most `most` tokens: one that is only seen, then those that are predicted."""
-    for start in range(0, len(tokens), most - 1):
-        part = tokens[start : start + most - 1]
-        before = tokens[start - 1] if start else first
-        yield {"input_ids": [before, *part], "labels": [IGNORED, *part], "prompt_length": 1}
+    for _, ids in documents.windows(tokens, first, most):
+        yield {"input_ids": ids, "labels": [IGNORED, *ids[1:]], "prompt_length": 1}
 
 
 def _losses(model, rows: list[dict], pad_token_id: int) -> list[float]:

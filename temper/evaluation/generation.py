@@ -31,6 +31,11 @@ class Answers:
         return [len(ids) for ids in self.ids]
 
 
+def no_answers(rows: int) -> Answers:
+    """Of rows that ask for none."""
+    return Answers([""] * rows, [[] for _ in range(rows)], [True] * rows, 0.0)
+
+
 def generate_answers(
     model, tokenizer, rows: list[dict], settings: dict, stop_ids: list[int], known: dict[int, list[int]] | None = None
 ) -> Answers:

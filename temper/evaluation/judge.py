@@ -50,7 +50,7 @@ class Asked:
             answer_bytes=_answer_bytes(asked),
             pair_logps=self.pair_logps,
             pair_tokens=pair_tokens(asked),
-            finished=self.answers.finished,
+            finished=None if settings["task"] == metrics.DOCUMENTS else self.answers.finished,
             groups=groups_of(asked),
         )
 
@@ -135,9 +135,12 @@ def ask(folder: Path, config: dict, rows: DatasetDict, tokenizer, passages: list
     if settings["task"] == "labels":
         choices = likeliest(model, rows, asked, settings["labels"], tokenizer, size)
 
-    stop_ids = loading.stop_token_ids(folder, tokenizer)
-    known = generation.greedy_gold(asked, losses.matched, settings, stop_ids)
-    answers = generation.generate_answers(model, tokenizer, asked, settings, stop_ids, known)
+    if settings["task"] == metrics.DOCUMENTS:
+        answers = generation.no_answers(len(asked))
+    else:
+        stop_ids = loading.stop_token_ids(folder, tokenizer)
+        known = generation.greedy_gold(asked, losses.matched, settings, stop_ids)
+        answers = generation.generate_answers(model, tokenizer, asked, settings, stop_ids, known)
 
     pairs = likelihoods.pair_logps(model, asked, *size) if "rejected_input_ids" in asked[0] else None
     probed = forgetting.probe(model, tokenizer, passages, limits.limits_of(folder).context) if passages else None
@@ -158,7 +161,7 @@ def evidence_of(settings: dict, rows: list[dict]) -> metrics.Evidence:
     return metrics.Evidence(
         settings,
         gold=[row["reference"] for row in rows],
-        predictions=[row["prediction"] for row in rows],
+        predictions=[""] * len(rows) if settings["task"] == metrics.DOCUMENTS else [row["prediction"] for row in rows],
         choices=column("choice"),
         loss_sums=column("loss_sum"),
         loss_tokens=column("tokens"),
@@ -257,7 +260,7 @@ def figures_of(
         loss_seconds=round(asked.loss_seconds, 3),
         generate_seconds=round(answers.seconds, 3),
         generated_tokens=sum(answers.tokens),
-        tokens_per_second=round(sum(answers.tokens) / answers.seconds, 1),
+        tokens_per_second=round(sum(answers.tokens) / answers.seconds, 1) if answers.seconds else 0.0,
         peak_memory_bytes=peak_memory(),
         train=train,
         start=start,
@@ -284,16 +287,17 @@ def prediction_rows(rows: list[dict], asked: Asked, judged: Judgement, base: Bas
 def _prediction_row(index: int, row: dict, asked: Asked, judged: Judgement, base: BaseReport | None) -> dict:
     answers, choices = asked.answers, asked.choices
     line = {name: row[name] for name in ("id", "group", "source", "prompt", "reference") if name in row}
-    line |= {"prediction": answers.texts[index], "score": judged.scores.rows[index]}
+    line |= {"score": judged.scores.rows[index]}
+    if judged.evidence.finished is not None:
+        line |= {"prediction": answers.texts[index], "finished": answers.finished[index]}
     if choices:
         line |= {"label": judged.evidence.readings[index], "choice": choices.chosen[index]}
 
     if base:
-        line |= {"base_prediction": base.rows[index]["prediction"], "base_score": base.scores.rows[index]}
-        if "choice" in base.rows[index]:
-            line["base_choice"] = base.rows[index]["choice"]
+        line["base_score"] = base.scores.rows[index]
+        theirs = {name: base.rows[index][name] for name in ("prediction", "choice") if name in base.rows[index]}
+        line |= {f"base_{name}": value for name, value in theirs.items()}
 
-    line |= {"finished": answers.finished[index]}
     line |= {"loss_sum": asked.losses.sums[index], "tokens": asked.losses.tokens[index]}
     if judged.evidence.answer_bytes:
         line["bytes"] = judged.evidence.answer_bytes[index]

@@ -390,6 +390,7 @@ def _unfinished(evidence: Evidence) -> Statistic | None:
 # --- the rows ------------------------------------------------------------------------------------
 
 PREFERENCE, BITS_PER_BYTE = "preference_accuracy", "bits_per_byte"
+DOCUMENTS = "documents"  # the task of rows that are raw text: how likely it is, and no answers
 OF_PREFERENCE = (PREFERENCE, "preference_accuracy_per_token")
 # Of training and its validation, beside those here.
 TRAINING_FIGURES = {"logps", "learned_tokens", "pairs", "answers", "nll_loss", "kl"}
@@ -408,6 +409,7 @@ TASKS = {
         Metric("recall", _recall),
         Metric("exact_match", _equal_sets),
     ),
+    DOCUMENTS: (Metric(BITS_PER_BYTE, _bits_per_byte, lower_is_better=True),),
     "text": (
         Metric("rouge_l", _rouge_l),
         Metric("chrf", _chrf),

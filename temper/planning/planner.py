@@ -11,11 +11,11 @@ from temper.config.best import JUDGING
 from temper.config.compose import chosen_experiment, expand, own_folder, parse_overrides, split_overrides, use_folder
 from temper.config.schema import WITH_REFERENCE, Probe
 from temper.config.stages import FOLDERS, PLATEAU, keys_hidden, numbered, stage_config
-from temper.config.validate import data_sets, has_pairs, sft_config
+from temper.config.validate import data_sets, documents_config, has_pairs, sft_config
 from temper.errors import UserError
 from temper.evaluation import own_metrics
 from temper.evaluation.forgetting import told_of_probe
-from temper.evaluation.metrics import BITS_PER_BYTE, PER_TOKEN, check_metric, sweeps_model
+from temper.evaluation.metrics import BITS_PER_BYTE, DOCUMENTS, PER_TOKEN, check_metric, sweeps_model
 from temper.files import read_json
 from temper.folders import check_name, is_complete
 from temper.hashing import HashCache, canonical_json
@@ -167,9 +167,13 @@ class _Planner:
         splits = self._job("tokenize_splits", f"{data}-{model}", config, {"prompts": prompts.path, "model": base.path})
         bases = self._reports(f"base-{data}-{model}", config, {"model": base.path, "splits": splits.path})
         start, starts = base, {}
+        firsts: dict[str, Job] = {}
         if config["method"].get("sft"):
             start, starts = self._tuned(sft_config(config), base, splits, bases)[1:]
-        adapters, merged, reports = self._tuned(config, start, splits, bases, starts)
+        if config["method"].get("first"):
+            start, firsts, starts = self._after_documents(config, base, splits, bases)
+        before = {"start_report": starts, "first_report": firsts}
+        adapters, merged, reports = self._tuned(config, start, splits, bases, before)
         split = config["eval"]["split"]
         artefacts = {
             **raw,
@@ -183,13 +187,25 @@ class _Planner:
             "test_report": reports["test"].path,
             **({"start_report": starts[split].path} if starts else {}),
         }
-        if config["eval"]["suspects"]:
+        if config["eval"]["suspects"] and config["eval"]["task"] != DOCUMENTS:
             inputs = {"model": merged.path, "splits": splits.path, "prompts": prompts.path}
             inputs |= {"raw": raw["fetch_data"]} if raw else {}
             artefacts["score_rows"] = self._job("score_rows", _slug(config), config, inputs).path
         artefacts |= self._harness(config, base, merged)
         name, key = Path(reports[split].path).name, reports[split].key
         return PlannedRun(name, key, point, config, artefacts, [segment.path for segment in adapters])
+
+    def _after_documents(self, config: dict, base: Job, splits: Job, bases: dict[str, Job]):
+        """(the model trained on the documents of `method.first`, its reports on these, and on the run's own rows)."""
+        first = documents_config(config)
+        slug = _data_slug(first)
+        prompts, _ = self._prompts(first)
+        rows = self._job("tokenize_splits", slug, first, {"prompts": prompts.path, "model": base.path})
+        untouched = self._reports(f"base-{slug}", first, {"model": base.path, "splits": rows.path})
+        adapters, merged, reports = self._tuned(first, base, rows, untouched)
+        inputs = {"model": merged.path, "splits": splits.path, "adapter": adapters[-1].path}
+        name = f"{config['data']['name']}-after-{_slug(first)}"
+        return merged, reports, self._reports(name, config, inputs, base_report=bases)
 
     def _prompts(self, config: dict) -> tuple[Job, dict[str, str]]:
         """(the job whose prompts are tokenized, the raw data of a single data set by the stage that fetches it)."""
@@ -222,8 +238,12 @@ class _Planner:
             found[split] = self._job("evaluate_model", name, view, {**inputs, **beside, **probe}, extra, {"probe"})
         return found
 
-    def _tuned(self, config: dict, start: Job, splits: Job, bases: dict[str, Job], starts: dict | None = None):
-        """(training jobs, merge, reports) of a model trained from `start`."""
+    def _tuned(self, config: dict, start: Job, splits: Job, bases: dict[str, Job], before: dict | None = None):
+        """(training jobs, merge, reports) of a model trained from `start`.
+
+        Args:
+            before: reports of the trainings that came before, as `_reports` takes them.
+        """
         pairs = self._own_answers(config, start, splits)
         references = self._references(config, start, pairs)
         learnt = config
@@ -236,7 +256,7 @@ class _Planner:
         inputs = {"model": merged.path, "splits": splits.path, "adapter": adapter.path}
         if has_pairs(config["data"]):  # by which runs are judged, not by sampled ones
             inputs |= self._references(config, start, splits)
-        reports = self._reports(slug, config, inputs, base_report=bases, start_report=starts or {})
+        reports = self._reports(slug, config, inputs, base_report=bases, **(before or {}))
         return adapters, merged, reports
 
     def _own_answers(self, config: dict, start: Job, splits: Job) -> Job:
@@ -263,6 +283,9 @@ class _Planner:
         found = {
             name: self._exactly(config[name], kind, name) for name, kind in (("model", "model"), ("probe", "dataset"))
         }
+        if first := config["method"].get("first"):
+            exact = self._exactly(first["data"], "dataset", "method.first.data")
+            found["method"] = {**config["method"], "first": {**first, "data": exact}}
         data = config["data"]
         if "mix" in data:
             parts = [{**part, "data": self._exactly(part["data"], "dataset", "data")} for part in data["mix"]]
@@ -283,7 +306,10 @@ class _Planner:
         """(the input `probe` of an evaluation, the identity of its text), if there is one."""
         if config["probe"]["source"] is None:
             return {}, {}
-        if config["probe"]["name"] in [data["name"] for data in data_sets(config["data"])]:
+        learned = data_sets(config["data"])
+        if first := config["method"].get("first"):
+            learned = [*learned, first["data"]]
+        if config["probe"]["name"] in [data["name"] for data in learned]:
             raise UserError(
                 f"config: 'probe.name': {config['probe']['name']} is the name of the data, whose folder it "
                 "would share: name the probe otherwise"
@@ -432,6 +458,14 @@ def _data_slug(config: dict) -> str:
     return f"{config['data']['name']}-{config['model']['name']}{'-sft' if config['method'].get('sft') else ''}"
 
 
+def _first(config: dict) -> str:
+    """What a training comes after, as a part of its name."""
+    method = config["method"]
+    if method.get("first"):
+        return f"{method['first']['data']['name']}-"
+    return "sft-" if method.get("sft") else ""
+
+
 def _slug(config: dict) -> str:
     """A readable name. It depends only on the config, so that sweeps share artefacts."""
     train, adapter = config["train"], config["adapter"]
@@ -444,7 +478,7 @@ def _slug(config: dict) -> str:
     parts = [
         config["data"]["name"],
         config["model"]["name"],
-        ("sft-" if config["method"].get("sft") else "") + config["method"]["name"],
+        _first(config) + config["method"]["name"],
         kind.lower() + rank + bits,
         f"lr{rate}",
         length,

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from temper.data.audit import DROPPED, LENGTHS, TOLD
 from temper.data.columns import IGNORED
+from temper.data.documents import DOCUMENTS
 from temper.reports import html
 
 ROWS = 20  # shown, spread evenly over the training split
@@ -40,6 +41,7 @@ def write_page(output: Path, audit: dict, train, tokenizer, apart: bool) -> None
         rows=[_shown(row, tokenizer, apart) for row in train.select(numbers)],
         total=len(train),
         pairs="rejected" in train.column_names,
+        documents=DOCUMENTS in train.column_names,
     )
 
 

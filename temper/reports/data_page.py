@@ -25,6 +25,7 @@ DIFFERENT = {
     "answers": ("Prompts with several answers", "prompts have more than one answer"),
     "labels": ("Contradicting labels", "prompts have more than one label"),
     "pairs": ("Pairs ranked both ways", "pairs stand in the data in both orders, each answer chosen once"),
+    "documents": ("", ""),
     "judged": ("Answers judged both ways", "answers to the same prompt are called desirable and undesirable"),
 }
 
@@ -42,6 +43,7 @@ def write_page(output: Path, report: dict[str, Any]) -> None:
         splits=[split for split in SPLITS if report["rows"]["kept"][split]],
         findings=list(_findings(report, what)),
         kinds=KINDS,
+        unit="documents" if kind == "documents" else "prompts",
         near=NEAR,
         most_held=HELD_OF_TRAIN,
         several={**report["several"], "title": title, "what": what, "first": _answers(report, texts)},
@@ -83,6 +85,8 @@ def _row_texts(record: dict) -> dict[str, str]:
     alone = len(before) == 1
     lines = [message["content"] if alone else f"{message['role']}: {message['content']}" for message in before]
     calls = f"\n{json.dumps(last['tool_calls'], ensure_ascii=False)}" if last.get("tool_calls") else ""
+    if not before:
+        return {"prompt": _cut(last["content"])}
     found = {"prompt": "\n".join(lines), "answer": last["content"] + calls}
     if "rejected" in record:
         found["rejected"] = record["rejected"]
@@ -107,7 +111,7 @@ def _side_by_side(pair: dict, texts: dict) -> dict:
     there = [text["prompt"] for text in found if text]  # data.on_overlap may have taken out one, or both
     marked = iter(_marked(*there) if len(there) == 2 else [[(prompt, False)] for prompt in there])
     sides = [
-        {"row": row, "prompt": next(marked) if text else None, "answer": text and text["answer"]}
+        {"row": row, "prompt": next(marked) if text else None, "answer": text and text.get("answer")}
         for row, text in zip(pair["rows"], found, strict=True)
     ]
     return {**pair, "sides": sides}
@@ -128,6 +132,7 @@ def _marked(one: str, other: str) -> list[list[tuple[str, bool]]]:
 def _findings(report: dict, different: str) -> Iterator[tuple[bool, str]]:
     """(whether it makes figures wrong or trains on what nobody meant, what there is to look into)."""
     rows, train = report["rows"], report["rows"]["kept"]["train"]
+    unit = "documents" if report["kind"] == "documents" else "prompts"
     for some in report["overlap"]:
         number, taken = sum(some["rows"].values()), rows["left_out_by_overlap"][some["other"]]
         done = f"; data.on_overlap took {count(taken)} rows out of {some['other']}" if taken else ""
@@ -141,17 +146,17 @@ def _findings(report: dict, different: str) -> Iterator[tuple[bool, str]]:
     if (chance := report["labels_differ_by_chance"]) is not None and chance < UNLIKELY:
         yield True, f"The labels' shares differ between the splits, by more than chance (p={chance:.1g})."
     if again := report["duplicates"]["rows"]["train"]:
-        yield False, f"{count(again)} of {count(train)} training rows repeat an earlier one, prompt and answer."
+        yield False, f"{count(again)} of {count(train)} training rows repeat an earlier one."
     near = report["near_duplicates"]
     if near["prompts"]:
         of = "" if near["whole"] else " of a sample"
-        prompts = f"{count(near['prompts'])} of {count(near['looked_at'])} prompts{of} in train"
+        prompts = f"{count(near['prompts'])} of {count(near['looked_at'])} {unit}{of} in train"
         yield False, f"{prompts} nearly repeat another there."
     languages = report["languages"]["prompt"]
     known = {name: rows for name, rows in languages.items() if name not in (UNKNOWN, NO_LANGUAGE)}
     if (others := sum(list(known.values())[1:])) > RARE * sum(languages.values()):
         main = next(iter(known))
-        yield False, f"{count(others)} of {count(sum(known.values()))} prompts are in another language than {main}."
+        yield False, f"{count(others)} of {count(sum(known.values()))} {unit} are in another language than {main}."
 
 
 def _shares(labels: dict[str, dict[str, int]] | None, kept: dict[str, int]) -> list[tuple[str, int, dict[str, float]]]:

@@ -25,7 +25,12 @@ from temper.sources.pins import by_split, is_pin, read_pin
 
 SHOWN = ("method", "quantization", "adapter", "train", "seed")  # config sections that are hyperparameters
 CONFIGS = ("format_prompts", "mix_prompts", "tokenize_splits", "train_adapter", "merge_adapter", "evaluate_model")
-TASKS = {"labels": "text-classification", "tags": "text-generation", "text": "text-generation"}
+TASKS = {
+    "labels": "text-classification",
+    "tags": "text-generation",
+    "text": "text-generation",
+    "documents": "text-generation",
+}
 
 
 @dataclasses.dataclass

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from temper.evaluation import contamination
 from temper.evaluation.figures import Figures
-from temper.evaluation.metrics import lower_is_better, with_own
+from temper.evaluation.metrics import DOCUMENTS, lower_is_better, with_own
 from temper.files import read_json, read_yaml
 from temper.keys import flat
 from temper.reports import html, plots
@@ -78,6 +78,11 @@ GROUPS = {
         lambda row: {(1, 0): 0, (0, 1): 1, (0, 0): 2, (1, 1): 3}[int(row["score"]), int(row["base_score"])],
     ),
     ("labels", False): (("right", "wrong"), lambda row: int(row["score"] < 1)),
+    (DOCUMENTS, True): (
+        ("likelier than to the base model", "less likely than to the base model", "as likely as to the base model"),
+        lambda row: 0 if row["score"] < row["base_score"] else 1 if row["score"] > row["base_score"] else 2,
+    ),
+    (DOCUMENTS, False): (("documents",), lambda _row: 0),
     ("graded", True): (
         ("better than the base model's", "worse than the base model's", "as good as the base model's"),
         lambda row: 0 if row["score"] > row["base_score"] else 1 if row["score"] < row["base_score"] else 2,
@@ -89,7 +94,7 @@ GROUPS = {
 def sample_groups(predictions: list[dict], task: str) -> dict[str, list[dict]]:
     """All answers, sorted by what tuning did to them, in the order in which they are worth reading."""
     compared = bool(predictions) and "base_score" in predictions[0]
-    names, kind = GROUPS["labels" if task == "labels" else "graded", compared]
+    names, kind = GROUPS[task if task in ("labels", DOCUMENTS) else "graded", compared]
     groups: dict[str, list[dict]] = {name: [] for name in names}
     for row in predictions:
         groups[names[kind(row)]].append(row)

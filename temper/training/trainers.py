@@ -17,6 +17,7 @@ from transformers import PrinterCallback, Trainer
 from transformers.integrations import activate_neftune
 
 from temper.data.batches import Batch, EpochSampler, count_learned, padded_shape
+from temper.data.documents import DOCUMENTS, apart
 from temper.errors import UserError
 from temper.model.adapters import refuse_adapter_misfits
 from temper.model.predictions import SupervisedLoss, tokens_computed, tokens_of, with_decoder_inputs
@@ -27,13 +28,18 @@ from temper.training.preferences import NLL, PAIR_LOSSES, PairLoss, answers_and_
 log = logging.getLogger("temper")
 
 
+def _batch_of(rows: list[dict], pad_token_id: int) -> Batch:
+    """A batch of rows, in which documents that share a row are apart."""
+    return Batch([part for row in rows for part in apart(row)], pad_token_id)
+
+
 class TemperTrainer(Trainer):
     """Trainer with token-exact loss at learned positions and an order that follows from seed and epoch alone."""
 
     ITEMS = "learned_tokens"  # what the loss is a mean over
     model: Any  # Trainer allows None here, which is no case of ours
     train_dataset: Any
-    batch_of: Callable = staticmethod(Batch)  # rows and the pad token
+    batch_of: Callable = staticmethod(_batch_of)
 
     def __init__(self, *, pad_token_id: int, schedule_steps: int, judge: Any = None, **arguments):
         """Arguments beside Trainer's.
@@ -55,7 +61,7 @@ class TemperTrainer(Trainer):
         self.judge = judge
         self.tokens = 0  # real ones (no padding) that were trained on
         rows = self.args.train_batch_size * self.args.world_size * self.args.gradient_accumulation_steps
-        self.sampler = EpochSampler(_lengths(self.train_dataset), rows, self.args.seed)
+        self.sampler = EpochSampler(_longest_texts(self.train_dataset), rows, self.args.seed)
 
     def create_scheduler(self, num_training_steps, optimizer=None):  # noqa: ARG002 - Trainer's signature
         return super().create_scheduler(self.schedule_steps, optimizer)
@@ -169,7 +175,7 @@ class TemperTrainer(Trainer):
 
     def _evaluated_batches(self, dataset):
         """Batches of a data set, rows of similar length together, with the model in evaluation."""
-        lengths = _lengths(dataset)
+        lengths = _longest_texts(dataset)
         order = sorted(range(len(dataset)), key=lengths.__getitem__)
         self.model.eval()
         return DataLoader(
@@ -324,7 +330,14 @@ def trainer_for(method: dict, **arguments) -> TemperTrainer:
 LENGTHS = ("input_ids", "labels", "rejected_input_ids", "rejected_labels")
 
 
-def _lengths(dataset) -> list[int]:
+def _longest_texts(dataset) -> list[int]:
+    """Tokens of each row's longest text, since rows are computed together at the least cost if these are similar."""
+    if DOCUMENTS in dataset.column_names:
+        return list(map(max, dataset[DOCUMENTS][:]))
+    return row_lengths(dataset)
+
+
+def row_lengths(dataset) -> list[int]:
     """Tokens of each row; of a pair those of its longer text, of an encoder-decoder's row those of its longer side."""
     import pyarrow.compute
 

@@ -39,7 +39,59 @@ _HUB = ("data.source.kind=hub", "data.source.repository=acme/it")
 _HUB_MODEL = ("model.source.kind=hub", "model.source.repository=acme/it")
 _OWN = "method.own_answers={do_sample: false, top_p: 0.5}"
 
+_DOCUMENTS = ("data=editorials", "prompt.system=null", "~data.limit")
+
 CASES = [
+    # raw text
+    _plan("answers of documents", r"'eval\.task': labels judges answers, .* set eval=documents", *_DOCUMENTS),
+    _plan("documents of answers", r"'eval\.task': documents is for raw text", "eval=documents"),
+    _plan(
+        "documents with a system message",
+        r"'prompt\.system' is for messages, .* set it to null",
+        "data=editorials",
+        "eval=documents",
+    ),
+    _plan(
+        "documents and a part of their prompts",
+        r"'prompt\.loss_on' is for messages, .* set it to assistant",
+        *_DOCUMENTS,
+        "eval=documents",
+        "prompt.loss_on=all",
+    ),
+    _plan("preferences of documents", r"method=kto", *_DOCUMENTS, "eval=documents", "method=kto"),
+    _plan(
+        "a metric of answers for documents",
+        r"'eval\.metrics?'.*|'metrics' is for answers",
+        *_DOCUMENTS,
+        "eval=documents",
+        "eval.metrics=[{name: short, regex: a}]",
+    ),
+    _plan(
+        "the best checkpoint by answers of documents",
+        r"'train\.metric_for_best_model': validation of task 'documents' has no 'bits_per_byte'",
+        *_DOCUMENTS,
+        "eval=documents",
+        "train.metric_for_best_model=bits_per_byte",
+        "train.load_best_model_at_end=true",
+    ),
+    _plan("first on answers", r"'method\.first'.*layout text", "method.first={data: movie_reviews}"),
+    _plan("first on nothing", r"method\.first\.data: nosuch", "method.first={data: nosuch}"),
+    _plan(
+        "first with an unknown option",
+        r"'method\.first'.*lerning_rate",
+        "method.first={data: editorials, train: {lerning_rate: 1}}",
+    ),
+    _plan(
+        "first with an unknown option of tokenizing",
+        r"'method\.first\.tokenize\.max_len'",
+        "method.first={data: editorials, tokenize: {max_len: 9}}",
+    ),
+    _plan(
+        "a probe that is learned first",
+        r"'probe\.name': editorials is the name of the data",
+        "probe=editorials",
+        "method.first={data: editorials}",
+    ),
     # keys and values
     _plan("unknown key", r"train\.lerning_rate.*did you mean 'learning_rate'", "train.lerning_rate=1e-3"),
     _plan("unknown section", r"unknown key 'hydra'", "hydra.run.dir=x"),

@@ -25,6 +25,8 @@ def test_every_file_in_conf_composes_and_validates(workspace):
         for choice in choices:
             alone = [] if group in ("experiment", "sweep") else ["sweep=none"]
             alone += ["data.rejected_from=[positive,negative]"] if group == "method" and choice != "sft" else []
+            if choice in ("editorials", "documents") and group in ("data", "eval"):  # raw text, both together
+                alone += ["data=editorials", "eval=documents", "prompt.system=null"]
             _, configs = composed(*alone, f"{group}={choice}")
             assert configs, f"{group}={choice} gives no run"
             checked.append(f"{group}/{choice}")
@@ -51,7 +53,10 @@ def test_every_file_in_conf_composes_and_validates(workspace):
         ("data.limit.train=none", "config: 'data.limit.train': input should be a valid integer"),
         ("data.splits.test=0.95", "leave no rows for training"),
         ("prompt.template=x", "'template' is for apply_chat_template: false"),
-        ("eval.task=label", "config: 'eval.task': input should be 'labels', 'tags' or 'text' (found \"label\")"),
+        (
+            "eval.task=label",
+            "config: 'eval.task': input should be 'labels', 'tags', 'text' or 'documents' (found",
+        ),
         ("seed=-1", "config: 'seed': input should be greater than or equal to 0 (found -1)"),
         ("nonsense=1", "config: unknown key 'nonsense'"),
         ("train.learning_rate", "write key=value"),

@@ -190,7 +190,7 @@ CASES: dict[str, tuple[str, str | bytes, Callable, list[tuple[str, str]], list[s
     "objects one after another": ("rows.json", ALONE, brackets, ROWS, []),
     "lists of columns": ("rows.json", json.dumps(COLUMNS), pandas, ROWS, []),
     "columns, as pandas writes them": ("rows.json", json.dumps(INDEXED), pandas, ROWS, []),
-    "a format that the ending does not tell": ("rows.txt", _lines(_objects()), jsonl, ROWS, []),
+    "a format that the ending does not tell": ("rows.dat", _lines(_objects()), jsonl, ROWS, []),
     "an answer that is null": ("rows.jsonl", _lines(_objects({"answer": None})), where, ROWS, []),
     "an answer that is blank": ("rows.jsonl", _lines(_objects({"answer": " "})), where, ROWS, []),
     "null in a template": ("rows.jsonl", _lines(_objects({"answer": None})), where, ROWS, FREE),

@@ -145,7 +145,7 @@ GOOD_LINE = b'{"a": 1}\n'
         ("x.csv", b"a,b\n1,2\r3,4\n", "x.csv:2: no valid csv: new-line character seen in unquoted field"),
         ("x.jsonl.gz", b"plain", "x.jsonl.gz:1: no valid gzip file"),
         ("x.parquet", b"plain text", "x.parquet: cannot be read (Parquet magic bytes not found"),
-        ("x.txt", b"", "x.txt: cannot tell the format by the ending: set data.format"),
+        ("x.dat", b"", "x.dat: cannot tell the format by the ending: set data.format"),
         ("x.parquet.gz", b"", "x.parquet.gz: cannot tell the format by the ending"),
     ],
 )
@@ -164,3 +164,10 @@ def test_rows_before_a_fault_have_been_given(tmp_path):
     assert [next(rows), next(rows)] == [(1, {"a": 1}), (2, {"a": 2})]
     with pytest.raises(UserError, match="rows.jsonl:3"):
         next(rows)
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.md", "a.txt.gz"])
+def test_a_text_file_is_one_row(tmp_path, name):
+    path, content = tmp_path / name, '\ufeffOne line,\n\nand "another"\n'
+    path.write_bytes(gzip.compress(content.encode()) if name.endswith(".gz") else content.encode())
+    assert list(RawFile(path)) == [(1, {"text": content[1:]})]

@@ -160,6 +160,47 @@ def test_fine_tuning_comes_first_and_is_the_plain_one(workspace):
     assert keys(alone)["train_adapter"] < keys(plan)["train_adapter"], "the fine-tuning alone is the same artefact"
 
 
+def test_documents_come_first(workspace):
+    """Trained on by themselves; what that gives is judged on both, and is what fine-tuning starts from."""
+    plan = build(experiment="documents_sft")
+    alone = build(
+        "data=editorials",
+        "~data.limit",
+        "eval=documents",
+        "prompt.system=null",
+        "tokenize.max_length=256",
+        "~method.first",
+        "train.learning_rate=5e-4",
+        experiment="documents_sft",
+    )
+    (run,), (first,) = plan.runs, alone.runs
+    training, report = plan.jobs[run.artefacts["train_adapter"]], plan.jobs[run.artefacts["evaluate_model"]]
+    assert training.inputs["model"] == first.artefacts["merge_adapter"]
+    assert keys(alone)["train_adapter"] < keys(plan)["train_adapter"], "the documents alone are the same artefact"
+    assert keys(alone)["tokenize_splits"] < keys(plan)["tokenize_splits"]
+    documents, start = plan.jobs[report.inputs["first_report"]], plan.jobs[report.inputs["start_report"]]
+    assert documents.inputs["splits"] == first.artefacts["tokenize_splits"] != run.artefacts["tokenize_splits"]
+    assert start.inputs["splits"] == run.artefacts["tokenize_splits"]
+    assert start.inputs["model"] == documents.inputs["model"] == first.artefacts["merge_adapter"]
+    assert documents.config["eval"]["task"] == "documents"
+
+
+@pytest.mark.parametrize(
+    ("override", "again"),
+    [
+        ("method.first.train.learning_rate=2e-3", {"train_adapter": 2, "tokenize_splits": 0}),
+        ("method.first.tokenize.max_length=99", {"train_adapter": 2, "tokenize_splits": 1}),
+        ("method.first.limit=50", {"train_adapter": 2, "tokenize_splits": 1}),
+        ("train.learning_rate=2e-4", {"train_adapter": 1, "tokenize_splits": 0}),
+        ("method.first.train.logging_steps=7", {"train_adapter": 0, "tokenize_splits": 0}),
+    ],
+)
+def test_an_edit_to_documents_that_come_first(workspace, override, again):
+    before, after = (build(*more, experiment="documents_sft") for more in ((), (override,)))
+    found = {stage: len(keys(after)[stage] - keys(before)[stage]) for stage in again}
+    assert found == again
+
+
 @pytest.mark.parametrize(
     ("override", "again"),
     [

@@ -97,6 +97,13 @@ def test_pairs_and_judged_answers_contradict_each_other_in_their_own_way(tmp_pat
     assert survey.labels.counts["train"] == {"desirable": 1, "undesirable": 2}
 
 
+def test_documents_repeat_each_other_and_contradict_nothing(tmp_path):
+    rows = [{"id": at, "messages": [{"role": "assistant", "content": text}]} for at, text in enumerate("abca", start=1)]
+    survey = written(tmp_path, [("train", row) for row in rows])
+    assert [row.id for row in survey.repeats(5).first[0]] == [1, 4]
+    assert survey.several(5, 3).prompts == 0 and list(survey.lengths_of()) == ["document"]
+
+
 def test_another_system_message_is_another_prompt(tmp_path):
     rows = [line(1, "q", "a"), line(2, "q", "b")]
     rows[1]["messages"].insert(0, {"role": "system", "content": "Be short."})

@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from steps import format_prompts, tokenize_splits
+from temper.data import tokenized
 from temper.data.audit import doubled
 from temper.data.columns import with_right_answers
 from tests.support.asking import complaint
@@ -130,7 +131,7 @@ def test_the_size_of_a_batch_changes_nothing(workspace, tiny_model, monkeypatch,
     options = [f"tokenize.max_length={limit(tiny_model)}", f"tokenize.max_length_policy={policy}"]
     made = []
     for size in (2**18, 300, 1):  # characters: all rows, two, one
-        monkeypatch.setattr(tokenize_splits, "BATCH", size)
+        monkeypatch.setattr(tokenized, "BATCH", size)
         tokenize(tiny_model, *options, pairs=pairs)
         made.append(files("splits"))
         Path("splits").rename(f"splits-{size}")
@@ -141,7 +142,7 @@ def test_the_size_of_a_batch_changes_nothing(workspace, tiny_model, monkeypatch,
 @pytest.mark.parametrize(("first", "message"), [("long", "row 1 has "), ("refused", "refuses messages of the roles")])
 def test_the_first_row_at_fault_ends_it(workspace, tiny_model, monkeypatch, capsys, size, first, message):
     """A row that is too long and one that the template refuses, in one batch and in two, and both ways round."""
-    monkeypatch.setattr(tokenize_splits, "BATCH", size)
+    monkeypatch.setattr(tokenized, "BATCH", size)
     shutil.copytree(tiny_model, "model")
     template = "{{ raise_exception('no') if messages[0]['content'] == 'refused' }}" + CHAT_TEMPLATE
     Path("model/chat_template.jinja").write_text(template)

@@ -51,7 +51,8 @@ def test_rules_name_all_that_their_jobs_read(sources, monkeypatch):
     named = set(re.findall(r'(\w+)=path_of\("(\w+)", "(\w+)"\)', (ROOT / "Snakefile").read_text()))
     assert all(flag == name for flag, _, name in named)
     own = f"{sources[1]} method.own_answers={{max_new_tokens: 8}} ~data.rejected_from"
-    plans = [planner.build("demo"), planner.build("sft_dpo"), planner.build("sft_dpo", overrides=own)]
+    plans = [planner.build(name) for name in ("demo", "sft_dpo", "documents_sft")]
+    plans.append(planner.build("sft_dpo", overrides=own))
     plans.append(planner.build("smoke", overrides="train.num_train_epochs=1,2 train.lr_scheduler_type=constant"))
     monkeypatch.setattr("temper.config.harness.version", lambda: "0")  # lm-eval need not be installed to plan for it
     monkeypatch.setattr("temper.config.harness.check_tasks", lambda *_: None)
