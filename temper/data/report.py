@@ -125,6 +125,8 @@ def make(folder: Path, rows: dict, found: list[Overlap], near: NearTrain) -> Rep
     survey, report = Survey(folder, sum(rows["kept"].values())), Report({}, [])
     repeats, several, labels = survey.repeats(SHOWN), survey.several(SHOWN, SHOWN_ANSWERS), survey.labels.table()
 
+    short = labels is not None or survey.kind == DOCUMENTS  # too short to tell, or there is none
+
     def named(row: Row) -> dict:
         report.named.append({**row._asdict(), "place": ""})
         return report.named[-1]
@@ -152,9 +154,7 @@ def make(folder: Path, rows: dict, found: list[Overlap], near: NearTrain) -> Rep
         "languages": {
             "rows": len(survey.sampled),
             "prompt": count_languages(asked for asked, _ in survey.sampled),
-            "answer": count_languages(answer for _, answer in survey.sampled)
-            if labels is None and survey.kind != DOCUMENTS
-            else None,
+            "answer": None if short else count_languages(answer for _, answer in survey.sampled),
         },
     }
     return report
