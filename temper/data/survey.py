@@ -81,11 +81,11 @@ class Survey:
             self.ranges[split] = slice(start, len(self.ids))
 
     def _add(self, split: str, number: int, line: bytes) -> None:
-        record = json.loads(line)
+        record = json.loads(line.decode())
         *before, last = record["messages"]
         answer = last["content"]
         document = is_document(record["messages"])
-        topic, said, label = _told(record, repr(before), answer, repr(last), document)
+        topic, said, label = _told(record, document)
         if self.ids and (record["id"], topic, said) == (self.ids[-1], self.topics[-1], self.said[-1]):
             self.repeated += 1
             return
@@ -195,19 +195,26 @@ def _kind(record: dict, document: bool) -> str:
     return PAIRS if "rejected" in record else JUDGED if "label" in record else ANSWERS
 
 
-def _told(record: dict, prompt: str, answer: str, said: str, document: bool) -> tuple[int, int, str | None]:
+def _told(record: dict, document: bool) -> tuple[int, int, str | None]:
     """(hash of what is answered, hash of the answer, its text if it may be a label).
 
     Rows of the same topic that say different things contradict each other. The hashes are for this process alone.
     """
+    *before, said = map(_whole, record["messages"])
     if document:
         return hash(said), 0, None
-    prompt = f"{prompt} {record.get('tools')!r} {record.get('chat_template_kwargs')!r}"
+    with_it = [repr(record[name]) for name in ("tools", "chat_template_kwargs") if name in record]
+    prompt, answer = (*before, *with_it), record["messages"][-1]["content"]
     if "rejected" in record:
         return hash((prompt, frozenset((answer, record["rejected"])))), hash(answer), None
     if "label" in record:
         return hash((prompt, said)), int(record["label"]), "desirable" if record["label"] else "undesirable"
-    return hash(prompt), hash(said), answer if len(record["messages"][-1]) == PLAIN else None
+    return hash(prompt), hash(said), answer if isinstance(said, tuple) else None
+
+
+def _whole(message: dict) -> tuple[str, str] | str:
+    """All that a message is, to be compared."""
+    return (message["role"], message["content"]) if len(message) == PLAIN else repr(message)
 
 
 class _Labels:

@@ -131,7 +131,7 @@ def _marked(one: str, other: str) -> list[list[tuple[str, bool]]]:
 
 def _findings(report: dict, different: str) -> Iterator[tuple[bool, str]]:
     """(whether it makes figures wrong or trains on what nobody meant, what there is to look into)."""
-    rows, train = report["rows"], report["rows"]["kept"]["train"]
+    rows, train = report["rows"], report["rows"]["kept"]["train"] - report["repeated_by_weights"]
     unit = "documents" if report["kind"] == "documents" else "prompts"
     for some in report["overlap"]:
         number, taken = sum(some["rows"].values()), rows["left_out_by_overlap"][some["other"]]
