@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from steps import format_prompts
-from temper.data import overlap
+from steps import format_prompts, tokenize_splits
+from temper.data import in_train, overlap
 from temper.data.columns import SPLITS
 from temper.data.languages import count_languages
 from temper.data.report import FILE, PAGE, _chance
@@ -233,3 +233,12 @@ def test_the_page_of_an_attackers_rows_has_the_elements_of_a_harmless_one(worksp
     for text in TEXTS:
         assert text not in (OUTPUT / PAGE).read_text()
         assert page(text).found == harmless.found
+
+
+def test_what_stands_in_train_goes_from_the_prompts_to_the_splits(workspace, tiny_model):
+    rows = [{"question": some_text(number), "answer": "yes", "part": "train"} for number in range(40)]
+    rows += [{"question": some_text(number), "answer": "yes", "part": "test"} for number in (3, 100)]
+    reported(rows, splits={"column": "part", "validation": 0})
+    prompts, splits = str(OUTPUT), "results/splits/rows-key"
+    tokenize_splits.main(["--prompts", prompts, "--model", str(tiny_model), "--output", splits, "sweep=none"])
+    assert in_train.read(Path(splits)).rows == {"validation": {}, "test": {"prompt": [41]}}
