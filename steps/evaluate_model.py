@@ -25,10 +25,12 @@ from typing import TYPE_CHECKING
 
 from temper.config import evaluation as checks
 from temper.config.stages import NOT_PLANNED, EvaluateModel, Planned
+from temper.data import in_train
 from temper.data.columns import with_right_answers
 from temper.errors import UserError
 from temper.evaluation import forgetting, metrics, own_metrics
 from temper.evaluation.class_names import UNPARSED
+from temper.evaluation.contamination import figures_without, sentence
 from temper.evaluation.figures import Diverged, Figures, First, Start, read_figures, write_figures
 from temper.evaluation.judge import (
     Asked,
@@ -105,6 +107,9 @@ def run(
     found = figures_of(metric, learned, judged_on, asked, judged, base, train=train, start=start, left_out=left_out)
     trained = list(rows["train"]["source"]) if "source" in rows["train"].column_names else []
     found.sources = figures_of_sources(metric, trained, judged_on, judged, base)
+    known = in_train.read(splits)
+    found.without_train = figures_without(metric, config.eval.split, judged_on, judged.evidence, known)
+    found.data_report = known and known.report
     found.first = _first(first_report) if first_report else None
     if asked.probed:
         found.probe = forgetting.figures_of_probe(asked.probed, base_report)
@@ -258,6 +263,8 @@ def headline(found: Figures) -> str:
         text += f"; base model {found.base[metric]:.3f}, tuning {gain:+.3f} [{low:+.3f}, {high:+.3f}]"
     if unparsed := found.values.get(UNPARSED):
         text += f"; {unparsed:.1%} of the free answers name no label"
+    if found.train and found.without_train:
+        text += f"; {sentence(found, html.metric_name(metric))}"
     if found.probe:
         text += f"; {forgetting.sentence(found.probe)}"
     return text

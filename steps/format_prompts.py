@@ -19,6 +19,9 @@ they are. A split that the data has itself, by data.source or data.splits.column
 
 Rows of validation and test that also stand in train, exactly or nearly (temper/data/overlap.py), are counted in
 stats.json and listed in overlap.jsonl; data.on_overlap says what is done with them.
+
+report.html shows what became of the rows, which repeat or contradict each other, and what they are like: labels,
+lengths, languages. report.json has the same for programs.
 """
 
 import contextlib
@@ -30,7 +33,7 @@ from pathlib import Path
 
 from temper.config.schema import SplitSources
 from temper.config.stages import NOT_PLANNED, FormatPrompts, Planned
-from temper.data import overlap
+from temper.data import overlap, report
 from temper.data.layouts import Example
 from temper.data.places import places
 from temper.data.rejected import FILE, Rejected
@@ -57,6 +60,8 @@ def run(config: FormatPrompts, raw: Path, output: Path, planned: Planned = NOT_P
         UserError: a row that makes no conversation (with file and line), an empty split, or raw files that changed
             since the plan was made. With data.on_bad_row=skip: more bad rows than data.max_bad_share.
     """
+    from temper.reports.data_page import write_page
+
     data = config.data.model_dump()
     identity = raw_data.identity_on_disk(raw)
     raw_data.refuse_other_identity(raw, identity, planned.raw)
@@ -82,12 +87,17 @@ def run(config: FormatPrompts, raw: Path, output: Path, planned: Planned = NOT_P
         if rejected.rows:
             log.warning("%s", rejected.said(stats["rows"]))
     _refuse_empty(raw, stats, data, given)
-    found, shared = overlap.find(output, stats["splits"]["train"]["rows"])
-    stats["overlap"] = overlap.tell(output, found, data["on_overlap"], lambda ids: places(raw, data, ids))
-    for split, taken in (overlap.leave_out(output, shared) if data["on_overlap"] == "drop" else {}).items():
+    drop = data["on_overlap"] == "drop"
+    found, shared, near = overlap.find(output, stats["splits"]["train"]["rows"], drop)
+    for split, taken in (overlap.leave_out(output, shared) if drop else {}).items():
         stats["splits"][split]["rows"] -= taken
         stats["splits"][split]["left_out_by_overlap"] = taken
+    made = report.make(output, report.rows_of(output, stats), found, near)
+    where = places(raw, data, made.ids)  # in one pass, for all that is told
+    stats["overlap"] = overlap.tell(output, found, data["on_overlap"], where)
     (output / "stats.json").write_text(json.dumps(stats, indent=2) + "\n", encoding="utf-8")
+    made.write(output, where)
+    write_page(output, made.content)
     log.info("%s", _summary(stats))
     return {"raw": identity, "rows": stats}
 

@@ -7,7 +7,7 @@ Reads:  folders of format_prompts, in the order of data.mix; the config section 
 Writes: train.jsonl, validation.jsonl, test.jsonl as format_prompts does, each row with its "source", the name of the
         data set. Its "id" counts the rows of all data sets on. stats.json counts the rows of each split by source;
         mixture.json says which ids are of which folder; overlap.jsonl as in format_prompts, also of rows of one data
-        set in another.
+        set in another. report.html and report.json as in format_prompts, by data set.
 
 A training row of a data set with weight 2 comes twice, so it is learned twice in an epoch; with weight 0.5 half of them
 come, and with 1.5 all of them once and half of them twice. A hash of the row says which. Rows of validation and test
@@ -22,9 +22,9 @@ import sys
 from pathlib import Path
 
 from temper.config.stages import MixPrompts
-from temper.data import overlap
+from temper.data import overlap, report
 from temper.data.columns import SPLITS
-from temper.data.places import MIXTURE, Part, ids_of, of_mixture
+from temper.data.places import MIXTURE, Part, Place, ids_of, of_mixture
 from temper.errors import UserError
 from temper.files import each_json_line, json_text, write_whole
 from temper.progress import Progress
@@ -40,6 +40,8 @@ def run(config: MixPrompts, prompts: list[Path], output: Path) -> dict:
     Raises:
         UserError: not one folder for each data set, or a weight that leaves none of its training rows.
     """
+    from temper.reports.data_page import write_page
+
     mix = config.data.mix
     if len(prompts) != len(mix):
         raise UserError(
@@ -54,17 +56,32 @@ def run(config: MixPrompts, prompts: list[Path], output: Path) -> dict:
     _refuse_nothing_of(counts["train"], mix)
     write_whole(output / MIXTURE, json_text([part._asdict() for part in parts]))
 
-    found, shared = overlap.find(output, sum(counts["train"].values()))
-    told = overlap.tell(output, found, config.data.on_overlap, lambda ids: of_mixture(parts, ids))
+    drop = config.data.on_overlap == "drop"
+    found, shared, near = overlap.find(output, sum(counts["train"].values()), drop)
     kept = counts
-    if config.data.on_overlap == "drop":
+    if drop:
         overlap.leave_out(output, shared)
         kept = {split: {**dict.fromkeys(by, 0), **_sources(output / f"{split}.jsonl")} for split, by in counts.items()}
     splits = {split: _stats(by, sum(counts[split].values())) for split, by in kept.items()}
+    weights = {entry.source: entry.weight for entry in mix}
+    made = report.make(output, report.rows_of_mixture(prompts, weights, splits), found, near)
+    where = _places(parts, made.ids)
+    told = overlap.tell(output, found, config.data.on_overlap, where)
     write_whole(output / "stats.json", json_text({"rows": before, "splits": splits, "overlap": told}))
+    made.write(output, where)
+    write_page(output, made.content)
     for split, by in kept.items():
         log.info("%s: %s", split, ", ".join(f"{source} {rows}" for source, rows in by.items()))
     return {"rows": splits}
+
+
+def _places(parts: list[Part], ids: set[int]) -> dict[int, Place]:
+    """Where rows are in the raw data, if that is still there."""
+    try:
+        return of_mixture(parts, ids)
+    except UserError as error:
+        log.warning("warning: rows are named by their numbers, not by file and line: %s", error)
+        return {}
 
 
 def _sources(path: Path) -> dict[str, int]:

@@ -22,6 +22,7 @@ from pathlib import Path
 
 from temper.config.schema import OfPairs
 from temper.config.stages import SampleAnswers
+from temper.data import in_train
 from temper.data.columns import IGNORED, features
 from temper.errors import UserError
 from temper.files import json_lines, load_rows, read_json
@@ -73,6 +74,7 @@ def run(config: SampleAnswers, splits: Path, model: Path, output: Path) -> dict:
             log.info("%s: %d rows, %d answered wrongly and kept", split, counts[split]["read"], len(pairs))
     DatasetDict(rows).save_to_disk(output)
     serving.write(output, served_with)
+    in_train.copy(splits, output)
     text = json.dumps({**read_json(splits / "audit.json"), "own_answers": counts}, indent=2)
     (output / "audit.json").write_text(text + "\n", encoding="utf-8")
     return {"own_answers": counts}

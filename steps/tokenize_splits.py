@@ -19,6 +19,7 @@ Writes  a `datasets.DatasetDict` (train, validation, test) with the columns id, 
         one id, each answer behind the history that it has at inference; of validation and test its last answer is kept.
         Where rows have reasoning, reference is the answer behind it, and reasoning_start and reasoning_end are the
         texts around it.
+        overlap.json (which rows of validation and test stand in train, and where the data report is).
         serving.json (sums of tokenizer and template: `temper.model.serving`).
         audit.json (counts, length histogram, suggested max_length), and for people audit.html (the same, and 20 rows
         token by token) and audit.txt (5 rows with what is learned marked).
@@ -34,6 +35,7 @@ from pathlib import Path
 
 from temper.config.audit import check as check_audit
 from temper.config.stages import TokenizeSplits
+from temper.data import in_train
 from temper.data.audit import report, shown_rows
 from temper.data.chat_template import ChatTemplate
 from temper.data.columns import SPLITS
@@ -88,6 +90,7 @@ def run(config: TokenizeSplits, prompts: Path, model: Path, output: Path) -> dic
     (output / "audit.json").write_text(json.dumps(audit, indent=2) + "\n", encoding="utf-8")
     (output / "audit.txt").write_text(shown, encoding="utf-8")
     serving.write(output, serving.of_folder(model, tokenizer))
+    in_train.write(prompts, output)
     return {"rows": {split: audit["rows"] for split, audit in audits.items()}, **facts}
 
 

@@ -153,7 +153,7 @@ class EvaluateModel(Section):
 class Scored(Part):
     """What of `eval` decides which rows are suspicious."""
 
-    task: Literal["labels", "tags", "text", "documents"]
+    task: Literal["labels", "tags", "text"]
     labels: list[str] | None = None
     batch_size: int = 32
     suspects: int = 50

@@ -7,18 +7,21 @@ Candidates come from bottom-k sketches (Broder 1997, "On the resemblance and con
 smallest hashes of a row, of which two similar rows share most. Each candidate's similarity is then computed exactly, so
 what is reported is so.
 
-Only the rows of validation and test are held in memory, with some 600 bytes each; those of train pass by.
+Only the rows of validation and test are held in memory, with some 600 bytes each, and a sample of `HELD_OF_TRAIN` rows
+of train; all others pass by. The rows of train are compared with that sample, too. That tells which of its prompts
+nearly repeat another: of all of train when it has no more rows than that.
 """
 
 import collections
 import json
 import logging
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 from temper.data.chunks import chunks
-from temper.data.places import Place
+from temper.data.places import Place, named_place
+from temper.data.sample import Sample
 from temper.data.splitting import asked, keep_lines
 from temper.errors import UserError
 from temper.files import json_lines, write_whole
@@ -37,6 +40,8 @@ MOST_LOOKED_AT = 8 * SKETCH  # hashes of a row that a sketch is chosen from, so 
 BITS = 48  # of a hash; the 16 above hold the row's place in its batch
 MOST_ROWS, MOST_CHARACTERS = 2**15, 2**20  # of a batch
 COMMON, SAMPLE = 0.05, 2000  # runs of characters in more than this share of so many rows tell nothing
+HELD_OF_TRAIN = 3_000  # rows of train that all others there are compared with
+MOST_COMPARED = 50  # prompts that one of them is compared with, at most, until a near one is found
 MOST_HOLDERS = 500  # a hash that more rows of a split have is not looked up: that would take rows x rows
 KINDS = {"prompt": "with the same prompt", "near": "with nearly the same", "group": "of the same group"}
 PAIRS = (("train", "test"), ("train", "validation"), ("validation", "test"))  # (the one that is learned from, the held)
@@ -56,42 +61,61 @@ class Overlap(NamedTuple):
     similarity: float | None
 
 
-def find(folder: Path, rows: int) -> tuple[list[Overlap], dict[str, set[int]]]:
-    """Compare the splits in a folder of format_prompts.
+class NearTrain(NamedTuple):
+    """Prompts of train that nearly repeat another prompt there.
+
+    `prompts`: that were looked at, all different. `whole`: whether that is every prompt of train. `found`: one overlap
+    of train with itself for each of them that has one, in the order of the rows.
+    """
+
+    prompts: int
+    whole: bool
+    found: list[Overlap]
+
+
+def find(folder: Path, rows: int, drop: bool) -> tuple[list[Overlap], dict[str, set[int]], NearTrain]:
+    """Compare the splits in a folder of format_prompts, and train with itself.
 
     Args:
         rows: of train, roughly, to take a sample of them.
+        drop: whether rows that stand in the split held against theirs are to be taken out, so that they do not count
+            in train.
 
     Returns:
         (each row of test and validation that stands in a split that is learned from, or in that which chooses, with
-        the first row there; split -> ids of its rows that stand in the split held against it)
+        the first row there; split -> ids of its rows that stand in the split held against it; what nearly stands twice
+        in train)
     """
-    common = _common(_every(folder / "train.jsonl", max(1, rows // SAMPLE)))
+    train = folder / "train.jsonl"
+    common = _common(_every(train, max(1, rows // SAMPLE)))
     held = {split: _Held(split, folder / f"{split}.jsonl", common) for split in ("validation", "test")}
+    sample = _SampleOfTrain("train", train, common, Sample(HELD_OF_TRAIN, rows))
     shared: dict[str, set[int]] = {"train": set(), "validation": set()}
     with Progress(None, "compare splits", "rows") as progress:
         for split in shared:
             others = [held[other] for learned, other in PAIRS if learned == split and held[other].first]
-            for batch in _batches(_rows(folder / f"{split}.jsonl")) if others else ():
+            itself = [sample] if split == "train" else []
+            for batch in _batches(_rows(folder / f"{split}.jsonl")) if others or itself else ():
                 sketches = _sketches([row.text for row in batch], common)
                 for other in others:
                     shared[split] |= other.compare(split, batch, sketches)
+                for one in itself:
+                    one.look_up(batch, sketches, shared["train"] if drop else set())
                 progress.update(len(batch))
-    return [found for one in held.values() for found in one.overlaps()], shared
+    return [found for one in held.values() for found in one.overlaps()], shared, sample.near(drop, shared["train"])
 
 
-def tell(
-    folder: Path, found: list[Overlap], policy: str, place_of: Callable[[set[int]], dict[int, Place]]
-) -> list[dict]:
+def tell(folder: Path, found: list[Overlap], policy: str, where: dict[int, Place]) -> list[dict]:
     """List the overlaps in a file of the folder, and warn of them, or refuse them where the policy is ``error``.
+
+    Args:
+        where: the places of the first of each two splits.
 
     Returns:
         for each two splits that share rows: how many, by kind, and the places of the first, for stats.json.
     """
     write_whole(folder / FILE, json_lines([one._asdict() for one in found]))
-    pairs = by_pair(found)
-    where = place_of({number for some in pairs for number in (some[0].id, some[0].other_id)}) if pairs else {}
-    told = [_told(some, where) for some in pairs]
+    told = [_told(some, where) for some in by_pair(found)]
     for line in map(_sentence, told):
         if policy == "error":
             raise UserError(f"{line}; move or remove them, or let data.on_overlap=drop leave them out of training")
@@ -130,8 +154,8 @@ def _told(found: list[Overlap], where: dict[int, Place]) -> dict:
         "other": found[0].other,
         "rows": len(found),
         **{kind: kinds[kind] for kind in KINDS},
-        "first": str(where[found[0].id]),
-        "first_in_other": str(where[found[0].other_id]),
+        "first": named_place(where, found[0].id),
+        "first_in_other": named_place(where, found[0].other_id),
     }
 
 
@@ -269,10 +293,11 @@ def _sketches(texts: list[str], common):
 
 
 class _Held:
-    """The rows of a split, one for each prompt, and which of them were found in others."""
+    """The rows of a split, one for each prompt, and which of them were found in others. `sample`: only its rows."""
 
-    def __init__(self, split: str, path: Path, common):
+    def __init__(self, split: str, path: Path, common, sample: Sample | None = None):
         self.split, self.path, self.common = split, path, common
+        self.sample = sample or Sample(1, 1)
         self.ids: list[list[int]] = []  # of the rows of each prompt
         self.first: dict[int, int] = {}  # hash of a prompt -> its place in `ids`
         self.groups: dict[str, list[int]] = {}
@@ -297,17 +322,22 @@ class _Held:
         start = 0
         with self.path.open("rb") as lines:
             for line in lines:
-                row = _row(line)
-                if row.group is not None:
-                    self.groups.setdefault(row.group, []).append(row.id)
-                if row.hash in self.first:
-                    self.ids[self.first[row.hash]].append(row.id)
-                else:
-                    self.first[row.hash] = len(self.ids)
-                    self.ids.append([row.id])
-                    self.starts.append(start)
-                    yield row
+                if line in self.sample:
+                    row = _row(line)
+                    if self._is_new(row):
+                        self.starts.append(start)
+                        yield row
                 start += len(line)
+
+    def _is_new(self, row: _Row) -> bool:
+        if row.group is not None:
+            self.groups.setdefault(row.group, []).append(row.id)
+        if row.hash in self.first:
+            self.ids[self.first[row.hash]].append(row.id)
+            return False
+        self.first[row.hash] = len(self.ids)
+        self.ids.append([row.id])
+        return True
 
     def _index(self, hashes) -> None:
         """Make the matrix of which prompt has which hash, without those that too many have."""
@@ -348,6 +378,11 @@ class _Held:
 
     def _near(self, batch: list[_Row], sketches) -> Iterator[tuple[_Row, int, float]]:
         """(row, the place of a prompt here that is nearly the same, how similar it is)."""
+        for some in _batches_of_pairs(self._likely(batch, sketches)):
+            yield from self._compared(some)
+
+    def _likely(self, batch: list[_Row], sketches) -> list[tuple[_Row, int]]:
+        """(row, the place of another prompt here that may be nearly the same)."""
         import numpy as np
         from scipy.sparse import csr_array
 
@@ -355,20 +390,24 @@ class _Held:
         sizes = np.bincount(_places(sketches), minlength=len(batch))
         some = sketches[_in(_hashes(sketches), self.known)]
         if not len(some):
-            return
+            return []
         at = np.searchsorted(self.known, _hashes(some))
         shape = (len(batch), len(self.known))
         matches = csr_array((np.ones(len(at), dtype=np.int16), (_places(some), at)), shape=shape) @ self.holders
         pairs = matches.tocoo()
         likely = pairs.data >= LIKELY * np.minimum(sizes[pairs.coords[0]], self.sizes[pairs.coords[1]])
         found = [(batch[row], int(place)) for row, place in zip(*(end[likely] for end in pairs.coords), strict=True)]
-        found = [(row, place) for row, place in found if self.first.get(row.hash) != place]
+        return [(row, place) for row, place in found if self.first.get(row.hash) != place]
+
+    def _compared(self, pairs: list[tuple[_Row, int]]) -> Iterator[tuple[_Row, int, float]]:
+        """Those of the pairs that are near, and how similar."""
+        if not pairs:
+            return
         with self.path.open("rb") as lines:
-            for some_pairs in _batches_of_pairs(found):
-                texts = [text for row, place in some_pairs for text in (row.text, self._text(lines, place))]
-                for (row, place), similarity in zip(some_pairs, _jaccard(texts, self.common), strict=True):
-                    if similarity >= NEAR:
-                        yield row, place, float(similarity)
+            texts = [text for row, place in pairs for text in (row.text, self._text(lines, place))]
+        for (row, place), similarity in zip(pairs, _jaccard(texts, self.common), strict=True):
+            if similarity >= NEAR:
+                yield row, place, float(similarity)
 
     def _text(self, lines, place: int) -> str:
         lines.seek(self.starts[place])
@@ -376,6 +415,33 @@ class _Held:
 
     def overlaps(self) -> list[Overlap]:
         return sorted(self.found.values(), key=lambda one: (one.other, one.id))
+
+
+class _SampleOfTrain(_Held):
+    """Rows of train that all rows of train are compared with, each until a near one is found."""
+
+    def __init__(self, split: str, path: Path, common, sample: Sample):
+        super().__init__(split, path, common, sample)
+        self.one: dict[int, Overlap] = {}  # place of a prompt -> the first that it nearly repeats
+        self.times: collections.Counter[int] = collections.Counter()  # that a prompt was compared with another
+
+    def look_up(self, batch: list[_Row], sketches, gone: set[int]) -> None:
+        """Find near prompts among some rows of train. `gone`: the ids of those that are to be taken out."""
+        likely = [pair for pair in self._likely(batch, sketches) if self._is_open(pair[1]) and pair[0].id not in gone]
+        for some in _batches_of_pairs(likely):
+            waiting = [(row, place) for row, place in some if self._is_open(place)]
+            self.times.update(place for _, place in waiting)
+            for row, place, similarity in self._compared(waiting):
+                found = Overlap(self.split, self.ids[place][0], self.split, row.id, "near", similarity)
+                self.one.setdefault(place, found)
+
+    def _is_open(self, place: int) -> bool:
+        return place not in self.one and self.times[place] < MOST_COMPARED
+
+    def near(self, drop: bool, shared: set[int]) -> NearTrain:
+        """What was found. `drop`: whether the rows `shared` are taken out."""
+        kept = [place for place, ids in enumerate(self.ids) if not (drop and shared.issuperset(ids))]
+        return NearTrain(len(kept), self.sample.whole, [self.one[place] for place in kept if place in self.one])
 
 
 def _batches_of_pairs(pairs: list) -> Iterator[list]:

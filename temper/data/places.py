@@ -21,6 +21,11 @@ class Place(NamedTuple):
         return f"{self.file}, row {self.number}" if self.counts_rows else f"{self.file}:{self.number}"
 
 
+def named_place(where: dict[int, Place], number: int) -> str:
+    """Where a row is, or its number where that is not known."""
+    return str(where[number]) if number in where else f"row {number}"
+
+
 MIXTURE = "mixture.json"
 
 

@@ -68,6 +68,18 @@ class SourceFigures(_Content):
     """The values of the untouched model."""
 
 
+class WithoutTrain(_Content):
+    """The ranking metric without the rows that also stand in the training split."""
+
+    in_train: dict[str, int]
+    """How many of those judged on: with the same prompt as a training row (`prompt`), or nearly the same (`near`)."""
+    rows: int
+    """How many are left."""
+    value: Number | None
+    interval: Interval | None
+    """95% interval."""
+
+
 class Start(_Content):
     """Figures of the model that a training started from, when that was trained itself."""
 
@@ -129,6 +141,10 @@ class Figures(_Content):
     probe: ProbeFigures | None = None
     sources: dict[str, SourceFigures] = {}
     """Of a mixture, by data set."""
+    without_train: WithoutTrain | None = None
+    """None where no row stands in train, or where that is not known."""
+    data_report: str | None = None
+    """The page about the rows."""
 
     @property
     def are_finite(self) -> bool:

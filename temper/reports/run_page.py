@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from temper.evaluation import contamination
 from temper.evaluation.figures import Figures
 from temper.evaluation.metrics import DOCUMENTS, lower_is_better, with_own
 from temper.files import read_json, read_yaml
@@ -38,6 +39,7 @@ def write_page(output: Path, figures: Figures, predictions: list, curves: list, 
         reasons=any("reasoning" in row for row in predictions),
         settings=settings,
         configs=configs,
+        without_train=contamination.sentence(figures, html.metric_name(figures.metric)) if figures.train else "",
     )
 
 

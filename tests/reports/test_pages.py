@@ -80,6 +80,8 @@ def run_page_of(report: Path, folder: Path, text: str) -> Path:
         "accuracy_of": text,
     }
     facts["train"] |= {"dtype": text, "device": text}
+    facts["data_report"] = text
+    facts["without_train"] = {"in_train": {"near": 1}, "rows": 9, "value": 0.5, "interval": [0.4, 0.6]}
     facts["left_out"] = {text: {"dropped": 1, "read": 2}}
     rows = [{**row, "rejected": text} for row in planted(read_json_lines(report / "predictions.jsonl"), text)]
     output = folder / text.replace("/", "")

@@ -9,6 +9,7 @@ from steps import evaluate_model
 from temper.config.schema import Eval
 from temper.evaluation import generation, likelihoods
 from temper.evaluation.figures import read_figures
+from temper.files import read_json_lines
 from temper.model.loading import load_model, load_tokenizer, stop_token_ids
 from temper.reports import run_page
 from tests.support.tiny import make_tiny_model, make_tiny_splits
@@ -398,6 +399,25 @@ def test_rows_that_were_too_long_are_told(folder, tmp_path, reports):
     facts = evaluate(folder, tmp_path / "report", config(), splits=splits)
     assert facts["left_out"]["test"] == {"dropped": 2, "read": 3}
     assert "2 of 3 test rows" in (tmp_path / "report" / "report.html").read_text()
+
+
+def test_rows_that_stand_in_train_are_told_of_a_model_that_was_trained(folder, tmp_path, adapter):
+    splits = tmp_path / "splits"
+    rows = [("fine film", "positive"), ("a bore", "negative"), ("dull", "negative")]
+    make_tiny_splits(splits, folder / "model", rows={"train": 6, "test": rows})
+    without = evaluate(folder, tmp_path / "none", config(), "--adapter", adapter, splits=splits)
+    assert without["without_train"] is None and without["data_report"] is None
+    known = {"rows": {"test": {"near": [read_json_lines(tmp_path / "none/predictions.jsonl")[0]["id"]]}}}
+    (splits / "overlap.json").write_text(json.dumps({**known, "report": "results/prompts/x/report.html"}))
+    facts = evaluate(folder, tmp_path / "tuned", config(), "--adapter", adapter, splits=splits)
+    scores = [row["score"] for row in read_json_lines(tmp_path / "tuned/predictions.jsonl")]
+    assert facts["without_train"]["rows"] == 2 and facts["without_train"]["in_train"] == {"prompt": 0, "near": 1}
+    assert facts["without_train"]["value"] == pytest.approx(sum(scores[1:]) / 2)
+    page = (tmp_path / "tuned/report.html").read_text()
+    assert "1 of 3 test rows also stands in train (1 with nearly the same); without them accuracy is" in page
+    assert "results/prompts/x/report.html" in page
+    evaluate(folder, tmp_path / "base", config(), splits=splits)
+    assert "also stand" not in (tmp_path / "base/report.html").read_text()
 
 
 # --- what a person can get wrong -----------------------------------------------------------------

@@ -200,6 +200,8 @@ def test_step_writes_splits_and_counts(project):
             "validation.jsonl",
             "test.jsonl",
             "overlap.jsonl",
+            "report.html",
+            "report.json",
             "stats.json",
             "config.yaml",
             "provenance.json",
