@@ -17,7 +17,7 @@ import json
 import logging
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from temper.data.chunks import chunks
 from temper.data.places import Place, named_place
@@ -42,6 +42,7 @@ MOST_ROWS, MOST_CHARACTERS = 2**15, 2**20  # of a batch
 COMMON, SAMPLE = 0.05, 2000  # runs of characters in more than this share of so many rows tell nothing
 HELD_OF_TRAIN = 3_000  # rows of train that all others there are compared with
 MOST_COMPARED = 50  # prompts that one of them is compared with, at most, until a near one is found
+COMPARED, LOOKED_THROUGH = 256, 2**16  # pairs that are compared at once, and among how many they are looked for
 MOST_HOLDERS = 500  # a hash that more rows of a split have is not looked up: that would take rows x rows
 KINDS = {"prompt": "with the same prompt", "near": "with nearly the same", "group": "of the same group"}
 PAIRS = (("train", "test"), ("train", "validation"), ("validation", "test"))  # (the one that is learned from, the held)
@@ -88,7 +89,7 @@ def find(folder: Path, rows: int, drop: bool) -> tuple[list[Overlap], dict[str, 
     """
     train = folder / "train.jsonl"
     common = _common(_every(train, max(1, rows // SAMPLE)))
-    held = {split: _Held(split, folder / f"{split}.jsonl", common) for split in ("validation", "test")}
+    held = {split: _Held(split, folder / f"{split}.jsonl", common, every=drop) for split in ("validation", "test")}
     sample = _SampleOfTrain("train", train, common, Sample(HELD_OF_TRAIN, rows))
     shared: dict[str, set[int]] = {"train": set(), "validation": set()}
     with Progress(None, "compare splits", "rows") as progress:
@@ -293,11 +294,19 @@ def _sketches(texts: list[str], common):
 
 
 class _Held:
-    """The rows of a split, one for each prompt, and which of them were found in others. `sample`: only its rows."""
+    """The rows of a split, one for each prompt, and which of them were found in others.
 
-    def __init__(self, split: str, path: Path, common, sample: Sample | None = None):
-        self.split, self.path, self.common = split, path, common
+    Args:
+        every: whether all rows of others that stand here are looked for, and not one for each that is held.
+        sample: hold only its rows.
+    """
+
+    def __init__(self, split: str, path: Path, common, every: bool = False, sample: Sample | None = None):
+        self.split, self.path, self.common, self.every = split, path, common, every
         self.sample = sample or Sample(1, 1)
+        self.told: dict[
+            str, Any
+        ] = {}  # other split -> whether it has a row with the prompt of each place, or a near one
         self.ids: list[list[int]] = []  # of the rows of each prompt
         self.first: dict[int, int] = {}  # hash of a prompt -> its place in `ids`
         self.groups: dict[str, list[int]] = {}
@@ -355,18 +364,24 @@ class _Held:
         self.sizes = np.bincount(self.places, minlength=len(self.ids))
 
     def compare(self, other: str, batch: list[_Row], sketches) -> set[int]:
-        """Look up rows of another split; gives the ids of those that stand in this one."""
+        """Look up rows of another split; gives the ids of those that stand in this one (some, unless `every`)."""
+        import numpy as np
+
         shared = set()
+        told = self.told.setdefault(other, np.zeros(len(self.ids), dtype=bool))
         for row in batch:
             if row.hash in self.first:
                 shared.add(row.id)
+                told[self.first[row.hash]] = True
                 self._tell(self.ids[self.first[row.hash]], other, row, "prompt", 1.0)
             if row.group in self.groups:
                 shared.add(row.id)
                 self._tell(self.groups[row.group], other, row, "group", None)
-        for row, place, similarity in self._near(batch, sketches):
-            shared.add(row.id)
-            self._tell(self.ids[place], other, row, "near", similarity)
+        open_rows = np.array([self.every and row.id not in shared for row in batch])
+        for at, place, similarity in self._near(batch, sketches, open_rows, ~told):
+            shared.add(batch[at].id)
+            told[place] = True
+            self._tell(self.ids[place], other, batch[at], "near", similarity)
         return shared
 
     def _tell(self, ids: list[int], other: str, row: _Row, kind: str, similarity: float | None) -> None:
@@ -376,13 +391,29 @@ class _Held:
             if known is None or (kind == "prompt") > (known.kind == "prompt"):
                 self.found[other, number] = Overlap(self.split, number, other, row.id, kind, similarity)
 
-    def _near(self, batch: list[_Row], sketches) -> Iterator[tuple[_Row, int, float]]:
-        """(row, the place of a prompt here that is nearly the same, how similar it is)."""
-        for some in _batches_of_pairs(self._likely(batch, sketches)):
-            yield from self._compared(some)
+    def _near(self, batch: list[_Row], sketches, open_rows, open_places) -> Iterator[tuple[int, int, float]]:
+        """(a row's number in the batch, the place of a prompt here that is nearly the same, how similar it is).
 
-    def _likely(self, batch: list[_Row], sketches) -> list[tuple[_Row, int]]:
-        """(row, the place of another prompt here that may be nearly the same)."""
+        A pair is compared only while its row or its place is open, and a near one closes both: where a thousand rows
+        are near each other, one comparison of each is enough.
+        """
+        import numpy as np
+
+        rows, places = self._likely(batch, sketches)
+        if self.every:  # the first candidate of each row, then the second of those that are still open, ...
+            order = np.argsort(np.arange(len(rows)) - np.searchsorted(rows, rows), kind="stable")
+            rows, places = rows[order], places[order]
+        start = 0
+        while start < len(rows):
+            part = slice(start, start + LOOKED_THROUGH)
+            wanted = np.flatnonzero(open_rows[rows[part]] | open_places[places[part]])[:COMPARED] + start
+            start = int(wanted[-1]) + 1 if len(wanted) == COMPARED else part.stop
+            for at, place, similarity in self._compared(batch, rows[wanted].tolist(), places[wanted].tolist()):
+                open_rows[at] = open_places[place] = False
+                yield at, place, similarity
+
+    def _likely(self, batch: list[_Row], sketches) -> tuple[Any, Any]:
+        """(numbers of rows in the batch, places of another prompt here each that may be nearly the same)."""
         import numpy as np
         from scipy.sparse import csr_array
 
@@ -390,22 +421,27 @@ class _Held:
         sizes = np.bincount(_places(sketches), minlength=len(batch))
         some = sketches[_in(_hashes(sketches), self.known)]
         if not len(some):
-            return []
+            return np.array([], dtype=int), np.array([], dtype=int)
         at = np.searchsorted(self.known, _hashes(some))
         shape = (len(batch), len(self.known))
         matches = csr_array((np.ones(len(at), dtype=np.int16), (_places(some), at)), shape=shape) @ self.holders
         pairs = matches.tocoo()
         likely = pairs.data >= LIKELY * np.minimum(sizes[pairs.coords[0]], self.sizes[pairs.coords[1]])
-        found = [(batch[row], int(place)) for row, place in zip(*(end[likely] for end in pairs.coords), strict=True)]
-        return [(row, place) for row, place in found if self.first.get(row.hash) != place]
+        same = np.array([self.first.get(row.hash, -1) for row in batch])
+        likely &= same[pairs.coords[0]] != pairs.coords[1]
+        return pairs.coords[0][likely], pairs.coords[1][likely]
 
-    def _compared(self, pairs: list[tuple[_Row, int]]) -> Iterator[tuple[_Row, int, float]]:
-        """Those of the pairs that are near, and how similar."""
-        if not pairs:
+    def _compared(self, batch: list[_Row], rows: list[int], places: list[int]) -> Iterator[tuple[int, int, float]]:
+        """Those of the pairs of a row and a place that are near, and how similar."""
+        if not rows:
             return
         with self.path.open("rb") as lines:
-            texts = [text for row, place in pairs for text in (row.text, self._text(lines, place))]
-        for (row, place), similarity in zip(pairs, _jaccard(texts, self.common), strict=True):
+            texts = [
+                text
+                for row, place in zip(rows, places, strict=True)
+                for text in (batch[row].text, self._text(lines, place))
+            ]
+        for row, place, similarity in zip(rows, places, _jaccard(texts, self.common), strict=True):
             if similarity >= NEAR:
                 yield row, place, float(similarity)
 
@@ -421,18 +457,27 @@ class _SampleOfTrain(_Held):
     """Rows of train that all rows of train are compared with, each until a near one is found."""
 
     def __init__(self, split: str, path: Path, common, sample: Sample):
-        super().__init__(split, path, common, sample)
+        super().__init__(split, path, common, sample=sample)
         self.one: dict[int, Overlap] = {}  # place of a prompt -> the first that it nearly repeats
         self.times: collections.Counter[int] = collections.Counter()  # that a prompt was compared with another
 
     def look_up(self, batch: list[_Row], sketches, gone: set[int]) -> None:
         """Find near prompts among some rows of train. `gone`: the ids of those that are to be taken out."""
-        likely = [pair for pair in self._likely(batch, sketches) if self._is_open(pair[1]) and pair[0].id not in gone]
-        for some in _batches_of_pairs(likely):
-            waiting = [(row, place) for row, place in some if self._is_open(place)]
-            self.times.update(place for _, place in waiting)
-            for row, place, similarity in self._compared(waiting):
-                found = Overlap(self.split, self.ids[place][0], self.split, row.id, "near", similarity)
+        import numpy as np
+
+        rows, places = self._likely(batch, sketches)
+        if gone:
+            kept = ~np.array([row.id in gone for row in batch])[rows]
+            rows, places = rows[kept], places[kept]
+        for start in range(0, len(rows), COMPARED):
+            part = slice(start, start + COMPARED)
+            pairs = zip(rows[part].tolist(), places[part].tolist(), strict=True)
+            waiting = [(row, place) for row, place in pairs if self._is_open(place)]
+            for _, place in waiting:
+                self.times[place] += 1
+            some = [row for row, _ in waiting], [place for _, place in waiting]
+            for row, place, similarity in self._compared(batch, *some):
+                found = Overlap(self.split, self.ids[place][0], self.split, batch[row].id, "near", similarity)
                 self.one.setdefault(place, found)
 
     def _is_open(self, place: int) -> bool:
@@ -442,11 +487,6 @@ class _SampleOfTrain(_Held):
         """What was found. `drop`: whether the rows `shared` are taken out."""
         kept = [place for place, ids in enumerate(self.ids) if not (drop and shared.issuperset(ids))]
         return NearTrain(len(kept), self.sample.whole, [self.one[place] for place in kept if place in self.one])
-
-
-def _batches_of_pairs(pairs: list) -> Iterator[list]:
-    for start in range(0, len(pairs), 256):
-        yield pairs[start : start + 256]
 
 
 def _jaccard(texts: list[str], common):

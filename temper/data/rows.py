@@ -555,11 +555,14 @@ def _unique(pairs: list[tuple]) -> dict:
 DECODER = json.JSONDecoder(object_pairs_hook=_unique)
 
 
+def format_by_ending(name: str) -> str | None:
+    """The same; files that are one text are of the format text."""
+    return "text" if Path(unpacked(name)).suffix in TEXTS else format_of(name)
+
+
 def _format_by_ending(path: Path) -> str:
-    found = format_of(path.name)
+    found = format_by_ending(path.name)
     if found is None:
-        if Path(unpacked(path.name)).suffix in TEXTS:
-            return "text"
         raise UserError(
             f"{path}: cannot tell the format by the ending: set data.format to json, jsonl, csv, parquet or text"
         )

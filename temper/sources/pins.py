@@ -10,7 +10,7 @@ import glob
 from collections.abc import Iterable
 from pathlib import Path
 
-from temper.data.rows import UTF_8, format_of, refuse_unread
+from temper.data.rows import UTF_8, format_by_ending, format_of, refuse_unread
 from temper.errors import UserError
 from temper.files import read_json
 from temper.hashing import HashCache, digest, file_sha256
@@ -70,12 +70,12 @@ def _check_options(data: dict, source: dict, section: str) -> None:
             "leave it out (~data.encoding)"
         )
     for name in _names(source, section):
-        if found := data["format"] or format_of(name):
+        if found := data["format"] or format_by_ending(name):
             refuse_unread(f"config: {name}", found, data["csv"], data["field"], data["encoding"])
         elif source["kind"] == "files":
             raise UserError(
-                f"{section}.path: {name}: cannot tell the format by the ending: set data.format to json, jsonl, csv or "
-                "parquet, or, if it is no data, name the others by a pattern, as FOLDER/*.jsonl"
+                f"{section}.path: {name}: cannot tell the format by the ending: set data.format to json, jsonl, csv, "
+                "parquet or text, or, if it is no data, name the others by a pattern, as FOLDER/*.jsonl"
             )
 
 

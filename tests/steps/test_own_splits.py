@@ -312,6 +312,38 @@ def similarity(one: str, other: str) -> float:
     return len(runs[0] & runs[1]) / len(runs[0] | runs[1])
 
 
+def write_splits(folder: Path, train: list[str], test: list[str]) -> None:
+    for split, questions in {"train": train, "validation": [], "test": test}.items():
+        lines = [
+            {"id": at, "messages": [{"role": "user", "content": question}, {"role": "assistant", "content": "x"}]}
+            for at, question in enumerate(questions)
+        ]
+        (folder / f"{split}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+@pytest.mark.parametrize("drop", [False, True])
+def test_rows_that_are_all_near_each_other_are_not_all_compared(tmp_path, monkeypatch, drop):
+    """Of 10 x 80 train rows and 10 x 40 test rows around 10 texts, each finds one without 32,000 comparisons."""
+    compared = []
+    jaccard = overlap._jaccard
+
+    def counted(texts, common):
+        compared.append(len(texts) // 2)
+        return jaccard(texts, common)
+
+    monkeypatch.setattr(overlap, "_jaccard", counted)
+    monkeypatch.setattr(overlap, "COMMON", 1.0)
+    train = [f"{text(number % 10, words=30)} {number}" for number in range(800)]
+    test = [f"{text(number % 10, words=30)} {1000 + number}" for number in range(400)]
+    write_splits(tmp_path, train, test)
+    found, shared, _ = overlap.find(tmp_path, len(train), drop)
+    assert {one.id for one in found} == {*range(400)}
+    assert all(one.other_id % 10 == one.id % 10 for one in found)
+    if drop:
+        assert shared["train"] == {*range(800)}
+    assert sum(compared) < 16_000
+
+
 def test_near_is_the_jaccard_similarity_of_runs_of_five_characters(tmp_path):
     draw = random.Random(0)
     base = [text(number) for number in range(60)]
@@ -323,13 +355,9 @@ def test_near_is_the_jaccard_similarity_of_runs_of_five_characters(tmp_path):
         return " ".join(words)
 
     train, test = base, [changed(draw.choice(base)) for _ in range(300)]
-    for split, questions in {"train": train, "validation": [], "test": test}.items():
-        lines = [
-            {"id": at, "messages": [{"role": "user", "content": question}, {"role": "assistant", "content": "x"}]}
-            for at, question in enumerate(questions)
-        ]
-        (tmp_path / f"{split}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    found, shared, near_train = overlap.find(tmp_path, len(train), drop=False)
+    write_splits(tmp_path, train, test)
+    found, shared, near_train = overlap.find(tmp_path, len(train), drop=True)
+    assert overlap.find(tmp_path, len(train), drop=False)[0] == found
     expected = {
         at: max(similarity(question, other) for other in train)
         for at, question in enumerate(test)
