@@ -69,8 +69,16 @@ def _check_options(data: dict, source: dict, section: str) -> None:
             f"config: 'data.encoding': {data['encoding']} is for files, and rows of the hub are kept as UTF-8: "
             "leave it out (~data.encoding)"
         )
-    for name in _names(source, section):
-        if found := data["format"] or format_by_ending(name):
+    names = _names(source, section)
+    formats = {name: data["format"] or format_by_ending(name) for name in names}
+    if "text" in formats.values() and {*formats.values()} - {"text", None}:
+        name = next(name for name, found in formats.items() if found == "text")
+        raise UserError(
+            f"{section}.path: {name}: is one text, and others are files of rows: if it is no data, name these by a "
+            "pattern, as FOLDER/*.jsonl"
+        )
+    for name in names:
+        if found := formats[name]:
             refuse_unread(f"config: {name}", found, data["csv"], data["field"], data["encoding"])
         elif source["kind"] == "files":
             raise UserError(

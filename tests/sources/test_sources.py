@@ -340,12 +340,13 @@ def test_faults_in_folders_and_patterns(workspace, capsys):
 
 
 def test_a_file_that_may_be_no_data_is_told_before_any_job(workspace):
-    touched(workspace, "rows/a.jsonl", "rows/README.md")
+    touched(workspace, "rows/a.jsonl", "rows/LICENSE", "texts/a.txt", "texts/b.md", "both/a.jsonl", "both/README.md")
     data = {"source": {"kind": "files", "path": "rows"}, "format": None, "csv": {}, "field": None, "encoding": "utf-8"}
-    with pytest.raises(
-        UserError, match=r"data.source.path: .*/rows/README.md: cannot tell the format .*FOLDER/\*.jsonl"
-    ):
+    with pytest.raises(UserError, match=r"data.source.path: .*/rows/LICENSE: cannot tell the format .*FOLDER/\*.jsonl"):
         raw_data.check_options(data)
+    with pytest.raises(UserError, match=r"data.source.path: .*/both/README.md: is one text, and others are files of"):
+        raw_data.check_options(data | {"source": {"kind": "files", "path": "both"}})
+    raw_data.check_options(data | {"source": {"kind": "files", "path": "texts"}})
     raw_data.check_options(data | {"source": {"kind": "files", "path": "rows/*.jsonl"}})
 
 
