@@ -9,6 +9,7 @@ import hashlib
 import itertools
 import json
 import math
+import re
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
@@ -18,6 +19,15 @@ from temper.data.placing import group_in, split_in
 from temper.errors import UserError, suggest
 
 TEXT = "text"  # the layout of documents
+TRANSCRIPT = re.compile(r"\s*Human:.*Assistant:", re.DOTALL)  # as of hh-rlhf
+CUT = ", ".join(
+    f'data.{key}="{{{{ {of} }}}}"'
+    for key, of in {
+        "prompt": "chosen.rpartition('Assistant:')[0].partition('Human:')[2] | trim",
+        "completion": "chosen.rpartition('Assistant:')[2] | trim",
+        "rejected": "rejected.rpartition('Assistant:')[2] | trim",
+    }.items()
+)
 
 
 class NoColumnError(UserError):
@@ -347,7 +357,13 @@ def preference(row: dict) -> Messages:
 def _with_answer(row: dict, column: str) -> Messages:
     prompt = row.get("prompt") if row.get("prompt") is not None else row.get("conversations")
     if prompt is None:
-        if not isinstance(_column(row, column), list):
+        answer = _column(row, column)
+        if isinstance(answer, str) and TRANSCRIPT.search(answer):
+            raise UserError(
+                f"column '{column}' is a transcript (Human: ... Assistant: ...), and there is no column 'prompt': cut "
+                f"it with data.layout=template, {CUT}"
+            )
+        if not isinstance(answer, list):
             _text(row, "prompt")  # raises: it is missing, and an answer alone is not a conversation
         return checked(read(row[column], column), column)
     before = read(prompt, "prompt") if isinstance(prompt, list) else [_said("user", _text(row, "prompt"))]

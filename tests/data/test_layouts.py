@@ -533,3 +533,17 @@ def test_a_message_says_a_thing_once():
     with pytest.raises(UserError, match=r"messages\[0\]: role \['user'\] is not known"):
         convert({"messages": [{**ASK, "role": ["user"]}, ANSWER]}, "messages")
     assert convert({"messages": [{**ASK, "from": "human"}, ANSWER]}, "messages") == HELLO
+
+
+def test_what_is_proposed_for_transcripts_cuts_them():
+    """As hh-rlhf has them."""
+    row = {
+        "chosen": "\n\nHuman: Is 2 even?\n\nAssistant: Yes.\n\nHuman: Sure?\n\nAssistant: I am.",
+        "rejected": "\n\nHuman: Is 2 even?\n\nAssistant: Yes.\n\nHuman: Sure?\n\nAssistant: No.",
+    }
+    with pytest.raises(UserError, match="is a transcript") as caught:
+        converter({"layout": "preference"}, None)(row)
+    proposed = dict(re.findall(r'data\.(\w+)="(.*?)"', str(caught.value)))
+    made = converter({"layout": "template", **proposed}, None)(row)
+    assert made.messages[0]["content"] == "Is 2 even?\n\nAssistant: Yes.\n\nHuman: Sure?"
+    assert (made.messages[1]["content"], made.rejected) == ("I am.", "No.")
