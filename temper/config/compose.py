@@ -7,10 +7,13 @@ import json
 import math
 import os
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from temper import yaml_files
+from temper.config import space
+from temper.config.space import RANDOM, Interval, interval
 from temper.config.validate import validated
 from temper.errors import UserError, suggest, words
 from temper.errors import short as _short
@@ -82,13 +85,16 @@ def split_overrides(text: str) -> list[str]:
     return [part for part in [*parts, part] if part]
 
 
+Axes = dict[str, list[str] | Interval]
+
+
 @dataclasses.dataclass
 class Overrides:
     """Command-line overrides, grouped by what they do."""
 
     groups: list[str]  # data=english_quotes: for Hydra's defaults list
     values: list  # parsed `key=value`, applied after composing
-    axes: dict[str, list[str]]  # swept `key=a,b`: its expanded values, each as Hydra text
+    axes: Axes  # swept `key=a,b`: its expanded values, each as Hydra text; or the interval that they are drawn from
 
 
 def parse_overrides(overrides: list[str]) -> Overrides:
@@ -177,14 +183,16 @@ def _check_override(override, is_group: bool, text: str) -> None:
         raise UserError(f"override '{text}': ~ takes a key out and gives it no values; leave out ~ or the values")
 
 
-def _swept(override, text: str) -> list[str]:
+def _swept(override, text: str) -> list[str] | Interval:
     """The values of an axis as Hydra texts. Refuses an axis whose runs cannot be made or ranked together."""
-    from hydra.core.override_parser.types import RangeSweep
+    from hydra.core.override_parser.types import IntervalSweep, RangeSweep
     from hydra.errors import HydraException
 
     key, sweep = override.key_or_group, override.value()
     if key.split(".")[0] in ("experiment", "sweep", "tracking", "probe") or key == "eval.metric":
         raise UserError(f"sweep '{text}': {key} cannot be an axis: it does not change what a run is; give one value")
+    if isinstance(sweep, IntervalSweep):
+        return interval(sweep, text)
     if getattr(sweep, "shuffle", False):
         raise UserError(f"sweep '{text}': all values of an axis are run, and shuffle would only rename the sweep")
     too_many = f"sweep '{text}': has more than {MOST_POINTS:,} values; a plan takes so many: narrow it"
@@ -222,11 +230,24 @@ def _compose(group_overrides: tuple[str, ...], searched: tuple[Path, ...], name:
     try:
         _check_package_lines(group_overrides)
         with _hydra():
-            return compose(name, overrides=list(group_overrides))
+            return _with_sweeper(compose(name, overrides=list(group_overrides), return_hydra_config=True))
     except UserError:
         raise
     except Exception as error:  # from YAML, OmegaConf or the system: Hydra lets them all through
         raise UserError(_why_not(error, group_overrides)) from None
+
+
+def _with_sweeper(config):
+    """The config without Hydra's own, of which `hydra.sweeper.params` is another name of `sweep.axes`."""
+    from omegaconf import OmegaConf, open_dict
+
+    with open_dict(config):
+        sweeper = config.pop("hydra").sweeper
+        if params := sweeper.get("params"):
+            given: Any = OmegaConf.to_container(params)
+            listed: Any = OmegaConf.to_container(config.sweep)
+            config.sweep.axes = {**(listed.get("axes") or {}), **given}
+    return config
 
 
 def _shown(path: Path) -> str:
@@ -303,23 +324,21 @@ def _delete(config, key: str) -> None:
 
 
 def expand(overrides: Overrides) -> tuple[dict, list[tuple[dict, dict]]]:
-    """The sweep's axes and one validated config per grid point.
+    """The sweep's axes and one validated config per point.
 
     A swept value on the command line replaces that axis of the sweep file, a fixed one removes it.
 
     Returns:
-        (axes: key -> values as text; one pair per grid point, last axis fastest: its values by key, its config)
+        (axes: key -> values as text; one pair per point, of a grid the last axis fastest: its values by key, its
+        config)
     """
     base = composed(overrides)
-    axes = _axes(base, overrides)
+    axes, values_of_points = _points(base, _axes(base, overrides))
     _refuse_idle_axes(base, axes)
-    number = math.prod(map(len, axes.values()))
-    if number > MOST_POINTS:
-        raise UserError(f"sweep: {', '.join(axes)} make {number:,} runs; a plan takes {MOST_POINTS:,}: narrow the axes")
 
     group_axes = [key for key in axes if key in groups()]
     points = []
-    for point in itertools.product(*axes.values()):
+    for point in values_of_points:
         chosen = [f"{key}={value}" for key, value in zip(axes, point, strict=True)]
         picked = parse_overrides(chosen)
 
@@ -338,6 +357,57 @@ def expand(overrides: Overrides) -> tuple[dict, list[tuple[dict, dict]]]:
         texts = dict(zip(axes, point, strict=True))
         points.append(({key: text if key in groups() else _at(config, key) for key, text in texts.items()}, config))
     return axes, points
+
+
+def _points(config, asked: Axes) -> tuple[dict[str, list[str]], Iterable[tuple[str, ...]]]:
+    """(axis -> its values, the points that `sweep.strategy` makes of them, each as often as there are seeds)."""
+    from omegaconf import OmegaConf
+
+    plain: Any = OmegaConf.to_container(config)
+    seeds = _seeds(plain, asked)
+    points: Iterable[tuple[str, ...]]
+    if plain["sweep"].get("strategy") == RANDOM:
+        drawn = _drawn(plain["sweep"], asked)
+        axes = {
+            key: sorted({point[at] for point in drawn}, key=_order) for at, key in enumerate(asked) if drawn != [()]
+        }
+        points = ((*point, *rest) for point in drawn for rest in itertools.product(*seeds.values()))
+        number = len(drawn) * math.prod(map(len, seeds.values()))
+    else:
+        axes = {key: _listed(key, values) for key, values in asked.items()}
+        points = itertools.product(*axes.values(), *seeds.values())
+        number = math.prod(map(len, [*axes.values(), *seeds.values()]))
+    axes |= seeds
+    if number > MOST_POINTS:
+        raise UserError(f"sweep: {', '.join(axes)} make {number:,} runs; a plan takes {MOST_POINTS:,}: narrow the axes")
+    return axes, points
+
+
+def _drawn(sweep: dict, axes: Axes) -> list[tuple[str, ...]]:
+    """The points of `sweep.strategy=random`. What is wrong with its settings is said by the schema."""
+    number, seed = sweep.get("n"), sweep.get("sampler_seed", 0)
+    if not isinstance(number, int) or not isinstance(seed, int) or number < 1 or seed < 0:
+        return [()]
+    if not axes:
+        raise UserError("sweep: strategy=random draws values of axes, and there are none: give sweep.axes")
+    return space.drawn(axes, min(number, MOST_POINTS + 1), seed)
+
+
+def _listed(key: str, values: list[str] | Interval) -> list[str]:
+    if isinstance(values, Interval):
+        raise UserError(
+            f"sweep: {key} is an interval, which has no list of values: name them ({key}=1,2), or draw some "
+            "(sweep.strategy=random sweep.n=16)"
+        )
+    return values
+
+
+def _order(text: str):
+    """Numbers by their value, and before all other values."""
+    try:
+        return (0, float(text), "")
+    except ValueError:
+        return (1, 0.0, text)
 
 
 def with_parts(config: dict) -> dict:
@@ -380,7 +450,7 @@ def _at(config: dict, key: str):
     return found
 
 
-def _axes(config, overrides: Overrides) -> dict[str, list[str]]:
+def _axes(config, overrides: Overrides) -> Axes:
     """key -> values as Hydra text, from the sweep file and the command line.
 
     The file's axes go through the same parser as overrides, so that a value means the same in both places. Values stay
@@ -397,7 +467,7 @@ def _axes(config, overrides: Overrides) -> dict[str, list[str]]:
     fixed = {override.key_or_group for override in overrides.values}
     fixed |= {choice.partition("=")[0] for choice in overrides.groups}
 
-    axes = {}
+    axes: Axes = {}
     for key, value in in_file.items():
         if isinstance(value, list):
             value = ",".join(hydra_text(item) for item in value)
@@ -411,10 +481,10 @@ def _axes(config, overrides: Overrides) -> dict[str, list[str]]:
             axes[key] = parsed.axes.get(key) or alone
 
     axes.update(overrides.axes)  # a swept one replaces it, at its place in the order
-    return axes | _seeds(plain, axes)
+    return axes
 
 
-def _seeds(config: dict, axes: dict[str, list[str]]) -> dict[str, list[str]]:
+def _seeds(config: dict, axes: Axes) -> dict[str, list[str]]:
     """The axis that `sweep.seeds` stands for."""
     number, first = config["sweep"].get("seeds"), config.get("seed")
     if not isinstance(number, int) or not isinstance(first, int) or number < 2:  # what is wrong is said by the schema

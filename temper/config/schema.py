@@ -885,15 +885,31 @@ class Tracking(Section):
 
 
 class Sweep(Section):
-    """Swept keys and their values, in Hydra's grammar: ``1e-4,3e-4``, ``range(1,4)`` or ``choice(a,b)``."""
+    """Swept keys and their values, in Hydra's grammar: ``1e-4,3e-4``, ``range(1,4)`` or ``choice(a,b)``; for strategy
+    random also ``interval(0,0.1)``, ``int(interval(4,64))`` and ``tag(log, interval(1e-5,1e-2))``."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$")]
     axes: dict[str, Any] = {}
+    strategy: Literal["grid", "random"] = "grid"
+    """All combinations of the values, or some that are drawn at random."""
+    n: Annotated[int, Field(ge=1)] | None = None
+    """For strategy random: number of points. The first 16 of 32 are those of 16, so a sweep can be extended."""
+    sampler_seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    """For strategy random: draw others."""
     seeds: Annotated[int, Field(ge=1, le=1000)] | None = None
     """How often each point is trained, with the seeds from `seed` on: repeats, which the comparison pools."""
     choose: Literal["best", "cheapest_of_tied"] = "best"
     """Which run is the sweep's choice: the best one, or of those that cannot be told from it the one whose training
     took the fewest operations."""
+
+    @model_validator(mode="after")
+    def _of_its_strategy(self):
+        if self.strategy == "random" and self.n is None:
+            raise ValueError("strategy 'random' needs 'n', the number of points")
+        for name in ("n", "sampler_seed") if self.strategy == "grid" else ():
+            if getattr(self, name) != type(self).model_fields[name].default:
+                raise ValueError(f"'{name}' is for strategy 'random', and this is a grid: leave it out (~sweep.{name})")
+        return self
 
 
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
