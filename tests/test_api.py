@@ -131,6 +131,13 @@ def test_a_temporary_folder_goes_with_the_model(workspace, tiny_model):
     assert not list(workspace.iterdir())
 
 
+def test_documents_are_learned(workspace, tiny_model):
+    tuned = api.train([{"text": row["prompt"]} for row in ROWS], tiny_model, output="out", **OPTIONS)
+    audit = json.loads(next(Path("out").glob("**/audit.json")).read_text())["splits"]["train"]
+    assert (audit["rows"], audit["learned_tokens"]) == (len(ROWS), audit["tokens"] - len(ROWS))
+    assert isinstance(tuned.answer("A film"), str)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -138,7 +145,13 @@ def test_a_temporary_folder_goes_with_the_model(workspace, tiny_model):
         ({"rank": 3}, "train: unknown option 'rank'"),
         ({"learning_rate": -1.0}, "config: 'train.learning_rate' must be above 0"),
         ({"output_dir": "x"}, "config: 'train.output_dir' cannot be set"),
-        ({"rows": [{"text": "a"}]}, r"rows\[0\]: has the columns text; one of messages, prompt"),
+        ({"rows": [{"txt": "a"}]}, r"rows\[0\]: has the columns txt; one of messages, prompt"),
+        (
+            {"rows": [{"text": "a", "label": 1}]},
+            r"rows\[0\]: has the column text, .* and besides label, which would not",
+        ),
+        ({"rows": [{"text": "a"}, ROWS[0]]}, r"rows\[1\]: documents and rows with answers do not mix"),
+        ({"rows": [{"text": "a"}], "system": "Be short."}, "layout 'text' is documents, which have no messages"),
         ({"rows": [ROWS[0], {"prompt": "a"}]}, r"rows\[1\]: no column 'completion'"),
         ({"rows": []}, "train: there are no rows to train on"),
         ({"adapter": "lara"}, "conf/adapter/lara.yaml does not exist; did you mean 'lora'"),

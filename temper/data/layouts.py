@@ -501,7 +501,6 @@ def another_label(labels: list[str], messages: Messages) -> str:
 
 # layout -> (function, its columns)
 LAYOUTS: dict[str, tuple[Callable[[dict], Messages], tuple[str, ...]]] = {
-    TEXT: (document, ("text",)),
     "messages": (messages, ("messages",)),
     "prompt_completion": (prompt_completion, ("prompt", "completion")),
     "instruction": (instruction, ("instruction", "input", "output")),
@@ -510,6 +509,7 @@ LAYOUTS: dict[str, tuple[Callable[[dict], Messages], tuple[str, ...]]] = {
     "preference": (preference, ("prompt", "chosen", "rejected", "conversations")),
     "scored_responses": (preference, ("prompt", "responses", "scores")),  # of the pairs that `expander` makes
     "unpaired_preference": (prompt_completion, ("prompt", "completion", "label")),
+    TEXT: (document, ("text",)),
 }
 
 

@@ -10,7 +10,7 @@ from temper.data import documents
 from temper.data.audit import Audit, doubled
 from temper.data.chunks import chunks
 from temper.data.columns import ABOUT, IGNORED, features, final_answer
-from temper.data.conversations import Conversation, asked_text, has_reasoning, of_record
+from temper.data.conversations import Conversation, asked_text, has_reasoning, is_document, of_record
 from temper.data.documents import Piece
 from temper.data.encoder import Encoded, Encoder
 from temper.data.rendering import Turn
@@ -306,10 +306,19 @@ class Documents(Split):
         """(the document's record, a part of it) for all parts of all documents that are kept."""
         with Progress(None, f"tokenize {self.path.stem}", "documents") as progress:
             for records in chunks(each_json_line(self.path), _characters, BATCH):
+                self._refuse_conversations(records)
                 texts = [record["messages"][0]["content"] for record in records]
                 for record, text, made in zip(records, texts, self.documents.tokens(texts), strict=True):
                     yield from ((record, piece) for piece in self._pieces(record, text, *made))
                 progress.update(len(records))
+
+    def _refuse_conversations(self, records: list[dict]) -> None:
+        for record in records:
+            if not is_document(record["messages"]):
+                raise UserError(
+                    f"{self.path}: row {record['id']}: is a conversation, and the first training row is a document "
+                    "(data.layout=text): the two do not mix"
+                )
 
     def _pieces(self, record: dict, text: str, tokens: list[int], starts: list[int]) -> list[Piece]:
         """The parts of a document, after `max_length_policy`."""

@@ -9,6 +9,16 @@ def _plan(name: str, says: str, *overrides: str) -> Bad:
     return Bad(name, says, "plan", lambda world: ["--experiment", "smoke", *overrides])
 
 
+def _of_file(name: str, says: str, file: str, *overrides: str) -> Bad:
+    """A plan for a file of rows that is there."""
+
+    def arguments(world: World) -> list[str]:
+        world.write(file, "")
+        return ["--experiment", "smoke", *overrides]
+
+    return Bad(name, says, "plan", arguments)
+
+
 def _file(name: str, says: str, content: str | bytes) -> Bad:
     """A stage's config file."""
 
@@ -108,12 +118,15 @@ CASES = [
     _plan("a delimiter of two characters", r"'data\.csv\.delimiter'", "data.csv.delimiter=';;'"),
     _plan("splits that leave nothing", r"leave no rows for training", "data.splits={validation:0.5,test:0.5}"),
     # options that the chosen kind never reads
-    _plan(
+    _of_file(
         "csv options of json lines",
-        r"config: x\.jsonl: data\.csv\.delimiter=.* and this is jsonl: .*~data\.csv",
+        r"config: .*x\.jsonl: data\.csv\.delimiter=.* and this is jsonl: .*~data\.csv",
+        "x.jsonl",
         *_FILE,
     ),
-    _plan("data.field of csv", r"config: x\.csv: data\.field=rows is for json files", *_OF_CSV, "data.field=rows"),
+    _of_file(
+        "data.field of csv", r"config: .*x\.csv: data\.field=rows is for json", "x.csv", *_OF_CSV, "data.field=rows"
+    ),
     _plan("csv rows of the hub", r"'data\.format': csv .*kept as jsonl", *_HUB),
     _plan("csv options of the hub", r"acme/it\.jsonl: data\.csv\.delimiter=.* this is jsonl", *_HUB, "~data.format"),
     _plan("an encoding of the hub", r"'data\.encoding': cp1252 .*UTF-8", *_HUB, "~data.format", "data.encoding=cp1252"),
@@ -169,7 +182,7 @@ CASES = [
     # sweeps
     _plan("an axis without values", r"choice\(\)", "adapter.r=choice()"),
     _plan("a glob without matches", r"has no values", "adapter=glob(nothing*)"),
-    _plan("an interval", r"range\(1,4\)", "train.learning_rate=interval(0,1)"),
+    _plan("an interval", r"is an interval, .*sweep.strategy=random sweep.n=16", "train.learning_rate=interval(0,1)"),
     _plan("a shuffled axis", r"shuffle", "seed=shuffle(1,2,3)"),
     _plan("a billion values", r"more than 10,000 values", "seed=range(0,1000000000)"),
     _plan("a billion values, sorted", r"more than 10,000 values", "seed=sort(range(0,1000000000))"),

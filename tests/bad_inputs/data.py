@@ -116,7 +116,7 @@ CASES = [
     _rows("half a character", r"rows\.jsonl:1: .*half a character \(\\ud83d\)", LINE.replace('"b"', r'"\ud83d"')),
     _rows("no such column", r"rows\.jsonl:1: no column 'question'; there are text", '{"text": "a", "answer": "b"}\n'),
     _rows("a column that steers the terminal", r"there are \\x1b\[31m, answer", '{"\\u001b[31m": 1, "answer": "b"}\n'),
-    _rows("an ending that tells nothing", r"rows\.txt: cannot tell the format", LINE, file="rows.txt"),
+    _rows("an ending that tells nothing", r"rows\.dat: cannot tell the format", LINE, file="rows.dat"),
     _rows("data.field of lines", r"rows\.jsonl: data\.field=data is for json files", LINE, "data.field=data"),
     _json("of lines", r"one object a line is data\.format=jsonl", LINE + LINE),
     _json("cut off", r"rows\.json:1: no valid JSON: expecting ',' or ']'", "[" + LINE.strip()),

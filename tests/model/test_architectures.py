@@ -287,7 +287,8 @@ def test_every_adapter_of_an_encoder_decoder(workspace, family, adapter):
 @pytest.mark.parametrize("policy", ["drop", "truncate"])
 def test_max_length_is_for_prompt_and_answer_each(workspace, policy):
     write_inputs("t5")
-    run = ["--prompts", "prompts", "--model", "model", *options("t5"), f"tokenize.max_length_policy={policy}"]
+    limits = ["tokenize.max_share.dropped=null", "tokenize.max_share.truncated=null"]
+    run = ["--prompts", "prompts", "--model", "model", *options("t5"), f"tokenize.max_length_policy={policy}", *limits]
     tokenize_splits.main([*run, "--output", "all"])
     everything = load_from_disk("all")["train"]
     lengths = [len(row["input_ids"]) for row in everything]
