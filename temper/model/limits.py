@@ -5,6 +5,7 @@ import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+from temper.data.documents import DOCUMENTS
 from temper.errors import UserError
 from temper.model.loading import BUNDLED, load_config, load_tokenizer
 from temper.model.reading import reading
@@ -64,13 +65,16 @@ class Limits:
 
         table = rows.with_format("arrow")[:]
         names = [name for name in (*READ, *(ANSWERED if self.apart else ())) if name in table.column_names]
+        documents = DOCUMENTS in table.column_names  # which share a row, and are each a text
         for name in names:
             texts = table[name]
-            longest = compute.max(compute.list_value_length(texts)).as_py()
+            lengths = compute.list_flatten(table[DOCUMENTS]) if documents else compute.list_value_length(texts)
+            longest = compute.max(lengths).as_py()
             largest = compute.max(compute.list_flatten(texts)).as_py()
             if longest > self.context:
-                row = next(row for row in rows if len(row[name]) == longest)
-                self._refuse_length(longest, f"{split} split, row {row['id']} of the raw data")
+                row = next(row for row in rows if longest in (row[DOCUMENTS] if documents else [len(row[name])]))
+                packed = " or one that shares a row with it" if documents and len(row[DOCUMENTS]) > 1 else ""
+                self._refuse_length(longest, f"{split} split, row {row['id']} of the raw data{packed}")
             if largest is not None and largest >= self.vocabulary:
                 row = next(row for row in rows if largest in row[name])
                 self._refuse_token(largest, f"{split} split, row {row['id']} of the raw data")

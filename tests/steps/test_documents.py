@@ -199,6 +199,31 @@ def test_the_beginning_is_what_ends_a_text_where_there_is_no_other():
     assert beginning(tokenizer) == tokenizer.eos_token_id
 
 
+def test_a_tokenizer_without_a_token_that_begins_texts(workspace, tiny_model):
+    """Between two documents of a row the token that ends texts comes twice, which is as it should be."""
+    write([{"text": text(number)} for number in range(60)])
+    shutil.copytree(tiny_model, "model")
+    for path in Path("model").glob("*token*.json"):
+        if "bos_token" in (content := json.loads(path.read_text())):
+            path.write_text(json.dumps(content | {"bos_token": None}))
+    splits, audit = tokenize("model")
+    end = TOKENIZER.eos_token_id
+    row = max(splits["train"], key=lambda row: len(row["documents"]))
+    assert row["input_ids"][0] == end
+    assert sum(pair == (end, end) for pair in zip(row["input_ids"], row["input_ids"][1:], strict=False)) > 1
+    assert audit["train"]["doubled_end"] == 0
+    assert max(map(sum, splits["train"]["documents"])) > 256, "a row may be longer than the model's context"
+
+
+def test_a_document_longer_than_the_context_is_an_error(workspace, tiny_model, capsys):
+    write([{"text": text(number) + "more " * 300 * (number == 20)} for number in range(60)])
+    said = complaint(capsys, lambda _: tokenize(tiny_model))
+    assert (
+        "row 21 of the raw data: it has " in said and "but the model's context is 256: set tokenize.max_length" in said
+    )
+    tokenize(tiny_model, "tokenize.max_length=256")
+
+
 def test_the_audit_page_shows_documents_that_share_rows(here):
     page, splits = Path("splits/audit.html").read_text(), load_from_disk("splits")
     count = len(documents_of("train"))
