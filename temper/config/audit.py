@@ -7,7 +7,7 @@ import math
 from pathlib import Path
 
 from temper.data.audit import DROPPED, LENGTHS, TOLD
-from temper.data.places import of_mixture, parts_of
+from temper.data.places import named_place, of_mixture, parts_of
 from temper.errors import UserError
 
 WORDS = {**LENGTHS, **{name: f"are left out: {what}" for name, what in DROPPED.items()}}
@@ -59,7 +59,7 @@ def _places(found: dict, name: str, prompts: Path) -> str:
         where = of_mixture(parts_of(prompts), ids)
     except (UserError, OSError):
         where = {}
-    first = ", ".join(str(where.get(number, f"row {number}")) for number in ids)
+    first = ", ".join(named_place(where, number) for number in ids)
     return first if found[name] <= len(ids) else f"{first}, ..."
 
 

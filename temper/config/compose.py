@@ -13,8 +13,9 @@ from typing import Any
 
 from temper import yaml_files
 from temper.config import space
+from temper.config.schema import Sweep
 from temper.config.space import RANDOM, Interval, interval
-from temper.config.validate import validated
+from temper.config.validate import checked, validated
 from temper.errors import UserError, suggest, words
 from temper.errors import short as _short
 from temper.keys import PACKAGE_ROOT
@@ -367,10 +368,8 @@ def _points(config, asked: Axes) -> tuple[dict[str, list[str]], Iterable[tuple[s
     seeds = _seeds(plain, asked)
     points: Iterable[tuple[str, ...]]
     if plain["sweep"].get("strategy") == RANDOM:
-        drawn = _drawn(plain["sweep"], asked)
-        axes = {
-            key: sorted({point[at] for point in drawn}, key=_order) for at, key in enumerate(asked) if drawn != [()]
-        }
+        drawn = _drawn(config, asked)
+        axes = {key: sorted({point[at] for point in drawn}, key=_order) for at, key in enumerate(asked)}
         points = ((*point, *rest) for point in drawn for rest in itertools.product(*seeds.values()))
         number = len(drawn) * math.prod(map(len, seeds.values()))
     else:
@@ -383,14 +382,12 @@ def _points(config, asked: Axes) -> tuple[dict[str, list[str]], Iterable[tuple[s
     return axes, points
 
 
-def _drawn(sweep: dict, axes: Axes) -> list[tuple[str, ...]]:
-    """The points of `sweep.strategy=random`. What is wrong with its settings is said by the schema."""
-    number, seed = sweep.get("n"), sweep.get("sampler_seed", 0)
-    if not isinstance(number, int) or not isinstance(seed, int) or number < 1 or seed < 0:
-        return [()]
+def _drawn(config, axes: Axes) -> list[tuple[str, ...]]:
+    """The points of `sweep.strategy=random`."""
+    sweep = checked(Sweep, to_container(config.sweep), "sweep")
     if not axes:
         raise UserError("sweep: strategy=random draws values of axes, and there are none: give sweep.axes")
-    return space.drawn(axes, min(number, MOST_POINTS + 1), seed)
+    return space.drawn(axes, min(sweep.n, MOST_POINTS + 1), sweep.sampler_seed)
 
 
 def _listed(key: str, values: list[str] | Interval) -> list[str]:

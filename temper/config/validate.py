@@ -52,6 +52,12 @@ def data_sets(data: dict) -> list[dict]:
     return [part["data"] for part in data["mix"]] if "mix" in data else [data]
 
 
+def all_data_sets(config: dict) -> list[dict]:
+    """The same of a whole config, and what `method.first` learns from before."""
+    first = config["method"].get("first")
+    return [*data_sets(config["data"]), *([first["data"]] if first else [])]
+
+
 def has_pairs(data: dict) -> bool:
     """Whether each row has a rejected answer beside the chosen one."""
     return all(Data.model_validate(one).has_pairs for one in data_sets(data))

@@ -11,7 +11,7 @@ from temper.config.best import JUDGING
 from temper.config.compose import chosen_experiment, expand, own_folder, parse_overrides, split_overrides, use_folder
 from temper.config.schema import WITH_REFERENCE, Probe
 from temper.config.stages import FOLDERS, PLATEAU, keys_hidden, numbered, stage_config
-from temper.config.validate import data_sets, documents_config, has_pairs, sft_config
+from temper.config.validate import all_data_sets, data_sets, documents_config, has_pairs, sft_config
 from temper.errors import UserError
 from temper.evaluation import own_metrics
 from temper.evaluation.forgetting import told_of_probe
@@ -56,10 +56,13 @@ def build(
     hashes = HashCache(STATE / "hashes.json")
     planner = _Planner(hashes)
     runs: dict[str, PlannedRun] = {}
+    known: list[dict] = []  # data sets whose options were checked: looking for their files takes time
     for point, config in points:
         check_metric(config["eval"])
-        for data in data_sets(config["data"]):
-            raw_data.check_options(data)
+        for data in all_data_sets(config):
+            if data not in known:
+                raw_data.check_options(data)
+                known.append(data)
         run = planner.add_run(config, point)
         runs.setdefault(run.name, run)  # 1e-4 and 0.0001 are one run
     hashes.save()
@@ -161,11 +164,8 @@ class _Planner:
 
     def add_run(self, config: dict, point: dict) -> PlannedRun:
         config = self._pinned(config)
-        data, model = config["data"]["name"], config["model"]["name"]
-        base = self._job("fetch_model", model, config, {}, extra=self._model_files(config))
-        prompts, raw = self._prompts(config)
-        splits = self._job("tokenize_splits", f"{data}-{model}", config, {"prompts": prompts.path, "model": base.path})
-        bases = self._reports(f"base-{data}-{model}", config, {"model": base.path, "splits": splits.path})
+        base = self._job("fetch_model", config["model"]["name"], config, {}, extra=self._model_files(config))
+        prompts, raw, splits, bases = self._untouched(config, base)
         start, starts = base, {}
         firsts: dict[str, Job] = {}
         if config["method"].get("sft"):
@@ -195,13 +195,18 @@ class _Planner:
         name, key = Path(reports[split].path).name, reports[split].key
         return PlannedRun(name, key, point, config, artefacts, [segment.path for segment in adapters])
 
+    def _untouched(self, config: dict, base: Job) -> tuple[Job, dict[str, str], Job, dict[str, Job]]:
+        """(prompts, raw data by the stage that fetches it, splits, reports of the untouched model on these)."""
+        slug = f"{config['data']['name']}-{config['model']['name']}"
+        prompts, raw = self._prompts(config)
+        splits = self._job("tokenize_splits", slug, config, {"prompts": prompts.path, "model": base.path})
+        inputs = {"model": base.path, "splits": splits.path}
+        return prompts, raw, splits, self._reports(f"base-{slug}", config, inputs)
+
     def _after_documents(self, config: dict, base: Job, splits: Job, bases: dict[str, Job]):
         """(the model trained on the documents of `method.first`, its reports on these, and on the run's own rows)."""
         first = documents_config(config)
-        slug = _data_slug(first)
-        prompts, _ = self._prompts(first)
-        rows = self._job("tokenize_splits", slug, first, {"prompts": prompts.path, "model": base.path})
-        untouched = self._reports(f"base-{slug}", first, {"model": base.path, "splits": rows.path})
+        _, _, rows, untouched = self._untouched(first, base)
         adapters, merged, reports = self._tuned(first, base, rows, untouched)
         inputs = {"model": merged.path, "splits": splits.path, "adapter": adapters[-1].path}
         name = f"{config['data']['name']}-after-{_slug(first)}"
@@ -306,10 +311,7 @@ class _Planner:
         """(the input `probe` of an evaluation, the identity of its text), if there is one."""
         if config["probe"]["source"] is None:
             return {}, {}
-        learned = data_sets(config["data"])
-        if first := config["method"].get("first"):
-            learned = [*learned, first["data"]]
-        if config["probe"]["name"] in [data["name"] for data in learned]:
+        if config["probe"]["name"] in [data["name"] for data in all_data_sets(config)]:
             raise UserError(
                 f"config: 'probe.name': {config['probe']['name']} is the name of the data, whose folder it "
                 "would share: name the probe otherwise"

@@ -96,6 +96,12 @@ CASES = [
         r"'method\.first\.tokenize\.max_len'",
         "method.first={data: editorials, tokenize: {max_len: 9}}",
     ),
+    _of_file(
+        "options of documents that come first",
+        r"x\.jsonl: data\.field=a is for json files",
+        "x.jsonl",
+        "method.first={data: {name: x, source: {kind: files, path: x.jsonl}, layout: text, field: a}}",
+    ),
     _plan(
         "a probe that is learned first",
         r"'probe\.name': editorials is the name of the data",
