@@ -82,16 +82,12 @@ def run(config: FormatPrompts, raw: Path, output: Path, planned: Planned = NOT_P
     raw_data.refuse_other_identity(raw, raw_data.identity_on_disk(raw), identity)
     stats = splits.stats()
     if rejected is not None:
-        stats |= {"rows": stats["rows"] + rejected.rows, "rejected": rejected.stats()}
-        rejected.refuse_many(raw, stats["rows"], data["max_bad_share"])
-        if rejected.rows:
-            log.warning("%s", rejected.said(stats["rows"]))
+        stats |= _of_rejected(raw, stats["rows"] + rejected.rows, data, rejected)
     _refuse_empty(raw, stats, data, given)
     drop = data["on_overlap"] == "drop"
     found, shared, near = overlap.find(output, stats["splits"]["train"]["rows"], drop)
-    for split, taken in (overlap.leave_out(output, shared) if drop else {}).items():
-        stats["splits"][split]["rows"] -= taken
-        stats["splits"][split]["left_out_by_overlap"] = taken
+    if drop:
+        _leave_out(output, stats["splits"], shared)
     made = report.make(output, report.rows_of(output, stats), found, near)
     where = places(raw, data, made.ids)  # in one pass, for all that is told
     stats["overlap"] = overlap.tell(output, found, data["on_overlap"], where)
@@ -100,6 +96,21 @@ def run(config: FormatPrompts, raw: Path, output: Path, planned: Planned = NOT_P
     write_page(output, made.content)
     log.info("%s", _summary(stats))
     return {"raw": identity, "rows": stats}
+
+
+def _of_rejected(raw: Path, rows: int, data: dict, rejected: Rejected) -> dict:
+    """What bad rows add to the stats; says how many were left out, or refuses too many. `rows`: all."""
+    rejected.refuse_many(raw, rows, data["max_bad_share"])
+    if rejected.rows:
+        log.warning("%s", rejected.said(rows))
+    return {"rows": rows, "rejected": rejected.stats()}
+
+
+def _leave_out(output: Path, splits: dict[str, dict], shared: dict[str, set[int]]) -> None:
+    """Take rows out of the splits, and out of their stats."""
+    for split, taken in overlap.leave_out(output, shared).items():
+        splits[split]["rows"] -= taken
+        splits[split]["left_out_by_overlap"] = taken
 
 
 def _given(files: dict, raw: Path, data: dict, system: str | None) -> set[str]:

@@ -69,7 +69,8 @@ def run(config: TokenizeSplits, prompts: Path, model: Path, output: Path) -> dic
     tokenizer = load_tokenizer(model)
     stop_ids, settings = stop_token_ids(model, tokenizer), config.tokenize.model_dump()
     read = _documents if _are_documents(prompts) else _conversations
-    of_split, facts = read(config, prompts, tokenizer, stop_ids, is_encoder_decoder(model))
+    apart = is_encoder_decoder(model)
+    of_split, facts = read(config, prompts, tokenizer, stop_ids, apart)
     audits, splits = {}, {}
     with _frozen(), tempfile.TemporaryDirectory(dir=output) as scratch:
         for split in SPLITS:
@@ -84,7 +85,6 @@ def run(config: TokenizeSplits, prompts: Path, model: Path, output: Path) -> dic
         check_audit(audit, settings, prompts)
         limits.check(model, splits)
         DatasetDict(splits).save_to_disk(output)
-        apart = is_encoder_decoder(model)
         shown = shown_rows(splits["train"], tokenizer, apart)
         write_page(output, audit, splits["train"], tokenizer, apart)
     (output / "audit.json").write_text(json.dumps(audit, indent=2) + "\n", encoding="utf-8")

@@ -290,18 +290,14 @@ def _layout(row: dict, method: str) -> str:
         return "unpaired_preference"
     if "chosen" in row and "rejected" in row:  # before prompt_completion, which has a prompt as well
         return "preference"
-    if (
-        TEXT in row
-        and len(row) > 1
-        and not {"messages", "conversations", "prompt", "instruction", "question"} & set(row)
-    ):
-        others = ", ".join(map(str, set(row) - {TEXT}))
+    layout = next((layout for layout, (_, columns) in LAYOUTS.items() if columns[0] in row), None)
+    if layout is None:
+        firsts = ", ".join(dict.fromkeys(columns[0] for _, columns in LAYOUTS.values()))
+        raise UserError(f"has the columns {', '.join(map(str, row))}; one of {firsts} is needed")
+    if layout == TEXT and len(row) > 1:
+        others = ", ".join(str(name) for name in row if name != TEXT)
         raise UserError(
             f"has the column text, of documents to continue pretraining on, and besides {others}, which would not be "
             "read: leave it out of documents; of texts with answers make prompt and completion"
         )
-    for layout, (_, columns) in LAYOUTS.items():
-        if columns[0] in row:
-            return layout
-    firsts = ", ".join(dict.fromkeys(columns[0] for _, columns in LAYOUTS.values()))
-    raise UserError(f"has the columns {', '.join(map(str, row))}; one of {firsts} is needed")
+    return layout

@@ -6,6 +6,7 @@ SPLITS = ("train", "validation", "test")
 IGNORED = -100  # the label of a token that is not learned, which torch's cross_entropy ignores
 
 
+DOCUMENTS = "documents"  # the column of how many tokens each document of a row has
 ABOUT = ("group", "source")  # what a row may have besides: the group of rows it is one of, its part of a mixture
 
 
@@ -44,7 +45,7 @@ def features(
         columns["label"] = Value("bool")
     columns |= {name: Value("string") for name in ABOUT if name in about}
     if documents:
-        columns["documents"] = ids
+        columns[DOCUMENTS] = ids
     return Features(columns)
 
 

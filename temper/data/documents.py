@@ -12,11 +12,11 @@ Cross-contamination"). A row is a unit of batches: so many tokens of whole docum
 from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple, TypeVar
 
-from temper.data.columns import IGNORED
+from temper.data.chunks import chunks
+from temper.data.columns import DOCUMENTS, IGNORED
 from temper.model.reading import reading
 
 T = TypeVar("T")
-DOCUMENTS = "documents"  # a split's column: how many tokens each document of a row has
 STRETCH = 2**20  # tokens that are put into rows together: memory does not grow with the data
 
 
@@ -86,15 +86,8 @@ def packed(items: Iterable[T], most: int, length_of: Callable[[T], int]) -> Iter
     Items of similar length share a row: attention computes as many places for each as for the longest, while the room
     that a row has left costs nothing, because rows are not padded.
     """
-    stretch: list[T] = []
-    size = 0
-    for item in items:
-        stretch.append(item)
-        size += length_of(item)
-        if size >= STRETCH:
-            yield from _of_similar_length(stretch, most, length_of)
-            stretch, size = [], 0
-    yield from _of_similar_length(stretch, most, length_of)
+    for stretch in chunks(items, length_of, STRETCH):
+        yield from _of_similar_length(stretch, most, length_of)
 
 
 def _of_similar_length(items: list[T], most: int, length_of: Callable[[T], int]) -> Iterator[list[T]]:

@@ -304,9 +304,8 @@ class _Held:
     def __init__(self, split: str, path: Path, common, every: bool = False, sample: Sample | None = None):
         self.split, self.path, self.common, self.every = split, path, common, every
         self.sample = sample or Sample(1, 1)
-        self.told: dict[
-            str, Any
-        ] = {}  # other split -> whether it has a row with the prompt of each place, or a near one
+        # Other split -> whether it has a row with the prompt of each place, or a near one.
+        self.told: dict[str, Any] = {}
         self.ids: list[list[int]] = []  # of the rows of each prompt
         self.first: dict[int, int] = {}  # hash of a prompt -> its place in `ids`
         self.groups: dict[str, list[int]] = {}

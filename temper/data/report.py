@@ -80,8 +80,8 @@ def _rejected(path: Path, by_reason: dict[str, int]) -> dict[str, dict]:
     """Kind of reason -> how many rows, and where the first is and why."""
     first: dict[str, dict] = {}
     for row in each_json_line(path) if by_reason else ():
-        at = f"{row['file']}:{row['line']}" if "line" in row else f"{row['file']}, row {row['row']}"
-        first.setdefault(row["kind"], {"place": at, "reason": row["reason"]})
+        at = Place(row["file"], row.get("line", row.get("row")), counts_rows="row" in row)
+        first.setdefault(row["kind"], {"place": str(at), "reason": row["reason"]})
         if len(first) == len(by_reason):
             break
     return {kind: {"rows": count, **first[kind]} for kind, count in by_reason.items()}
@@ -125,7 +125,7 @@ def make(folder: Path, rows: dict, found: list[Overlap], near: NearTrain) -> Rep
     survey, report = Survey(folder, sum(rows["kept"].values())), Report({}, [])
     repeats, several, labels = survey.repeats(SHOWN), survey.several(SHOWN, SHOWN_ANSWERS), survey.labels.table()
 
-    short = labels is not None or survey.kind == DOCUMENTS  # too short to tell, or there is none
+    no_language = labels is not None or survey.kind == DOCUMENTS  # of answers: too short to tell, or there is none
 
     def named(row: Row) -> dict:
         report.named.append({**row._asdict(), "place": ""})
@@ -154,7 +154,7 @@ def make(folder: Path, rows: dict, found: list[Overlap], near: NearTrain) -> Rep
         "languages": {
             "rows": len(survey.sampled),
             "prompt": count_languages(asked for asked, _ in survey.sampled),
-            "answer": None if short else count_languages(answer for _, answer in survey.sampled),
+            "answer": None if no_language else count_languages(answer for _, answer in survey.sampled),
         },
     }
     return report

@@ -98,8 +98,13 @@ class RawFile:
         return self._read(strict=False)
 
     def _read(self, strict: bool) -> Iterator[tuple[int, dict | BadRow]]:
-        readers = {"json": self._json, "jsonl": self._jsonl, "csv": self._csv, "parquet": self._parquet}
-        readers["text"] = self._text
+        readers = {
+            "json": self._json,
+            "jsonl": self._jsonl,
+            "csv": self._csv,
+            "parquet": self._parquet,
+            "text": self._text,
+        }
         read = readers[str(self.format)]
         number = 0
         try:

@@ -9,7 +9,7 @@ from pathlib import Path
 from temper.data import documents
 from temper.data.audit import Audit, doubled
 from temper.data.chunks import chunks
-from temper.data.columns import ABOUT, IGNORED, features, final_answer
+from temper.data.columns import ABOUT, DOCUMENTS, IGNORED, features, final_answer
 from temper.data.conversations import Conversation, asked_text, has_reasoning, is_document, of_record
 from temper.data.documents import Piece
 from temper.data.encoder import Encoded, Encoder
@@ -349,7 +349,7 @@ class Documents(Split):
             "prompt_length": 1,
             "prompt": "",
             "reference": "" if self.pack else piece.text,
-            "documents": [len(part.ids) for _, part in parts],
+            DOCUMENTS: [len(part.ids) for _, part in parts],
             **beside,
         }
 

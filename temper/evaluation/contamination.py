@@ -1,5 +1,6 @@
 """What the rows that also stand in train do to the figure that ranks runs: the figure without them."""
 
+from temper.data import overlap
 from temper.data.in_train import KINDS, InTrain
 from temper.evaluation import intervals, metrics
 from temper.evaluation.figures import Figures, WithoutTrain
@@ -30,8 +31,7 @@ def sentence(found: Figures, title: str) -> str:
     without = found.without_train
     if without is None:
         return ""
-    kinds = {"prompt": "with the same prompt", "near": "with nearly the same"}
-    how = ", ".join(f"{without.in_train[kind]} {words}" for kind, words in kinds.items() if without.in_train.get(kind))
+    how = ", ".join(f"{count} {overlap.KINDS[kind]}" for kind, count in without.in_train.items() if count)
     number = found.rows - without.rows
     stand = "stands" if number == 1 else "stand"
     said = f"{number} of {found.rows} {found.split} rows also {stand} in train ({how})"

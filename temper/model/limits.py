@@ -5,7 +5,7 @@ import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from temper.data.documents import DOCUMENTS
+from temper.data.columns import DOCUMENTS
 from temper.errors import UserError
 from temper.model.loading import BUNDLED, load_config, load_tokenizer
 from temper.model.reading import reading

@@ -6,8 +6,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from temper.data.audit import DROPPED, LENGTHS, TOLD
-from temper.data.columns import IGNORED
-from temper.data.documents import DOCUMENTS
+from temper.data.columns import DOCUMENTS, IGNORED
 from temper.reports import html
 
 ROWS = 20  # shown, spread evenly over the training split

@@ -17,7 +17,8 @@ from transformers import PrinterCallback, Trainer
 from transformers.integrations import activate_neftune
 
 from temper.data.batches import Batch, EpochSampler, count_learned, padded_shape
-from temper.data.documents import DOCUMENTS, apart
+from temper.data.columns import DOCUMENTS
+from temper.data.documents import apart
 from temper.errors import UserError
 from temper.model.adapters import refuse_adapter_misfits
 from temper.model.predictions import SupervisedLoss, tokens_computed, tokens_of, with_decoder_inputs
