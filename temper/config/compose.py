@@ -100,10 +100,10 @@ class Overrides:
 
 def parse_overrides(overrides: list[str]) -> Overrides:
     """Sort overrides into group choices, values and sweep axes; refuse what Hydra cannot parse."""
-    sorted_out = Overrides([], [], {})
+    sorted_out, known = Overrides([], [], {}), groups()
     for text in map(str.strip, overrides):
         override = _parsed(text)
-        key, is_group = override.key_or_group, override.key_or_group in groups()
+        key, is_group = override.key_or_group, override.key_or_group in known
         _check_override(override, is_group, _short(text))
         if override.is_sweep_override():
             sorted_out.axes[key] = _swept(override, _short(text))
@@ -337,11 +337,13 @@ def expand(overrides: Overrides) -> tuple[dict, list[tuple[dict, dict]]]:
     axes, values_of_points = _points(base, _axes(base, overrides))
     _refuse_idle_axes(base, axes)
 
-    group_axes = [key for key in axes if key in groups()]
+    known_groups, parsed = groups(), functools.cache(lambda text: parse_overrides([text]))
+    group_axes = [key for key in axes if key in known_groups]
+    plain = _PlainConfig(base)
     points = []
     for point in values_of_points:
-        chosen = [f"{key}={value}" for key, value in zip(axes, point, strict=True)]
-        picked = parse_overrides(chosen)
+        chosen = [parsed(f"{key}={value}") for key, value in zip(axes, point, strict=True)]
+        picked = Overrides(sum([one.groups for one in chosen], []), sum([one.values for one in chosen], []), {})
 
         # Composing is slow. Every point sets the same keys, so points can reuse one config, except with two kinds of
         # values: a group choice brings other keys, and a mapping would merge with that of the point before.
@@ -354,10 +356,40 @@ def expand(overrides: Overrides) -> tuple[dict, list[tuple[dict, dict]]]:
 
         for override in picked.values:
             _update(picked_base, override)
-        config = validated(with_parts(to_container(picked_base)))
+        config = validated(with_parts(plain.of(picked_base, axes, point)))
         texts = dict(zip(axes, point, strict=True))
-        points.append(({key: text if key in groups() else _at(config, key) for key, text in texts.items()}, config))
+        points.append(({key: text if key in known_groups else _at(config, key) for key, text in texts.items()}, config))
     return axes, points
+
+
+class _PlainConfig:
+    """A config as plain values, point after point of a sweep: only the sections with an axis are converted again."""
+
+    def __init__(self, base):
+        from omegaconf import OmegaConf
+
+        self._base, self._others = base, {}
+        self._refers = "${" in json.dumps(OmegaConf.to_container(base), default=str)  # any section to any other
+
+    def of(self, config, axes: Iterable[str], values: Iterable[str]) -> dict:
+        """`to_container(config)`.
+
+        Args:
+            config: the same object as `base`, with the values of a point, or another one.
+        """
+        if config is not self._base or self._refers or any("${" in text for text in values):
+            return to_container(config)
+        if not self._others:
+            self._others = to_container(config)
+            return self._others
+        swept = {name: config[name] for name in {re.split(r"[.\[]", key)[0] for key in axes}}
+        return {**self._others, **{name: _plain_section(section) for name, section in swept.items()}}
+
+
+def _plain_section(section):
+    from omegaconf import OmegaConf
+
+    return to_container(section) if OmegaConf.is_config(section) else section
 
 
 def _points(config, asked: Axes) -> tuple[dict[str, list[str]], Iterable[tuple[str, ...]]]:
