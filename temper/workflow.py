@@ -155,10 +155,10 @@ def compared(plan: planning.Plan, workflow, checkpoints):
     """
 
     def inputs(_wildcards) -> list[str]:
-        _grow(plan, checkpoints)
         file = Path(plan.complete)
         if file.is_file() and not _is_of(plan, file):
             workflow.dag.forcefiles.add(plan.complete)
+        _grow(plan, checkpoints)
         return [*(run.artefacts["evaluate_model"] for run in plan.runs), *plan.asked_by_ranking()]
 
     return inputs
