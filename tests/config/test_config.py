@@ -356,4 +356,15 @@ def test_hydra_parses_each_value_of_an_axis_once(workspace, monkeypatch):
     monkeypatch.setattr(compose, "_parsed", lambda text, parse=compose._parsed: parsed.append(text) or parse(text))
     _, configs = composed("sweep=none", "train.learning_rate=range(1,11)", "adapter.r=range(1,11)")
     assert len(configs) == 100
-    assert len(parsed) == 3 + 20  # the overrides, then their values
+    assert len(parsed) == 3 + 2  # the overrides, then one number of each axis
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["0", "12", "-3", "1e-4", "1E+4", "0.00010", "-1.5e3", "00.5", "1.", ".5", "007", "1_000", "+1", "1e", "nan"],
+)
+def test_a_plain_number_is_what_hydra_reads(text):
+    [read] = compose.parse_overrides([f"train.learning_rate={text}"]).values
+    number = compose.plain_number(text)
+    assert number is None or (type(number), number) == (type(read.value()), read.value())
+    assert (number is None) == (text in ["00.5", "1.", ".5", "007", "1_000", "+1", "1e", "nan"])
