@@ -439,8 +439,12 @@ def _mirror_runs(api, experiment: str, plan) -> tuple[dict[str, str], list[str]]
     If the store is unreachable, the exception is passed on.
     """
     ids, refused = {}, []
+    known = _runs(api, experiment, plan.sweep)  # asked once: one by one, a thousand that are complete take long
     for run in plan.runs:
         if not (Path(run.artefacts["evaluate_model"]) / FILE).is_file():
+            continue
+        if run.name in known and _is_mirrored(known[run.name], run):
+            ids[run.name] = known[run.name].info.run_id
             continue
         try:
             ids[run.name] = _mirror_run(api, experiment, plan.sweep, run)
@@ -476,11 +480,15 @@ def _mirror_harness(api, board: "Board | None", ids: dict[str, str]) -> None:
     _log_metrics(api, run_id, new)
 
 
+def _is_mirrored(found, run) -> bool:
+    """Whether an MLflow run has all of a planned one. A complete run that was trained again is RUNNING."""
+    return found.data.tags.get(MIRRORED_TAG) == run.key and found.info.status == "FINISHED"
+
+
 def _mirror_run(api, experiment: str, sweep: str, run) -> str:
     run_id = _child_run(api, experiment, sweep, run.name, run.title)
     found = api.get_run(run_id)
-    # A complete run that was trained again is RUNNING.
-    if found.data.tags.get(MIRRORED_TAG) == run.key and found.info.status == "FINISHED":
+    if _is_mirrored(found, run):
         return run_id
     params = _params(run.config)
     # MLflow cannot change a parameter, and one in no key may differ, as the path of the same rows: replace the run.

@@ -240,6 +240,22 @@ def test_a_server_that_comes_late_or_freezes_gets_each_step_once(workspace, said
     assert times == [1000, 1000, 1000, 1000], "when it was measured, not when it was sent"
 
 
+def test_runs_that_are_complete_in_the_store_are_asked_for_together(plan, monkeypatch):
+    import mlflow
+
+    made, board = plan
+    assert tracking.mirror(made, board)[0]
+    asked = []
+    monkeypatch.setattr(tracking, "_mirror_run", lambda *_: asked.append("one by one"))
+    search = mlflow.MlflowClient.search_runs
+    monkeypatch.setattr(
+        mlflow.MlflowClient, "search_runs", lambda *all_, **named: asked.append("all") or search(*all_, **named)
+    )
+    known = tracking.client(made.tracking).get_experiment_by_name("test").experiment_id
+    ids, refused = tracking._mirror_runs(tracking.client(made.tracking), known, made)
+    assert (len(ids), refused, asked) == (2, [], ["all"])
+
+
 def test_a_batch_that_arrives_twice_is_one(workspace):
     tracking.prepare(SETTINGS, "s")
     with tracking.follow(target_at(None)) as listener:

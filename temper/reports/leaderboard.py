@@ -22,6 +22,7 @@ from temper.reports import html, plots
 FORMULAS = (*"=+-@", *"＝＋－＠", *"\t\r\n ")  # beginnings of what a spreadsheet does not take for a text
 NUMBER = re.compile(r"[+-]?\d+(\.\d*)?([eE][+-]?\d+)?")
 OF_PAIRS = (*metrics.OF_PREFERENCE, "rewards/accuracies", "rewards/margins")
+MOST_LINES = 20  # of a leaderboard in a terminal
 EXTRAS = ("tokens_per_second", "peak_memory_bytes", "trainable_parameters")
 
 
@@ -210,7 +211,7 @@ def read_board(folder: Path) -> Board:
 
 
 def leaderboard_text(board: Board, folder: Path) -> str:
-    """The leaderboard as text: a run a line, best first, and the base model below."""
+    """The leaderboard as text: a run a line, best first, and the base model below; of a large sweep the first lines."""
     metric, rows, prefix = board.metric, board.rows, f"{board.split}_"
     keys = swept_keys(rows)
     shown = [name for name in rows[0] if name.startswith(prefix) and not name.endswith(("_low", "_high"))]
@@ -218,12 +219,14 @@ def leaderboard_text(board: Board, folder: Path) -> str:
     probed = ["forgetting"] if "forgetting" in rows[0] else []
     head += [name.removeprefix(prefix) for name in shown] + ["95% interval", *probed, "train", "key"]
 
-    table = [head, *(_text_cells(row, keys, shown, f"{prefix}{metric}") for row in rows)]
+    table = [head, *(_text_cells(row, keys, shown, f"{prefix}{metric}") for row in rows[:MOST_LINES])]
     if board.base:
         base = [units.figure(board.base.get(name.removeprefix(prefix))) for name in shown]
         table.append(["", *("" for _ in keys), *base, "", *("" for _ in probed), "", "(base model)"])
 
     lines = [f"sweep {board.sweep}, best {metric} on the {board.split} split first", "", *_aligned(table), ""]
+    if len(rows) > MOST_LINES:
+        lines.append(f"and {len(rows) - MOST_LINES:,} more runs: {folder / 'leaderboard.csv'}")
     lines += _tested_lines(board)
     if sum(bool(row["tied"]) for row in rows) > 1:
         lines.append("=: cannot be told from the best on these rows (paired test at 5%, Holm's correction)")
@@ -235,7 +238,9 @@ def leaderboard_text(board: Board, folder: Path) -> str:
     if board.chosen != rows[0]["run"]:
         lines.append(f"chosen (sweep.choose): {board.chosen}")
     if board.missing:
-        lines.append(f"partial: {len(board.missing)} run(s) without a report: {', '.join(board.missing)}")
+        more = len(board.missing) - MOST_LINES
+        named = ", ".join(board.missing[:MOST_LINES]) + (f" and {more:,} more" if more > 0 else "")
+        lines.append(f"partial: {len(board.missing)} run(s) without a report: {named}")
     lines += [f"page: {folder / 'report.html'}", f"table: {folder / 'leaderboard.csv'}"]
     return "\n".join(map(visible, [*lines, "each run: results/reports/*-<key>/report.html"]))
 

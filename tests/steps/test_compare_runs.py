@@ -644,3 +644,13 @@ def test_the_command_has_what_was_given_beside_the_sweep(workspace):
         assert "sweep.name" not in " ".join(words), "this sweep's page stays"
         [again] = planner.build(**dict(word.split("=", 1) for word in words)).runs
         assert (again.name, again.config["eval"]["samples"]) == (run.name, 3)
+
+
+def test_of_a_large_sweep_a_terminal_gets_the_first_lines(sweep):
+    config, output = sweep
+    board = compare_runs.compare(config, output)
+    many = board.model_copy(update={"rows": [{**board.rows[0], "run": f"run-{number}"} for number in range(1200)]})
+    text = leaderboard.leaderboard_text(many, output)
+    assert f"and 1,180 more runs: {output / 'leaderboard.csv'}" in text
+    assert len(text.splitlines()) < 40
+    assert "more runs" not in leaderboard.leaderboard_text(board, output)
