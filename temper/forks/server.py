@@ -24,7 +24,7 @@ from pathlib import Path
 
 OWN = ("PWD", "OLDPWD", "SHLVL", "_")  # of each shell
 LATE = ("RAYON_NUM_THREADS", "TOKENIZERS_PARALLELISM")  # read when tokenizers first uses its threads
-PLAN = "TEMPER_PLAN"  # the shell reads it; that of a search changes as it grows
+PLAN = "TEMPER_PLAN"  # read by each job; a search that goes on has another
 MAY_DIFFER = (*OWN, *LATE, PLAN)
 ARROW = "JE_ARROW_MALLOC_CONF"  # Arrow's allocator would start a thread
 ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
