@@ -162,7 +162,7 @@ rule sample_answers:
         update(directory("results/pairs/{name}")),
     log:
         "results/logs/sample_answers/{name}.log",
-    priority: 2  # all trainings of the sweep wait for it
+    priority: 3  # all trainings of the sweep wait for it
     threads: temper.threads_of(PLAN, "sample_answers")
     resources:
         gpu=temper.gpus_per_job(),
@@ -184,7 +184,7 @@ rule reference_logprobs:
         update(directory("results/references/{name}")),
     log:
         "results/logs/reference_logprobs/{name}.log",
-    priority: 2  # all trainings of the sweep wait for it
+    priority: 3  # all trainings of the sweep wait for it
     threads: temper.threads_of(PLAN, "reference_logprobs")
     resources:
         gpu=temper.gpus_per_job(),
@@ -208,7 +208,7 @@ rule train_adapter:
         update(directory("results/adapters/{name}")),
     log:
         "results/logs/train_adapter/{name}.log",
-    priority: 1  # trainings are the longest chain; other jobs fill idle cores at the end
+    priority: temper.report_priority(PLAN, "train_adapter", workflow)
     threads: temper.threads_of(PLAN, "train_adapter")
     resources:
         gpu=temper.gpus_per_job(),
@@ -234,6 +234,7 @@ rule merge_adapter:
         update(directory("results/merged/{name}")),
     log:
         "results/logs/merge_adapter/{name}.log",
+    priority: temper.report_priority(PLAN, "merge_adapter", workflow)
     shell:
         "run steps.merge_adapter"
         " --model {input.model:q}"
@@ -256,7 +257,7 @@ rule evaluate_base:
         "results/logs/evaluate_model/{name}.log",
     wildcard_constraints:
         name=temper.one_of(PLAN.untouched),
-    priority: 2  # cheap, and the first job to notice labels that do not fit the data
+    priority: 3  # cheap, and the first job to notice labels that do not fit the data
     threads: temper.threads_of(PLAN, "evaluate_model")
     resources:
         gpu=temper.gpus_per_job(),
@@ -289,6 +290,7 @@ rule evaluate_model:
         "results/logs/evaluate_model/{name}.log",
     wildcard_constraints:
         name=temper.none_of(PLAN.untouched),
+    priority: temper.report_priority(PLAN, "evaluate_model", workflow)
     threads: temper.threads_of(PLAN, "evaluate_model")
     resources:
         gpu=temper.gpus_per_job(),

@@ -65,5 +65,10 @@ def _start(path: Path, threads: int, libraries: list[str]) -> subprocess.Popen:
         listener.listen(128)
         descriptor = listener.fileno()
         command = [sys.executable, server.__file__, str(descriptor), str(path), str(os.getpid()), *libraries]
-        environment = os.environ | dict.fromkeys(THREADS, str(threads)) | dict.fromkeys(FOLDERS, tempfile.gettempdir())
-        return subprocess.Popen(command, pass_fds=[descriptor], stdin=subprocess.DEVNULL, env=environment)
+        stdin = subprocess.DEVNULL
+        return subprocess.Popen(command, pass_fds=[descriptor], stdin=stdin, env=environment_of(threads))
+
+
+def environment_of(threads: int) -> dict[str, str]:
+    """The environment that Snakemake gives a job with so many threads."""
+    return os.environ | dict.fromkeys(THREADS, str(threads)) | dict.fromkeys(FOLDERS, tempfile.gettempdir())

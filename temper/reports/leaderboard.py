@@ -24,6 +24,7 @@ NUMBER = re.compile(r"[+-]?\d+(\.\d*)?([eE][+-]?\d+)?")
 OF_PAIRS = (*metrics.OF_PREFERENCE, "rewards/accuracies", "rewards/margins")
 MOST_LINES = 20  # of a leaderboard in a terminal
 EXTRAS = ("tokens_per_second", "peak_memory_bytes", "trainable_parameters")
+BOARD = "leaderboard.json"
 
 
 # --- the leaderboard -----------------------------------------------------------------------------
@@ -199,7 +200,7 @@ def read_board(folder: Path) -> Board:
     Raises:
         UserError: it is not there, or damaged.
     """
-    file, remedy = folder / "leaderboard.json", f"delete {folder} and run snakemake again, which compares anew"
+    file, remedy = folder / BOARD, f"delete {folder} and run snakemake again, which compares anew"
     if not file.is_file():
         raise UserError(f"{file}: no such file; run the sweep first")
     board = read_json(file, Board, remedy)

@@ -30,7 +30,7 @@ def dry_run(folder, overrides: str):
 
 def commands(output: str) -> list[str]:
     """The shell commands that Snakemake says it would run, prefix included."""
-    return [line for line in output.splitlines() if " -m steps." in line]
+    return [line for line in output.splitlines() if re.search(r"\b(run|python -m) steps\.", line)]
 
 
 @pytest.mark.parametrize(
