@@ -22,6 +22,7 @@ COMMANDS = {
     "verify": "make stages of a finished sweep again and compare them bit for bit",
     "chat": "talk to a run",
     "predict": "answer a file of prompts with a run",
+    "merge": "write a run's merged model, which a sweep writes of the chosen run alone",
     "publish": "push a run with a model card to the hub",
     "export": "write a run as one GGUF file for llama.cpp, Ollama and others",
     "ui": "open the MLflow UI",

@@ -340,10 +340,17 @@ def on_success(plan: planning.Plan) -> None:
         board = read_board(folder)
         print(leaderboard_text(board, folder))
         best = next(run for run in plan.runs if run.name == board.chosen)
-        print(f"best model: {best.artefacts['merge_adapter']}")
+        print(best_model(best))
         if plan.tracking["enabled"]:
             print("MLflow: make ui, then http://127.0.0.1:5000")
         end_at_gate(board)
+
+
+def best_model(run: planning.PlannedRun) -> str:
+    """Where the chosen run's model is, in a line."""
+    if is_complete(Path(run.artefacts["merge_adapter"])):
+        return f"best model: {run.artefacts['merge_adapter']}"
+    return f"best model: {run.artefacts['train_adapter']} (one folder with its base: temper merge --run {run.name})"
 
 
 def on_error(plan: planning.Plan) -> None:

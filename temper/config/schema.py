@@ -661,8 +661,12 @@ WITH_REFERENCE = ("dpo", "kto")  # methods that compare with the model that trai
 
 
 class Merge(Section):
-    """Precision of the merged model on disk, and the base that a QLoRA adapter is merged into."""
+    """Which runs are written as merged models, in which precision, and the base that a QLoRA adapter is merged into.
+    Every run is evaluated as its merged model, which is made in memory where no folder is wanted."""
 
+    runs: Literal["chosen", "tied", "all", "none"] = "chosen"
+    """Runs whose merged model is written to results/merged: the one that the sweep chooses; also those that cannot be
+    told from the best; all; none. It changes no figure. `temper merge --run RUN` writes one later."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     dequantized_base: bool | None = None
     """For QLoRA. true: merge into the dequantized base; false: into the original; null: into that of the two whose

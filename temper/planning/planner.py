@@ -9,7 +9,7 @@ from temper.config import harness as harness_checks
 from temper.config.audit import check as check_audit
 from temper.config.best import JUDGING
 from temper.config.compose import chosen_experiment, expand, own_folder, parse_overrides, split_overrides, use_folder
-from temper.config.schema import WITH_REFERENCE, Probe
+from temper.config.schema import WITH_REFERENCE, Merge, Probe, Quantization
 from temper.config.stages import FOLDERS, PLATEAU, keys_hidden, numbered, stage_config
 from temper.config.validate import all_data_sets, data_sets, documents_config, has_pairs, sft_config
 from temper.errors import UserError
@@ -188,10 +188,11 @@ class _Planner:
             **({"start_report": starts[split].path} if starts else {}),
         }
         if config["eval"]["suspects"] and config["eval"]["task"] != DOCUMENTS:
-            inputs = {"model": merged.path, "splits": splits.path, "prompts": prompts.path}
+            inputs = {"model": start.path, "adapter": adapters[-1].path}
+            inputs |= {"splits": splits.path, "prompts": prompts.path}
             inputs |= {"raw": raw["fetch_data"]} if raw else {}
             artefacts["score_rows"] = self._job("score_rows", _slug(config), config, inputs).path
-        artefacts |= self._harness(config, base, merged)
+        artefacts |= self._harness(config, base, start, adapters[-1], splits)
         name, key = Path(reports[split].path).name, reports[split].key
         return PlannedRun(name, key, point, config, artefacts, [segment.path for segment in adapters])
 
@@ -233,6 +234,7 @@ class _Planner:
             others: name of an input -> reports of another model, of which each report reads the one of its own split.
         """
         found = {}
+        config = config if "adapter" in inputs else _unmerged(config)
         for split in dict.fromkeys([config["eval"]["split"], "test"]):
             probed = config if split == config["eval"]["split"] else {**config, "probe": Probe().model_dump()}
             view = {**probed, "eval": {**config["eval"], "split": split}}
@@ -258,7 +260,7 @@ class _Planner:
         adapter, slug = adapters[-1], _slug(config)
         parts = {"model": start.path, "adapter": adapter.path, "splits": splits.path}
         merged = self._job("merge_adapter", slug, config, parts)
-        inputs = {"model": merged.path, "splits": splits.path, "adapter": adapter.path}
+        inputs = {"model": start.path, "splits": splits.path, "adapter": adapter.path}
         if has_pairs(config["data"]):  # by which runs are judged, not by sampled ones
             inputs |= self._references(config, start, splits)
         reports = self._reports(slug, config, inputs, base_report=bases, **(before or {}))
@@ -357,7 +359,7 @@ class _Planner:
             self.own_code[asked] = own_metrics.code(settings)
         return self.own_code[asked]
 
-    def _harness(self, config: dict, base: Job, merged: Job) -> dict[str, str]:
+    def _harness(self, config: dict, base: Job, start: Job, adapter: Job, splits: Job) -> dict[str, str]:
         """What lm-eval measures of the untouched and of the tuned model, which is made only for the chosen run."""
         settings = config["eval"]["harness"]
         if not settings:
@@ -367,8 +369,8 @@ class _Planner:
             self.harness[asked] = {"lm_eval": harness_checks.version(), "own_code": harness_checks.files(settings)}
             harness_checks.check_tasks(settings, STATE)
         extra, name = self.harness[asked], f"base-{config['model']['name']}"
-        untouched = self._job("run_harness", name, config, {"model": base.path}, extra)
-        inputs = {"model": merged.path, "base_harness": untouched.path}
+        untouched = self._job("run_harness", name, _unmerged(config), {"model": base.path}, extra)
+        inputs = {"model": start.path, "adapter": adapter.path, "splits": splits.path, "base_harness": untouched.path}
         tuned = self._job("run_harness", _slug(config), config, inputs, extra)
         return {"base_harness": untouched.path, "run_harness": tuned.path}
 
@@ -453,6 +455,11 @@ def _without_unkeyed(stage: str, view: dict) -> tuple[dict, dict]:
         else:
             keyed[section] = value
     return keyed, settings
+
+
+def _unmerged(config: dict) -> dict:
+    """The config for an untouched model, whose figures do not depend on how others are merged."""
+    return {**config, "merge": Merge().model_dump(), "quantization": Quantization().model_dump()}
 
 
 def _data_slug(config: dict) -> str:
