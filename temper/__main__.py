@@ -23,6 +23,8 @@ COMMANDS = {
     "chat": "talk to a run",
     "predict": "answer a file of prompts with a run",
     "merge": "write a run's merged model, which a sweep writes of the chosen run alone",
+    "keep": "keep runs from being pruned",
+    "prune": "what the folders of results/ cost, and delete some",
     "publish": "push a run with a model card to the hub",
     "export": "write a run as one GGUF file for llama.cpp, Ollama and others",
     "ui": "open the MLflow UI",

@@ -148,6 +148,36 @@ def _holding(path: Path, waiting: str):
         lock.release()
 
 
+def working(results: Path) -> Path | None:
+    """A folder below `results` that a step is making at this moment, if there is one."""
+    import filelock
+
+    for path in sorted(results.glob("*/.locks/*.lock")):
+        lock = filelock.FileLock(path)
+        try:
+            lock.acquire(timeout=0)
+        except filelock.Timeout:
+            return path.parent.parent / path.name.removesuffix(".lock")
+        lock.release()
+    return None
+
+
+def delete(folder: Path) -> None:
+    """Delete a folder that no step is making: it disappears by one rename, so that no half of it can be left."""
+    import filelock
+
+    with locked(folder):
+        with _temporary_locked(folder.parent):
+            place = Path(tempfile.mkdtemp(prefix=TEMPORARY, dir=folder.parent))
+            owner = filelock.FileLock(place / OWNER)
+            owner.acquire()
+        try:
+            folder.rename(place / folder.name)
+        finally:
+            shutil.rmtree(place, ignore_errors=True)
+            owner.release()
+
+
 @contextlib.contextmanager
 def temporary_folder(output: Path):
     """A fresh folder that becomes `output` if the block succeeds, and is removed if it fails.
