@@ -150,16 +150,21 @@ def _holding(path: Path, waiting: str):
 
 def working(results: Path) -> Path | None:
     """A folder below `results` that a step is making at this moment, if there is one."""
+    outputs = (path.parent.parent / path.name.removesuffix(".lock") for path in results.glob("*/.locks/*.lock"))
+    return next(filter(is_locked, sorted(outputs)), None)
+
+
+def is_locked(output: Path) -> bool:
+    """Whether a process works on `output` at this moment."""
     import filelock
 
-    for path in sorted(results.glob("*/.locks/*.lock")):
-        lock = filelock.FileLock(path)
-        try:
-            lock.acquire(timeout=0)
-        except filelock.Timeout:
-            return path.parent.parent / path.name.removesuffix(".lock")
-        lock.release()
-    return None
+    lock = filelock.FileLock(_locks(output.parent) / f"{output.name}.lock")
+    try:
+        lock.acquire(timeout=0)
+    except filelock.Timeout:
+        return True
+    lock.release()
+    return False
 
 
 def delete(folder: Path) -> None:

@@ -888,6 +888,14 @@ class Tracking(Section):
     flush_seconds: Annotated[float, Field(gt=0)] = 5.0
 
 
+class Keep(Section):
+    """What is kept to continue from, when a training is complete. Part of no key."""
+
+    checkpoints: Literal["last", "none"] = "last"
+    """Of the states in results/.state: the last one of each training, from which a longer one continues; or none, so
+    that a longer one starts at the beginning."""
+
+
 class Sweep(Section):
     """Swept keys and their values, in Hydra's grammar: ``1e-4,3e-4``, ``range(1,4)`` or ``choice(a,b)``; for strategy
     random also ``interval(0,0.1)``, ``int(interval(4,64))`` and ``tag(log, interval(1e-5,1e-2))``."""
@@ -936,6 +944,7 @@ class Config(Section):
     eval: Eval
     probe: Probe = Probe()
     tracking: Tracking
+    keep: Keep = Keep()
     sweep: Sweep
     seed: Seed
     num_threads: NumThreads = 1

@@ -385,6 +385,7 @@ class Planned:
     trunk: str | None = None  # this and all below for train_adapter: the name of its checkpoints' folder
     part: str | None = None  # PLATEAU: stop where the decay begins, which is another job
     plateau: str | None = None  # the folder of the plateau that it continues
+    keep: str | None = None  # what of them stays when the training is complete; None: all
     follow: dict | None = None  # the MLflow run for its curves
     evaluations: tuple | list = ()  # config sections `eval` of the runs that share it
     max_new_tokens: int | None = None  # the longest answer that these allow

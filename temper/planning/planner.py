@@ -72,6 +72,7 @@ def build(
     )
     _add_comparison(plan, first, [text for text in texts if text.partition("=")[0].strip() not in parsed.axes])
     _add_tracking_targets(plan)
+    _add_retention(plan, first["keep"]["checkpoints"])
     _check_places(plan)
     _check_audits(plan)
     return plan
@@ -102,6 +103,19 @@ def _add_tracking_targets(plan: Plan) -> None:
         for path in run.segments:
             target = {"tracking": plan.tracking, "sweep": plan.sweep, "run": run.name, "title": run.title}
             plan.jobs[path].settings.setdefault("follow", target)
+
+
+def _add_retention(plan: Plan, checkpoints: str) -> None:
+    """Tell each training what to keep of its checkpoints: the last one where another job of this plan continues.
+
+    Other strategies than a grid may ask for more epochs later, so they keep it until all is compared.
+    """
+    if any(run.config["sweep"]["strategy"] not in ("grid", "random") for run in plan.runs):
+        checkpoints = "last"
+    continued = {job.inputs.get("previous") for job in plan.jobs.values()}
+    for path, job in plan.jobs.items():
+        if job.stage == "train_adapter":
+            job.settings["keep"] = "last" if path in continued else checkpoints
 
 
 def _add_comparison(plan: Plan, config: dict, overrides: list[str]) -> None:
