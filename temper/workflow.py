@@ -20,6 +20,7 @@ from temper.config.stages import FOLDERS, flag_words
 from temper.errors import UserError, one_line_errors, suggest, visible
 from temper.files import known_json, read_json
 from temper.folders import PROVENANCE, is_complete, is_locked, locked, remove_leftovers
+from temper.forks import start as forks
 from temper.keys import PACKAGE_ROOT, python_path
 from temper.planning import plan as planning
 from temper.planning import planner
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 
 FROZEN = "TEMPER_PLAN"  # environment variable: jobs parse the Snakefile again, and read this plan
 FROZEN_HERE: list[dict[str, str]] = []  # what was asked for when this process froze its plan
+GROWING: list[planner.Growing] = []  # the plan of this process: a search adds runs to it
 STARTED = time.time()  # older logs are not from this command
 CONFIG_KEYS = ("experiment", "sweep", "overrides", "conf_dir")
 
@@ -53,12 +55,14 @@ def load_plan(config: dict, workflow) -> planning.Plan:
                     f'--config {key}=...: {suggest(key, CONFIG_KEYS)} (config values go into overrides="{key}=...")'
                 )
         if not os.environ.get(FROZEN):
-            plan = planner.build(**asked)
+            growing = planner.growing(**asked)
             FROZEN_HERE.append(asked)
-            os.environ[FROZEN] = str(plan.freeze())
-            for path, wrong in plan.damaged().items():
+            GROWING.append(growing)
+            _freeze(growing.plan)
+            for path, wrong in growing.plan.damaged().items():
                 print(f"{path} is not whole ({wrong}): it is made again", file=sys.stderr)
-        elif FROZEN_HERE and asked not in FROZEN_HERE:
+            return growing.plan
+        if FROZEN_HERE and asked not in FROZEN_HERE:
             raise UserError("a workflow can hold one sweep as its module: run the other one by a command of its own")
         return planning.load(os.environ[FROZEN])
 
@@ -139,23 +143,14 @@ def ranked_reports(plan: planning.Plan, path_of):
 
     def inputs(wildcards) -> list[str]:
         path_of("rank_runs", "reports")(wildcards)  # looking it up is what finds an incomplete folder
-        return list(plan.ranking.inputs.values())
+        return list(plan.job("rank_runs", wildcards.name).inputs.values())
 
     return inputs
 
 
-def asked_by_ranking(plan: planning.Plan, checkpoints):
-    """Input function: reports on the test split and parts of the chosen run; before there is a ranking, the ranking."""
-
-    def inputs(_wildcards) -> list[str]:
-        checkpoints.rank_runs.get(name=Path(plan.ranking.path).name)
-        return plan.asked_by_ranking()
-
-    return inputs
-
-
-def reports(plan: planning.Plan, workflow):
-    """Input function: the reports that the comparison waits for.
+def compared(plan: planning.Plan, workflow, checkpoints):
+    """Input function: what the comparison waits for. That is the ranking, then, of a search, that of the next round,
+    and so on; at last all reports, those on the test split that the ranking asks for, and parts of the chosen run.
 
     The comparison's folder may exist from another plan, and Snakemake would consider it made.
     """
@@ -164,9 +159,28 @@ def reports(plan: planning.Plan, workflow):
         file = Path(plan.complete)
         if file.is_file() and not _is_of(plan, file):
             workflow.dag.forcefiles.add(plan.complete)
-        return [run.artefacts["evaluate_model"] for run in plan.runs]
+        _grow(plan, checkpoints)
+        return [*(run.artefacts["evaluate_model"] for run in plan.runs), *plan.asked_by_ranking()]
 
     return inputs
+
+
+def _grow(plan: planning.Plan, checkpoints) -> None:
+    """Add the rounds of a search that its rankings ask for; Snakemake makes the ranking that is not there yet."""
+    while True:
+        checkpoints.rank_runs.get(name=Path(plan.ranking.path).name)
+        before = len(plan.runs)
+        with one_line_errors():
+            if not any(growing.plan is plan and growing.goes_on() for growing in GROWING):
+                return
+            _freeze(plan)
+        print(f"ranked: the search goes on with {len(plan.runs) - before} run(s){plan.then()}", file=sys.stderr)
+
+
+def _freeze(plan: planning.Plan) -> None:
+    """Write the plan for the jobs that are started from now on."""
+    plan.path = None
+    plan.path = os.environ[FROZEN] = str(plan.freeze())
 
 
 def complete(plan: planning.Plan, workflow):
@@ -250,7 +264,15 @@ def on_start(plan: planning.Plan, workflow) -> None:
         if not all(map(_has_report, plan.runs)):
             tracking.prepare(plan.tracking, plan.sweep)
     if workflow.local_exec:  # Snakemake cancels a cluster's jobs
+        if not gpus_per_job():  # what has asked for the GPU cannot be forked, and libraries do when they are imported
+            forks.start(_threads_of_coming(workflow), plan.tracking["enabled"])
         signals.on_ending(lambda number: _end_jobs(number, workflow.scheduler), _end_at_once)
+
+
+def _threads_of_coming(workflow) -> list[int]:
+    """Threads of each coming job whose step may be a fork; after a checkpoint there may be more."""
+    coming = [job for job in workflow.dag.needrun_jobs() if "run steps." in (job.rule.shellcmd or "")]
+    return [job.threads for job in coming]
 
 
 def made_otherwise(plan: planning.Plan) -> list[str]:
@@ -337,6 +359,8 @@ def on_success(plan: planning.Plan) -> None:
         return
     with one_line_errors():
         folder = Path(plan.leaderboard).parent
+        for growing in GROWING:
+            growing.write_study(folder / "study.db")
         board = read_board(folder)
         print(leaderboard_text(board, folder))
         best = next(run for run in plan.runs if run.name == board.chosen)
