@@ -61,7 +61,7 @@ def run(
     settings = config.eval.model_dump()
     if not settings["suspects"]:
         raise UserError("config: 'eval.suspects': 0 lists no rows: give the number of rows to list")
-    source = source_of(config, model, adapter, splits)
+    source = source_of(config, model, adapter, splits, compares=False)  # its report did
     source.refuse_diverged("to ask about the rows")
     parts = parts_of(prompts)
     _check_lineage(splits, prompts, parts, raw)

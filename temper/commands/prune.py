@@ -146,7 +146,7 @@ def _checkpoints() -> Iterator[Item]:
     for folder in sorted(path for path in STATE.glob("*") if any(path.glob("checkpoint-*"))):
         lines = known_json_lines(folder / "metrics.jsonl")
         took = lines[-1].get("seconds") if lines else None
-        yield Item("checkpoints", folder, took, " (of training), which a longer or killed training would begin with")
+        yield Item("checkpoints", folder, took, ", which only a training that was killed, or is to be longer, needs")
 
 
 def _downloads() -> Iterator[Item]:

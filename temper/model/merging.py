@@ -161,6 +161,13 @@ class Merging:
         rounding = self._checked(agreement.compare(trained.logits, self._logits(network, trained)))
         return network, {"fully_trained": False, **self._facts(rounding)}
 
+    def certain(self) -> dict:
+        """What of the facts that `merged` gives is certain before, as `made` takes it; {} if two bases are compared."""
+        if not is_adapter(self.adapter):
+            return {"fully_trained": self.saved == "float32" and self.config.merge.dtype == "auto"}
+        bases = self._bases()
+        return {"base": bases[0]} if len(bases) == 1 else {}
+
     def made(self, facts: dict):
         """The network that `merged` made before, without comparing it again. `facts`: those that it gave then."""
         if is_adapter(self.adapter):
@@ -274,11 +281,12 @@ class Source:
         return as_if_saved(network, load, merging.adapter, merging.keeps_format)
 
 
-def source_of(config, model: Path, adapter: Path | None, splits: Path | None) -> Source:
+def source_of(config, model: Path, adapter: Path | None, splits: Path | None, compares: bool = True) -> Source:
     """What `--model` and `--adapter` name: the merged model that came of the adapter, or its base and the adapter.
 
     Args:
         config: has the config sections `merge` and `quantization`.
+        compares: whether the merged network is compared with base and adapter, also where that decides nothing.
 
     Raises:
         UserError: the adapter was trained on another model.
@@ -286,7 +294,8 @@ def source_of(config, model: Path, adapter: Path | None, splits: Path | None) ->
     if adapter is None or (model / DIVERGED).is_file() or _came_of(model, adapter):
         return Source(model)
     serving.refuse_other_base(adapter, model)
-    return Source(model, Merging(config, model, adapter, splits))
+    merging = Merging(config, model, adapter, splits)
+    return Source(model, merging, {} if compares else merging.certain())
 
 
 def _came_of(model: Path, adapter: Path) -> bool:

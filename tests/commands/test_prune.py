@@ -25,8 +25,7 @@ def two_runs(finished_run, workspace) -> Path:
         facts = json.loads(Path(folder, "provenance.json").read_text())
         facts["inputs"] = {name: places.get(path, path) for name, path in facts["inputs"].items()}
         Path(folder, "provenance.json").write_text(json.dumps(facts))
-    for state in ("of-a-training", "downloads"):
-        shutil.rmtree(Path("results/.state") / state, ignore_errors=True)
+    shutil.rmtree("results/.state")
     Path("results/.state/of-a-training/checkpoint-3").mkdir(parents=True)
     Path("results/.state/of-a-training/checkpoint-3/optimizer.pt").write_bytes(b"12345")
     return workspace

@@ -108,6 +108,8 @@ def test_in_memory_a_run_is_what_its_merged_folder_is(workspace, tiny_model, tin
     facts = json.loads(Path("merged/provenance.json").read_text())
     assert {name: facts[name] for name in source.facts} == source.facts
     assert merging.source_of(config, Path("merged"), Path("adapter"), tiny_splits).merging is None
+    uncompared = merging.source_of(config, tiny_model, Path("adapter"), tiny_splits, compares=False)
+    assert_same_network(uncompared.network(config.model.load.model_dump()), found)
 
 
 def test_a_base_stored_in_4_bits_is_merged_in_memory_as_in_its_folder(workspace, tiny_model, tiny_splits):
