@@ -11,12 +11,12 @@
     sample_answers      splits, model                           ->  results/pairs/        (method.own_answers)
     reference_logprobs  splits, model                           ->  results/references/   (method=dpo, kto)
     train_adapter       splits, model, references               ->  results/adapters/
-    merge_adapter       model, adapter, splits                  ->  results/merged/
-    evaluate_model      model, splits, adapter, base_report     ->  results/reports/      (evaluate_base: model, splits;
+    evaluate_model      model, adapter, splits, base_report     ->  results/reports/      (evaluate_base: model, splits;
                                                                                            both: probe, if there is one)
     rank_runs           validation reports                      ->  results/rankings/     (which runs to test)
-    score_rows          model, splits, prompts, raw             ->  results/suspects/     (of the chosen run)
-    run_harness         model, base_harness                     ->  results/harness/      (of the chosen run; eval.harness)
+    score_rows          model, adapter, splits, prompts, raw    ->  results/suspects/     (of the chosen run)
+    run_harness         model, adapter, splits, base_harness    ->  results/harness/      (of the chosen run; eval.harness)
+    merge_adapter       model, adapter, splits                  ->  results/merged/       (of the chosen run; merge.runs)
     compare_runs        reports, suspicious rows, harness       ->  results/sweeps/
 
 Every path below results/ ends in a key that hashes everything it was made from (see temper/planning/plan.py), so a
@@ -274,7 +274,7 @@ rule evaluate_base:
 
 
 rule evaluate_model:
-    "A tuned model on one split, beside the untouched one."
+    "A tuned model on one split, merged in memory, beside the untouched one."
     input:
         model=path_of("evaluate_model", "model"),
         splits=path_of("evaluate_model", "splits"),
@@ -334,6 +334,7 @@ rule score_rows:
     "Rows of training and validation whose answers are likely wrong, by the chosen run; off with eval.suspects=0."
     input:
         model=path_of("score_rows", "model"),
+        adapter=path_of("score_rows", "adapter"),
         splits=path_of("score_rows", "splits"),
         prompts=path_of("score_rows", "prompts"),
         raw=path_of("score_rows", "raw"),
@@ -349,6 +350,7 @@ rule score_rows:
     shell:
         "run steps.score_rows"
         " --model {input.model:q}"
+        " --adapter {input.adapter:q}"
         " --splits {input.splits:q}"
         " --prompts {input.prompts:q}"
         " {params.raw}"
@@ -361,6 +363,8 @@ rule run_harness:
     "Tasks of lm-eval, for the untouched model and the chosen run (eval.harness)."
     input:
         model=path_of("run_harness", "model"),
+        adapter=path_of("run_harness", "adapter"),
+        splits=path_of("run_harness", "splits"),
         base_harness=path_of("run_harness", "base_harness"),
     output:
         update(directory("results/harness/{name}")),
@@ -370,11 +374,11 @@ rule run_harness:
     resources:
         gpu=temper.gpus_per_job(),
     params:
-        base_harness=temper.flags_of(PLAN, "run_harness", "base_harness"),
+        tuned=temper.flags_of(PLAN, "run_harness", "adapter", "splits", "base_harness"),
     shell:
         "run steps.run_harness"
         " --model {input.model:q}"
-        " {params.base_harness}"
+        " {params.tuned}"
         ' --plan "$TEMPER_PLAN"'
         " --output {output:q}"
         " 2>&1 | log_to {log:q}"

@@ -4,13 +4,14 @@ By hand::
 
     python -m steps.evaluate_model --model results/models/Y --splits results/splits/X \\
         --output results/reports/base eval=sentiment
-    python -m steps.evaluate_model --model results/merged/Z --splits results/splits/X --adapter results/adapters/Z \\
+    python -m steps.evaluate_model --model results/models/Y --splits results/splits/X --adapter results/adapters/Z \\
         --base-report results/reports/base --output results/reports/Z eval=sentiment
 
-Reads   the split that `eval.split` names (and, for the baselines, the training split); a merged or an untouched model;
-        of the adapter only its curves and its config; the untouched model's report, to compare with; after
-        preference optimization the reference's log-probabilities, and the report of the model that it started from;
-        the report of a training on documents that came first; the probe, a general text.
+Reads   the split that `eval.split` names (and, for the baselines, the training split); an untouched model, or one and
+        what was trained on it, which are merged in memory as merge_adapter merges them: the figures are those of the
+        merged folder, to the bit, which --model may name as well; the training's curves; the untouched model's report,
+        to compare with; after preference optimization the reference's log-probabilities, and the report of the model
+        that it started from; the report of a training on documents that came first; the probe, a general text.
 Writes  metrics.json (all figures, see `figures_of`); predictions.jsonl (one answer a line); curves.jsonl (the
         training's, if there was one); probe.jsonl (one passage of the probe a line); report.html (one page, nothing
         fetched from elsewhere).
@@ -44,8 +45,8 @@ from temper.evaluation.judge import (
 )
 from temper.files import json_lines, load_rows, read_json, read_json_lines, write_whole
 from temper.model import limits
-from temper.model.adapters import DIVERGED
 from temper.model.loading import load_tokenizer
+from temper.model.merging import Source, source_of
 from temper.model.threads import computing_threads
 from temper.progress import quiet_libraries
 from temper.reports import html, plots
@@ -88,17 +89,19 @@ def run(
     refuse_changed(planned.own_code, own_metrics.code(settings))
     if references:
         _needed(adapter, "--references")
-    if (model / DIVERGED).is_file():
+    source = source_of(config, model, adapter, splits)
+    if source.diverged_at is not None:
         training = _needed(adapter, f"{model}: a training that diverged")
-        return _report_divergence(model, settings, metric, training, output)
+        facts = _report_divergence(source.diverged_at, settings, metric, training, output)
+        return facts | _merged(source)
 
     tokenizer = load_tokenizer(model)
-    rows = _rows(model, splits, settings, tokenizer)
+    rows = _rows(source, splits, settings, tokenizer)
     judged_on = list(rows[config.eval.split])
     passages = _passages(probe, config, planned) if probe else None
     base = _base(base_report, settings, judged_on) if base_report else None
     with computing_threads(config.num_threads):
-        asked = ask(model, config.model_dump(), rows, tokenizer, passages)
+        asked = ask(source, config.model_dump(), rows, tokenizer, passages)
 
     train = read_json(adapter / "training.json") if adapter else None
     judged = judge(metric, _evidence(asked, settings, judged_on, train, references), base)
@@ -120,7 +123,12 @@ def run(
     _write_files(output, found, predictions, curves)
     write_page(output, found, predictions, curves, settings, configs_shown(config.model_dump(), model, splits, adapter))
     log.info("%s", headline(found))
-    return {"metric": metric, "value": found.values[metric], "rows": len(judged_on)}
+    return {"metric": metric, "value": found.values[metric], "rows": len(judged_on)} | _merged(source)
+
+
+def _merged(source: Source) -> dict:
+    """What provenance.json says of a merge in memory; nothing for a model that was asked as it is."""
+    return {"merged": source.facts} if source.merging else {}
 
 
 def _needed(adapter: Path | None, why: str) -> Path:
@@ -148,9 +156,8 @@ def _write_files(output: Path, found: Figures | Diverged, predictions: list[dict
         write_whole(output / "curves.jsonl", json_lines(curves))
 
 
-def _report_divergence(model: Path, settings: dict, metric: str, adapter: Path, output: Path) -> dict:
+def _report_divergence(step: int, settings: dict, metric: str, adapter: Path, output: Path) -> dict:
     """The report of a training that diverged: its curve, and no figures."""
-    step = read_json(model / DIVERGED, {"step": int})["step"]
     curves = read_json_lines(adapter / "metrics.jsonl")
     train = read_json(adapter / "training.json")
     found = Diverged(task=settings["task"], metric=metric, diverged_at_step=step, train=train)
@@ -164,11 +171,12 @@ def _report_divergence(model: Path, settings: dict, metric: str, adapter: Path, 
 # --- what goes in --------------------------------------------------------------------------------
 
 
-def _rows(model: Path, splits: Path, settings: dict, tokenizer) -> DatasetDict:
+def _rows(source: Source, splits: Path, settings: dict, tokenizer) -> DatasetDict:
     """All splits, checked."""
     loaded, split = with_right_answers(load_rows(splits)), settings["split"]
     checks.check(settings, splits, loaded, tokenizer, [split])
-    limits.check(model, {split: loaded[split]}, [split], settings["max_new_tokens"])
+    asked = {split: loaded[split]}
+    limits.check(source.folder, asked, [split], settings["max_new_tokens"], virtual_tokens=source.virtual_tokens)
     return loaded
 
 

@@ -4,11 +4,12 @@ By hand::
 
     python -m steps.run_harness --model results/models/Y --output results/harness/base \\
         'eval.harness={tasks: [arc_easy], limit: 100}'
-    python -m steps.run_harness --model results/merged/Z --base-harness results/harness/base \\
-        --output results/harness/Z 'eval.harness={tasks: [arc_easy], limit: 100}'
+    python -m steps.run_harness --model results/models/Y --adapter results/adapters/Z --splits results/splits/X \\
+        --base-harness results/harness/base --output results/harness/Z 'eval.harness={tasks: [arc_easy], limit: 100}'
 
-Reads   a merged or an untouched model; the untouched model's figures, to compare with. Own tasks from
-        `include_path`; lm-eval's get their rows from the hub.
+Reads   an untouched model, or one and what was trained on it, merged in memory as evaluate_model does (the splits have
+        the rows that this is checked on), or a merged model; the untouched model's figures, to compare with. Own tasks
+        from `include_path`; lm-eval's get their rows from the hub.
 Writes  harness.json (task -> figures with standard errors); samples.jsonl (each row: prompt, answer, figures).
 
 With `prompt.apply_chat_template` lm-eval wraps its prompts in the model's chat template, without a system message;
@@ -26,9 +27,9 @@ from temper.errors import UserError
 from temper.evaluation import harness
 from temper.evaluation.figures import finite
 from temper.files import json_lines, json_text, write_whole
-from temper.model.adapters import refuse_diverged
 from temper.model.limits import limits_of
-from temper.model.loading import load_model, load_tokenizer
+from temper.model.loading import load_tokenizer
+from temper.model.merging import Source, source_of
 from temper.model.threads import computing_threads
 from temper.progress import quiet_libraries
 from temper.sources.own_code import refuse_changed
@@ -42,6 +43,8 @@ def run(
     config: RunHarness,
     model: Path,
     output: Path,
+    adapter: Path | None = None,
+    splits: Path | None = None,
     base_harness: Path | None = None,
     planned: Planned = NOT_PLANNED,
 ) -> dict:
@@ -53,7 +56,8 @@ def run(
     """
     if config.eval.harness is None:
         raise UserError("config: 'eval.harness' is null: give the tasks, eval.harness={tasks: [...]}")
-    refuse_diverged(model, "to ask")
+    source = source_of(config, model, adapter, splits, compares=False)  # its report did
+    source.refuse_diverged("to ask")
     checks.rare_lines()
     quiet_libraries()
     settings = {**config.eval.harness.model_dump(), "apply_chat_template": config.prompt.apply_chat_template}
@@ -61,7 +65,7 @@ def run(
     if planned.lm_eval not in (None, found):
         raise UserError(f"lm-eval is {found}, and was {planned.lm_eval} when the plan was made: run again")
     refuse_changed(planned.own_code, checks.files(settings))
-    asked = _asked(config, model, settings)
+    asked = _asked(config, source, settings)
     results, samples = harness.results_of(asked, settings), harness.sample_rows(asked)
     if base_harness:
         harness.compare(results, samples, base_harness)
@@ -73,15 +77,15 @@ def run(
     return {"lm_eval": found}
 
 
-def _asked(config: RunHarness, model: Path, settings: dict) -> dict:
+def _asked(config: RunHarness, source: Source, settings: dict) -> dict:
     """What lm-eval returns of the model."""
-    tokenizer, folder = _tokenizer(config, model), checks.include_path(settings)
-    limits = limits_of(model)
+    tokenizer, folder = _tokenizer(config, source.folder), checks.include_path(settings)
+    limits = limits_of(source.folder, source.virtual_tokens)
     # lm-eval finds the context in the config, and knows nothing of virtual tokens.
     longest = limits.positions - limits.virtual_tokens if limits.positions and limits.virtual_tokens else None
     with computing_threads(config.num_threads):
-        network = load_model(model, config.model.load.model_dump()).eval()
-        return harness.measure(network, tokenizer, settings, folder, longest, {"pretrained": str(model)})
+        network = source.network(config.model.load.model_dump())
+        return harness.measure(network, tokenizer, settings, folder, longest, {"pretrained": str(source.folder)})
 
 
 def _tokenizer(config: RunHarness, model: Path):

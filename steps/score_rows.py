@@ -2,10 +2,12 @@
 
 By hand::
 
-    python -m steps.score_rows --model results/merged/X --splits results/splits/Y --prompts results/prompts/Z \\
-        --raw data/raw/movie_reviews/pin-3f9c596580.json --output results/suspects/new experiment=demo
+    python -m steps.score_rows --model results/models/W --adapter results/adapters/X --splits results/splits/Y \\
+        --prompts results/prompts/Z --raw data/raw/movie_reviews/pin-3f9c596580.json --output results/suspects/new \\
+        experiment=demo
 
-Reads   the merged model; the splits; of the prompts how the raw data is read; the raw data, for files and lines.
+Reads   the model and what was trained on it, merged in memory (or, without --adapter, a merged model); the splits; of
+        the prompts how the raw data is read; the raw data, for files and lines.
 Writes  suspects.csv and suspects.json: the `eval.suspects` most suspicious rows, the worst first, each with its file
         and line. scores.jsonl: how suspicious each row is (see temper/evaluation/suspects.py).
 
@@ -25,8 +27,8 @@ from temper.data.places import Part, Place, of_mixture, parts_of, raw_of
 from temper.errors import UserError
 from temper.evaluation import suspects
 from temper.files import json_lines, json_text, load_rows, read_json, write_whole
-from temper.model.adapters import refuse_diverged
 from temper.model.loading import load_tokenizer
+from temper.model.merging import source_of
 from temper.model.threads import computing_threads
 from temper.progress import quiet_libraries
 from temper.reports.suspects import CSV, FILE, csv_text
@@ -40,7 +42,15 @@ STAGE = "score_rows"
 log = logging.getLogger("temper")
 
 
-def run(config: ScoreRows, model: Path, splits: Path, prompts: Path, output: Path, raw: Path | None = None) -> dict:
+def run(
+    config: ScoreRows,
+    model: Path,
+    splits: Path,
+    prompts: Path,
+    output: Path,
+    adapter: Path | None = None,
+    raw: Path | None = None,
+) -> dict:
     """Score all rows of training and validation and list the most suspicious.
 
     Raises:
@@ -51,12 +61,13 @@ def run(config: ScoreRows, model: Path, splits: Path, prompts: Path, output: Pat
     settings = config.eval.model_dump()
     if not settings["suspects"]:
         raise UserError("config: 'eval.suspects': 0 lists no rows: give the number of rows to list")
-    refuse_diverged(model, "to ask about the rows")
+    source = source_of(config, model, adapter, splits, compares=False)  # its report did
+    source.refuse_diverged("to ask about the rows")
     parts = parts_of(prompts)
     _check_lineage(splits, prompts, parts, raw)
     rows = with_right_answers(load_rows(splits))
     with computing_threads(config.num_threads):
-        scores = suspects.scores(model, config.model_dump(), _once(rows), load_tokenizer(model))
+        scores = suspects.scores(source, config.model_dump(), _once(rows), load_tokenizer(model))
     worst = suspects.most_suspicious(scores, settings["suspects"])
     where = of_mixture(parts, {score.id for score in worst}, raw)
     listed = [_line(rank, score, where[score.id]) for rank, score in enumerate(worst, 1)]

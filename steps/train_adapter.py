@@ -80,6 +80,16 @@ def run(
     return facts
 
 
+def finish(planned: Planned) -> None:
+    """Called when the output is in its place: only then are the checkpoints needed for nothing but longer trainings."""
+    from temper.training import checkpoints
+
+    if planned.trunk and planned.keep:
+        state = STATE / planned.trunk
+        with locked(state):
+            checkpoints.cut(state, planned.keep)
+
+
 def _by_hand(config: TrainAdapter, inputs: list[Path]) -> str:
     """A name for the checkpoints of a training outside a plan: like a key, a hash of everything it depends on.
 

@@ -171,7 +171,9 @@ def lack(error: BaseException, output: str, stage: str | None = None) -> UserErr
     if stage is None or stage in RESUMED:
         again += ": it goes on where this one stopped"
     if any(text in said for text in FULL):
-        return UserError(f"{output}: the disk is full; free some space (results/merged/ can go first), {again}")
+        return UserError(
+            f"{output}: the disk is full; free some space (temper prune --dry-run says what there is), {again}"
+        )
     if any(text in said for text in READ_ONLY):
         return UserError(f"{output}: the disk is read-only; make it writable, {again}")
     if any(text in said for text in NO_MEMORY):

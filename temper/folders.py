@@ -148,6 +148,41 @@ def _holding(path: Path, waiting: str):
         lock.release()
 
 
+def working(results: Path) -> Path | None:
+    """A folder below `results` that a step is making at this moment, if there is one."""
+    outputs = (path.parent.parent / path.name.removesuffix(".lock") for path in results.glob("*/.locks/*.lock"))
+    return next(filter(is_locked, sorted(outputs)), None)
+
+
+def is_locked(output: Path) -> bool:
+    """Whether a process works on `output` at this moment."""
+    import filelock
+
+    lock = filelock.FileLock(_locks(output.parent) / f"{output.name}.lock")
+    try:
+        lock.acquire(timeout=0)
+    except filelock.Timeout:
+        return True
+    lock.release()
+    return False
+
+
+def delete(folder: Path) -> None:
+    """Delete a folder that no step is making: it disappears by one rename, so that no half of it can be left."""
+    import filelock
+
+    with locked(folder):
+        with _temporary_locked(folder.parent):
+            place = Path(tempfile.mkdtemp(prefix=TEMPORARY, dir=folder.parent))
+            owner = filelock.FileLock(place / OWNER)
+            owner.acquire()
+        try:
+            folder.rename(place / folder.name)
+        finally:
+            shutil.rmtree(place, ignore_errors=True)
+            owner.release()
+
+
 @contextlib.contextmanager
 def temporary_folder(output: Path):
     """A fresh folder that becomes `output` if the block succeeds, and is removed if it fails.

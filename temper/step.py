@@ -133,6 +133,8 @@ def execute(step, arguments, names: list[str]) -> None:
             facts["not_in_key"] = Planned.apart(settings)[0]
             _readable_weights(folder)
             write_provenance(folder, step.STAGE, config, _one_by_one(inputs), time.time() - started, facts)
+        if hasattr(step, "finish"):
+            step.finish(Planned(**Planned.apart(settings)[1]))
         log.info("%s: wrote %s in %s", step.STAGE, output, seconds(time.time() - started))
 
 

@@ -512,7 +512,8 @@ def _mirror_run(api, experiment: str, sweep: str, run) -> str:
         api.log_artifact(run_id, str(file))
     if (adapter / "adapter_config.json").is_file():  # a full model is gigabytes, so a tag names its folder instead
         api.log_artifacts(run_id, str(adapter), "adapter")
-    api.set_tag(run_id, "temper.merged", run.artefacts["merge_adapter"])
+    if Path(run.artefacts["merge_adapter"]).is_dir():  # of the others there is the adapter
+        api.set_tag(run_id, "temper.merged", run.artefacts["merge_adapter"])
     api.set_tag(run_id, MIRRORED_TAG, run.key)
     api.set_terminated(run_id, status="FINISHED")
     return run_id

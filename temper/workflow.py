@@ -19,7 +19,7 @@ from temper import early, signals, tracking
 from temper.config.stages import FOLDERS, flag_words
 from temper.errors import UserError, one_line_errors, suggest, visible
 from temper.files import known_json, read_json
-from temper.folders import PROVENANCE, is_complete, remove_leftovers
+from temper.folders import PROVENANCE, is_complete, is_locked, locked, remove_leftovers
 from temper.forks import start as forks
 from temper.keys import PACKAGE_ROOT, python_path
 from temper.planning import plan as planning
@@ -389,10 +389,31 @@ def on_success(plan: planning.Plan) -> None:
         board = read_board(folder)
         print(leaderboard_text(board, folder))
         best = next(run for run in plan.runs if run.name == board.chosen)
-        print(f"best model: {best.artefacts['merge_adapter']}")
+        print(best_model(best))
+        _cut_checkpoints(plan)
         if plan.tracking["enabled"]:
             print("MLflow: make ui, then http://127.0.0.1:5000")
         end_at_gate(board)
+
+
+def _cut_checkpoints(plan: planning.Plan) -> None:
+    """Delete the states of trainings that none is kept of (keep.checkpoints), unless another command uses them."""
+    from temper.training import checkpoints
+
+    if any(run.config["keep"]["checkpoints"] != "none" for run in plan.runs):
+        return
+    for trunk in sorted({job.settings["trunk"] for job in plan.jobs.values() if "trunk" in job.settings}):
+        state = planning.STATE / trunk
+        if state.is_dir() and not is_locked(state):
+            with locked(state):
+                checkpoints.cut(state, "none")
+
+
+def best_model(run: planning.PlannedRun) -> str:
+    """Where the chosen run's model is, in a line."""
+    if is_complete(Path(run.artefacts["merge_adapter"])):
+        return f"best model: {run.artefacts['merge_adapter']}"
+    return f"best model: {run.artefacts['train_adapter']} (one folder with its base: temper merge --run {run.name})"
 
 
 def on_error(plan: planning.Plan) -> None:

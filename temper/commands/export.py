@@ -9,7 +9,7 @@ tokenizer and the chat template (with the date of training, if it asks for one),
 that when you prompt the model. If the run has a `prompt.template`, write prompts in that format, not through the chat
 template.
 
-Reads results/merged/; writes the file by a rename.
+Reads results/merged/, where the merged model is written if it is not there; writes the file by a rename.
 """
 
 import json
@@ -21,6 +21,7 @@ from temper.files import whole_file
 from temper.model import serving
 from temper.progress import quiet_libraries
 from temper.runs import find as runs
+from temper.runs.merged import merged_folder
 from temper.runs.prompting import tokenizer_to_ship
 
 OUTTYPES = ("auto", "f32", "f16", "bf16", "q8_0")
@@ -48,7 +49,7 @@ def run(arguments) -> None:
     """Write the file."""
     output = flags.new_file(arguments.output, ".gguf", "name a file that ends in .gguf")
     tuned = runs.find(arguments.run, arguments.sweep)
-    folder = tuned.part("merge_adapter", "and it is what is exported")
+    folder = merged_folder(tuned, "and it is part of what is exported")
     runs.refuse_bundled(folder, "there is no one file of that")
     serving.check(folder, folder, leaves=True)
     export(folder, output, arguments.outtype, tuned.prompt)

@@ -31,6 +31,7 @@ from temper.model.loading import check_weights, load_model, load_tokenizer
 from temper.reports import model_card
 from temper.runs import find as runs
 from temper.runs import prompting
+from temper.runs.merged import merged_folder
 from temper.sources.hub import HUB_TIMEOUT
 
 LOGIN = "make one at https://huggingface.co/settings/tokens (write access), then `hf auth login`, or set HF_TOKEN"
@@ -108,7 +109,7 @@ def collect(run: runs.FinishedRun, arguments, files: Path) -> None:
 
 def _add_merged(run: runs.FinishedRun, files: Path) -> None:
     """The merged model, and a tokenizer that asks as the training did. No file of Temper's own goes along."""
-    folder = run.part("merge_adapter", "and it is what --merged publishes")
+    folder = merged_folder(run, "and it is part of what --merged publishes")
     runs.refuse_bundled(folder, "publish the adapter, without --merged")
     check_weights(folder)
     load_tokenizer(folder)

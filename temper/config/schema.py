@@ -661,8 +661,12 @@ WITH_REFERENCE = ("dpo", "kto")  # methods that compare with the model that trai
 
 
 class Merge(Section):
-    """Precision of the merged model on disk, and the base that a QLoRA adapter is merged into."""
+    """Which runs are written as merged models, in which precision, and the base that a QLoRA adapter is merged into.
+    Every run is evaluated as its merged model, which is made in memory where no folder is wanted."""
 
+    runs: Literal["chosen", "tied", "all", "none"] = "chosen"
+    """Runs whose merged model is written to results/merged: the one that the sweep chooses; also those that cannot be
+    told from the best; all; none. It changes no figure. `temper merge --run RUN` writes one later."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     dequantized_base: bool | None = None
     """For QLoRA. true: merge into the dequantized base; false: into the original; null: into that of the two whose
@@ -884,6 +888,14 @@ class Tracking(Section):
     flush_seconds: Annotated[float, Field(gt=0)] = 5.0
 
 
+class Keep(Section):
+    """What is kept to continue from, when a training is complete. Part of no key."""
+
+    checkpoints: Literal["last", "none"] = "last"
+    """Of the states in results/.state: the last one of each training, from which a longer one continues; or none, so
+    that a longer one starts at the beginning."""
+
+
 class Sweep(Section):
     """Swept keys and their values, in Hydra's grammar: ``1e-4,3e-4``, ``range(1,4)`` or ``choice(a,b)``; for a strategy
     that draws also ``interval(0,0.1)``, ``int(interval(4,64))`` and ``tag(log, interval(1e-5,1e-2))``."""
@@ -959,6 +971,7 @@ class Config(Section):
     eval: Eval
     probe: Probe = Probe()
     tracking: Tracking
+    keep: Keep = Keep()
     sweep: Sweep
     seed: Seed
     num_threads: NumThreads = 1

@@ -17,7 +17,6 @@ from temper.config.schema import (
     Data,
     Eval,
     Harness,
-    Merge,
     Method,
     ModelLoad,
     NumThreads,
@@ -131,8 +130,15 @@ class TrainAdapter(Section):
     eval: Eval | None = None  # only where answers choose the checkpoint, and then what they are judged by
 
 
+class Merged(Part):
+    """What of `merge` decides the merged weights."""
+
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    dequantized_base: bool | None = None
+
+
 class MergeAdapter(Section):
-    merge: Merge
+    merge: Merged
     quantization: Quantization
 
 
@@ -148,6 +154,8 @@ class EvaluateModel(Section):
     eval: Eval
     probe: ProbeView = ProbeView()
     model: Loaded
+    merge: Merged = Merged()
+    quantization: Quantization = Quantization()
     num_threads: NumThreads = 1
 
 
@@ -163,6 +171,8 @@ class Scored(Part):
 class ScoreRows(Section):
     eval: Scored
     model: Loaded
+    merge: Merged = Merged()
+    quantization: Quantization = Quantization()
     num_threads: NumThreads = 1
 
 
@@ -180,6 +190,8 @@ class RunHarness(Section):
     eval: Asks
     prompt: Templated
     model: Loaded
+    merge: Merged = Merged()
+    quantization: Quantization = Quantization()
     num_threads: NumThreads = 1
 
 
@@ -215,6 +227,7 @@ class Stage:
 
 
 START = "folder of fetch_model, or of merge_adapter when supervised fine-tuning came first"
+ASKED = "what the adapter was trained on, or the folder of merge_adapter"
 
 # In the order of the pipeline.
 STAGES = {
@@ -293,9 +306,9 @@ STAGES = {
             ("base_report", "start_report"),
             ("metrics.json",),
             {
-                "model": "folder of merge_adapter, or of fetch_model for the untouched model",
+                "model": f"{ASKED}, or the untouched model",
                 "splits": "folder of tokenize_splits",
-                "adapter?": "folder of train_adapter, for the training's curves and times",
+                "adapter?": "folder of train_adapter: what was trained, and the training's curves and times",
                 "base_report?": "report of the untouched model on the same splits, to compare with",
                 "references?": "folder of reference_logprobs, after preference optimization",
                 "probe?": "general text as config section probe describes it: its folder, its pin, or one file",
@@ -310,8 +323,9 @@ STAGES = {
             "suspects",
             holds=("suspects.json",),
             inputs={
-                "model": "folder of merge_adapter",
+                "model": ASKED,
                 "splits": "folder of tokenize_splits",
+                "adapter?": "folder of train_adapter: what was trained on the model",
                 "prompts": "folder of format_prompts, or of mix_prompts, that the splits were made of",
                 "raw?": "the raw data that the prompts were made of, named as it was then; a mixture knows it itself",
             },
@@ -323,7 +337,9 @@ STAGES = {
             ("base_harness",),
             ("harness.json",),
             {
-                "model": "folder of merge_adapter, or of fetch_model for the untouched model",
+                "model": f"{ASKED}, or the untouched model",
+                "adapter?": "folder of train_adapter: what was trained on the model",
+                "splits?": "folder of tokenize_splits, for the rows that the merged model is checked on",
                 "base_harness?": "folder of run_harness of the untouched model, to compare with",
             },
         ),
@@ -370,6 +386,7 @@ class Planned:
     trunk: str | None = None  # this and all below for train_adapter: the name of its checkpoints' folder
     part: str | None = None  # PLATEAU: stop where the decay begins, which is another job
     plateau: str | None = None  # the folder of the plateau that it continues
+    keep: str | None = None  # what of them stays when the training is complete; None: all
     follow: dict | None = None  # the MLflow run for its curves
     evaluations: tuple | list = ()  # config sections `eval` of the runs that share it
     max_new_tokens: int | None = None  # the longest answer that these allow

@@ -5,7 +5,6 @@ from __future__ import annotations
 import collections
 import dataclasses
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from temper.data.batches import count_learned
@@ -21,6 +20,7 @@ if TYPE_CHECKING:
     from temper.evaluation.forgetting import Probed
     from temper.evaluation.generation import Answers
     from temper.evaluation.likelihoods import RowLosses
+    from temper.model.merging import Source
 
 
 @dataclasses.dataclass
@@ -108,10 +108,11 @@ def _answer_bytes(rows: list[dict]) -> list[int] | None:
 # --- what the model says -------------------------------------------------------------------------
 
 
-def ask(folder: Path, config: dict, rows: DatasetDict, tokenizer, passages: list[str] | None = None) -> Asked:
+def ask(source: Source, config: dict, rows: DatasetDict, tokenizer, passages: list[str] | None = None) -> Asked:
     """Loss of each row of a split, an answer to each prompt and, for labels, how likely the model finds each of them.
 
     Args:
+        source: the model.
         rows: all splits, of which ``eval.split`` names the one to ask.
         passages: of general text, to be scored as well.
 
@@ -123,13 +124,13 @@ def ask(folder: Path, config: dict, rows: DatasetDict, tokenizer, passages: list
 
     settings = config["eval"]
     asked = list(rows[settings["split"]])
-    model = loading.load_model(folder, config["model"]["load"]).eval()
+    model = source.network(config["model"]["load"])
     size = settings["batch_size"], tokenizer.pad_token_id
 
     started = time.perf_counter()
     losses = likelihoods.row_losses(model, asked, *size)
     loss_seconds = time.perf_counter() - started
-    likelihoods.check_finite(folder, settings["split"], asked, losses.sums)
+    likelihoods.check_finite(source.name, settings["split"], asked, losses.sums)
 
     choices = None
     if settings["task"] == "labels":
@@ -138,12 +139,13 @@ def ask(folder: Path, config: dict, rows: DatasetDict, tokenizer, passages: list
     if settings["task"] == metrics.DOCUMENTS:
         answers = generation.no_answers(len(asked))
     else:
-        stop_ids = loading.stop_token_ids(folder, tokenizer)
+        stop_ids = loading.stop_token_ids(source.folder, tokenizer)
         known = generation.greedy_gold(asked, losses.matched, settings, stop_ids)
         answers = generation.generate_answers(model, tokenizer, asked, settings, stop_ids, known)
 
     pairs = likelihoods.pair_logps(model, asked, *size) if "rejected_input_ids" in asked[0] else None
-    probed = forgetting.probe(model, tokenizer, passages, limits.limits_of(folder).context) if passages else None
+    context = limits.limits_of(source.folder, source.virtual_tokens).context
+    probed = forgetting.probe(model, tokenizer, passages, context) if passages else None
     return Asked(losses, loss_seconds, answers, choices, pairs, probed)
 
 

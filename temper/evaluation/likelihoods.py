@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-from pathlib import Path
 
 from temper.data.batches import Batch
 from temper.data.columns import IGNORED
@@ -50,16 +49,16 @@ def row_losses(model, rows: list[dict], batch_size: int, pad_token_id: int) -> R
     return result
 
 
-def check_finite(folder: Path, split: str, rows: list[dict], sums: list[float]) -> None:
+def check_finite(model: str, split: str, rows: list[dict], sums: list[float]) -> None:
     """Refuse losses that are no number.
 
     Args:
-        folder: of the model, for the message.
+        model: what the message calls the model.
     """
     for row, total in zip(rows, sums, strict=True):
         if not math.isfinite(total):
             raise UserError(
-                f"{folder}: the loss of {split} row {row['id']} is {total}, so no figure would mean anything: the "
+                f"{model}: the loss of {split} row {row['id']} is {total}, so no figure would mean anything: the "
                 "weights are not finite, or model.load.dtype is too narrow for them (try float32)"
             )
 

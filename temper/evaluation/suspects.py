@@ -9,16 +9,16 @@ docs/trust.md says how well that works.
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from temper.evaluation import likelihoods
 from temper.evaluation.choices import likeliest
 from temper.evaluation.class_names import gold_class
-from temper.model.loading import load_model
 
 if TYPE_CHECKING:
     from datasets import DatasetDict
+
+    from temper.model.merging import Source
 
 SPLITS = ("train", "validation")  # the test split stays closed
 FIGURES = {"labels": "margin", "tags": "loss", "text": "loss"}  # task -> what rows are ordered by
@@ -40,11 +40,11 @@ class Score:
     other: str | None = None
 
 
-def scores(folder: Path, config: dict, rows: DatasetDict, tokenizer) -> list[Score]:
+def scores(source: Source, config: dict, rows: DatasetDict, tokenizer) -> list[Score]:
     """Score all rows of `SPLITS` in their order.
 
     Args:
-        folder: of the model.
+        source: the model.
         config: of the stage score_rows.
         rows: split -> its rows, as tokenize_splits makes them.
 
@@ -52,14 +52,14 @@ def scores(folder: Path, config: dict, rows: DatasetDict, tokenizer) -> list[Sco
         UserError: a log-probability that is not finite, an answer that is none of the labels.
     """
     settings = config["eval"]
-    model = load_model(folder, config["model"]["load"]).eval()
+    model = source.network(config["model"]["load"])
     found = []
     for split in (name for name in SPLITS if name in rows):
         asked = list(rows[split])
         if settings["task"] == "labels":
             found += _by_margin(model, rows, split, asked, tokenizer, settings)
         else:
-            found += _by_loss(folder, model, split, asked, tokenizer, settings)
+            found += _by_loss(source.name, model, split, asked, tokenizer, settings)
     return found
 
 
@@ -80,9 +80,9 @@ def _by_margin(model, rows, split: str, asked: list[dict], tokenizer, settings: 
     return made
 
 
-def _by_loss(folder: Path, model, split: str, asked: list[dict], tokenizer, settings: dict) -> list[Score]:
+def _by_loss(name: str, model, split: str, asked: list[dict], tokenizer, settings: dict) -> list[Score]:
     losses = likelihoods.row_losses(model, asked, settings["batch_size"], tokenizer.pad_token_id)
-    likelihoods.check_finite(folder, split, asked, losses.sums)
+    likelihoods.check_finite(name, split, asked, losses.sums)
     pairs = zip(asked, losses.sums, losses.tokens, strict=True)
     return [_score(row, split, total / max(1, tokens)) for row, total, tokens in pairs]
 

@@ -54,7 +54,8 @@ class PlannedRun:
     point: dict  # swept config key -> value
     config: dict
     # stage -> path; `base_report`: of the untouched model; `start_report`: of the training before this one;
-    # `test_report`: made only if the ranking asks for it; `base_harness`: of the untouched model; those in `FOR_CHOSEN`
+    # `base_harness`: of the untouched model; made only if the ranking asks for it: `test_report`, `merge_adapter`, and
+    # those in `FOR_CHOSEN`
     artefacts: dict[str, str]
     segments: list[str] = dataclasses.field(default_factory=list)  # adapters along the trunk, oldest first
 
@@ -103,12 +104,18 @@ class Plan:
         return next(job for job in reversed(self.jobs.values()) if job.stage == "rank_runs")
 
     def asked_by_ranking(self) -> list[str]:
-        """What the ranking, which must be there, asks for: reports on the test split, and parts of the chosen run."""
-        found = read_json(Path(self.ranking.path) / RANKING, {"chosen": str, "tested": list[str]})
-        return self._asked(
+        """What the ranking, which must be there, asks for.
+
+        These are reports on the test split, parts of the chosen run, and merged models.
+        """
+        lists = dict.fromkeys(("tied", "tested"), list[str])
+        found = read_json(Path(self.ranking.path) / RANKING, {"chosen": str, "order": list[list], **lists})
+        asked = self._asked(
             [run for run in self.runs if run.name in found["tested"]],
             next(run for run in self.runs if run.name == found["chosen"]),
         )
+        with_figures = [name for recipe in found["order"] for name in recipe]
+        return asked + self._merged(found["chosen"], found["tied"], with_figures)
 
     def _likely_asked(self) -> list[str]:
         """The same. Before there is a ranking, the first run stands for the chosen one."""
@@ -116,12 +123,19 @@ class Plan:
             return self.asked_by_ranking()
         test = self.comparison.config["eval"]["test"]
         number = {"none": 0, "all": len(self.runs)}.get(test, 1)
-        return self._asked(self.runs[:number], self.runs[0])
+        names = [run.name for run in self.runs]
+        return self._asked(self.runs[:number], self.runs[0]) + self._merged(names[0], [], names)
 
     @staticmethod
     def _asked(tested: list[PlannedRun], chosen: PlannedRun) -> list[str]:
         parts = [chosen.artefacts[name] for name in FOR_CHOSEN if name in chosen.artefacts]
         return [run.artefacts["test_report"] for run in tested] + parts
+
+    def _merged(self, chosen: str, tied: list[str], ranked: list[str]) -> list[str]:
+        """The merged models that are wanted (`merge.runs`): of runs by their names. `ranked`: those with figures."""
+        wanted = {"chosen": [chosen], "tied": [chosen, *tied], "all": ranked, "none": []}
+        merged = ((run, run.name in wanted[run.config["merge"]["runs"]]) for run in self.runs)
+        return [run.artefacts["merge_adapter"] for run, is_wanted in merged if is_wanted]
 
     @property
     def base_harness(self) -> list[str]:

@@ -11,7 +11,7 @@ from temper.config import harness as harness_checks
 from temper.config.audit import check as check_audit
 from temper.config.best import JUDGING
 from temper.config.compose import Search, chosen_experiment, own_folder, parse_overrides, split_overrides, use_folder
-from temper.config.schema import STRATEGIES_OF, WITH_REFERENCE, Probe, Sweep
+from temper.config.schema import STRATEGIES_OF, WITH_REFERENCE, Merge, Probe, Quantization, Sweep
 from temper.config.search import EPOCHS, GRID, RANDOM, Point, Rungs, write_study
 from temper.config.stages import FOLDERS, PLATEAU, STAGES, keys_hidden, numbered, stage_config
 from temper.config.validate import all_data_sets, data_sets, documents_config, has_pairs, sft_config
@@ -135,6 +135,7 @@ class Growing:
         plan.coming = self.search.coming()
         _add_comparison(plan, self.first, self.shown)
         _add_tracking_targets(plan)
+        _add_retention(plan, self.first["keep"]["checkpoints"])
         _check_places(plan)
         _check_audits(plan)
 
@@ -165,6 +166,19 @@ def _add_tracking_targets(plan: Plan) -> None:
         for path in run.segments:
             target = {"tracking": plan.tracking, "sweep": plan.sweep, "run": run.name, "title": run.title}
             plan.jobs[path].settings.setdefault("follow", target)
+
+
+def _add_retention(plan: Plan, checkpoints: str) -> None:
+    """Tell each training what to keep of its checkpoints: the last one where another job of this plan continues.
+
+    Other strategies than a grid may ask for more epochs later, so they keep it until all is compared.
+    """
+    if any(run.config["sweep"]["strategy"] not in ("grid", "random") for run in plan.runs):
+        checkpoints = "last"
+    continued = {job.inputs.get("previous") for job in plan.jobs.values()}
+    for path, job in plan.jobs.items():
+        if job.stage == "train_adapter":
+            job.settings["keep"] = "last" if path in continued else checkpoints
 
 
 def _add_comparison(plan: Plan, config: dict, overrides: list[str]) -> None:
@@ -285,10 +299,11 @@ class _Planner:
             **({"start_report": starts[split].path} if starts else {}),
         }
         if config["eval"]["suspects"] and config["eval"]["task"] != DOCUMENTS:
-            inputs = {"model": merged.path, "splits": splits.path, "prompts": prompts.path}
+            inputs = {"model": start.path, "adapter": adapters[-1].path}
+            inputs |= {"splits": splits.path, "prompts": prompts.path}
             inputs |= {"raw": raw["fetch_data"]} if raw else {}
             artefacts["score_rows"] = self._job("score_rows", _slug(config), config, inputs).path
-        artefacts |= self._harness(config, base, merged)
+        artefacts |= self._harness(config, base, start, adapters[-1], splits)
         name, key = Path(reports[split].path).name, reports[split].key
         return PlannedRun(name, key, point, config, artefacts, [segment.path for segment in adapters])
 
@@ -340,6 +355,7 @@ class _Planner:
             others: name of an input -> reports of another model, of which each report reads the one of its own split.
         """
         found = {}
+        config = config if "adapter" in inputs else _unmerged(config)
         for split in dict.fromkeys([config["eval"]["split"], "test"]):
             probed = config if split == config["eval"]["split"] else {**config, "probe": Probe().model_dump()}
             view = {**probed, "eval": {**config["eval"], "split": split}}
@@ -365,7 +381,7 @@ class _Planner:
         adapter, slug = adapters[-1], _slug(config)
         parts = {"model": start.path, "adapter": adapter.path, "splits": splits.path}
         merged = self._job("merge_adapter", slug, config, parts)
-        inputs = {"model": merged.path, "splits": splits.path, "adapter": adapter.path}
+        inputs = {"model": start.path, "splits": splits.path, "adapter": adapter.path}
         if has_pairs(config["data"]):  # by which runs are judged, not by sampled ones
             inputs |= self._references(config, start, splits)
         reports = self._reports(slug, config, inputs, base_report=bases, **(before or {}))
@@ -470,7 +486,7 @@ class _Planner:
             self.own_code[asked] = own_metrics.code(settings)
         return self.own_code[asked]
 
-    def _harness(self, config: dict, base: Job, merged: Job) -> dict[str, str]:
+    def _harness(self, config: dict, base: Job, start: Job, adapter: Job, splits: Job) -> dict[str, str]:
         """What lm-eval measures of the untouched and of the tuned model, which is made only for the chosen run."""
         settings = config["eval"]["harness"]
         if not settings:
@@ -480,8 +496,8 @@ class _Planner:
             self.harness[asked] = {"lm_eval": harness_checks.version(), "own_code": harness_checks.files(settings)}
             harness_checks.check_tasks(settings, STATE)
         extra, name = self.harness[asked], f"base-{config['model']['name']}"
-        untouched = self._job("run_harness", name, config, {"model": base.path}, extra)
-        inputs = {"model": merged.path, "base_harness": untouched.path}
+        untouched = self._job("run_harness", name, _unmerged(config), {"model": base.path}, extra)
+        inputs = {"model": start.path, "adapter": adapter.path, "splits": splits.path, "base_harness": untouched.path}
         tuned = self._job("run_harness", _slug(config), config, inputs, extra)
         return {"base_harness": untouched.path, "run_harness": tuned.path}
 
@@ -573,6 +589,11 @@ def _without_unkeyed(stage: str, view: dict) -> tuple[dict, dict]:
         else:
             keyed[section] = value
     return keyed, settings
+
+
+def _unmerged(config: dict) -> dict:
+    """The config for an untouched model, whose figures do not depend on how others are merged."""
+    return {**config, "merge": Merge().model_dump(), "quantization": Quantization().model_dump()}
 
 
 def _data_slug(config: dict) -> str:

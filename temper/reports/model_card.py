@@ -300,6 +300,8 @@ def _peft_type(training: dict) -> str:
 def _merging(run: runs.FinishedRun) -> str:
     """How far the merged model is from the trained network; empty where nothing was merged."""
     made = runs.read_provenance(run.parts["merge_adapter"]) if run.has("merge_adapter") else {}
+    if not made and run.has("evaluate_model"):
+        made = runs.read_provenance(run.parts["evaluate_model"]).get("merged", {})
     if "logit_difference" not in made:
         return ""
     said = (

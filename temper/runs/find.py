@@ -8,7 +8,7 @@ found by searching for folders that record it as their input. So any part names 
 import dataclasses
 from pathlib import Path
 
-from temper.config.stages import FOLDERS, makers_of
+from temper.config.stages import FOLDERS, makers_of, typed
 from temper.config.stages import STAGES as ALL_STAGES
 from temper.errors import UserError, suggest
 from temper.files import read_json, read_yaml
@@ -17,6 +17,7 @@ from temper.model import serving
 from temper.model.adapters import DIVERGED, is_adapter, load_for_training, put_on
 from temper.model.limits import virtual_tokens_of
 from temper.model.loading import BUNDLED, load_model
+from temper.model.merging import Merging, Source
 from temper.planning.plan import RESULTS
 
 STAGES = ("evaluate_model", "merge_adapter", "train_adapter")  # stages whose folders can name a run, the last one first
@@ -183,7 +184,7 @@ def _from_folder(folder: Path) -> FinishedRun:
     # A folder does not know what was made from it. Several may have been: an adapter merged in two precisions, a model
     # evaluated twice. The newest is taken; the others are found by their own keys.
     for above, name, below in MADE_FROM:
-        newest = _newest(above, name, parts[below]) if below in parts and above not in parts else None
+        newest = _newest(above, name, below, parts) if below in parts and above not in parts else None
         if newest:
             _add(parts, above, newest)
 
@@ -193,11 +194,12 @@ def _from_folder(folder: Path) -> FinishedRun:
     return FinishedRun(folder, parts)
 
 
-# (part, name of its input, part that is), from the adapter up to the reports.
+# (part, name of its input, part that is), from the adapter up. A report of the merged folder has the adapter as well.
 MADE_FROM = (
+    ("evaluate_model", "adapter", "train_adapter"),
+    ("test_report", "adapter", "train_adapter"),
     ("merge_adapter", "adapter", "train_adapter"),
-    ("evaluate_model", "model", "merge_adapter"),
-    ("test_report", "model", "merge_adapter"),
+    ("run_harness", "adapter", "train_adapter"),
     ("run_harness", "model", "merge_adapter"),
 )
 # Reports on the test split -> what the one on the split that ranks is called.
@@ -234,7 +236,7 @@ def _add(parts: dict[str, Path], part: str, folder: Path) -> None:
     inputs = read_provenance(folder).get("inputs", {}) if part.partition(".")[0] in READ_ON else {}
     for name, value in inputs.items():
         path = _moved(folder, Path(value))
-        below = _part(part, name, path, "adapter" in inputs)
+        below = _part(part, name, path, _is_of_merged_folder(folder))
 
         # Stages before the training read a model only for its tokenizer, or to sample answers. The base model is the
         # one that the training read: after fine-tuning, DPO starts from another model than its splits were made with.
@@ -242,10 +244,16 @@ def _add(parts: dict[str, Path], part: str, folder: Path) -> None:
             _add(parts, below, path)
 
 
-def _part(reader: str, name: str, path: Path, of_a_run: bool) -> str:
+def _is_of_merged_folder(report: Path) -> bool:
+    """Whether the model that a report is of is a run's merged folder, and not the base of what was merged in memory."""
+    made = read_provenance(report)
+    return "adapter" in made.get("inputs", {}) and "merged" not in made
+
+
+def _part(reader: str, name: str, path: Path, of_merged: bool) -> str:
     """The part that the input `name` of the part `reader` is."""
     if name == "model":
-        return "merge_adapter" if reader in ("evaluate_model", "test_report") and of_a_run else "model"
+        return "merge_adapter" if reader in ("evaluate_model", "test_report") and of_merged else "model"
     if reader == "test_report" and f"test_{name}" in OF_TEST:
         return f"test_{name}"
     if name in ("splits", "prompts"):  # of tokenize_splits or of sample_answers; of format_prompts or of mix_prompts
@@ -262,15 +270,30 @@ def _moved(folder: Path, recorded: Path) -> Path:
     return next((path for path in places if path.exists()), recorded)
 
 
-def _newest(part: str, name: str, made_from: Path) -> Path | None:
-    """The newest folder that is this part and has `made_from` as its input `name`."""
-    stage, found = OF_TEST.get(part, part), []
+def _newest(part: str, name: str, below: str, parts: dict[str, Path]) -> Path | None:
+    """The newest folder that is this part and has the part `below` as its input `name`, merged as the other parts."""
+    stage, found, made_from = OF_TEST.get(part, part), [], parts[below]
+    known = [merge for other in MERGED if other in parts and (merge := _merge_of(parts[other]))]
     for path in (made_from.parent.parent / FOLDERS[stage]).glob("*/provenance.json"):
         recorded = read_provenance(path.parent).get("inputs", {}).get(name)
         of_it = recorded and Path(recorded).parts[-2:] == made_from.absolute().parts[-2:]
-        if of_it and _part_at(stage, path.parent) == part:
+        fits = name == "model" or not known or _merge_of(path.parent) in (None, known[0])
+        if of_it and fits and _part_at(stage, path.parent) == part:
             found.append(path)
     return max(found, key=lambda path: path.stat().st_mtime).parent if found else None
+
+
+MERGED = ("evaluate_model", "test_report", "merge_adapter")  # parts that know how a run was merged
+
+
+def _merge_of(folder: Path) -> dict | None:
+    """How what a report or a merged folder is of was merged; None where nothing says so any more."""
+    if _is_of_merged_folder(folder) and read_provenance(folder)["stage"] != "merge_adapter":
+        folder = _moved(folder, Path(read_provenance(folder)["inputs"]["model"]))
+    if not (folder / "config.yaml").is_file():
+        return None
+    config = read_config(folder)
+    return {name: config[name] for name in ("merge", "quantization") if name in config} or None
 
 
 def _refuse_diverged(parts: dict[str, Path]) -> None:
@@ -342,12 +365,17 @@ def refuse_bundled(folder: Path, instead: str) -> None:
 
 
 def load_network(run: FinishedRun):
-    """The run's model, ready to answer: merged, or the base model with the adapter on it."""
+    """The run's model, ready to answer: merged, as it was evaluated, or the base model with the adapter on it."""
     if run.uses_merged:
         return load_model(model_folder(run), run.load).eval()
     if "train_adapter" not in run.parts:  # the report of an untouched model
         return load_model(base_folder(run), run.load).eval()
     adapter = run.part("train_adapter", "and it answers")
+    merged = read_provenance(run.parts["evaluate_model"]).get("merged") if run.has("evaluate_model") else None
+    if merged and adapter != run.asked:
+        serving.refuse_other_weights(adapter, base_folder(run))
+        config = typed("evaluate_model", read_config(run.parts["evaluate_model"]))
+        return Source(base_folder(run), Merging(config, base_folder(run), adapter, None), merged).network(run.load)
     if not is_adapter(adapter):
         return load_model(adapter, load_for_training(read_config(adapter)["adapter"], run.load)).eval()
     serving.refuse_other_weights(adapter, base_folder(run))

@@ -22,6 +22,7 @@ from temper.config.stages import FOLDERS
 from temper.errors import UserError
 from temper.files import json_text, read_json
 from temper.keys import PACKAGE_ROOT
+from temper.model.loading import is_quantized
 from temper.runs import find as runs
 from temper.runs import prompting
 
@@ -127,7 +128,10 @@ def _is_quantized(run: runs.FinishedRun) -> bool:
         config = folder / "config.json"
         if config.is_file() and read_json(config).get("quantization_config"):
             return True
-    return any(name.startswith("load_in_") and value for name, value in run.load.items())
+    if run.uses_merged:
+        return False
+    stored = run.config("train_adapter", "and only it knows how the base was loaded")["quantization"]
+    return is_quantized(stored)  # it may be merged into as it was then
 
 
 def signature(run: runs.FinishedRun):

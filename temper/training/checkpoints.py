@@ -9,6 +9,7 @@ import json
 import logging
 import os
 import re
+import shutil
 from pathlib import Path
 
 from temper.files import known_json, whole_file
@@ -77,6 +78,20 @@ def _odd_entry(state: dict) -> str | None:
     odd = state.keys() ^ {field.name for field in dataclasses.fields(TrainerState)}
     odd |= {name for name, kind in kinds.items() if not isinstance(state.get(name), kind)}
     return min(odd, default=None)
+
+
+def cut(folder: Path, keep: str) -> None:
+    """Delete the checkpoints of a complete training: all but the last one (`keep`: last), or all of them (none).
+
+    One that the last one names as the best stays with it.
+    """
+    found = sorted((path for path in folder.glob("checkpoint-*") if NAME.fullmatch(path.name)), key=step_of)
+    if keep == "last" and found:
+        best = known_json(found[-1] / STATE).get("best_model_checkpoint") or ""
+        found = [path for path in found[:-1] if path.name != Path(best).name]
+    for checkpoint in found:
+        (checkpoint / SEAL).unlink(missing_ok=True)  # first: half of one is none
+        shutil.rmtree(checkpoint)
 
 
 def last_whole(folders: list[Path], up_to: int) -> Path | None:

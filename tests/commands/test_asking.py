@@ -13,17 +13,22 @@ from decimal import Decimal
 from pathlib import Path
 
 import pytest
+import torch
 from transformers import AutoTokenizer
 
 from steps import evaluate_model, merge_adapter, reference_logprobs, train_adapter
+from temper.config.stages import load_stage_config
 from temper.errors import UserError
-from temper.keys import PACKAGE_ROOT
+from temper.keys import PACKAGE_ROOT, stage_key
+from temper.model import loading
 from temper.runs import find as runs
 from temper.runs import prompting
+from temper.runs.merged import merged_folder
 from tests.support import finished
 from tests.support.asking import command, complaint, lines_of
-from tests.support.finished import ADAPTER, BASE, MERGED, RUN, SYSTEM
+from tests.support.finished import ADAPTER, BASE, CONFIG, MERGED, PARTS, RUN, SYSTEM
 
+LOAD = {"dtype": "float32", "attn_implementation": "eager"}
 REPORT = f"results/reports/{RUN}"
 
 
@@ -103,6 +108,29 @@ def test_without_the_merged_model_the_adapter_answers(finished_run, workspace, c
         f"{REPORT}: results/models/tiny-00000000a0 is not there, and it holds the base model; make it again with "
         "snakemake --cores all results/models/tiny-00000000a0 --config ... (as for its sweep)"
     )
+
+
+def test_a_run_that_was_evaluated_in_memory_answers_as_its_merged_model(finished_run, workspace):
+    """To the bit, without a folder of it and from one that is made later, in the place that a plan gives it."""
+    shutil.copytree(finished_run / "results", workspace / "results")
+    merged = loading.load_model(Path(PARTS["merge_adapter"]), LOAD).state_dict()
+    shutil.rmtree("results/merged")
+    folders = {name: PARTS[stage] for name, stage in (("--model", "fetch_model"), ("--adapter", "train_adapter"))}
+    folders |= {"--splits": PARTS["tokenize_splits"], "--base-report": PARTS["base_report"]}
+    folders["--output"] = "results/reports/again-00000000d6"
+    evaluate_model.main([*(word for pair in folders.items() for word in pair), *CONFIG])
+    run = runs.find("again-00000000d6")
+    assert "merge_adapter" not in run.parts
+    assert run.parts["model"] == Path(PARTS["fetch_model"])
+    weights = runs.load_network(run).state_dict()
+    assert all(torch.equal(weight, merged[name]) for name, weight in weights.items())
+    folder = merged_folder(run, "")
+    config = load_stage_config("merge_adapter", None, CONFIG)
+    upstream = {"model": "00000000a0", "adapter": "00000000a4", "splits": "00000000a2"}
+    assert folder.name == f"{ADAPTER.removesuffix('00000000a4')}{stage_key('merge_adapter', config, upstream)}"
+    assert runs.find("again-00000000d6").parts["merge_adapter"] == folder
+    weights = loading.load_model(folder, LOAD).state_dict()
+    assert all(torch.equal(weight, merged[name]) for name, weight in weights.items())
 
 
 def predictions(run, number: int) -> list[str]:

@@ -66,6 +66,7 @@ OF_A_MODEL = {"merge_adapter", "evaluate_model", "rank_runs", "score_rows"}
             {"tokenize_splits", "train_adapter", *OF_A_MODEL},
         ),
         ("tokenize.max_share.dropped=0.5", set()),
+        ("merge=all", set()),
         ("merge.dtype=float32", OF_A_MODEL),
         ("eval.suspects=9", {"score_rows", "rank_runs"}),
         ("tracking.experiment_name=other", set()),
@@ -183,7 +184,8 @@ def test_documents_come_first(workspace):
     documents, start = plan.jobs[report.inputs["first_report"]], plan.jobs[report.inputs["start_report"]]
     assert documents.inputs["splits"] == first.artefacts["tokenize_splits"] != run.artefacts["tokenize_splits"]
     assert start.inputs["splits"] == run.artefacts["tokenize_splits"]
-    assert start.inputs["model"] == documents.inputs["model"] == first.artefacts["merge_adapter"]
+    assert start.inputs["model"] == first.artefacts["merge_adapter"]
+    assert documents.inputs["model"] == first.artefacts["fetch_model"], "with the adapter, merged in memory"
     assert documents.config["eval"]["task"] == "documents"
 
 
@@ -335,7 +337,7 @@ def test_explain_before_anything_was_fetched(workspace):
     from temper.commands import explain
 
     text = explain.explain(build())
-    assert "sweep demo: 34 job(s) to run, and the comparison" in text
+    assert "sweep demo: 27 job(s) to run, and the comparison" in text
     assert "nothing like it was made yet" in text
     assert "forecast: nothing to go by yet" in text
 

@@ -82,10 +82,11 @@ def run(project: Path, overrides: str = "", *arguments: str, experiment: str = "
 COMPARE = {"compare_runs": 1}
 RANK = {"rank_runs": 1, **COMPARE}
 SCORE = {"score_rows": 1}
-MERGE = {"merge_adapter": 2, "evaluate_model": 3, **SCORE, **RANK}  # one of them for the test split
+WRITE = {"merge_adapter": 1, **COMPARE}  # of the chosen run
+MERGE = {"merge_adapter": 1, "evaluate_model": 3, **SCORE, **RANK}  # one of them for the test split
 EVALUATE = {"evaluate_base": 2, "evaluate_model": 3, **RANK}
 TRAIN = {"train_adapter": 2, **MERGE}
-TOKENIZE = {"tokenize_splits": 1, "train_adapter": 2, "merge_adapter": 2, **SCORE, **EVALUATE}
+TOKENIZE = {"tokenize_splits": 1, "train_adapter": 2, "merge_adapter": 1, **SCORE, **EVALUATE}
 FORMAT = {"format_prompts": 1, **TOKENIZE}
 ALL_BUT_DATA = {"fetch_model": 1, **FORMAT}
 REFERENCES = {"reference_logprobs": 1, **TRAIN}
@@ -171,10 +172,12 @@ MATRIX = (
         fast=False,
     ),
     Edit("`merge.dtype=bfloat16`", MERGE, "merge.dtype=bfloat16", fast=False),
+    Edit("`merge=all`", WRITE, "merge=all"),  # the other run's
+    Edit("`merge=none`", {}, "merge=none", back={}),
     Edit("`eval.max_new_tokens=4`", EVALUATE, "eval.max_new_tokens=4"),
     Edit(
         "add a value to an axis of `conf/sweep/mine.yaml`",
-        {"train_adapter": 1, "merge_adapter": 1, "evaluate_model": 1, **RANK},
+        {"train_adapter": 1, "evaluate_model": 1, **RANK},
         files=(("conf/sweep/mine.yaml", "1e-3,1e-2", "1e-3,1e-2,3e-3"),),
     ),
     Edit(
@@ -221,8 +224,14 @@ MATRIX = (
     ),
     Edit(
         "a statement in `steps/merge_adapter.py`",
-        MERGE,
+        WRITE,
         files=((MERGE_CODE, LOG, OTHER_LOG),),
+        fast=False,
+    ),
+    Edit(
+        "a statement in `temper/model/merging.py`",
+        MERGE,
+        files=(("temper/model/merging.py", LOG, OTHER_LOG),),
         fast=False,
     ),
     Edit(
@@ -355,7 +364,7 @@ def known_before_ranking(jobs: dict[str, int]) -> dict[str, int]:
     }
     if jobs.get("train_adapter") == 1:
         sure["evaluate_model"] = 1
-    sure["score_rows"] = 0  # of the chosen run
+    sure |= {"score_rows": 0, "merge_adapter": 0}  # of the chosen run
     return {name: count for name, count in {**jobs, **sure}.items() if count}
 
 
@@ -405,10 +414,7 @@ def test_a_folder_that_is_not_whole_is_made_again(project):
         report.rmdir()
         (project / "kept").rename(report)
     # Of the other run the evaluation runs too, and finds that it has nothing to do.
-    assert {name: executed(done)[name] for name in ("merge_adapter", "compare_runs")} == {
-        "merge_adapter": 1,
-        "compare_runs": 1,
-    }
+    assert executed(done)["compare_runs"] == 1
     assert 1 <= executed(done)["evaluate_model"] <= 2
     assert "train_adapter" not in executed(done)
     for said in (done.stderr, planned):

@@ -16,16 +16,16 @@ JOBS_OF_TWO = {
     "format_prompts": 1,
     "tokenize_splits": 1,
     "train_adapter": 2,
-    "merge_adapter": 2,
+    "merge_adapter": 1,
     "evaluate_base": 2,
     "evaluate_model": 3,
     "rank_runs": 1,
     "score_rows": 1,
     "compare_runs": 1,
-}  # all of a sweep of two runs, of which one is judged on the test split, and lists suspicious rows
+}  # all of a sweep of two runs, of which one is merged, judged on the test split, and lists suspicious rows
 # What a dry run knows of them: the ranking will say which one.
 PLANNED_OF_TWO = {**JOBS_OF_TWO, "evaluate_base": 1, "evaluate_model": 2}
-del PLANNED_OF_TWO["score_rows"]
+del PLANNED_OF_TWO["score_rows"], PLANNED_OF_TWO["merge_adapter"]
 
 
 def snakemake_command(folder: Path, project: Path = ROOT) -> list[str]:

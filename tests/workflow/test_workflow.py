@@ -148,7 +148,7 @@ def test_fine_tuning_then_preferences_in_one_pipeline(smoke):
     folder, _ = smoke
     done = snakemake(folder, "--config", "experiment=sft_dpo", f"overrides={FEW} method.beta=0.1,0.5")
     ran = executed(done)
-    assert (ran["reference_logprobs"], ran["train_adapter"], ran["merge_adapter"]) == (1, 3, 3)
+    assert (ran["reference_logprobs"], ran["train_adapter"], ran["merge_adapter"]) == (1, 3, 2)
     for row in leaderboard(folder, "sft_dpo"):
         assert float(row["validation_accuracy"]) > float(row["base_validation_accuracy"])
         assert float(row["validation_rewards/margins"]) > 0
@@ -158,7 +158,8 @@ def test_fine_tuning_then_preferences_in_one_pipeline(smoke):
     again = snakemake(folder, "--config", "experiment=sft_dpo", f"overrides={FEW} method.beta=0.1,0.5,0.2")
     ran = executed(again)
     assert ran.pop("evaluate_model") in (1, 2), "on the test split as well, if the ranking chooses it"
-    assert ran == {"train_adapter": 1, "merge_adapter": 1, "rank_runs": 1, "compare_runs": 1}
+    assert ran.pop("merge_adapter", 0) in (0, 1), "if it is chosen"
+    assert ran == {"train_adapter": 1, "rank_runs": 1, "compare_runs": 1}
 
 
 @pytest.mark.slow
