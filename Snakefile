@@ -313,7 +313,7 @@ rule evaluate_model:
 
 
 checkpoint rank_runs:
-    "The runs by their validation reports: only those chosen here are judged on the test split."
+    "The runs by their validation reports: which are judged on the test split, and which runs a search adds."
     input:
         reports=temper.ranked_reports(PLAN, path_of),
     output:
@@ -380,9 +380,8 @@ rule run_harness:
 rule compare_runs:
     "Leaderboard and page of the sweep; completes MLflow and names the champion."
     input:
-        reports=temper.reports(PLAN, workflow),
+        reports=temper.compared(PLAN, workflow, checkpoints),
         base_harness=PLAN.base_harness,  # needed whichever run is chosen, so it may be made before
-        asked=temper.asked_by_ranking(PLAN, checkpoints),
     output:
         update(f"{SWEEP}/leaderboard.csv"),
         update(f"{SWEEP}/leaderboard.json"),
@@ -392,7 +391,7 @@ rule compare_runs:
         PLAN.comparison.log,
     params:
         folder=lambda _: SWEEP,
-        key=PLAN.comparison.key,  # its path holds no key, but an edit to its code must rerun it
+        key=lambda _: PLAN.comparison.key,  # its path holds no key, but an edit to its code must rerun it
     shell:
         "python -m steps.compare_runs"
         ' --plan "$TEMPER_PLAN"'

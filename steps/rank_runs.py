@@ -41,6 +41,8 @@ def run(config: RankRuns, output: Path) -> dict:
     content = {
         "metric": ranking.metric,
         "split": ranking.split,
+        "values": {run.name: run.figures.values[ranking.metric] for run in ranking.runs}
+        | {run.name: None for run in ranking.diverged},
         "order": [[run.name for run in recipe.runs] for recipe in ranking.recipes],
         "tied": [run.name for recipe in ranking.tied for run in recipe.runs],
         "chosen": ranking.chosen.name,

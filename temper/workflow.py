@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 FROZEN = "TEMPER_PLAN"  # environment variable: jobs parse the Snakefile again, and read this plan
 FROZEN_HERE: list[dict[str, str]] = []  # what was asked for when this process froze its plan
+GROWING: list[planner.Growing] = []  # the plan of this process: a search adds runs to it
 STARTED = time.time()  # older logs are not from this command
 CONFIG_KEYS = ("experiment", "sweep", "overrides", "conf_dir")
 
@@ -53,12 +54,14 @@ def load_plan(config: dict, workflow) -> planning.Plan:
                     f'--config {key}=...: {suggest(key, CONFIG_KEYS)} (config values go into overrides="{key}=...")'
                 )
         if not os.environ.get(FROZEN):
-            plan = planner.build(**asked)
+            growing = planner.growing(**asked)
             FROZEN_HERE.append(asked)
-            os.environ[FROZEN] = str(plan.freeze())
-            for path, wrong in plan.damaged().items():
+            GROWING.append(growing)
+            _freeze(growing.plan)
+            for path, wrong in growing.plan.damaged().items():
                 print(f"{path} is not whole ({wrong}): it is made again", file=sys.stderr)
-        elif FROZEN_HERE and asked not in FROZEN_HERE:
+            return growing.plan
+        if FROZEN_HERE and asked not in FROZEN_HERE:
             raise UserError("a workflow can hold one sweep as its module: run the other one by a command of its own")
         return planning.load(os.environ[FROZEN])
 
@@ -139,23 +142,14 @@ def ranked_reports(plan: planning.Plan, path_of):
 
     def inputs(wildcards) -> list[str]:
         path_of("rank_runs", "reports")(wildcards)  # looking it up is what finds an incomplete folder
-        return list(plan.ranking.inputs.values())
+        return list(plan.job("rank_runs", wildcards.name).inputs.values())
 
     return inputs
 
 
-def asked_by_ranking(plan: planning.Plan, checkpoints):
-    """Input function: reports on the test split and parts of the chosen run; before there is a ranking, the ranking."""
-
-    def inputs(_wildcards) -> list[str]:
-        checkpoints.rank_runs.get(name=Path(plan.ranking.path).name)
-        return plan.asked_by_ranking()
-
-    return inputs
-
-
-def reports(plan: planning.Plan, workflow):
-    """Input function: the reports that the comparison waits for.
+def compared(plan: planning.Plan, workflow, checkpoints):
+    """Input function: what the comparison waits for. That is the ranking, then, of a search, that of the next round,
+    and so on; at last all reports, those on the test split that the ranking asks for, and parts of the chosen run.
 
     The comparison's folder may exist from another plan, and Snakemake would consider it made.
     """
@@ -164,9 +158,28 @@ def reports(plan: planning.Plan, workflow):
         file = Path(plan.complete)
         if file.is_file() and not _is_of(plan, file):
             workflow.dag.forcefiles.add(plan.complete)
-        return [run.artefacts["evaluate_model"] for run in plan.runs]
+        _grow(plan, checkpoints)
+        return [*(run.artefacts["evaluate_model"] for run in plan.runs), *plan.asked_by_ranking()]
 
     return inputs
+
+
+def _grow(plan: planning.Plan, checkpoints) -> None:
+    """Add the rounds of a search that its rankings ask for; Snakemake makes the ranking that is not there yet."""
+    while True:
+        checkpoints.rank_runs.get(name=Path(plan.ranking.path).name)
+        before = len(plan.runs)
+        with one_line_errors():
+            if not any(growing.plan is plan and growing.goes_on() for growing in GROWING):
+                return
+            _freeze(plan)
+        print(f"ranked: the search goes on with {len(plan.runs) - before} run(s){plan.then()}", file=sys.stderr)
+
+
+def _freeze(plan: planning.Plan) -> None:
+    """Write the plan for the jobs that are started from now on."""
+    plan.path = None
+    plan.path = os.environ[FROZEN] = str(plan.freeze())
 
 
 def complete(plan: planning.Plan, workflow):
@@ -337,6 +350,8 @@ def on_success(plan: planning.Plan) -> None:
         return
     with one_line_errors():
         folder = Path(plan.leaderboard).parent
+        for growing in GROWING:
+            growing.write_study(folder / "study.db")
         board = read_board(folder)
         print(leaderboard_text(board, folder))
         best = next(run for run in plan.runs if run.name == board.chosen)

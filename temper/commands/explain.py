@@ -57,6 +57,8 @@ def explain(plan: planning.Plan, cores: int = 1) -> str:
         lines += [f"      {name}" for name in names[:MOST_JOBS]]
         if len(names) > MOST_JOBS:
             lines.append(f"      and {len(names) - MOST_JOBS} more")
+    if plan.coming:
+        lines.append(f"the search goes on{plan.then()}; the forecast is without these")
     return "\n".join([*lines, forecast.text(), *filter(None, [idle_cores(plan, cores)])])
 
 

@@ -42,6 +42,8 @@ def describe(plan: planning.Plan) -> str:
         point = " ".join(f"{key}={value}" for key, value in run.point.items())
         state = "to do" if run.artefacts["evaluate_model"] in paths else "done"
         lines.append(visible(f"  {state:5}  {run.name}  {point}".rstrip()))
+    if plan.coming:
+        lines.append(f"  then, by the ranking{plan.then().removeprefix(', and then by their ranking')}")
     lines += [f"not whole, and made again: {path} ({wrong})" for path, wrong in plan.damaged().items()]
     counts = collections.Counter(job.stage for job in missing)
     todo = ", ".join(f"{stage} {count}" for stage, count in counts.items())

@@ -1,5 +1,6 @@
 """Composes Hydra's groups, an experiment and overrides into one config, or into the points of a sweep."""
 
+import contextlib
 import dataclasses
 import functools
 import itertools
@@ -7,14 +8,13 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from temper import yaml_files
-from temper.config import space
 from temper.config.schema import Sweep
-from temper.config.space import RANDOM, Interval, interval
+from temper.config.search import EPOCHS, MOST_POINTS, Axes, Point, refuse_more, rounds, rungs_of
+from temper.config.space import Interval, interval
 from temper.config.validate import checked, validated
 from temper.errors import UserError, suggest, words
 from temper.errors import short as _short
@@ -22,7 +22,6 @@ from temper.keys import PACKAGE_ROOT
 from temper.sources.own_code import OWN_CONF, own_folder
 
 CONF = PACKAGE_ROOT / "conf"
-MOST_POINTS = 10_000  # of one sweep: planning them takes a minute
 MOST_DEPTH = 40  # brackets within brackets in an override
 
 
@@ -84,9 +83,6 @@ def split_overrides(text: str) -> list[str]:
         what = f"quote {quote}" if quote else "bracket"
         raise UserError(f"overrides: unbalanced {what} in: {_short(text)}")
     return [part for part in [*parts, part] if part]
-
-
-Axes = dict[str, list[str] | Interval]
 
 
 @dataclasses.dataclass
@@ -325,7 +321,7 @@ def _delete(config, key: str) -> None:
 
 
 def expand(overrides: Overrides) -> tuple[dict, list[tuple[dict, dict]]]:
-    """The sweep's axes and one validated config per point.
+    """The sweep's axes and one validated config per point; of a search those of its first round.
 
     A swept value on the command line replaces that axis of the sweep file, a fixed one removes it.
 
@@ -333,13 +329,101 @@ def expand(overrides: Overrides) -> tuple[dict, list[tuple[dict, dict]]]:
         (axes: key -> values as text; one pair per point, of a grid the last axis fastest: its values by key, its
         config)
     """
-    base = composed(overrides)
-    axes, values_of_points = _points(base, _axes(base, overrides))
-    _refuse_idle_axes(base, axes)
+    search = Search(overrides)
+    return search.axes, [pair for _, pair in search.runs]
 
+
+class Search:
+    """A sweep, round by round: which runs its strategy asks for next.
+
+    `points`: of the round that is asked for now. `runs`: the same as (point, (values by key, validated config)), each
+    as often as there are seeds.
+
+    Raises:
+        UserError: the sweep or a config of it is not valid.
+    """
+
+    def __init__(self, overrides: Overrides):
+        self._overrides = overrides
+        self._base = composed(overrides)
+        asked = _axes(self._base, overrides)
+        _refuse_idle_axes(self._base, asked)
+        self._seeds = _seeds(self._base, asked)
+        self.sweep = checked(Sweep, to_container(self._base.sweep), "sweep")
+        self.rungs, self.asked = rungs_of(self.sweep, asked, lambda: to_container(self._base.train))
+        self._rounds = rounds(self.sweep, self.asked, self.rungs)
+        self.told: dict[Point, float] = {}
+        self.points = next(self._rounds)
+        self._all = list(self.points)
+        self.runs = self._expanded()
+
+    def tell(self, losses: dict[Point, float]) -> bool:
+        """Go on to the next round, if there is one.
+
+        Args:
+            losses: what came of each point of this round.
+        """
+        self.told |= losses
+        try:
+            self.points = self._rounds.send(losses)
+        except StopIteration:
+            return False
+        self._all += self.points
+        self.runs = self._expanded()
+        return True
+
+    @property
+    def keys(self) -> list[str]:
+        """The config keys that a point has values of."""
+        return [*self.asked, *([self.rungs.key] if self.rungs.key else [])]
+
+    @property
+    def axes(self) -> dict[str, list[str]]:
+        """key -> values as text: those of the config, or of an interval those that were drawn."""
+        of_points = dict(zip(self.keys, zip(*self._all, strict=True), strict=True)) if self._all[0] else {}
+        drawn = self.sweep.strategy == "random"
+        found = {
+            key: sorted(set(of_points[key]), key=_order) if drawn or isinstance(values, Interval) else values
+            for key, values in self.asked.items()
+        }
+        return found | ({self.rungs.key: list(self.rungs.values)} if self.rungs.key else {}) | self._seeds
+
+    def coming(self) -> list[dict]:
+        """What is known of the rounds after this one: how many runs each has (`runs`), and their rung, under its key.
+
+        It goes as if the first points of each round were the best.
+        """
+        again, known, found = rounds(self.sweep, self.asked, self.rungs), set(self._all), []
+        points = next(again)
+        with contextlib.suppress(StopIteration):
+            while True:
+                points = again.send({point: self.told.get(point, place - 1e9) for place, point in enumerate(points)})
+                if not known.issuperset(points):
+                    rung = {self.rungs.key: points[0][-1]} if self.rungs.key else {}
+                    found.append({"runs": len(points) * self._repeats, **rung})
+        return found
+
+    @property
+    def _repeats(self) -> int:
+        """How often each point is trained."""
+        return math.prod(map(len, self._seeds.values()))
+
+    def _expanded(self) -> list[tuple[Point, tuple[dict, dict]]]:
+        """The runs of this round's points."""
+        axes = [*self.keys, *self._seeds]
+        refuse_more(len(self._all) * self._repeats, axes)
+        with_seeds = [
+            (point, (*point, *rest)) for point in self.points for rest in itertools.product(*self._seeds.values())
+        ]
+        made = _configs(self._overrides, self._base, axes, [texts for _, texts in with_seeds])
+        return [(point, pair) for (point, _), pair in zip(with_seeds, made, strict=True)]
+
+
+def _configs(overrides: Overrides, base, axes: list[str], points: list[Point]) -> list[tuple[dict, dict]]:
+    """(values by key, validated config) of each point."""
     group_axes = [key for key in axes if key in groups()]
-    points = []
-    for point in values_of_points:
+    found = []
+    for point in points:
         chosen = [f"{key}={value}" for key, value in zip(axes, point, strict=True)]
         picked = parse_overrides(chosen)
 
@@ -356,47 +440,8 @@ def expand(overrides: Overrides) -> tuple[dict, list[tuple[dict, dict]]]:
             _update(picked_base, override)
         config = validated(with_parts(to_container(picked_base)))
         texts = dict(zip(axes, point, strict=True))
-        points.append(({key: text if key in groups() else _at(config, key) for key, text in texts.items()}, config))
-    return axes, points
-
-
-def _points(config, asked: Axes) -> tuple[dict[str, list[str]], Iterable[tuple[str, ...]]]:
-    """(axis -> its values, the points that `sweep.strategy` makes of them, each as often as there are seeds)."""
-    from omegaconf import OmegaConf
-
-    plain: Any = OmegaConf.to_container(config)
-    seeds = _seeds(plain, asked)
-    points: Iterable[tuple[str, ...]]
-    if plain["sweep"].get("strategy") == RANDOM:
-        drawn = _drawn(config, asked)
-        axes = {key: sorted({point[at] for point in drawn}, key=_order) for at, key in enumerate(asked)}
-        points = ((*point, *rest) for point in drawn for rest in itertools.product(*seeds.values()))
-        number = len(drawn) * math.prod(map(len, seeds.values()))
-    else:
-        axes = {key: _listed(key, values) for key, values in asked.items()}
-        points = itertools.product(*axes.values(), *seeds.values())
-        number = math.prod(map(len, [*axes.values(), *seeds.values()]))
-    axes |= seeds
-    if number > MOST_POINTS:
-        raise UserError(f"sweep: {', '.join(axes)} make {number:,} runs; a plan takes {MOST_POINTS:,}: narrow the axes")
-    return axes, points
-
-
-def _drawn(config, axes: Axes) -> list[tuple[str, ...]]:
-    """The points of `sweep.strategy=random`."""
-    sweep = checked(Sweep, to_container(config.sweep), "sweep")
-    if not axes:
-        raise UserError("sweep: strategy=random draws values of axes, and there are none: give sweep.axes")
-    return space.drawn(axes, min(sweep.n, MOST_POINTS + 1), sweep.sampler_seed)
-
-
-def _listed(key: str, values: list[str] | Interval) -> list[str]:
-    if isinstance(values, Interval):
-        raise UserError(
-            f"sweep: {key} is an interval, which has no list of values: name them ({key}=1,2), or draw some "
-            "(sweep.strategy=random sweep.n=16)"
-        )
-    return values
+        found.append(({key: text if key in groups() else _at(config, key) for key, text in texts.items()}, config))
+    return found
 
 
 def _order(text: str):
@@ -430,13 +475,13 @@ def _with_part(part, key: str) -> Any:
     return {**part, "data": data}
 
 
-def _refuse_idle_axes(config, axes: dict[str, list[str]]) -> None:
+def _refuse_idle_axes(config, axes: Axes) -> None:
     """Refuse an axis whose values all give the same run."""
     from omegaconf import OmegaConf
 
     steps = OmegaConf.select(config, "train.max_steps")
-    if "train.num_train_epochs" in axes and isinstance(steps, int) and steps > 0:
-        raise UserError(f"sweep: train.max_steps={steps} ends each run, whatever train.num_train_epochs: leave one out")
+    if EPOCHS in axes and isinstance(steps, int) and steps > 0:
+        raise UserError(f"sweep: train.max_steps={steps} ends each run, whatever {EPOCHS}: leave one out")
 
 
 def _at(config: dict, key: str):
@@ -481,8 +526,11 @@ def _axes(config, overrides: Overrides) -> Axes:
     return axes
 
 
-def _seeds(config: dict, axes: Axes) -> dict[str, list[str]]:
+def _seeds(base, axes: Axes) -> dict[str, list[str]]:
     """The axis that `sweep.seeds` stands for."""
+    from omegaconf import OmegaConf
+
+    config: Any = OmegaConf.to_container(base)
     number, first = config["sweep"].get("seeds"), config.get("seed")
     if not isinstance(number, int) or not isinstance(first, int) or number < 2:  # what is wrong is said by the schema
         return {}

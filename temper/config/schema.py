@@ -885,31 +885,58 @@ class Tracking(Section):
 
 
 class Sweep(Section):
-    """Swept keys and their values, in Hydra's grammar: ``1e-4,3e-4``, ``range(1,4)`` or ``choice(a,b)``; for strategy
-    random also ``interval(0,0.1)``, ``int(interval(4,64))`` and ``tag(log, interval(1e-5,1e-2))``."""
+    """Swept keys and their values, in Hydra's grammar: ``1e-4,3e-4``, ``range(1,4)`` or ``choice(a,b)``; for a strategy
+    that draws also ``interval(0,0.1)``, ``int(interval(4,64))`` and ``tag(log, interval(1e-5,1e-2))``."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$")]
     axes: dict[str, Any] = {}
-    strategy: Literal["grid", "random"] = "grid"
-    """All combinations of the values, or some that are drawn at random."""
+    strategy: Literal["grid", "random", "halving", "tpe"] = "grid"
+    """All combinations of the values; some that are drawn at random; successive halving, which trains all a little and
+    the better ones on; or Optuna's TPE, which draws where those before were good (docs/search.md)."""
     n: Annotated[int, Field(ge=1)] | None = None
-    """For strategy random: number of points. The first 16 of 32 are those of 16, so a sweep can be extended."""
+    """Number of points that are drawn. The first 16 of 32 are those of 16, so a sweep can be extended. For strategy
+    halving null takes all combinations."""
     sampler_seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
-    """For strategy random: draw others."""
+    """Where points are drawn: draw others."""
+    eta: Annotated[int, Field(ge=2, le=100)] = 2
+    """With rungs: one of so many runs is trained on to the next rung."""
+    rungs: Annotated[list[Annotated[float, Field(gt=0)]], Field(min_length=1)] | None = None
+    """Where runs are ranked, and most of them end: epochs (train.num_train_epochs), or optimizer steps where
+    train.max_steps is set. For strategy halving null takes the values of an axis of these, or else the config's one,
+    divided by eta up to three times; for tpe null trains every point to its end."""
+    points_per_round: Annotated[int, Field(ge=1)] = 4
+    """For strategy tpe: points that are asked for at once, and run side by side. The first round has twice as many, and
+    is drawn at random."""
     seeds: Annotated[int, Field(ge=1, le=1000)] | None = None
-    """How often each point is trained, with the seeds from `seed` on: repeats, which the comparison pools."""
+    """How often each point is trained, with the seeds from `seed` on: repeats, which the comparison pools, and by whose
+    mean a search goes on."""
     choose: Literal["best", "cheapest_of_tied"] = "best"
     """Which run is the sweep's choice: the best one, or of those that cannot be told from it the one whose training
     took the fewest operations."""
 
     @model_validator(mode="after")
     def _of_its_strategy(self):
-        if self.strategy == "random" and self.n is None:
-            raise ValueError("strategy 'random' needs 'n', the number of points")
-        for name in ("n", "sampler_seed") if self.strategy == "grid" else ():
-            if getattr(self, name) != type(self).model_fields[name].default:
-                raise ValueError(f"'{name}' is for strategy 'random', and this is a grid: leave it out (~sweep.{name})")
+        if self.strategy in ("random", "tpe") and self.n is None:
+            raise ValueError(f"strategy '{self.strategy}' needs 'n', the number of points")
+        for name, strategies in STRATEGIES_OF.items():
+            if self.strategy not in strategies and getattr(self, name) != type(self).model_fields[name].default:
+                of = " and ".join(f"'{one}'" for one in strategies)
+                raise ValueError(f"'{name}' is for strategy {of}, and this is '{self.strategy}': leave it out")
+        if self.strategy == "tpe" and self.rungs is None and self.eta != type(self).model_fields["eta"].default:
+            raise ValueError("'eta' does nothing without 'rungs', where strategy 'tpe' gives runs up")
+        if self.rungs and sorted({*self.rungs}) != self.rungs:
+            raise ValueError("'rungs' must rise")
         return self
+
+
+# Which strategies a key of `sweep` is for.
+STRATEGIES_OF = {
+    "n": ("random", "halving", "tpe"),
+    "sampler_seed": ("random", "halving", "tpe"),
+    "eta": ("halving", "tpe"),
+    "rungs": ("halving", "tpe"),
+    "points_per_round": ("tpe",),
+}
 
 
 Seed = Annotated[int, Field(ge=0, lt=2**32)]

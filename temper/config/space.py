@@ -5,7 +5,6 @@ from typing import Any
 
 from temper.errors import UserError
 
-RANDOM = "random"  # the strategy
 DIGITS = 3  # of a number that is drawn: more would say nothing, and make names and tables unreadable
 TRIES = 100  # for each point, until one is drawn that was not there before
 
@@ -56,19 +55,31 @@ def drawn(axes: dict[str, list[str] | Interval], number: int, seed: int) -> list
     """
     import optuna
 
-    optuna.logging.set_verbosity(optuna.logging.ERROR)
-    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed))
-    distributions = {key: _distribution(values) for key, values in axes.items()}
+    study = optuna_study(optuna.samplers.RandomSampler(seed))
+    ranges = distributions(axes)
     found: dict[tuple[str, ...], None] = {}
     for _ in range(number * TRIES):
-        values = study.ask(distributions).params
-        found.setdefault(tuple(_text(values[key]) for key in axes))
+        values = study.ask(ranges).params
+        found.setdefault(tuple(as_text(values[key], axes[key]) for key in axes))
         if len(found) == number:
             return list(found)
     raise UserError(
         f"sweep: the axes have no {number} different points ({len(found)} were drawn): lower sweep.n, or run them all "
         "(sweep.strategy=grid)"
     )
+
+
+def optuna_study(sampler):
+    """A study of Optuna, in memory, that minimizes and says nothing."""
+    import optuna
+
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    return optuna.create_study(sampler=sampler)
+
+
+def distributions(axes: dict[str, list[str] | Interval]) -> dict:
+    """Each axis as Optuna knows it."""
+    return {key: _distribution(values) for key, values in axes.items()}
 
 
 def _distribution(values: list[str] | Interval):
@@ -81,5 +92,9 @@ def _distribution(values: list[str] | Interval):
     return FloatDistribution(values.low, values.high, log=values.log)
 
 
-def _text(value: Any) -> str:
-    return f"{value:.{DIGITS}g}" if isinstance(value, float) else str(value)
+def as_text(value: Any, values: list[str] | Interval) -> str:
+    """A drawn value as Hydra text: of a number so many digits as say something, and still within its interval."""
+    if not isinstance(values, Interval) or not isinstance(value, float):
+        return str(value)
+    rounded = min(max(float(f"{value:.{DIGITS}g}"), values.low), values.high)
+    return f"{rounded:.{DIGITS + 3}g}"

@@ -71,6 +71,15 @@ class Plan:
     runs: list[PlannedRun]
     jobs: dict[str, Job]
     path: str | None = None  # the frozen file it was read from
+    coming: list[dict] = dataclasses.field(default_factory=list)  # the rounds after the ranking (`Search.coming`)
+
+    def then(self) -> str:
+        """What a search adds after the next ranking, for a line of text; empty where nothing follows."""
+        rounds = [
+            f"{one['runs']} of {key.rpartition('.')[2]}={one[key]}" if (key := _rung(one)) else f"{one['runs']} more"
+            for one in self.coming
+        ]
+        return f", and then by their ranking {', '.join(rounds)}" if rounds else ""
 
     def job(self, stage: str, name: str) -> Job:
         """The job that makes `<stage folder>/<name>`."""
@@ -86,8 +95,8 @@ class Plan:
 
     @property
     def ranking(self) -> Job:
-        """The job that decides which runs are judged on the test split."""
-        return next(job for job in self.jobs.values() if job.stage == "rank_runs")
+        """The job that decides which runs are judged on the test split; of a search first which runs come next."""
+        return next(job for job in reversed(self.jobs.values()) if job.stage == "rank_runs")
 
     def asked_by_ranking(self) -> list[str]:
         """What the ranking, which must be there, asks for: reports on the test split, and parts of the chosen run."""
@@ -175,6 +184,11 @@ class Plan:
         except OSError as error:
             raise UserError(f"{path}: cannot be written ({error.strerror}); make results/ a writable folder") from None
         return path
+
+
+def _rung(round_: dict) -> str:
+    """The config key of a round's rung; empty if it has none."""
+    return next((key for key in round_ if key != "runs"), "")
 
 
 def load(path: str | os.PathLike) -> Plan:

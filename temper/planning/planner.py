@@ -1,29 +1,32 @@
 """Turns the points of a sweep into jobs whose paths end in keys."""
 
 import copy
+import math
 import os
+import statistics
 from pathlib import Path
 
 from temper import tracking
 from temper.config import harness as harness_checks
 from temper.config.audit import check as check_audit
 from temper.config.best import JUDGING
-from temper.config.compose import chosen_experiment, expand, own_folder, parse_overrides, split_overrides, use_folder
+from temper.config.compose import Search, chosen_experiment, own_folder, parse_overrides, split_overrides, use_folder
 from temper.config.schema import WITH_REFERENCE, Probe
+from temper.config.search import EPOCHS, GRID, RANDOM, Point, Rungs, write_study
 from temper.config.stages import FOLDERS, PLATEAU, keys_hidden, numbered, stage_config
 from temper.config.validate import all_data_sets, data_sets, documents_config, has_pairs, sft_config
 from temper.errors import UserError
 from temper.evaluation import own_metrics
 from temper.evaluation.forgetting import told_of_probe
-from temper.evaluation.metrics import BITS_PER_BYTE, DOCUMENTS, PER_TOKEN, check_metric, sweeps_model
+from temper.evaluation.metrics import BITS_PER_BYTE, DOCUMENTS, PER_TOKEN, check_metric, lower_is_better, sweeps_model
 from temper.files import read_json
 from temper.folders import check_name, is_complete
 from temper.hashing import HashCache, canonical_json
 from temper.keys import code_key, stage_key
 from temper.model.adapters import load_for_training
 from temper.model.layout import model_files
-from temper.planning.plan import FOR_CHOSEN, RESULTS, STATE, Job, Plan, PlannedRun
-from temper.planning.trunks import DECAYING_AT_THE_END, shares_trunk
+from temper.planning.plan import FOR_CHOSEN, RANKING, RESULTS, STATE, Job, Plan, PlannedRun
+from temper.planning.trunks import DECAYING_AT_THE_END, needs_total, shares_trunk
 from temper.sources import pins as raw_data
 from temper.sources.revisions import pinned
 
@@ -34,7 +37,20 @@ def build(
     overrides: str | list[str] = "",
     conf_dir: str | None = None,
 ) -> Plan:
-    """Plan an experiment.
+    """Plan an experiment, as far as its rankings that are made tell what to run.
+
+    Arguments and errors are those of `growing`.
+    """
+    return growing(experiment, sweep, overrides, conf_dir).plan
+
+
+def growing(
+    experiment: str | None = None,
+    sweep: str | None = None,
+    overrides: str | list[str] = "",
+    conf_dir: str | None = None,
+) -> "Growing":
+    """The same plan, which can be told to go on when its ranking is made.
 
     Args:
         experiment: a file of conf/experiment; None takes the default of conf/config.yaml.
@@ -49,32 +65,75 @@ def build(
         use_folder(conf_dir)
     texts = split_overrides(overrides) if isinstance(overrides, str) else list(overrides)
     chosen = [f"{group}={name}" for group, name in (("experiment", experiment), ("sweep", sweep)) if name]
-    parsed = parse_overrides([*chosen, *texts])
-    axes, points = expand(parsed)
-    configs = [config for _, config in points]
-    tracking.check(configs[0]["tracking"])
-    hashes = HashCache(STATE / "hashes.json")
-    planner = _Planner(hashes)
-    runs: dict[str, PlannedRun] = {}
-    known: list[dict] = []  # data sets whose options were checked: looking for their files takes time
-    for point, config in points:
-        check_metric(config["eval"])
-        for data in all_data_sets(config):
-            if data not in known:
-                raw_data.check_options(data)
-                known.append(data)
-        run = planner.add_run(config, point)
-        runs.setdefault(run.name, run)  # 1e-4 and 0.0001 are one run
-    hashes.save()
-    first = configs[0]
-    plan = Plan(
-        first["sweep"]["name"], chosen_experiment(parsed), axes, first["tracking"], list(runs.values()), planner.jobs
-    )
-    _add_comparison(plan, first, [text for text in texts if text.partition("=")[0].strip() not in parsed.axes])
-    _add_tracking_targets(plan)
-    _check_places(plan)
-    _check_audits(plan)
-    return plan
+    found = Growing([*chosen, *texts], texts)
+    while found.goes_on():
+        pass
+    return found
+
+
+class Growing:
+    """A plan that grows: with each ranking that is made, by the runs of the next round (see `temper.config.search`).
+
+    What it was made from is read once, so that an edit to a config or to data does not change a sweep at work.
+
+    Args:
+        overrides: all of them.
+        shown: those that the sweep's page shows, less its axes.
+    """
+
+    def __init__(self, overrides: list[str], shown: list[str]):
+        parsed = parse_overrides(overrides)
+        self.search = Search(parsed)
+        first = self.search.runs[0][1][1]
+        tracking.check(first["tracking"])
+        _refuse_cut(self.search.rungs, first)
+        self.first, self.planner = first, _Planner(HashCache(STATE / "hashes.json"), self.search.rungs)
+        self.shown = [text for text in shown if text.partition("=")[0].strip() not in parsed.axes]
+        self.names: dict[Point, list[str]] = {}  # a point -> its runs, one of each seed
+        self.known: list[dict] = []  # data sets whose options were checked: looking for their files takes time
+        self.plan = Plan(first["sweep"]["name"], chosen_experiment(parsed), {}, first["tracking"], [], {})
+        self._add_round()
+
+    def goes_on(self) -> bool:
+        """Add the next round, if this one is ranked and there is another."""
+        is_search = self.search.sweep.strategy not in (GRID, RANDOM)
+        if not (is_search and self.plan.is_made(self.plan.ranking) and self.search.tell(self._losses())):
+            return False
+        self._add_round()
+        return True
+
+    def write_study(self, path: Path) -> None:
+        """Write a search as a study of Optuna."""
+        search, lower = self.search, lower_is_better(check_metric(self.first["eval"]))
+        if search.told and search.asked:
+            write_study(path, search.sweep, search.asked, search.rungs, search.told, maximize=not lower)
+
+    def _losses(self) -> dict[Point, float]:
+        """What the ranking says of each point of this round: the mean over its seeds; lower is better."""
+        found = read_json(Path(self.plan.ranking.path) / RANKING, {"metric": str, "values": dict})
+        sign, values = 1 if lower_is_better(found["metric"]) else -1, found["values"]
+        losses = {name: math.inf if value is None else sign * value for name, value in values.items()}
+        return {point: statistics.fmean(losses[name] for name in self.names[point]) for point in self.search.points}
+
+    def _add_round(self) -> None:
+        runs = {run.name: run for run in self.plan.runs}
+        for point, (values, config) in self.search.runs:
+            check_metric(config["eval"])
+            for data in all_data_sets(config):
+                if data not in self.known:
+                    raw_data.check_options(data)
+                    self.known.append(data)
+            run = self.planner.add_run(config, values)
+            runs.setdefault(run.name, run)  # 1e-4 and 0.0001 are one run
+            self.names.setdefault(point, []).append(run.name)
+        self.planner.hashes.save()
+        plan = self.plan
+        plan.runs, plan.jobs, plan.axes = list(runs.values()), self.planner.jobs, self.search.axes
+        plan.coming = self.search.coming()
+        _add_comparison(plan, self.first, self.shown)
+        _add_tracking_targets(plan)
+        _check_places(plan)
+        _check_audits(plan)
 
 
 def _check_audits(plan: Plan) -> None:
@@ -150,11 +209,27 @@ def _own_configs() -> dict[str, str]:
     return {"conf_dir": os.path.relpath(own)} if own else {}
 
 
+def _refuse_cut(rungs: Rungs, config: dict) -> None:
+    """Refuse rungs of a training that cannot stop there and go on as if it had not."""
+    if not rungs.key:
+        return
+    if why := needs_total(config["train"]):
+        raise UserError(f"sweep: runs are trained on from rung to rung, and {why}")
+    field = rungs.key.partition(".")[2]
+    for name in ("sft", "first"):
+        before = config["method"].get(name)
+        if before and field not in before["train"]:
+            raise UserError(
+                f"sweep: the rungs are values of {rungs.key}, which method.{name} would take over, so that each rung "
+                f"starts from another model: set method.{name}.train.{field}"
+            )
+
+
 class _Planner:
     """Collects jobs; artefacts that several runs need are planned once."""
 
-    def __init__(self, hashes: HashCache):
-        self.hashes = hashes
+    def __init__(self, hashes: HashCache, rungs: Rungs):
+        self.hashes, self.rungs = hashes, rungs
         self.jobs: dict[str, Job] = {}
         self.identities: dict[str, dict] = {}
         self.sources: dict[str, str] = {}  # data set's name -> its pin
@@ -373,28 +448,28 @@ class _Planner:
         return {"base_harness": untouched.path, "run_harness": tuned.path}
 
     def _adapters(self, config: dict, inputs: dict[str, str]) -> list[Job]:
-        """The training jobs of a run: one, or one per epoch if runs can share them (see `planning.trunks`).
+        """The training jobs of a run: one, or one per epoch or rung if runs can share them (`planning.trunks`).
 
-        Segment n of a trunk has the key of the training of n epochs, so that runs find each other's segments by path,
-        in any order and from any sweep. The segment before it is its input but not in its key: it saves work and
-        changes no bit. All segments keep their checkpoints in one folder, named by the key without the epochs.
+        A segment of a trunk has the key of the training that ends there, so that runs find each other's segments by
+        path, in any order and from any sweep. The segment before it is its input but not in its key: it saves work and
+        changes no bit. All segments keep their checkpoints in one folder, named by the key without the end.
         """
-        epochs = config["train"].get("num_train_epochs", 3)
-        if not shares_trunk(config["train"]):
+        field, ends = self._ends(config["train"])
+        if not ends:
             return [self._alone(config, inputs)]
 
         trunk_config = copy.deepcopy(config)
-        del trunk_config["train"]["num_train_epochs"]
+        del trunk_config["train"][field]
         trunk = self._key("train_adapter", trunk_config, inputs)[0]
 
-        # With a decay, segment n stops where the decay of a training of n epochs would begin. It must not decay itself:
-        # the next segment continues at the constant rate. Its key says so, as the whole training of n epochs differs.
+        # With a decay, a segment stops where the decay of the training that ends there would begin. It must not decay
+        # itself: the next segment continues at the constant rate. Its key says so, as the whole training differs.
         decays = config["train"]["lr_scheduler_type"] == DECAYING_AT_THE_END
         part, suffix = ({"part": PLATEAU}, "-plateau") if decays else ({}, "")
 
         segments: list[Job] = []
-        for epoch in range(1, int(epochs) + 1):
-            train = {**config["train"], "num_train_epochs": epoch}
+        for end in ends:
+            train = {**config["train"], field: end}
             before = {"previous": segments[-1].path} if segments else {}
             job = self._training({**config, "train": train}, {**inputs, **before}, suffix, part)
             job.settings |= {"trunk": trunk, **part}
@@ -405,6 +480,14 @@ class _Planner:
             for job in segments[1:]:
                 job.settings["plateau"] = job.inputs["previous"]
         return segments
+
+    def _ends(self, train: dict) -> tuple[str, list[int | float]]:
+        """(the field that says how long a training is, where its segments end); none where it is a job by itself."""
+        field, rungs = (self.rungs.key or EPOCHS).partition(".")[2], [float(rung) for rung in self.rungs.values]
+        if train.get(field) in rungs:
+            return field, [int(end) if end == int(end) else end for end in rungs if end <= train[field]]
+        field = EPOCHS.partition(".")[2]  # also what comes before the training that is searched for (method.sft)
+        return field, list(range(1, int(train.get(field, 3)) + 1)) if shares_trunk(train) else []
 
     def _alone(self, config: dict, inputs: dict[str, str]) -> Job:
         """A training that shares its checkpoints with no other."""
