@@ -1,4 +1,4 @@
-"""Each workflow command in README.md and docs/ can be planned: its choices, keys and values are known and fit each other."""
+"""Each workflow command in README.md and docs/ can be planned: its choices, keys and values exist and go together."""
 
 import re
 import shlex
