@@ -110,7 +110,8 @@ class Forecast:
     def _work(self, job, like: Made) -> float:
         """How much more a job has to do than `like` had."""
         if job.stage == "train_adapter":
-            return self._rows(job, like, "train") * _epochs(job, like)
+            previous = self.plan.jobs.get(job.inputs.get("previous", ""))
+            return self._rows(job, like, "train") * _epochs(job, previous, like)
         if job.stage == "score_rows":
             return self._rows(job, like, "train")
         return self._judged(job, like) if job.stage == "evaluate_model" else 1.0
@@ -182,19 +183,22 @@ def _same_tasks(job, like: Made) -> bool:
     return now <= like.items
 
 
-def _epochs(job, like: Made) -> float:
-    """The ratio of the epochs that a training job goes through to those that `like` went through."""
+def _epochs(job, previous, like: Made) -> float:
+    """The ratio of the epochs that a training job goes through to those that `like` went through.
+
+    Args:
+        previous: the job whose training it continues, if it does.
+    """
     done, steps = like.provenance.get("trained_epochs"), like.provenance.get("trained_steps")
     if not done:
         return 1.0
     train = job.config["train"]
     if job.settings.get("plateau") and not job.settings.get("part"):  # the decay that ends a run
-        epochs = train["lr_scheduler_kwargs"]["num_decay_steps"] * done / steps
-    elif train.get("max_steps", -1) > 0:
-        epochs = train["max_steps"] * done / steps
-    else:
-        epochs = 1.0 if "previous" in job.inputs else float(train.get("num_train_epochs", 3))
-    return epochs / done
+        return train["lr_scheduler_kwargs"]["num_decay_steps"] / steps
+    before = previous.config["train"] if previous else {}
+    if train.get("max_steps", -1) > 0:
+        return (train["max_steps"] - before.get("max_steps", 0)) / steps
+    return (float(train.get("num_train_epochs", 3)) - before.get("num_train_epochs", 0)) / done
 
 
 def rows_of(splits: Path, split: str) -> int | None:

@@ -11,7 +11,7 @@ from temper.config import harness as harness_checks
 from temper.config.audit import check as check_audit
 from temper.config.best import JUDGING
 from temper.config.compose import Search, chosen_experiment, own_folder, parse_overrides, split_overrides, use_folder
-from temper.config.schema import WITH_REFERENCE, Probe
+from temper.config.schema import STRATEGIES_OF, WITH_REFERENCE, Probe, Sweep
 from temper.config.search import EPOCHS, GRID, RANDOM, Point, Rungs, write_study
 from temper.config.stages import FOLDERS, PLATEAU, keys_hidden, numbered, stage_config
 from temper.config.validate import all_data_sets, data_sets, documents_config, has_pairs, sft_config
@@ -69,6 +69,9 @@ def growing(
     while found.goes_on():
         pass
     return found
+
+
+NO_STRATEGY = Sweep(name="grid")
 
 
 class Growing:
@@ -186,13 +189,18 @@ def _add_comparison(plan: Plan, config: dict, overrides: list[str]) -> None:
     view = {
         "experiment": plan.experiment,
         "eval": config["eval"],
-        "sweep": {"name": plan.sweep, "axes": plan.axes, "choose": choose},
+        "sweep": {"name": plan.sweep, "axes": plan.axes, "choose": choose, **_strategy(config["sweep"])},
         "runs": runs,
     }
     path = str(RESULTS / "sweeps" / plan.sweep)
     # The overrides are not in the key: the page only shows them, and what they change is in the runs.
     key = stage_key("compare_runs", view, {})
     plan.jobs[path] = Job("compare_runs", path, key, {**view, "overrides": overrides, **_own_configs()}, reports)
+
+
+def _strategy(sweep: dict) -> dict:
+    """What a sweep says of its strategy, for the page."""
+    return {name: sweep[name] for name in ("strategy", *STRATEGIES_OF) if sweep[name] != getattr(NO_STRATEGY, name)}
 
 
 def _add_ranking(plan: Plan, view: dict, reports: dict[str, str]) -> None:
