@@ -43,8 +43,11 @@ path_of = temper.inputs(PLAN, workflow)
 
 # A step's exit code is its job's, for all that its log goes through a pipe (a prefix replaces Snakemake's own, which says
 # so). On a signal the shell waits for its step, and the log is written to its last line.
+# `run` is `python -m`, in a process that has the libraries imported if there is one (see temper/forks/).
 shell.prefix(
     "set -euo pipefail; trap : INT TERM HUP; log_to() {{ trap '' INT TERM HUP; exec tee \"$1\"; }}; "
+    'run() {{ if [ -S "${{TEMPER_FORKS:-}}/$OMP_NUM_THREADS" ]; then exec python -SP -m temper.forks.client "$@"; '
+    'else exec python -m "$@"; fi; }}; '
 )
 
 
@@ -93,7 +96,7 @@ rule fetch_model:
     log:
         "results/logs/fetch_model/{name}.log",
     shell:
-        "python -m steps.fetch_model"
+        "run steps.fetch_model"
         ' --plan "$TEMPER_PLAN"'
         " --output {output:q}"
         " 2>&1 | log_to {log:q}"
@@ -142,7 +145,7 @@ rule tokenize_splits:
         "results/logs/tokenize_splits/{name}.log",
     threads: lambda _: temper.tokenizing_threads(PLAN, workflow.cores)
     shell:
-        "RAYON_NUM_THREADS={threads} python -m steps.tokenize_splits"
+        "RAYON_NUM_THREADS={threads} run steps.tokenize_splits"
         " --prompts {input.prompts:q}"
         " --model {input.model:q}"
         ' --plan "$TEMPER_PLAN"'
@@ -164,7 +167,7 @@ rule sample_answers:
     resources:
         gpu=temper.gpus_per_job(),
     shell:
-        "python -m steps.sample_answers"
+        "run steps.sample_answers"
         " --splits {input.splits:q}"
         " --model {input.model:q}"
         ' --plan "$TEMPER_PLAN"'
@@ -186,7 +189,7 @@ rule reference_logprobs:
     resources:
         gpu=temper.gpus_per_job(),
     shell:
-        "python -m steps.reference_logprobs"
+        "run steps.reference_logprobs"
         " --splits {input.splits:q}"
         " --model {input.model:q}"
         ' --plan "$TEMPER_PLAN"'
@@ -205,8 +208,6 @@ rule train_adapter:
         update(directory("results/adapters/{name}")),
     log:
         "results/logs/train_adapter/{name}.log",
-    benchmark:
-        "results/logs/train_adapter/{name}.benchmark.tsv"
     priority: 1  # trainings are the longest chain; other jobs fill idle cores at the end
     threads: temper.threads_of(PLAN, "train_adapter")
     resources:
@@ -214,7 +215,7 @@ rule train_adapter:
     params:
         references=temper.flags_of(PLAN, "train_adapter", "references"),
     shell:
-        "python -m steps.train_adapter"
+        "run steps.train_adapter"
         " --splits {input.splits:q}"
         " --model {input.model:q}"
         " {params.references}"
@@ -234,7 +235,7 @@ rule merge_adapter:
     log:
         "results/logs/merge_adapter/{name}.log",
     shell:
-        "python -m steps.merge_adapter"
+        "run steps.merge_adapter"
         " --model {input.model:q}"
         " --adapter {input.adapter:q}"
         " --splits {input.splits:q}"
@@ -262,7 +263,7 @@ rule evaluate_base:
     params:
         probe=temper.flags_of(PLAN, "evaluate_model", "probe"),
     shell:
-        "python -m steps.evaluate_model"
+        "run steps.evaluate_model"
         " --model {input.model:q}"
         " --splits {input.splits:q}"
         " {params.probe}"
@@ -301,7 +302,7 @@ rule evaluate_model:
             "probe",
         ),
     shell:
-        "python -m steps.evaluate_model"
+        "run steps.evaluate_model"
         " --model {input.model:q}"
         " --splits {input.splits:q}"
         " --adapter {input.adapter:q}"
@@ -321,7 +322,7 @@ checkpoint rank_runs:
     log:
         "results/logs/rank_runs/{name}.log",
     shell:
-        "python -m steps.rank_runs"
+        "run steps.rank_runs"
         ' --plan "$TEMPER_PLAN"'
         " --output {output:q}"
         " 2>&1 | log_to {log:q}"
@@ -344,7 +345,7 @@ rule score_rows:
     params:
         raw=temper.flags_of(PLAN, "score_rows", "raw"),
     shell:
-        "python -m steps.score_rows"
+        "run steps.score_rows"
         " --model {input.model:q}"
         " --splits {input.splits:q}"
         " --prompts {input.prompts:q}"
@@ -369,7 +370,7 @@ rule run_harness:
     params:
         base_harness=temper.flags_of(PLAN, "run_harness", "base_harness"),
     shell:
-        "python -m steps.run_harness"
+        "run steps.run_harness"
         " --model {input.model:q}"
         " {params.base_harness}"
         ' --plan "$TEMPER_PLAN"'
@@ -393,7 +394,7 @@ rule compare_runs:
         folder=lambda _: SWEEP,
         key=lambda _: PLAN.comparison.key,  # its path holds no key, but an edit to its code must rerun it
     shell:
-        "python -m steps.compare_runs"
+        "run steps.compare_runs"
         ' --plan "$TEMPER_PLAN"'
         " --output {params.folder:q}"
         " 2>&1 | log_to {log:q}"

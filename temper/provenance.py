@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import importlib.metadata
+import os
 import platform
 import resource
 import subprocess
@@ -53,6 +54,7 @@ def provenance(stage: str, inputs: dict, seconds: float, facts: dict) -> dict:
         "git": git_commit(),
         "seconds": round(seconds, 3),
         "ended": round(time.time(), 3),
+        "cpu_seconds": round(sum(os.times()[:4]), 3),
         "peak_memory_bytes": peak_memory(),
         **facts,
     }

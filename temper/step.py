@@ -21,7 +21,6 @@ import time
 from pathlib import Path
 
 from temper.errors import UserError, one_line_errors, visible
-from temper.files import read_json
 from temper.folders import check_name, is_complete, locked, made_by_a_step, refuse_damaged, temporary_folder
 from temper.keys import changed_keys, flat
 from temper.model.threads import bound_shape_caches
@@ -234,10 +233,12 @@ def config_and_settings(stage: str, arguments) -> tuple[dict, dict]:
 
 def _planned_job(plan: str, output: str) -> dict:
     """The plan's entry for this output."""
-    jobs = read_json(Path(plan), {"jobs": dict[str, dict]}, "run snakemake again, which writes it anew")["jobs"]
-    if output not in jobs:
+    from temper.planning.plan import job_in
+
+    job = job_in(plan, output)
+    if job is None:
         raise UserError(f"--plan {plan}: has no {output}; name the output as the plan does, or give --config")
-    return jobs[output]
+    return job
 
 
 def deep_merge(base: dict, extra: dict) -> dict:

@@ -20,6 +20,7 @@ from temper.config.stages import FOLDERS, flag_words
 from temper.errors import UserError, one_line_errors, suggest, visible
 from temper.files import known_json, read_json
 from temper.folders import PROVENANCE, is_complete, remove_leftovers
+from temper.forks import start as forks
 from temper.keys import PACKAGE_ROOT, python_path
 from temper.planning import plan as planning
 from temper.planning import planner
@@ -263,7 +264,15 @@ def on_start(plan: planning.Plan, workflow) -> None:
         if not all(map(_has_report, plan.runs)):
             tracking.prepare(plan.tracking, plan.sweep)
     if workflow.local_exec:  # Snakemake cancels a cluster's jobs
+        if not gpus_per_job():  # what has asked for the GPU cannot be forked, and libraries do when they are imported
+            forks.start(_threads_of_coming(workflow), plan.tracking["enabled"])
         signals.on_ending(lambda number: _end_jobs(number, workflow.scheduler), _end_at_once)
+
+
+def _threads_of_coming(workflow) -> list[int]:
+    """Threads of each coming job whose step may be a fork; after a checkpoint there may be more."""
+    coming = [job for job in workflow.dag.needrun_jobs() if "run steps." in (job.rule.shellcmd or "")]
+    return [job.threads for job in coming]
 
 
 def made_otherwise(plan: planning.Plan) -> list[str]:

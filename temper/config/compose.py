@@ -96,10 +96,10 @@ class Overrides:
 
 def parse_overrides(overrides: list[str]) -> Overrides:
     """Sort overrides into group choices, values and sweep axes; refuse what Hydra cannot parse."""
-    sorted_out = Overrides([], [], {})
+    sorted_out, known = Overrides([], [], {}), groups()
     for text in map(str.strip, overrides):
         override = _parsed(text)
-        key, is_group = override.key_or_group, override.key_or_group in groups()
+        key, is_group = override.key_or_group, override.key_or_group in known
         _check_override(override, is_group, _short(text))
         if override.is_sweep_override():
             sorted_out.axes[key] = _swept(override, _short(text))
@@ -421,11 +421,11 @@ class Search:
 
 def _configs(overrides: Overrides, base, axes: list[str], points: list[Point]) -> list[tuple[dict, dict]]:
     """(values by key, validated config) of each point."""
-    group_axes = [key for key in axes if key in groups()]
+    known_groups, values, plain = groups(), _AxisValues(), _PlainConfig(base)
+    group_axes = [key for key in axes if key in known_groups]
     found = []
     for point in points:
-        chosen = [f"{key}={value}" for key, value in zip(axes, point, strict=True)]
-        picked = parse_overrides(chosen)
+        picked = values.of(axes, point)
 
         # Composing is slow. Every point sets the same keys, so points can reuse one config, except with two kinds of
         # values: a group choice brings other keys, and a mapping would merge with that of the point before.
@@ -438,10 +438,79 @@ def _configs(overrides: Overrides, base, axes: list[str], points: list[Point]) -
 
         for override in picked.values:
             _update(picked_base, override)
-        config = validated(with_parts(to_container(picked_base)))
+        config = validated(with_parts(plain.of(picked_base, axes, point)))
         texts = dict(zip(axes, point, strict=True))
-        found.append(({key: text if key in groups() else _at(config, key) for key, text in texts.items()}, config))
+        found.append(({key: text if key in known_groups else _at(config, key) for key, text in texts.items()}, config))
     return found
+
+
+class _AxisValues:
+    """Values of axes as overrides, each read once; Hydra's parser, which takes a millisecond, reads no plain numbers
+    but the first of each axis."""
+
+    def __init__(self):
+        self._known: dict[str, Overrides] = {}
+        self._numbers: dict[str, Any] = {}  # key -> one that is a number
+
+    def of(self, axes: list[str], point: Point) -> Overrides:
+        """`parse_overrides` of a point."""
+        together = Overrides([], [], {})
+        for key, text in zip(axes, point, strict=True):
+            found = self._one(key, text)
+            together.groups += found.groups
+            together.values += found.values
+        return together
+
+    def _one(self, key: str, text: str) -> Overrides:
+        chosen = f"{key}={text}"
+        if chosen not in self._known:
+            number = plain_number(text)
+            if number is not None and key in self._numbers:
+                override = dataclasses.replace(self._numbers[key], _value=number, input_line=chosen)
+                self._known[chosen] = Overrides([], [override], {})
+            else:
+                self._known[chosen] = parse_overrides([chosen])
+                if number is not None and self._known[chosen].values:  # else it is the choice of a group
+                    self._numbers[key] = self._known[chosen].values[0]
+        return self._known[chosen]
+
+
+def plain_number(text: str) -> int | float | None:
+    """The number that Hydra's grammar reads in a text; None: it is none, or written in another way than usual."""
+    found = re.fullmatch(r"-?(?:0|[1-9][0-9]*)(\.[0-9]+)?([eE][+-]?[0-9]+)?", text)
+    if found is None:
+        return None
+    return float(text) if found[1] or found[2] else int(text)
+
+
+class _PlainConfig:
+    """A config as plain values, point after point of a sweep: only the sections with an axis are converted again."""
+
+    def __init__(self, base):
+        from omegaconf import OmegaConf
+
+        self._base, self._others = base, {}
+        self._refers = "${" in json.dumps(OmegaConf.to_container(base), default=str)  # any section to any other
+
+    def of(self, config, axes: list[str], point: Point) -> dict:
+        """`to_container(config)`.
+
+        Args:
+            config: the same object as `base`, with the values of a point, or another one.
+        """
+        if config is not self._base or self._refers or any("${" in text for text in point):
+            return to_container(config)
+        if not self._others:
+            self._others = to_container(config)
+            return self._others
+        swept = {name: config[name] for name in {re.split(r"[.\[]", key)[0] for key in axes}}
+        return {**self._others, **{name: _plain_section(section) for name, section in swept.items()}}
+
+
+def _plain_section(section):
+    from omegaconf import OmegaConf
+
+    return to_container(section) if OmegaConf.is_config(section) else section
 
 
 def _order(text: str):

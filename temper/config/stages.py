@@ -1,6 +1,7 @@
 """The part of a config that each stage sees: it is hashed into the stage's key and given to its step."""
 
 import dataclasses
+import functools
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -507,6 +508,7 @@ NOT_IN_KEY: dict[str, frozenset[str]] = {
 }
 
 
+@functools.cache
 def keys_hidden(stage: str, section: str) -> frozenset[str]:
     """The fields of a config section that are in no key of a stage. What a `Part` names, its stage needs."""
     kind = STAGES[stage].config.model_fields[section].annotation

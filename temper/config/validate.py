@@ -59,8 +59,8 @@ def all_data_sets(config: dict) -> list[dict]:
 
 
 def has_pairs(data: dict) -> bool:
-    """Whether each row has a rejected answer beside the chosen one."""
-    return all(Data.model_validate(one).has_pairs for one in data_sets(data))
+    """Whether each row has a rejected answer beside the chosen one. `data`: a section that was checked."""
+    return all(Data.model_construct(**one).has_pairs for one in data_sets(data))
 
 
 def _check_secrets(config: dict) -> None:
@@ -88,7 +88,7 @@ def _check_method(config: dict) -> None:
     method, name = config["method"], config["method"]["name"]
     refuse_without_pairs(config["eval"], has_pairs(config["data"]))
     for data in data_sets(config["data"]):
-        _check_rows_of_method(method, Data.model_validate(data))
+        _check_rows_of_method(method, Data.model_construct(**data))
     if name == "sft":
         if method["first"]:
             _check_first("first", documents_config(config))

@@ -1,7 +1,10 @@
 """The plan: jobs and the runs they make, and how both are stored in a file."""
 
+import contextlib
 import dataclasses
+import hashlib
 import json
+import mmap
 import os
 from pathlib import Path
 
@@ -9,7 +12,7 @@ from temper.config.stages import FOLDERS
 from temper.errors import UserError
 from temper.files import read_json, write_whole
 from temper.folders import fault, is_complete
-from temper.hashing import digest
+from temper.hashing import KEY_LENGTH
 
 RESULTS = Path("results")
 STATE = RESULTS / ".state"
@@ -17,6 +20,7 @@ PLANS = RESULTS / ".plans"
 RANKING = "ranking.json"
 # Artefacts of a run that are made only for the one that the ranking chooses -> what the comparison calls them.
 FOR_CHOSEN = {"score_rows": "suspects", "run_harness": "harness"}
+REMEDY = "run snakemake again, which writes it anew"
 
 
 @dataclasses.dataclass
@@ -175,12 +179,19 @@ class Plan:
         return str(RESULTS / "sweeps" / self.sweep / "provenance.json")
 
     def freeze(self) -> Path:
-        """Write the plan to ``results/.plans/<hash>.json`` and return the path."""
-        content = dataclasses.asdict(self)
-        path = PLANS / f"{digest(content)}.json"
+        """Write the plan to ``results/.plans/<hash>.json`` and return the path.
+
+        Each run and each job has a line of its own, so that a job finds its own without reading the others (see
+        `job_in`), which at thousands of runs takes longer than some jobs.
+        """
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        runs = ",\n".join(_json(vars(run)) for run in fields.pop("runs"))
+        jobs = ",\n".join(f"{_json(path)}: {_json(vars(job))}" for path, job in fields.pop("jobs").items())
+        text = f'{_json(fields)[:-1]},\n"runs": [\n{runs}\n],\n"jobs": {{\n{jobs}\n}}}}\n'
+        path = PLANS / f"{hashlib.sha256(text.encode()).hexdigest()[:KEY_LENGTH]}.json"
         try:
             PLANS.mkdir(parents=True, exist_ok=True)
-            write_whole(path, json.dumps(content, indent=1, ensure_ascii=False))  # always: repairs a damaged one
+            write_whole(path, text)  # always: repairs a damaged one
         except OSError as error:
             raise UserError(f"{path}: cannot be written ({error.strerror}); make results/ a writable folder") from None
         return path
@@ -197,11 +208,44 @@ def load(path: str | os.PathLike) -> Plan:
     Raises:
         UserError: it is damaged.
     """
-    remedy = "run snakemake again, which writes it anew"
-    content = read_json(Path(path), {"runs": list[dict], "jobs": dict[str, dict]}, remedy)
+    content = read_json(Path(path), {"runs": list[dict], "jobs": dict[str, dict]}, REMEDY)
     try:
         content["runs"] = [PlannedRun(**run) for run in content["runs"]]
         content["jobs"] = {name: Job(**job) for name, job in content["jobs"].items()}
         return Plan(**{**content, "path": str(path)})
     except TypeError as error:
-        raise UserError(f"{path}: is not a plan of this version ({error}); {remedy}") from None
+        raise UserError(f"{path}: is not a plan of this version ({error}); {REMEDY}") from None
+
+
+def job_in(path: str | os.PathLike, output: str) -> dict | None:
+    """A frozen plan's entry for the job that makes `output`; None if it has no such job.
+
+    Raises:
+        UserError: the plan is damaged.
+    """
+    line = _line_of(Path(path), output)
+    if line is not None:
+        try:
+            return json.loads(line.rstrip(b",\r\n"))
+        except ValueError:
+            pass  # cut, or edited: reading the whole says what is wrong
+    return read_json(Path(path), {"jobs": dict[str, dict]}, REMEDY)["jobs"].get(output)
+
+
+def _line_of(path: Path, output: str) -> bytes | None:
+    """What follows a job's path on its line of a plan that `Plan.freeze` wrote."""
+    start = f"\n{_json(output)}: ".encode()
+    with (
+        contextlib.suppress(OSError, ValueError),  # ValueError: an empty file
+        path.open("rb") as file,
+        mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as text,
+    ):
+        at = text.rfind(start)  # jobs stand last
+        if at >= 0:
+            text.seek(at + len(start))
+            return text.readline()
+    return None
+
+
+def _json(value) -> str:
+    return json.dumps(value, ensure_ascii=False)

@@ -13,7 +13,7 @@ from temper.config.best import JUDGING
 from temper.config.compose import Search, chosen_experiment, own_folder, parse_overrides, split_overrides, use_folder
 from temper.config.schema import STRATEGIES_OF, WITH_REFERENCE, Probe, Sweep
 from temper.config.search import EPOCHS, GRID, RANDOM, Point, Rungs, write_study
-from temper.config.stages import FOLDERS, PLATEAU, keys_hidden, numbered, stage_config
+from temper.config.stages import FOLDERS, PLATEAU, STAGES, keys_hidden, numbered, stage_config
 from temper.config.validate import all_data_sets, data_sets, documents_config, has_pairs, sft_config
 from temper.errors import UserError
 from temper.evaluation import own_metrics
@@ -149,12 +149,13 @@ def _check_audits(plan: Plan) -> None:
 
 def _check_places(plan: Plan) -> None:
     """Refuse now what would stop a job hours later: a name that is too long, or a file in a folder's place."""
-    folders = {Path(job.path) for job in plan.jobs.values() if job.stage != "fetch_data"}
-    for path in map(Path, plan.jobs):
-        check_name(path, "config: a folder is named after data.name, model.name and sweep.name")
-        folders.update(path.parents)
+    for path in plan.jobs:
+        check_name(Path(path), "config: a folder is named after data.name, model.name and sweep.name")
+    folders = {job.path for job in plan.jobs.values() if job.stage != "fetch_data"}
+    for place in {path.rpartition("/")[0] for path in plan.jobs}:
+        folders.update(map(str, (Path(place), *Path(place).parents)))
     for folder in sorted(folders):
-        if os.path.lexists(folder) and not folder.is_dir():
+        if os.path.lexists(folder) and not Path(folder).is_dir():
             raise UserError(f"{folder}: is not a folder, and there should be one: move it away")
 
 
@@ -233,6 +234,17 @@ def _refuse_cut(rungs: Rungs, config: dict) -> None:
             )
 
 
+# The config sections that decide what is made before any training; `probe` by its text.
+OF_UNTOUCHED = sorted(
+    {"probe"}.union(
+        *(
+            STAGES[stage].config.model_fields
+            for stage in ("fetch_data", "format_prompts", "mix_prompts", "tokenize_splits", "evaluate_model")
+        )
+    )
+)
+
+
 class _Planner:
     """Collects jobs; artefacts that several runs need are planned once."""
 
@@ -243,6 +255,8 @@ class _Planner:
         self.sources: dict[str, str] = {}  # data set's name -> its pin
         self.own_code: dict[str, dict[str, str]] = {}  # eval.metrics -> file -> hash
         self.harness: dict[str, dict] = {}  # eval.harness -> what its key has beside it
+        self.untouched: dict[str, tuple] = {}  # sections of its stages -> what `_untouched` says
+        self.model_files: dict[str, dict] = {}  # model.source -> hashes of a local one's files
         self.exact: dict[str, dict] = {}  # source as the config has it -> the same, pinned
 
     def add_run(self, config: dict, point: dict) -> PlannedRun:
@@ -279,7 +293,17 @@ class _Planner:
         return PlannedRun(name, key, point, config, artefacts, [segment.path for segment in adapters])
 
     def _untouched(self, config: dict, base: Job) -> tuple[Job, dict[str, str], Job, dict[str, Job]]:
-        """(prompts, raw data by the stage that fetches it, splits, reports of the untouched model on these)."""
+        """(prompts, raw data by the stage that fetches it, splits, reports of the untouched model on these).
+
+        Most runs of a sweep share them, so they are planned once for all whose sections of these stages are the same.
+        """
+        sections = {name: config[name] for name in OF_UNTOUCHED if name in config}
+        asked = canonical_json([base.path, sections, config["method"].get("first")])
+        if asked not in self.untouched:
+            self.untouched[asked] = self._plan_untouched(config, base)
+        return self.untouched[asked]
+
+    def _plan_untouched(self, config: dict, base: Job) -> tuple[Job, dict[str, str], Job, dict[str, Job]]:
         slug = f"{config['data']['name']}-{config['model']['name']}"
         prompts, raw = self._prompts(config)
         splits = self._job("tokenize_splits", slug, config, {"prompts": prompts.path, "model": base.path})
@@ -427,6 +451,12 @@ class _Planner:
         source = config["model"]["source"]
         if source["kind"] != "files":
             return {}
+        asked = canonical_json(source)
+        if asked not in self.model_files:
+            self.model_files[asked] = self._hashed(source)
+        return self.model_files[asked]
+
+    def _hashed(self, source: dict) -> dict:
         folder = Path(source["path"]) if isinstance(source["path"], str) else None
         if folder is None or not (folder / "config.json").is_file():
             raise UserError(f"model.source.path: {source['path']}: not a model folder (no config.json in it)")
@@ -466,9 +496,8 @@ class _Planner:
         if not ends:
             return [self._alone(config, inputs)]
 
-        trunk_config = copy.deepcopy(config)
-        del trunk_config["train"][field]
-        trunk = self._key("train_adapter", trunk_config, inputs)[0]
+        without_end = {name: value for name, value in config["train"].items() if name != field}
+        trunk = self._key("train_adapter", {**config, "train": without_end}, inputs)[0]
 
         # With a decay, a segment stops where the decay of the training that ends there would begin. It must not decay
         # itself: the next segment continues at the constant rate. Its key says so, as the whole training differs.

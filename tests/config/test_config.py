@@ -1,5 +1,6 @@
 """Config: every file in conf/ composes, every bad value is one clear line."""
 
+import itertools
 import shutil
 import subprocess
 import sys
@@ -330,3 +331,40 @@ def test_seeds_of_a_sweep_are_an_axis(workspace):
     assert "seed" not in composed("experiment=smoke", "sweep.seeds=1")[0]
     with pytest.raises(UserError, match="two ways to say one thing"):
         composed("experiment=smoke", "sweep.seeds=3", "seed=1,2")
+
+
+@pytest.mark.parametrize(
+    ("experiment", "axes"),
+    [
+        ("demo", {"train.learning_rate": ["1e-4", "2e-4"], "seed": ["1", "2"], "adapter.r": ["4", "8"]}),
+        ("dpo", {"eval.labels": ["[bad,good]", "[good,bad]"], "method.beta": ["0.1", "0.2"]}),  # others refer to labels
+        ("smoke", {"data.splits": ["{test:0.1}", "{validation:0.2}"], "prompt.system": ["A", "${data.name}"]}),
+        ("smoke", {"adapter": ["lora", "dora"], "train.optim": ["sgd", "adamw_torch"]}),
+    ],
+)
+def test_each_point_of_a_sweep_is_what_it_is_alone(workspace, experiment, axes):
+    swept = [f"experiment={experiment}", "sweep=none", *(f"{key}={','.join(texts)}" for key, texts in axes.items())]
+    configs = composed(*swept)[1]
+    assert len(configs) == 2 ** len(axes)
+    for point, config in zip(itertools.product(*axes.values()), configs, strict=True):
+        alone = [f"{key}={text}" for key, text in zip(axes, point, strict=True)]
+        assert composed(f"experiment={experiment}", "sweep=none", *alone)[1] == [config]
+
+
+def test_hydra_parses_each_value_of_an_axis_once(workspace, monkeypatch):
+    parsed = []
+    monkeypatch.setattr(compose, "_parsed", lambda text, parse=compose._parsed: parsed.append(text) or parse(text))
+    _, configs = composed("sweep=none", "train.learning_rate=range(1,11)", "adapter.r=range(1,11)")
+    assert len(configs) == 100
+    assert len(parsed) == 3 + 2  # the overrides, then one number of each axis
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["0", "12", "-3", "1e-4", "1E+4", "0.00010", "-1.5e3", "00.5", "1.", ".5", "007", "1_000", "+1", "1e", "nan"],
+)
+def test_a_plain_number_is_what_hydra_reads(text):
+    [read] = compose.parse_overrides([f"train.learning_rate={text}"]).values
+    number = compose.plain_number(text)
+    assert number is None or (type(number), number) == (type(read.value()), read.value())
+    assert (number is None) == (text in ["00.5", "1.", ".5", "007", "1_000", "+1", "1e", "nan"])

@@ -291,6 +291,27 @@ def test_a_frozen_plan_reads_back_as_it_was(workspace):
     again = planning.load(path)
     assert (again.runs, again.jobs, again.axes) == (plan.runs, plan.jobs, plan.axes)
     assert plan.freeze() == path, "equal plans are one file"
+    assert {name: planning.job_in(path, name) for name in plan.jobs} == {
+        name: vars(job) for name, job in again.jobs.items()
+    }
+    assert planning.job_in(path, plan.runs[0].name) is None
+
+
+def test_a_job_finds_its_own_entry_without_reading_the_others(workspace, monkeypatch):
+    plan = build()
+    path = plan.freeze()
+    read = []
+    monkeypatch.setattr(planning, "read_json", lambda *_: read.append(1))
+    assert planning.job_in(path, plan.runs[-1].artefacts["evaluate_model"])["stage"] == "evaluate_model"
+    assert not read
+
+
+def test_a_plan_that_was_cut_within_the_entry_asked_for_is_refused(workspace):
+    path = build().freeze()
+    last = list(planning.load(path).jobs)[-1]
+    path.write_text(path.read_text()[:-40])
+    with pytest.raises(UserError, match=r"damaged .*; run snakemake again"):
+        planning.job_in(path, last)
 
 
 def test_editing_a_file_of_ones_own_changes_its_key(workspace):

@@ -106,6 +106,21 @@ def test_after_everything_was_killed_the_same_command_goes_on(project, monkeypat
     assert_finished(folder, monkeypatch)
 
 
+def test_a_search_by_two_commands_of_which_one_is_killed(project):
+    folder, command = project
+    grid = "train.learning_rate=1e-3,1e-2 train.num_train_epochs=1,2"
+    halving = "train.learning_rate=1e-3,1e-2,3e-2,1e-1 sweep.strategy=halving sweep.rungs=[0.5,1,2]"
+    command = [*command[:-1], command[-1].replace(grid, halving)]
+    killed, other = (start(command, folder, name) for name in ("killed", "other"))
+    wait_for_training(folder, "*/checkpoint-*")
+    os.killpg(killed.pid, signal.SIGKILL)
+    killed.wait()
+    assert other.wait(timeout=900) == 0, output(folder, "other")
+    assert len(leaderboard(folder, "single")) == 4 + 2 + 1
+    again = start(command, folder, "again")
+    assert again.wait(timeout=500) == 0 and "wrote " not in output(folder, "again"), "nothing is left to do"
+
+
 def test_a_failed_run_does_not_stop_the_others(project):
     folder, command = project
     bad = command[-1].replace("train.learning_rate=1e-3,1e-2", "adapter.target_modules=[q_proj],[nonsense]")
