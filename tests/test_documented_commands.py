@@ -1,0 +1,63 @@
+"""Each workflow command in README.md and docs/ can be planned: its choices, keys and values exist and go together."""
+
+import re
+import shlex
+
+import pytest
+
+from temper.config.compose import split_overrides
+from temper.errors import UserError
+from temper.planning import planner
+from tests.conftest import ROOT
+from tests.test_documented_names import OWN
+
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+# A line in which a quoted value may go on in the next one.
+COMMAND = r"^ *(?:\$ )?(snakemake (?:[^\n\"]|\"[^\"]*\")*)"
+REFUSED = {'snakemake --cores 2 --config experiment=demo overrides="train.lr=1e-3"': "unknown key 'train.lr'"}
+
+
+def _commands() -> list[str]:
+    """Commands with the experiments and files that come with Temper; `<name>` and `...` stand for the reader's own."""
+    texts = [re.sub(r"\\\n\s*", " ", page.read_text(encoding="utf-8")) for page in PAGES]
+    found = {
+        command.partition("  #")[0].strip()
+        for text in texts
+        for command in re.findall(COMMAND, text, flags=re.MULTILINE)
+    }
+    return sorted(command for command in found if "..." not in command and "<" not in command and not _own(command))
+
+
+def _own(command: str) -> bool:
+    """Whether a command chooses a file that the reader is shown how to write."""
+    return any(f"{group}/{choice}" in OWN for group, choice in re.findall(r"(\w+)=([\w.]+)", command))
+
+
+def _plan(command: str):
+    words = shlex.split(command)
+    given = dict(word.split("=", 1) for word in words[words.index("--config") + 1 :])
+    assert given.keys() <= {"experiment", "sweep", "overrides"}
+    overrides = split_overrides(given.get("overrides", ""))
+    return planner.build(given.get("experiment"), given.get("sweep"), overrides)
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """An empty folder with the files that commands name as the reader's own."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("mine.txt", "flipped.txt"):
+        (tmp_path / name).write_text("1\t2.0\tA joy from start to end.\n", encoding="utf-8")
+
+
+@pytest.mark.parametrize("command", _commands())
+def test_a_command_of_the_docs_plans(command, folder):
+    if command in REFUSED:
+        with pytest.raises(UserError, match=re.escape(REFUSED[command])):
+            _plan(command)
+    else:
+        assert _plan(command).runs
+
+
+def test_commands_are_found():
+    assert set(REFUSED) < set(_commands())
+    assert len(_commands()) > 15
