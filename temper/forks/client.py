@@ -23,6 +23,8 @@ ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 def main(argv: list[str]) -> None:
     """Run ``argv``: a module's name and its arguments."""
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # without a word, until there is a job that says something
     connection = ask(argv)
     answer = connection.makefile("r") if connection else None
     first = _line(answer)

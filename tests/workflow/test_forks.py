@@ -4,8 +4,10 @@ import contextlib
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import psutil
@@ -175,6 +177,21 @@ def test_a_signal_to_the_client_reaches_the_job(surroundings, number):
     plain.send_signal(number)
     assert process.wait(timeout=20) == plain.wait(timeout=20) != 0
     assert gone(job)
+
+
+def test_an_interrupt_before_the_server_is_ready_ends_the_client_without_a_word(surroundings, tmp_path):
+    environment, _, _ = surroundings
+    with socket.socket(socket.AF_UNIX) as importing:
+        importing.bind(str(tmp_path / "1"))
+        importing.listen()
+        process = client(environment | {SOCKETS: str(tmp_path)}, "probe", "0")
+        connection, _ = importing.accept()
+        connection.recv(100)
+        time.sleep(0.5)
+        process.send_signal(signal.SIGINT)
+        assert process.communicate("", timeout=20) == ("", "")
+        connection.close()
+    assert process.returncode == -signal.SIGINT
 
 
 def test_without_its_server_a_job_goes_on_and_its_end_is_known(surroundings, tmp_path):

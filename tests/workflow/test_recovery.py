@@ -165,7 +165,7 @@ def test_a_training_killed_for_its_memory_is_named(project):
     assert killed.wait(timeout=900) == 1
     failed = [line for line in output(folder, "killed").splitlines() if line.startswith("failed: train_adapter")]
     assert failed
-    assert all("by the system for want of memory" in line for line in failed)
+    assert all("by the system because memory ran out" in line for line in failed)
     again = start(command, folder, "again")
     assert again.wait(timeout=900) == 0, output(folder, "again")
 
