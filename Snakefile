@@ -295,9 +295,12 @@ rule evaluate_model:
     resources:
         gpu=temper.gpus_per_job(),
     params:
-        references=temper.flags_of(
+        # Also an untouched model may come here, which a search asked for after this was read.
+        optional=temper.flags_of(
             PLAN,
             "evaluate_model",
+            "adapter",
+            "base_report",
             "references",
             "start_report",
             "first_report",
@@ -307,9 +310,7 @@ rule evaluate_model:
         "run steps.evaluate_model"
         " --model {input.model:q}"
         " --splits {input.splits:q}"
-        " --adapter {input.adapter:q}"
-        " --base-report {input.base_report:q}"
-        " {params.references}"
+        " {params.optional}"
         ' --plan "$TEMPER_PLAN"'
         " --output {output:q}"
         " 2>&1 | log_to {log:q}"

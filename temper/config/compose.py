@@ -439,8 +439,8 @@ def _configs(overrides: Overrides, base, axes: list[str], points: list[Point]) -
         for override in picked.values:
             _update(picked_base, override)
         config = validated(with_parts(plain.of(picked_base, axes, point)))
-        texts = dict(zip(axes, point, strict=True))
-        found.append(({key: text if key in known_groups else _at(config, key) for key, text in texts.items()}, config))
+        texts = zip(axes, point, strict=True)
+        found.append(({key: text if key in known_groups else _at(config, key, text) for key, text in texts}, config))
     return found
 
 
@@ -553,10 +553,12 @@ def _refuse_idle_axes(config, axes: Axes) -> None:
         raise UserError(f"sweep: train.max_steps={steps} ends each run, whatever {EPOCHS}: leave one out")
 
 
-def _at(config: dict, key: str):
-    """The value at a dotted key."""
+def _at(config: dict, key: str, text: str):
+    """The value at a dotted key; of a key that became another (train.warmup_ratio) what was written."""
     found: Any = config
     for part in key.split("."):
+        if isinstance(found, dict) and part not in found:
+            return text
         found = found[int(part)] if isinstance(found, list) else found[part]
     return found
 

@@ -113,8 +113,9 @@ def load_model(folder: Path, load: dict, quantization: dict | None = None):
         arguments["quantization_config"] = _bitsandbytes(quantization, dtype)
     if "quantization_config" in arguments or is_stored_quantized(config):
         arguments["device_map"] = {"": device()}  # a quantized model is created on its device
-        return _with_steady_weights(_network(folder, config, **arguments))
-    model = _network(folder, config, **arguments).to(device())
+        model = _with_steady_weights(_network(folder, config, **arguments))
+    else:
+        model = _network(folder, config, **arguments).to(device())
     if (folder / BUNDLED / "adapter_config.json").is_file():
         return put_on(model, folder / BUNDLED)
     return model

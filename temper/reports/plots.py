@@ -262,10 +262,12 @@ def _dots(axis, panel: dict) -> None:
 # --- sweeps --------------------------------------------------------------------------------------
 
 
-def axis_effect(points: list[dict], key: str, metric_name: str) -> str:
+def axis_effect(points: list[dict], key: str, metric_name: str, mean: bool) -> str:
     """The metric against one swept key: thin lines join runs that differ in this key only, the bold one is their mean.
 
-    `points`: {"x", "y", "interval" or None, "others": what the run has for the other keys, best: bool}
+    Args:
+        points: {"x", "y", "interval" or None, "others": what the run has for the other keys, best: bool}
+        mean: whether there is a bold line. A search gives up runs, so that its means are of different ones.
     """
     values = _ordered({point["x"] for point in points})
     numeric = all(_is_number(value) and not isinstance(value, bool) for value in values)
@@ -274,7 +276,7 @@ def axis_effect(points: list[dict], key: str, metric_name: str) -> str:
     def paint(axis):
         _families(axis, points, place)
         means = [_mean([point["y"] for point in points if point["x"] == value]) for value in values]
-        if len(values) < len(points):
+        if mean and len(values) < len(points):
             axis.plot([place(value) for value in values], means, color=THEME["ink"], linewidth=2.4, label="mean")
             axis.legend(loc="best")
         best = next((point for point in points if point["best"]), None)

@@ -8,6 +8,7 @@ from pathlib import Path
 from urllib.parse import quote
 
 from temper.config.compose import groups, hydra_text
+from temper.config.search import HALVING, TPE
 from temper.errors import visible
 from temper.evaluation.comparison import ComparedRun, RankedRun, Ranking, Recipe
 from temper.files import read_json_lines
@@ -25,6 +26,7 @@ def write_page(output: Path, config: dict, names: list[str], ranking: Ranking, b
         names: of the figures that the table shows.
     """
     keys, runs, bounds = swept_keys(board.rows), ranking.runs, config["eval"].get("gate")
+    searched = config["sweep"].get("strategy") in (HALVING, TPE)
     html.render(
         "sweep.html",
         output / "report.html",
@@ -54,7 +56,8 @@ def write_page(output: Path, config: dict, names: list[str], ranking: Ranking, b
         planned=len(config["runs"]),
         published=config["eval"]["published"],
         harness=board.harness,
-        effects=_effects(runs, keys, ranking.metric),
+        effects=_effects(runs, keys, ranking.metric, mean=not searched),
+        searched=searched,
         curves=plots.sweep_curves([(_label(run), curves_of(run)) for run in runs[: plots.MOST_CURVES]]),
         most_curves=plots.MOST_CURVES,
         other_losses=any(key.partition(".")[0] == "method" for key in keys),
@@ -93,7 +96,7 @@ def _label(run: ComparedRun) -> str:
     return ", ".join(f"{names[key]}={cell_text(value)}" for key, value in run.point.items()) or run.name
 
 
-def _effects(runs: list[RankedRun], keys: list[str], metric: str) -> list[str]:
+def _effects(runs: list[RankedRun], keys: list[str], metric: str, mean: bool) -> list[str]:
     """One plot per swept key that takes more than one value."""
     effects = []
     for key in keys:
@@ -108,7 +111,7 @@ def _effects(runs: list[RankedRun], keys: list[str], metric: str) -> list[str]:
             for run in runs
         ]
         if len({point["x"] for point in points}) > 1:
-            effects.append(plots.axis_effect(points, key, html.metric_name(metric)))
+            effects.append(plots.axis_effect(points, key, html.metric_name(metric), mean))
     return effects
 
 

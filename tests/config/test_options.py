@@ -59,6 +59,12 @@ def test_evaluations_and_checkpoints_every_few_steps(workspace, tiny_splits, tin
     assert saved == {4, 6, 8, 12}, "every fourth step, and the ends of the epochs"
 
 
+def test_a_key_that_becomes_another_can_be_an_axis():
+    runs = planner.build("smoke", "none", ["train.warmup_ratio=0.1,0.2"]).runs
+    assert [run.point for run in runs] == [{"train.warmup_ratio": "0.1"}, {"train.warmup_ratio": "0.2"}]
+    assert [run.config["train"]["warmup_steps"] for run in runs] == [0.1, 0.2]
+
+
 def test_a_share_of_the_steps_as_warmup(workspace, tiny_splits, tiny_model):
     config = planner.build("smoke", "none", ["train.warmup_ratio=0.5"]).runs[0].config["train"]
     assert config["warmup_steps"] == 0.5

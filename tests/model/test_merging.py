@@ -112,11 +112,15 @@ def test_in_memory_a_run_is_what_its_merged_folder_is(workspace, tiny_model, tin
     assert_same_network(uncompared.network(config.model.load.model_dump()), found)
 
 
-def test_a_base_stored_in_4_bits_is_merged_in_memory_as_in_its_folder(workspace, tiny_model, tiny_splits):
+@pytest.mark.parametrize("options", [[FLOAT32], ["adapter=prompt_tuning", FLOAT32]], ids=["LoRA", "virtual tokens"])
+def test_a_base_stored_in_4_bits_is_merged_in_memory_as_in_its_folder(workspace, tiny_model, tiny_splits, options):
     stored_in_4_bits(tiny_model, Path("base"))
-    merged("base", tiny_splits, [FLOAT32])
-    expected = evaluated("merged", tiny_splits, "report", [FLOAT32])
-    assert evaluated("base", tiny_splits, "in-memory", [FLOAT32]) == expected
+    merged("base", tiny_splits, options)
+    expected = evaluated("merged", tiny_splits, "report", options)
+    assert evaluated("base", tiny_splits, "in-memory", options) == expected
+    untouched = ["--model", "base", "--splits", str(tiny_splits), "--output", "untouched"]
+    evaluate_model.main([*untouched, *SMALL, FLOAT32])
+    assert json.loads(Path("untouched/metrics.json").read_text())["values"] != expected[0]["values"]
 
 
 def test_untied_and_tied_embeddings_that_were_trained_are_those_of_the_folder(workspace, tmp_path, tiny_splits):

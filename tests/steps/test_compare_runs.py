@@ -540,7 +540,7 @@ def test_each_text_is_in_the_legend_and_on_the_axis(sweep, texts):
     words = ["".join(node.itertext()) for node in legend.iter() if node.tag.endswith("text")]
     assert html.short(texts[0], 60) in words and "other" in words
     points = [{"x": text, "y": 0.5, "interval": None, "others": text, "best": False} for text in texts]
-    axis = ElementTree.fromstring(plots.axis_effect(points, "prompt.system", "accuracy"))
+    axis = ElementTree.fromstring(plots.axis_effect(points, "prompt.system", "accuracy", mean=True))
     words = ["".join(node.itertext()) for node in axis.iter() if node.tag.endswith("text")]
     assert html.short(texts[0], plots.LONGEST_TICK) in words
 
@@ -566,7 +566,7 @@ def test_figures_of_numbers_that_are_none():
     assert plots.loss_curves(lines) is None
     assert "<svg" in plots.loss_curves([*lines, {"step": 4, "loss": 0.5}])
     points = [{"x": x, "y": 0.5, "interval": None, "others": "", "best": False} for x in (10**400, 1, float("inf"))]
-    assert "<svg" in plots.axis_effect(points, "train.seed", "accuracy")
+    assert "<svg" in plots.axis_effect(points, "train.seed", "accuracy", mean=True)
 
 
 def test_a_thousand_runs_make_a_page_that_opens(sweep):
