@@ -90,6 +90,12 @@ class Growing:
         first = self.search.runs[0][1][1]
         tracking.check(first["tracking"])
         _refuse_cut(self.search.rungs, first)
+        self.is_search = self.search.sweep.strategy not in (GRID, RANDOM)
+        if self.is_search and first["eval"]["split"] == "test":
+            raise UserError(
+                f"sweep: strategy={self.search.sweep.strategy} would rank by the test split round after round, which "
+                "flatters what it chooses: rank by eval.split=validation"
+            )
         self.first, self.planner = first, _Planner(HashCache(STATE / "hashes.json"), self.search.rungs)
         self.shown = [text for text in shown if text.partition("=")[0].strip() not in parsed.axes]
         self.names: dict[Point, list[str]] = {}  # a point -> its runs, one of each seed
@@ -99,8 +105,7 @@ class Growing:
 
     def goes_on(self) -> bool:
         """Add the next round, if this one is ranked and there is another."""
-        is_search = self.search.sweep.strategy not in (GRID, RANDOM)
-        if not (is_search and self.plan.is_made(self.plan.ranking) and self.search.tell(self._losses())):
+        if not (self.is_search and self.plan.is_made(self.plan.ranking) and self.search.tell(self._losses())):
             return False
         self._add_round()
         return True

@@ -131,6 +131,7 @@ def test_a_decay_branches_off_at_each_rung(workspace):
         (("train.lr_scheduler_type=cosine",), "lr_scheduler_type=cosine depends on the total: choose constant_with"),
         (("train.warmup_steps=0.1",), "train.warmup_steps=0.1 is a share of the total: give a number of steps"),
         (("sweep.rungs=[1,2]",), "sweep.rungs and an axis"),
+        (("eval.split=test",), "round after round, which flatters what it chooses: rank by eval.split=validation"),
         (SFT_FIRST, "which method.sft would take over, .* set method.sft.train.num_train_epochs"),
         (("sweep.strategy=grid", "sweep.rungs=[1]"), "'rungs' is for strategy 'halving' and 'tpe'"),
     ],
