@@ -89,7 +89,6 @@ class Growing:
         self.search = Search(parsed)
         first = self.search.runs[0][1][1]
         tracking.check(first["tracking"])
-        _refuse_cut(self.search.rungs, first)
         self.is_search = self.search.sweep.strategy not in (GRID, RANDOM)
         if self.is_search and first["eval"]["split"] == "test":
             raise UserError(
@@ -127,6 +126,7 @@ class Growing:
         runs = {run.name: run for run in self.plan.runs}
         for point, (values, config) in self.search.runs:
             check_metric(config["eval"])
+            _refuse_cut(self.search.rungs, config)
             for data in all_data_sets(config):
                 if data not in self.known:
                     raw_data.check_options(data)

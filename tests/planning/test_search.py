@@ -129,6 +129,7 @@ def test_a_decay_branches_off_at_each_rung(workspace):
     ("overrides", "message"),
     [
         (("train.lr_scheduler_type=cosine",), "lr_scheduler_type=cosine depends on the total: choose constant_with"),
+        (("train.lr_scheduler_type=constant,cosine",), "lr_scheduler_type=cosine depends on the total"),
         (("train.warmup_steps=0.1",), "train.warmup_steps=0.1 is a share of the total: give a number of steps"),
         (("sweep.rungs=[1,2]",), "sweep.rungs and an axis"),
         (("eval.split=test",), "round after round, which flatters what it chooses: rank by eval.split=validation"),
