@@ -35,22 +35,28 @@ def arguments(parser) -> None:
 
 def run(arguments) -> None:
     """Print what would be made."""
-    plan = planner.build(arguments.experiment, arguments.sweep, arguments.overrides, arguments.config_dir)
-    print("\n".join(map(visible, explain(plan, arguments.cores).split("\n"))))
+    found = planner.growing(arguments.experiment, arguments.sweep, arguments.overrides, arguments.config_dir)
+    likely = found.likely() if found.plan.coming else None
+    print("\n".join(map(visible, explain(found.plan, arguments.cores, likely).split("\n"))))
 
 
-def explain(plan: planning.Plan, cores: int = 1) -> str:
-    """The explanation as text: what is to be made and why, grouped by stage and reason, and the forecast."""
+def explain(plan: planning.Plan, cores: int = 1, likely: planning.Plan | None = None) -> str:
+    """The explanation as text: what is to be made and why, grouped by stage and reason, and the forecast.
+
+    Args:
+        likely: of a search, the plan with the rounds that are to come, for the forecast.
+    """
     missing, damaged = {job.path: job for job in plan.missing()}, plan.damaged()
     if not missing:
         return f"sweep {plan.sweep}: all {len(plan.runs)} run(s) are there; at most the comparison runs"
-    archive, forecast = Archive(), Forecast(plan, cores)
+    archive, forecast = Archive(), Forecast(likely or plan, cores)
+    for job in likely.missing() if likely else missing.values():
+        forecast.add(job, archive.most_similar(job))
     groups: dict[tuple[str, str], list[str]] = {}
     for job in missing.values():
         like = archive.most_similar(job)
         wrong = [f"not whole: {damaged[job.path]}"] if job.path in damaged else reasons(job, like, missing)
         groups.setdefault((job.stage, "; ".join(wrong)), []).append(Path(job.path).name)
-        forecast.add(job, like)
     lines = [f"sweep {plan.sweep}: {len(missing)} job(s) to run, and the comparison"]
     for (stage, reason), names in sorted(groups.items(), key=lambda group: list(STAGES).index(group[0][0])):
         lines.append(f"  {stage}: {reason}")
@@ -58,7 +64,7 @@ def explain(plan: planning.Plan, cores: int = 1) -> str:
         if len(names) > MOST_JOBS:
             lines.append(f"      and {len(names) - MOST_JOBS} more")
     if plan.coming:
-        lines.append(f"the search goes on{plan.then()}; the forecast is without these")
+        lines.append(f"the search goes on{plan.then()}: the forecast is {'with' if likely else 'without'} these")
     return "\n".join([*lines, forecast.text(), *filter(None, [idle_cores(plan, cores)])])
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from temper import yaml_files
 from temper.config.schema import Sweep
-from temper.config.search import EPOCHS, MOST_POINTS, Axes, Point, refuse_more, rounds, rungs_of
+from temper.config.search import AHEAD, EPOCHS, MOST_POINTS, Axes, Point, refuse_more, rounds, rungs_of
 from temper.config.space import Interval, interval
 from temper.config.validate import checked, validated
 from temper.errors import UserError, suggest, words
@@ -397,7 +397,7 @@ class Search:
         points = next(again)
         with contextlib.suppress(StopIteration):
             while True:
-                points = again.send({point: self.told.get(point, place - 1e9) for place, point in enumerate(points)})
+                points = again.send({point: self.told.get(point, place - AHEAD) for place, point in enumerate(points)})
                 if not known.issuperset(points):
                     rung = {self.rungs.key: points[0][-1]} if self.rungs.key else {}
                     found.append({"runs": len(points) * self._repeats, **rung})

@@ -21,6 +21,7 @@ from temper.files import whole_file
 GRID, RANDOM, HALVING, TPE = "grid", "random", "halving", "tpe"
 EPOCHS, STEPS = "train.num_train_epochs", "train.max_steps"  # what rungs are counted in
 MOST_POINTS = 10_000  # of one sweep: planning them takes a minute
+AHEAD = 1e9  # a loss that is lower by so much is the best, for points whose loss is not known yet
 MOST_DERIVED = 3  # rungs below the whole training, where the config names none
 
 Point = tuple[str, ...]

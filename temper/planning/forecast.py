@@ -5,9 +5,11 @@ The time of all is that of jobs started as soon as their inputs are there and co
 """
 
 import dataclasses
+import functools
 import heapq
 import os
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 
 from temper.files import read_json
@@ -27,7 +29,7 @@ class Made:
     def __post_init__(self):
         self.items = set_items(self.config)
 
-    @property
+    @functools.cached_property
     def bytes(self) -> int:
         return sum(path.stat().st_size for path in self.path.rglob("*") if path.is_file())
 
@@ -41,23 +43,40 @@ class Archive:
     """The artefacts of each stage that are in results/, read once."""
 
     def __init__(self):
-        self.stages: dict[Path, list[Made]] = {}
+        self.stages: dict[Path, list[tuple[Made, int, int]]] = {}  # folder -> artefacts, with their masks
+        self.found: dict[str, Made | None] = {}  # by the job's path
+        self.bits: dict[tuple, int] = {}  # of a mask: one for each item of a config, and for each input
 
     def most_similar(self, job) -> Made | None:
         """Of the artefacts of the job's stage, the one whose inputs and config differ least; the newest of equals."""
+        if job.path not in self.found:
+            self.found[job.path] = self._most_similar(job)
+        return self.found[job.path]
+
+    def _most_similar(self, job) -> Made | None:
         folder = Path(job.path).parent
         if folder not in self.stages:
-            self.stages[folder] = [made for path in folder.glob("*/provenance.json") if (made := _read(path.parent))]
-        items, names = set_items(flat(job.config)), set(job.inputs) - {"previous"}
-        alike = [made for made in self.stages[folder] if set(made.provenance["inputs"]) == names]
-        return min(
-            alike, key=lambda made: (_distance(job, items, made), -made.provenance.get("ended", 0)), default=None
+            there = [made for path in folder.glob("*/provenance.json") if (made := _read(path.parent))]
+            self.stages[folder] = [
+                (made, self._mask(made.items), self._mask(_inputs(made.provenance["inputs"]))) for made in there
+            ]
+        items, inputs = self._mask(set_items(flat(job.config))), self._mask(_inputs(job.inputs))
+        names = job.inputs.keys() - {"previous"}
+        alike = (
+            ((items ^ theirs).bit_count() + (inputs ^ read).bit_count() // 2 + (not same_part(job, made)), made)
+            for made, theirs, read in self.stages[folder]
+            if made.provenance["inputs"].keys() == names
         )
+        newest = min(alike, key=lambda pair: (pair[0], -pair[1].provenance.get("ended", 0)), default=None)
+        return newest and newest[1]
+
+    def _mask(self, items: Iterable[tuple]) -> int:
+        """A set as a number: those of a thousand jobs and a thousand artefacts are compared a million times."""
+        return sum(1 << self.bits.setdefault(item, len(self.bits)) for item in items)
 
 
-def _distance(job, items: frozenset, made: Made) -> int:
-    inputs = sum(made.provenance["inputs"].get(name) != path for name, path in job.inputs.items() if name != "previous")
-    return inputs + len(items ^ made.items) + (not same_part(job, made))
+def _inputs(inputs: dict[str, str]) -> set[tuple]:
+    return {("input", *item) for item in inputs.items() if item[0] != "previous"}
 
 
 def same_part(job, made: Made) -> bool:
@@ -136,22 +155,33 @@ class Forecast:
 
     def wall_clock(self) -> float:
         """Seconds from start to end when every job starts as soon as it can. Needs are met in the plan's order."""
-        free, clock, ended = self.cores, 0.0, {}
-        waiting = [path for path in self.plan.jobs if path in self.jobs]
+        free, clock = self.cores, 0.0
+        places = {path: place for place, path in enumerate(path for path in self.plan.jobs if path in self.jobs)}
+        needs = {path: {need for need in self.plan.jobs[path].inputs.values() if need in self.jobs} for path in places}
+        wanted_by: dict[str, list[str]] = {}
+        for path, some in needs.items():
+            for need in some:
+                wanted_by.setdefault(need, []).append(path)
+        ready = [(place, path) for path, place in places.items() if not needs[path]]
         running: list[tuple[float, str, int]] = []
-        while waiting or running:
-            for path in list(waiting):
-                job = self.plan.jobs[path]
-                cores = min(job.config.get("num_threads", 1), self.cores)
-                if cores <= free and not any(need in self.jobs and need not in ended for need in job.inputs.values()):
-                    free -= cores
-                    waiting.remove(path)
-                    heapq.heappush(running, (clock + self.jobs[path], path, cores))
-                if not free:
-                    break
+        while ready or running:
+            passed = []  # which want more cores than are free
+            while ready and free:
+                place, path = heapq.heappop(ready)
+                cores = min(self.plan.jobs[path].config.get("num_threads", 1), self.cores)
+                if cores > free:
+                    passed.append((place, path))
+                    continue
+                free -= cores
+                heapq.heappush(running, (clock + self.jobs[path], path, cores))
+            for one in passed:
+                heapq.heappush(ready, one)
             clock, path, cores = heapq.heappop(running)
             free += cores
-            ended[path] = clock
+            for other in wanted_by.get(path, ()):
+                needs[other].discard(path)
+                if not needs[other]:
+                    heapq.heappush(ready, (places[other], other))
         return clock
 
     def text(self) -> str:

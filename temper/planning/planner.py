@@ -12,7 +12,7 @@ from temper.config.audit import check as check_audit
 from temper.config.best import JUDGING
 from temper.config.compose import Search, chosen_experiment, own_folder, parse_overrides, split_overrides, use_folder
 from temper.config.schema import STRATEGIES_OF, WITH_REFERENCE, Merge, Probe, Quantization, Sweep
-from temper.config.search import EPOCHS, GRID, RANDOM, Point, Rungs, write_study
+from temper.config.search import AHEAD, EPOCHS, GRID, RANDOM, Point, Rungs, write_study
 from temper.config.stages import FOLDERS, PLATEAU, STAGES, keys_hidden, numbered, stage_config
 from temper.config.validate import all_data_sets, data_sets, documents_config, has_pairs, sft_config
 from temper.errors import UserError
@@ -85,6 +85,7 @@ class Growing:
     """
 
     def __init__(self, overrides: list[str], shown: list[str]):
+        self.overrides = overrides
         parsed = parse_overrides(overrides)
         self.search = Search(parsed)
         first = self.search.runs[0][1][1]
@@ -108,6 +109,16 @@ class Growing:
             return False
         self._add_round()
         return True
+
+    def likely(self) -> Plan:
+        """The plan with all rounds, as if the first points of each round to come were the best: for a forecast."""
+        again = Growing(self.overrides, [])
+        told = self.search.told
+        while again.search.tell(
+            {point: told.get(point, place - AHEAD) for place, point in enumerate(again.search.points)}
+        ):
+            again._add_round()
+        return again.plan
 
     def write_study(self, path: Path) -> None:
         """Write a search as a study of Optuna."""

@@ -53,6 +53,10 @@ def test_halving_trains_the_better_half_on(workspace):
     ]
     assert "then, by the ranking 2 of num_train_epochs=1, 1 of num_train_epochs=2" in describe(found.plan)
     assert "the search goes on, and then" in explain(found.plan)
+    likely = found.likely()
+    assert points(likely)[4:] == [(1e-4, 1), (2e-4, 1), (1e-4, 2)], "as if the first were the best"
+    assert explain(found.plan, 2, likely).endswith("the forecast is with these\nforecast: nothing to go by yet")
+    assert len(found.plan.runs) == 4
     assert not found.goes_on(), "nothing is ranked yet"
     rank(found.plan)
     assert found.goes_on() and points(found.plan)[4:] == [(4e-4, 1), (3e-4, 1)]
