@@ -2,7 +2,7 @@
 
     python -m tests.benchmarks.overhead [--runs 10000]
 
-Prints a Markdown table, of seconds of computing beside those on the clock, which other work prolongs. The last figure is
+Prints a Markdown table, of seconds of computing beside those on the clock, which other work prolongs. The last one is
 the wall time of a real sweep of a tiny model on one core, less the seconds that its steps measured themselves, by job:
 Snakemake, the shell, the start of Python.
 """
@@ -78,6 +78,8 @@ def _pretend_made(folder: Path, planned: plan.Plan) -> None:
         path.mkdir(parents=True, exist_ok=True)
         for name in ("provenance.json", "leaderboard.csv", "leaderboard.json", "report.html"):
             (path / name).write_text("{}")
+        if job.stage == "tokenize_splits":  # which planning reads
+            (path / "audit.json").write_text('{"max_length": 1, "splits": {}}')
     names, first = [run.name for run in planned.runs], planned.runs[0].name
     ranking = {"metric": "accuracy", "order": [[name] for name in names], "tied": [first], "chosen": first}
     (folder / planned.ranking.path / plan.RANKING).write_text(json.dumps({**ranking, "tested": [first]}))
