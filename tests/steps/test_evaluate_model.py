@@ -10,6 +10,7 @@ from temper.config.schema import Eval
 from temper.evaluation import generation, likelihoods
 from temper.evaluation.figures import read_figures
 from temper.files import read_json_lines
+from temper.model import serving
 from temper.model.loading import load_model, load_tokenizer, stop_token_ids
 from temper.reports import run_page
 from tests.support.tiny import make_tiny_model, make_tiny_splits
@@ -217,20 +218,25 @@ def test_the_models_own_generation_defaults_stay_out(model, tokenizer, rows, fol
 
 
 def evaluate(folder, output, settings, *flags, splits="splits"):
-    arguments = ["--model", str(folder / "model"), "--splits", str(folder / splits), "--output", str(output)]
+    model = folder / ("merged" if "--adapter" in flags else "model")
+    arguments = ["--model", str(model), "--splits", str(folder / splits), "--output", str(output)]
     evaluate_model.main([*arguments, "--config", json.dumps(settings), *map(str, flags)])
     return json.loads((output / "metrics.json").read_text())
 
 
 @pytest.fixture(scope="module")
 def adapter(folder):
+    """The curves of a training, which came to merged/: the same model again, so that its figures are known."""
     adapter = folder / "adapter"
+    shutil.copytree(folder / "model", folder / "merged")
     adapter.mkdir()
     lines = [{"step": step, "epoch": step / 10, "loss": 4.0 / step} for step in range(1, 11)]
     lines += [{"step": 10, "epoch": 1.0, "eval_loss": 0.5}, {"step": 11, "epoch": 1.1, "loss": None}]
     (adapter / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     (adapter / "training.json").write_text(json.dumps({"train_seconds": 12.0, "trainable_parameters": 1024}))
     (adapter / "config.yaml").write_text("train: {learning_rate: 0.001}\n")
+    for made in (adapter, folder / "merged"):
+        serving.write(made, {**serving.of_folder(folder / "model"), serving.BASE: "of another model"})
     return adapter
 
 
