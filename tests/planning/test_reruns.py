@@ -268,8 +268,8 @@ MATRIX = (
             ),
             (
                 MERGE_CODE,
-                "_Merging(config, model, adapter, splits)",
-                "_Merging(\n\n            config, model,adapter, splits)",
+                " Merging(config, model, adapter, splits)",
+                " Merging(\n\n            config, model,adapter, splits)",
             ),
             (LOSS_CODE, "The training loss:", "What is minimised:"),
             (
