@@ -173,7 +173,7 @@ MATRIX = (
     ),
     Edit("`merge.dtype=bfloat16`", MERGE, "merge.dtype=bfloat16", fast=False),
     Edit("`merge=all`", WRITE, "merge=all"),  # the other run's
-    Edit("`merge=none`", {}, "merge=none", back={}),
+    Edit("`merge=none`", COMPARE, "merge=none"),
     Edit("`eval.max_new_tokens=4`", EVALUATE, "eval.max_new_tokens=4"),
     Edit(
         "add a value to an axis of `conf/sweep/mine.yaml`",
@@ -214,7 +214,7 @@ MATRIX = (
     Edit(
         "a statement in `steps/tokenize_splits.py`",
         TOKENIZE,
-        files=(("steps/tokenize_splits.py", "ROWS = 1000", "ROWS = 500"),),
+        files=(("steps/tokenize_splits.py", LOG, OTHER_LOG),),
         fast=False,
     ),
     Edit(
