@@ -59,7 +59,10 @@ def rungs_of(sweep: Sweep, axes: Axes, train_config: Callable[[], dict]) -> tupl
     others = {name: values for name, values in axes.items() if name != key}
     if sweep.rungs is not None:
         if key in axes:
-            raise UserError(f"sweep: sweep.rungs and an axis {key} are two ways to say one thing: leave one out")
+            raise UserError(
+                f"sweep: sweep.rungs and an axis {key} are two ways to say one thing: leave one out (a fixed value, "
+                f"{key}={sweep.rungs[-1]:g}, takes the axis out)"
+            )
         return Rungs(key, _texts(sweep.rungs, key)), others
     if key in axes:
         values = axes[key]

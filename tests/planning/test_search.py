@@ -151,6 +151,10 @@ def test_what_cannot_be_cut_is_refused(workspace, overrides, message):
 def test_what_a_message_proposes_is_taken(workspace):
     growing(*HALVING, "train=warmup_stable_decay")
     growing(*HALVING, "train.lr_scheduler_type=constant_with_warmup")
+    rungs = ["sweep.strategy=halving", "sweep.rungs=[1,2]"]
+    with pytest.raises(UserError, match=r"a fixed value, train.num_train_epochs=2, takes the axis out"):
+        planner.build("demo", None, rungs)
+    planner.build("demo", None, [*rungs, "train.num_train_epochs=2"])
     planner.build("sft_dpo", "none", ["sweep.strategy=halving", RATES, "method.sft.train.num_train_epochs=2"])
 
 
