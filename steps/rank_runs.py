@@ -17,7 +17,8 @@ from pathlib import Path
 
 from temper.config.stages import RankRuns
 from temper.errors import UserError
-from temper.evaluation.comparison import rank
+from temper.evaluation.comparison import Ranking, rank
+from temper.evaluation.metrics import lower_is_better
 from temper.files import json_text, write_whole
 from temper.planning.plan import RANKING
 from temper.step import run_command
@@ -50,7 +51,20 @@ def run(config: RankRuns, output: Path) -> dict:
     }
     write_whole(output / RANKING, json_text(content))
     log.info("chosen by %s on %s: %s", ranking.metric, ranking.split, ranking.chosen.name)
+    if note := unlearned(ranking):
+        log.info("note: %s", note)
     return {"inputs": {run["name"]: run["report"] for run in config.runs}}
+
+
+def unlearned(ranking: Ranking) -> str | None:
+    """What is to be said where no run is better than the untouched model: a search that goes by that goes by chance."""
+    base, best = (ranking.best.figures.base or {}).get(ranking.metric), ranking.recipes[0].mean
+    if base is None or (best < base if lower_is_better(ranking.metric) else best > base):
+        return None
+    return (
+        f"no run is better than the untouched model ({ranking.metric} {base:.3f}), so this order says little of longer "
+        "trainings; in a search, begin with a longer rung (sweep.rungs)"
+    )
 
 
 def main(argv=None) -> None:

@@ -654,3 +654,16 @@ def test_of_a_large_sweep_a_terminal_gets_the_first_lines(sweep):
     assert f"and 1,180 more runs: {output / 'leaderboard.csv'}" in text
     assert len(text.splitlines()) < 40
     assert "more runs" not in leaderboard.leaderboard_text(board, output)
+
+
+@pytest.mark.parametrize(("base", "said"), [(0.5, False), (0.95, True), (0.99, True), (None, False)])
+def test_a_ranking_of_runs_that_learned_nothing_yet_says_so(tmp_path, base, said):
+    runs = [
+        {"name": name, "point": {"adapter.r": name}, "report": write_report(tmp_path / name, accuracy, 0.3, base)}
+        for name, accuracy in (("a", 0.95), ("b", 0.9))
+    ]
+    settings = Eval(task="labels", labels=["negative", "positive"]).model_dump(mode="json")
+    note = rank_runs.unlearned(rank_runs.rank(runs, settings))
+    assert bool(note) is said
+    if note:
+        assert f"no run is better than the untouched model (accuracy {base:.3f})" in note
