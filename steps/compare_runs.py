@@ -35,6 +35,7 @@ from temper.keys import stage_key
 from temper.planning import plan
 from temper.provenance import provenance
 from temper.reports.leaderboard import (
+    BOARD,
     Board,
     csv_text,
     end_at_gate,
@@ -80,7 +81,7 @@ def compare(config: dict, output: Path) -> Board:
     write_whole(output / "leaderboard.csv", csv_text(rows))
     board = _board(config, ranking, rows)
     write_page(output, config, names, ranking, board)
-    write_whole(output / "leaderboard.json", json_text(finite(board.model_dump())))
+    write_whole(output / BOARD, json_text(finite(board.model_dump())))
     return board
 
 

@@ -117,13 +117,16 @@ def check_name(path: Path, what: str) -> None:
 
 def locked(output: Path):
     """Hold the output's lock, so that no second command or orphan of a killed one works on it at the same time."""
-    lock = _locks(output.parent) / f"{output.name}.lock"
-    return _holding(lock, f"another process is making {output}: waiting for it")
+    return _holding(_lock_of(output), f"another process is making {output}: waiting for it")
 
 
 def _temporary_locked(parent: Path):
     """Hold the lock on making and removing temporary folders, so that a new one is not taken for a leftover."""
     return _holding(_locks(parent) / "temporary", f"another process tidies {parent}: waiting for it")
+
+
+def _lock_of(output: Path) -> Path:
+    return _locks(output.parent) / f"{output.name}.lock"
 
 
 def _locks(parent: Path) -> Path:
@@ -158,7 +161,7 @@ def is_locked(output: Path) -> bool:
     """Whether a process works on `output` at this moment."""
     import filelock
 
-    lock = filelock.FileLock(_locks(output.parent) / f"{output.name}.lock")
+    lock = filelock.FileLock(_lock_of(output))
     try:
         lock.acquire(timeout=0)
     except filelock.Timeout:
@@ -169,18 +172,8 @@ def is_locked(output: Path) -> bool:
 
 def delete(folder: Path) -> None:
     """Delete a folder that no step is making: it disappears by one rename, so that no half of it can be left."""
-    import filelock
-
-    with locked(folder):
-        with _temporary_locked(folder.parent):
-            place = Path(tempfile.mkdtemp(prefix=TEMPORARY, dir=folder.parent))
-            owner = filelock.FileLock(place / OWNER)
-            owner.acquire()
-        try:
-            folder.rename(place / folder.name)
-        finally:
-            shutil.rmtree(place, ignore_errors=True)
-            owner.release()
+    with locked(folder), _own_place(folder.parent) as place:
+        folder.rename(place / folder.name)
 
 
 @contextlib.contextmanager
@@ -189,21 +182,28 @@ def temporary_folder(output: Path):
 
     It has the name of `output` and is inside a new folder beside it.
     """
-    import filelock
-
     output.parent.mkdir(parents=True, exist_ok=True)
-    with _temporary_locked(output.parent):
-        _remove_leftovers(output.parent)
-        place = Path(tempfile.mkdtemp(prefix=TEMPORARY, dir=output.parent))
-        owner = filelock.FileLock(place / OWNER)
-        owner.acquire()
-    try:
+    with _own_place(output.parent) as place:
         folder = place / output.name
         folder.mkdir()
         yield folder
         if output.exists():
             set_aside(output)
         folder.rename(output)
+
+
+@contextlib.contextmanager
+def _own_place(parent: Path):
+    """A new folder in `parent` that goes away with its content at the end, or else with the leftovers of the killed."""
+    import filelock
+
+    with _temporary_locked(parent):
+        _remove_leftovers(parent)
+        place = Path(tempfile.mkdtemp(prefix=TEMPORARY, dir=parent))
+        owner = filelock.FileLock(place / OWNER)
+        owner.acquire()
+    try:
+        yield place
     finally:
         shutil.rmtree(place, ignore_errors=True)
         owner.release()

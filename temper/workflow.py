@@ -30,8 +30,8 @@ if TYPE_CHECKING:
     from temper.reports.leaderboard import Board
 
 FROZEN = "TEMPER_PLAN"  # environment variable: jobs parse the Snakefile again, and read this plan
-FROZEN_HERE: list[dict[str, str]] = []  # what was asked for when this process froze its plan
-GROWING: list[planner.Growing] = []  # the plan of this process: a search adds runs to it
+# What was asked for when this process froze its plan, and that plan: a search adds runs to it.
+FROZEN_HERE: list[tuple[dict[str, str], planner.Growing]] = []
 STARTED = time.time()  # older logs are not from this command
 CONFIG_KEYS = ("experiment", "sweep", "overrides", "conf_dir")
 
@@ -56,13 +56,12 @@ def load_plan(config: dict, workflow) -> planning.Plan:
                 )
         if not os.environ.get(FROZEN):
             growing = planner.growing(**asked)
-            FROZEN_HERE.append(asked)
-            GROWING.append(growing)
+            FROZEN_HERE.append((asked, growing))
             _freeze(growing.plan)
             for path, wrong in growing.plan.damaged().items():
                 print(f"{path} is not whole ({wrong}): it is made again", file=sys.stderr)
             return growing.plan
-        if FROZEN_HERE and asked not in FROZEN_HERE:
+        if any(before != asked for before, _ in FROZEN_HERE):
             raise UserError("a workflow can hold one sweep as its module: run the other one by a command of its own")
         return planning.load(os.environ[FROZEN])
 
@@ -171,10 +170,11 @@ def _grow(plan: planning.Plan, checkpoints) -> None:
         checkpoints.rank_runs.get(name=Path(plan.ranking.path).name)
         before = len(plan.runs)
         with one_line_errors():
-            if not any(growing.plan is plan and growing.goes_on() for growing in GROWING):
+            if not any(growing.plan is plan and growing.goes_on() for _, growing in FROZEN_HERE):
                 return
             _freeze(plan)
-        print(f"ranked: the search goes on with {len(plan.runs) - before} run(s){plan.then()}", file=sys.stderr)
+        later = f", and then by their ranking {plan.later}" if plan.later else ""
+        print(f"ranked: the search goes on with {len(plan.runs) - before} run(s){later}", file=sys.stderr)
 
 
 def _freeze(plan: planning.Plan) -> None:
@@ -384,7 +384,7 @@ def on_success(plan: planning.Plan) -> None:
         return
     with one_line_errors():
         folder = Path(plan.leaderboard).parent
-        for growing in GROWING:
+        for _, growing in FROZEN_HERE:
             growing.write_study(folder / "study.db")
         board = read_board(folder)
         print(leaderboard_text(board, folder))

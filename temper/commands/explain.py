@@ -64,7 +64,8 @@ def explain(plan: planning.Plan, cores: int = 1, likely: planning.Plan | None = 
         if len(names) > MOST_JOBS:
             lines.append(f"      and {len(names) - MOST_JOBS} more")
     if plan.coming:
-        lines.append(f"the search goes on{plan.then()}: the forecast is {'with' if likely else 'without'} these")
+        having = "with" if likely else "without"
+        lines.append(f"the search goes on, and then by their ranking {plan.later}: the forecast is {having} these")
     return "\n".join([*lines, forecast.text(), *filter(None, [idle_cores(plan, cores)])])
 
 

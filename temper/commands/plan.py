@@ -43,7 +43,7 @@ def describe(plan: planning.Plan) -> str:
         state = "to do" if run.artefacts["evaluate_model"] in paths else "done"
         lines.append(visible(f"  {state:5}  {run.name}  {point}".rstrip()))
     if plan.coming:
-        lines.append(f"  then, by the ranking{plan.then().removeprefix(', and then by their ranking')}")
+        lines.append(f"  then, by the ranking {plan.later}")
     lines += [f"not whole, and made again: {path} ({wrong})" for path, wrong in plan.damaged().items()]
     counts = collections.Counter(job.stage for job in missing)
     todo = ", ".join(f"{stage} {count}" for stage, count in counts.items())

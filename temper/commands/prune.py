@@ -134,7 +134,7 @@ def _adapters() -> Iterator[Item]:
 
 
 def _reports() -> Iterator[Item]:
-    rows = [row for board in kept.sweeps().values() for row in board]
+    rows = [row for board in kept.sweeps().values() for row in board.rows]
     shown = {Path(row[name]).name for row in rows for name in ("report", "test_report") if row.get(name)}
     read = _inputs("evaluate_model")
     for folder, made in _made("evaluate_model"):
@@ -158,11 +158,11 @@ def _of_sweep(name: str) -> set[Path]:
     """The folders of a sweep's runs."""
     from temper.runs import find as runs
 
-    rows = kept.sweeps().get(name)
-    if rows is None:
+    board = kept.sweeps().get(name)
+    if board is None:
         raise UserError(f"--sweep {name}: has no leaderboard in {RESULTS}/sweeps")
     found: set[Path] = set()
-    for row in rows:
+    for row in board.rows:
         report = Path(row["report"])
         parts = [] if row.get("diverged_at_step") or not report.is_dir() else runs.find(str(report)).parts.values()
         found |= {part.resolve() for part in (report, *parts)}

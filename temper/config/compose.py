@@ -13,7 +13,7 @@ from typing import Any
 
 from temper import yaml_files
 from temper.config.schema import Sweep
-from temper.config.search import AHEAD, EPOCHS, MOST_POINTS, Axes, Point, refuse_more, rounds, rungs_of
+from temper.config.search import EPOCHS, MOST_POINTS, RANDOM, Axes, Point, guessed, refuse_more, rounds, rungs_of
 from temper.config.space import Interval, interval
 from temper.config.validate import checked, validated
 from temper.errors import UserError, suggest, words
@@ -381,7 +381,7 @@ class Search:
     def axes(self) -> dict[str, list[str]]:
         """key -> values as text: those of the config, or of an interval those that were drawn."""
         of_points = dict(zip(self.keys, zip(*self._all, strict=True), strict=True)) if self._all[0] else {}
-        drawn = self.sweep.strategy == "random"
+        drawn = self.sweep.strategy == RANDOM
         found = {
             key: sorted(set(of_points[key]), key=_order) if drawn or isinstance(values, Interval) else values
             for key, values in self.asked.items()
@@ -397,7 +397,7 @@ class Search:
         points = next(again)
         with contextlib.suppress(StopIteration):
             while True:
-                points = again.send({point: self.told.get(point, place - AHEAD) for place, point in enumerate(points)})
+                points = again.send(guessed(points, self.told))
                 if not known.issuperset(points):
                     rung = {self.rungs.key: points[0][-1]} if self.rungs.key else {}
                     found.append({"runs": len(points) * self._repeats, **rung})

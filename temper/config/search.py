@@ -18,10 +18,11 @@ from temper.config.space import TRIES, Interval, as_text, distributions, drawn, 
 from temper.errors import UserError
 from temper.files import whole_file
 
-GRID, RANDOM, HALVING, TPE = "grid", "random", "halving", "tpe"
+RANDOM, HALVING, TPE = "random", "halving", "tpe"
+SEARCHES = (HALVING, TPE)  # strategies that go on by what came out
 EPOCHS, STEPS = "train.num_train_epochs", "train.max_steps"  # what rungs are counted in
 MOST_POINTS = 10_000  # of one sweep: planning them takes a minute
-AHEAD = 1e9  # a loss that is lower by so much is the best, for points whose loss is not known yet
+AHEAD = 1e9  # a loss that is lower by so much is the best
 MOST_DERIVED = 3  # rungs below the whole training, where the config names none
 
 Point = tuple[str, ...]
@@ -146,6 +147,15 @@ def _refuse_no_axes(sweep: Sweep, axes: Axes) -> None:
         raise UserError(f"sweep: strategy={sweep.strategy} draws values of axes, and there are none: give sweep.axes")
 
 
+def guessed(points: list[Point], told: dict[Point, float]) -> dict[Point, float]:
+    """Losses for a look ahead: what is known, and for other points as if they came out best, the first one before all.
+
+    Args:
+        told: the losses that are known.
+    """
+    return {point: told.get(point, place - AHEAD) for place, point in enumerate(points)}
+
+
 def _halving(points: list[Point], rungs: tuple[str, ...], eta: int) -> Rounds:
     """Successive halving: train all to the first rung, the best 1/eta of them on to the next, and so on.
 
@@ -176,16 +186,17 @@ def _tpe(sweep: Sweep, axes: Axes, rungs: tuple[str, ...]) -> Rounds:
     assert sweep.n, "the schema asks for it"
     refuse_more(sweep.n, list(axes))
     told: dict[Point, list[float]] = {}  # point -> its losses, one of each rung that it reached
-    at_rung: list[list[float]] = [[] for _ in rungs or ("",)]
+    ends: list[Point] = [(rung,) for rung in rungs] or [()]
+    at_rung: list[list[float]] = [[] for _ in ends]
     while len(told) < sweep.n:
         startup = 2 * sweep.points_per_round if not told else sweep.points_per_round
         asked = _asked(sweep, axes, told, min(startup, sweep.n - len(told)), len(at_rung))
         if not asked:
             return
         told |= {point: [] for point in asked}
-        for rung, before in zip(rungs or (None,), at_rung, strict=True):
-            losses = yield [point if rung is None else (*point, rung) for point in asked]
-            found = {point: losses[point if rung is None else (*point, rung)] for point in asked}
+        for end, before in zip(ends, at_rung, strict=True):
+            losses = yield [point + end for point in asked]
+            found = {point: losses[point + end] for point in asked}
             before += found.values()
             for point, loss in found.items():
                 told[point].append(loss)
@@ -210,7 +221,7 @@ def _asked(sweep: Sweep, axes: Axes, told: dict[Point, list[float]], number: int
         sampler = optuna.samplers.TPESampler(
             seed=seed, n_startup_trials=2 * sweep.points_per_round, multivariate=True, constant_liar=True
         )
-    study, ranges = optuna_study(sampler), distributions(axes)
+    study, ranges = optuna_study(sampler=sampler), distributions(axes)
     study.add_trials([_trial(point, losses, axes, length) for point, losses in told.items()])
     found: dict[Point, None] = {}
     for _ in range(number * TRIES):
@@ -257,15 +268,13 @@ def write_study(path: Path, sweep: Sweep, axes: Axes, rungs: Rungs, told: dict[P
         told: point (with its rung, if there are rungs) -> loss.
         maximize: whether the losses are figures of which more is better, negated.
     """
-    import optuna
+    from optuna.storages import RDBStorage
 
     losses: dict[Point, list[float]] = {}
     for point, loss in told.items():
         losses.setdefault(point[: len(axes)], []).append(-loss if maximize else loss)
-    optuna.logging.set_verbosity(optuna.logging.ERROR)
     with whole_file(path) as temporary:
-        study = optuna.create_study(
-            storage=f"sqlite:///{temporary}", study_name=sweep.name, direction="maximize" if maximize else "minimize"
-        )
+        storage = RDBStorage(f"sqlite:///{temporary}")
+        study = optuna_study(storage=storage, study_name=sweep.name, direction="maximize" if maximize else "minimize")
         study.add_trials([_trial(point, one, axes, max(1, len(rungs.values))) for point, one in losses.items()])
-        study._storage.remove_session()
+        storage.remove_session()

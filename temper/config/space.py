@@ -55,7 +55,7 @@ def drawn(axes: dict[str, list[str] | Interval], number: int, seed: int) -> list
     """
     import optuna
 
-    study = optuna_study(optuna.samplers.RandomSampler(seed))
+    study = optuna_study(sampler=optuna.samplers.RandomSampler(seed))
     ranges = distributions(axes)
     found: dict[tuple[str, ...], None] = {}
     for _ in range(number * TRIES):
@@ -69,12 +69,12 @@ def drawn(axes: dict[str, list[str] | Interval], number: int, seed: int) -> list
     )
 
 
-def optuna_study(sampler):
-    """A study of Optuna, in memory, that minimizes and says nothing."""
+def optuna_study(**options):
+    """A study of Optuna, which says nothing. `options`: those of `optuna.create_study`."""
     import optuna
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    return optuna.create_study(sampler=sampler)
+    return optuna.create_study(**options)
 
 
 def distributions(axes: dict[str, list[str] | Interval]) -> dict:

@@ -78,13 +78,13 @@ class Plan:
     path: str | None = None  # the frozen file it was read from
     coming: list[dict] = dataclasses.field(default_factory=list)  # the rounds after the ranking (`Search.coming`)
 
-    def then(self) -> str:
-        """What a search adds after the next ranking, for a line of text; empty where nothing follows."""
-        rounds = [
+    @property
+    def later(self) -> str:
+        """What a search adds after the next ranking, in words; empty where nothing follows."""
+        return ", ".join(
             f"{one['runs']} of {key.rpartition('.')[2]}={one[key]}" if (key := _rung(one)) else f"{one['runs']} more"
             for one in self.coming
-        ]
-        return f", and then by their ranking {', '.join(rounds)}" if rounds else ""
+        )
 
     def job(self, stage: str, name: str) -> Job:
         """The job that makes `<stage folder>/<name>`."""

@@ -12,7 +12,7 @@ from temper.config.audit import check as check_audit
 from temper.config.best import JUDGING
 from temper.config.compose import Search, chosen_experiment, own_folder, parse_overrides, split_overrides, use_folder
 from temper.config.schema import STRATEGIES_OF, WITH_REFERENCE, Merge, Probe, Quantization, Sweep
-from temper.config.search import AHEAD, EPOCHS, GRID, RANDOM, Point, Rungs, write_study
+from temper.config.search import EPOCHS, SEARCHES, Point, Rungs, guessed, write_study
 from temper.config.stages import FOLDERS, PLATEAU, STAGES, keys_hidden, numbered, stage_config
 from temper.config.validate import all_data_sets, data_sets, documents_config, has_pairs, sft_config
 from temper.errors import UserError
@@ -65,10 +65,7 @@ def growing(
         use_folder(conf_dir)
     texts = split_overrides(overrides) if isinstance(overrides, str) else list(overrides)
     chosen = [f"{group}={name}" for group, name in (("experiment", experiment), ("sweep", sweep)) if name]
-    found = Growing([*chosen, *texts], texts)
-    while found.goes_on():
-        pass
-    return found
+    return Growing([*chosen, *texts], texts)
 
 
 NO_STRATEGY = Sweep(name="grid")
@@ -77,7 +74,8 @@ NO_STRATEGY = Sweep(name="grid")
 class Growing:
     """A plan that grows: with each ranking that is made, by the runs of the next round (see `temper.config.search`).
 
-    What it was made from is read once, so that an edit to a config or to data does not change a sweep at work.
+    It begins with the rounds whose rankings are there. What it was made from is read once, so that an edit to a config
+    or to data does not change a sweep at work.
 
     Args:
         overrides: all of them.
@@ -90,7 +88,7 @@ class Growing:
         self.search = Search(parsed)
         first = self.search.runs[0][1][1]
         tracking.check(first["tracking"])
-        self.is_search = self.search.sweep.strategy not in (GRID, RANDOM)
+        self.is_search = self.search.sweep.strategy in SEARCHES
         if self.is_search and first["eval"]["split"] == "test":
             raise UserError(
                 f"sweep: strategy={self.search.sweep.strategy} would rank by the test split round after round, which "
@@ -102,21 +100,23 @@ class Growing:
         self.known: list[dict] = []  # data sets whose options were checked: looking for their files takes time
         self.plan = Plan(first["sweep"]["name"], chosen_experiment(parsed), {}, first["tracking"], [], {})
         self._add_round()
+        if not self.goes_on():
+            self._finish()
 
     def goes_on(self) -> bool:
-        """Add the next round, if this one is ranked and there is another."""
-        if not (self.is_search and self.plan.is_made(self.plan.ranking) and self.search.tell(self._losses())):
-            return False
-        self._add_round()
-        return True
+        """Add the rounds that follow on the rankings that are made; whether there is one."""
+        grew = False
+        while self.is_search and self.plan.is_made(self.plan.ranking) and self.search.tell(self._losses()):
+            self._add_round()
+            grew = True
+        if grew:
+            self._finish()
+        return grew
 
     def likely(self) -> Plan:
         """The plan with all rounds, as if the first points of each round to come were the best: for a forecast."""
         again = Growing(self.overrides, [])
-        told = self.search.told
-        while again.search.tell(
-            {point: told.get(point, place - AHEAD) for place, point in enumerate(again.search.points)}
-        ):
+        while again.search.tell(guessed(again.search.points, {})):
             again._add_round()
         return again.plan
 
@@ -148,12 +148,16 @@ class Growing:
         self.planner.hashes.save()
         plan = self.plan
         plan.runs, plan.jobs, plan.axes = list(runs.values()), self.planner.jobs, self.search.axes
-        plan.coming = self.search.coming()
         _add_comparison(plan, self.first, self.shown)
-        _add_tracking_targets(plan)
-        _add_retention(plan, self.first["keep"]["checkpoints"])
-        _check_places(plan)
-        _check_audits(plan)
+
+    def _finish(self) -> None:
+        """Add to the plan what all its rounds together say, and check it."""
+        self.plan.coming = self.search.coming()
+        _add_tracking_targets(self.plan)
+        # A search may ask for more epochs later, so it keeps the last checkpoints until all is compared.
+        _add_retention(self.plan, "last" if self.is_search else self.first["keep"]["checkpoints"])
+        _check_places(self.plan)
+        _check_audits(self.plan)
 
 
 def _check_audits(plan: Plan) -> None:
@@ -185,12 +189,7 @@ def _add_tracking_targets(plan: Plan) -> None:
 
 
 def _add_retention(plan: Plan, checkpoints: str) -> None:
-    """Tell each training what to keep of its checkpoints: the last one where another job of this plan continues.
-
-    Other strategies than a grid may ask for more epochs later, so they keep it until all is compared.
-    """
-    if any(run.config["sweep"]["strategy"] not in ("grid", "random") for run in plan.runs):
-        checkpoints = "last"
+    """Tell each training what to keep of its checkpoints: the last one where another job of this plan continues."""
     continued = {job.inputs.get("previous") for job in plan.jobs.values()}
     for path, job in plan.jobs.items():
         if job.stage == "train_adapter":

@@ -8,7 +8,7 @@ from pathlib import Path
 from urllib.parse import quote
 
 from temper.config.compose import groups, hydra_text
-from temper.config.search import HALVING, TPE
+from temper.config.search import SEARCHES
 from temper.errors import visible
 from temper.evaluation.comparison import ComparedRun, RankedRun, Ranking, Recipe
 from temper.files import read_json_lines
@@ -26,7 +26,7 @@ def write_page(output: Path, config: dict, names: list[str], ranking: Ranking, b
         names: of the figures that the table shows.
     """
     keys, runs, bounds = swept_keys(board.rows), ranking.runs, config["eval"].get("gate")
-    searched = config["sweep"].get("strategy") in (HALVING, TPE)
+    searched = config["sweep"].get("strategy") in SEARCHES
     html.render(
         "sweep.html",
         output / "report.html",

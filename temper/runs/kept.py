@@ -5,7 +5,7 @@ from pathlib import Path
 from temper.errors import UserError
 from temper.files import json_text, read_json, write_whole
 from temper.planning.plan import RESULTS
-from temper.reports.leaderboard import read_board
+from temper.reports.leaderboard import BOARD, Board, read_board
 from temper.runs import find as runs
 
 FILE = RESULTS / "keep.json"
@@ -21,10 +21,9 @@ def mark(names: list[str]) -> None:
     write_whole(FILE, json_text({"runs": sorted(names)}))
 
 
-def sweeps() -> dict[str, list[dict]]:
-    """Sweep -> the rows of its leaderboard, of all that have one."""
-    folders = sorted(path.parent for path in (RESULTS / "sweeps").glob("*/leaderboard.json"))
-    return {folder.name: read_board(folder).rows for folder in folders}
+def sweeps() -> dict[str, Board]:
+    """Sweep -> its leaderboard, of all that have one."""
+    return {path.parent.name: read_board(path.parent) for path in sorted((RESULTS / "sweeps").glob(f"*/{BOARD}"))}
 
 
 def protected() -> dict[Path, str]:
@@ -34,10 +33,9 @@ def protected() -> dict[Path, str]:
         UserError: a leaderboard is damaged, or a kept run is not to be found, so that nothing tells what to spare.
     """
     found: dict[Path, str] = {}
-    for folder in sorted(path.parent for path in (RESULTS / "sweeps").glob("*/leaderboard.json")):
-        board = read_board(folder)
+    for name, board in sweeps().items():
         if report := board.chosen_row.get("report"):
-            _add(found, Path(report), f"is of the run that sweep {folder.name} chose")
+            _add(found, Path(report), f"is of the run that sweep {name} chose")
     for name in marked():
         _add(found, Path(name), "is of a run that is kept")
     return found
