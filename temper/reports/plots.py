@@ -25,6 +25,8 @@ THEME = {
 }
 SERIES = 8
 MOST_CURVES, MOST_TICKS = 50, 12  # in one figure; more cannot be told apart
+TICK_LETTERS = 48  # in the labels of numbers below one; those left out can be guessed, unlike words
+MANY = 50  # runs in a plot, from which on each is drawn fainter
 LONGEST_LABEL, LONGEST_TICK = 60, 24  # characters; a longer text leaves no room for the figure
 RC: Any = {
     "text.parse_math": False,
@@ -286,7 +288,9 @@ def axis_effect(points: list[dict], key: str, metric_name: str, mean: bool) -> s
             axis.set_xscale("log")
         axis.minorticks_off()
         labels = distinct([_value_text(value) for value in values], LONGEST_TICK)
-        shown = range(0, len(values), math.ceil(len(values) / MOST_TICKS))
+        fitting = TICK_LETTERS // max(map(len, labels)) if numeric else MOST_TICKS
+        most = max(2, min(MOST_TICKS, fitting))
+        shown = range(0, len(values), math.ceil(len(values) / most))
         axis.set_xticks([place(values[index]) for index in shown], [labels[index] for index in shown])
         axis.margins(x=0.12, y=0.15)
         axis.set(xlabel=short(key, LONGEST_LABEL), title=metric_name)
@@ -333,10 +337,11 @@ def _families(axis, points: list[dict], place) -> None:
         families.setdefault(point["others"], []).append((place(point["x"]), point["y"]))
     gap = (math.nan, math.nan)  # where the line is lifted
     xs, ys = zip(*(point for others in sorted(families) for point in (*families[others], gap)), strict=True)
-    axis.plot(xs, ys, color=THEME["base"], linewidth=1, alpha=0.8, marker="o", markersize=4.5)
+    faint = min(1.0, math.sqrt(MANY / len(points)))  # else a thousand runs are one grey field
+    axis.plot(xs, ys, color=THEME["base"], linewidth=1, alpha=0.8 * faint, marker="o", markersize=4.5)
     sure = [(place(point["x"]), *point["interval"]) for point in points if point["interval"]]
     if sure:
-        axis.vlines(*zip(*sure, strict=True), color=THEME["base"], linewidth=3, alpha=0.22, capstyle="round")
+        axis.vlines(*zip(*sure, strict=True), color=THEME["base"], linewidth=3, alpha=0.22 * faint, capstyle="round")
 
 
 def _ordered(values: set) -> list:
