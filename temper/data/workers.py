@@ -11,7 +11,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
@@ -25,7 +25,7 @@ WORTH = 2**20  # bytes of text that are worth a process: a second of tokenizing,
 AHEAD = 2  # items per process that wait for their turn, or are made already and wait for an earlier one
 
 
-def in_order(function: Callable[[Any], Any], items: Iterable, workers: int, what: Path) -> Iterator:
+def in_order(function: Callable[[Any], Any], items: Iterable, workers: int, what: Path) -> Generator:
     """`map(function, items)`, computed by so many processes; by this one, if they are less than two.
 
     Items are read as they are needed. Close it if it is not read to its end.
