@@ -254,9 +254,9 @@ def idle_cores(plan: planning.Plan, cores: int) -> str | None:
 
 
 def tokenizing_threads(plan: planning.Plan, cores: int | None) -> int:
-    """Cores per tokenization: two, unless that keeps others waiting. A third would be mostly idle."""
+    """Cores per tokenization: all, shared by those of the plan. It uses as many as its rows are worth."""
     jobs = sum(job.stage == "tokenize_splits" for job in plan.jobs.values())
-    return max(1, min(2, (cores or 1) // max(1, jobs)))
+    return max(1, (cores or 1) // max(1, jobs))
 
 
 @functools.cache

@@ -68,9 +68,24 @@ class Audit:
     def find(self, what: str, number: int) -> None:
         """Something was found in the row with this id."""
         self.counts[what] += 1
+        self._name(what, number)
+
+    def _name(self, what: str, number: int) -> None:
         first = self.first.setdefault(what, [])
         if len(first) < FIRST and number not in first:
             first.append(number)
+
+    def add(self, later: "Audit") -> None:
+        """Count what happened to the rows behind these."""
+        self.lengths += later.lengths
+        self.counts += later.counts
+        for what, numbers in later.first.items():
+            for number in numbers:
+                self._name(what, number)
+        self.rows += later.rows
+        self.tokens += later.tokens
+        self.learned += later.learned
+        self.rejected += later.rejected
 
     def count(self, number: int, encoded: list[Encoded], max_length: int) -> None:
         """Count a row: its length is that of its text, or of the longer text of a pair."""

@@ -58,6 +58,7 @@ class ChatTemplate:
         with templates.bounded(f"{self.name}: its chat template"):
             environment = templates.chat_environment(source, prompt.get("date") or templates.DATE)
             self.template = environment.from_string(source)
+            self.template.globals = dict(self.template.globals)  # each render copies it: of Jinja's ChainMap, slowly
             self.reads_clock = templates.reads_clock(source, environment)
             self.reads = templates.variables(source, environment)
             fields = templates.fields(source, environment)

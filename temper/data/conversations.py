@@ -37,7 +37,7 @@ class Conversation(NamedTuple):
 
     def upto(self, end: int) -> "Conversation":
         """The first messages."""
-        return self._replace(messages=self.messages[:end])
+        return Conversation(self.messages[:end], self.tools, self.chat_template_kwargs)
 
 
 def as_conversation(given: Conversation | Messages) -> Conversation:

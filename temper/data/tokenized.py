@@ -1,10 +1,12 @@
 """A split's rows as tokens, written to a file while they are read, and counted."""
 
 import contextlib
+import functools
 import hashlib
 import itertools
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Generator, Iterator
 from pathlib import Path
+from typing import Any
 
 from temper.data import documents
 from temper.data.audit import Audit, doubled
@@ -15,13 +17,14 @@ from temper.data.documents import Piece
 from temper.data.encoder import Encoded, Encoder
 from temper.data.rendering import Turn
 from temper.data.special_text import SpecialText
+from temper.data.workers import in_order, worth
 from temper.errors import UserError
-from temper.files import each_json_line
+from temper.files import each_json_line, json_of, line_chunks
 from temper.model import limits
 from temper.progress import Progress
 
-BATCH = 2**18  # characters of the file tokenized at once: 1,000 rows of 50 tokens
-ROWS = 1000  # rows written at once
+BATCH = 2**18  # bytes or characters of the file tokenized at once: 1,000 rows of 50 tokens
+ROWS = 1000  # rows of documents written at once, and texts of answers kept
 
 
 @contextlib.contextmanager
@@ -66,11 +69,8 @@ class Split:
 
         columns = self.features()
         schema = columns.arrow_schema
-        rows = self._rows()
-        with pyarrow.ipc.new_stream(path, schema) as file:
-            while some := list(itertools.islice(rows, ROWS)):
-                table = pyarrow.Table.from_pylist(some, schema=schema)
-                self._count_doubled(table)
+        with pyarrow.ipc.new_stream(path, schema) as file, contextlib.closing(self._tables(schema)) as tables:
+            for table in tables:
                 file.write_table(table)
         if not self.audit.rows and self.audit.read:
             raise UserError(f"{self.path}: no row is left of {self.audit.read}: {self._why()}")
@@ -79,19 +79,9 @@ class Split:
         table = pyarrow.ipc.open_stream(pyarrow.memory_map(str(path))).read_all()
         return Dataset(table, info=DatasetInfo(features=columns), fingerprint=fingerprint)
 
-    def _rows(self) -> Iterator[dict]:
-        """The rows that are kept."""
+    def _tables(self, schema) -> Generator:
+        """The rows that are kept, as `pyarrow.Table`s of this schema."""
         raise NotImplementedError
-
-    def _count_doubled(self, table) -> None:
-        """Count the rows of a table in which a begin token, or one that ends answers, comes twice in a row."""
-        for name in limits.READ:
-            if name in table.column_names:
-                texts, ids = table[name].combine_chunks(), table["id"]
-                found = (doubled(texts, self.begin)[0], doubled(texts, self.ends - self.begin)[1])
-                for what, rows in zip(("doubled_begin", "doubled_end"), found, strict=True):
-                    for row in rows:
-                        self.audit.find(what, ids[row].as_py())
 
     def _why(self) -> str:
         """Say why rows were dropped, and what to do."""
@@ -137,16 +127,41 @@ class Conversations(Split):
     def features(self):
         return features(self.pairs, bool(self.marks), self.labels, self.about)
 
-    def _rows(self) -> Iterator[dict]:
-        """The rows that are kept."""
-        with Progress(None, f"tokenize {self.path.stem}", "rows") as progress:
-            for records in chunks(each_json_line(self.path), _characters, BATCH):
-                for made in self._encoded(records):
-                    if row := self._row(*made):
-                        yield row
-                    else:
-                        self.audit.find("dropped", made[0]["id"])
-                progress.update(len(records))
+    def _tables(self, schema) -> Generator:
+        """A table for each chunk of the file, made by several processes if the file is large."""
+        total, name, workers = self.audit, f"tokenize {self.path.stem}", worth(self.path.stat().st_size)
+        made = in_order(functools.partial(self._table, schema), line_chunks(self.path, BATCH), workers, self.path)
+        with Progress(None, name, "rows") as progress, contextlib.closing(made):
+            for records, table, audit in made:
+                total.add(audit)
+                progress.update(records)
+                yield table
+        self.audit = total
+
+    def _table(self, schema, lines: list[bytes]) -> tuple[int, Any, Audit]:
+        """(records, table of the rows that are kept of them, counts) of some lines."""
+        import pyarrow
+
+        self.audit, records = Audit(self.encoder.allow_special_text), json_of(lines, self.path)
+        rows = []
+        for made in self._encoded(records):
+            if row := self._row(*made):
+                rows.append(row)
+            else:
+                self.audit.find("dropped", made[0]["id"])
+        table = pyarrow.Table.from_pylist(rows, schema=schema)
+        self._count_doubled(table)
+        return len(records), table, self.audit
+
+    def _count_doubled(self, table) -> None:
+        """Count the rows of a table in which a begin token, or one that ends answers, comes twice in a row."""
+        for name in limits.READ:
+            if name in table.column_names:
+                texts, ids = table[name].combine_chunks(), table["id"]
+                found = (doubled(texts, self.begin)[0], doubled(texts, self.ends - self.begin)[1])
+                for what, rows in zip(("doubled_begin", "doubled_end"), found, strict=True):
+                    for row in rows:
+                        self.audit.find(what, ids[row].as_py())
 
     def _encoded(self, records: list[dict]) -> Iterator[tuple[dict, int, list[Encoded]]]:
         """(record, place of its answer, encoded texts), for each text of a record; for a pair, both texts together."""
@@ -294,7 +309,16 @@ class Documents(Split):
     def features(self):
         return features(about=self.about, documents=True)
 
+    def _tables(self, schema) -> Generator:
+        """A table for each `ROWS` rows. Tokenizing is most of the work, for which tokenizers has its own threads."""
+        import pyarrow
+
+        rows = self._rows()
+        while some := list(itertools.islice(rows, ROWS)):
+            yield pyarrow.Table.from_pylist(some, schema=schema)
+
     def _rows(self) -> Iterator[dict]:
+        """The rows that are kept."""
         if not self.pack:
             yield from (self._row([part]) for part in self._parts())
             return
@@ -311,9 +335,6 @@ class Documents(Split):
                 for record, text, made in zip(records, texts, self.documents.tokens(texts), strict=True):
                     yield from ((record, piece) for piece in self._pieces(record, text, *made))
                 progress.update(len(records))
-
-    def _count_doubled(self, table) -> None:
-        """Nothing: where the token that ends a text also begins one, it comes twice between two documents."""
 
     def _refuse_conversations(self, records: list[dict]) -> None:
         for record in records:

@@ -1,6 +1,7 @@
 """tokenize_splits: preference pairs, and what the length limit does to them."""
 
 import json
+import os
 import re
 import shutil
 from pathlib import Path
@@ -12,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from steps import format_prompts, tokenize_splits
-from temper.data import tokenized
+from temper.data import tokenized, workers
 from temper.data.audit import doubled
 from temper.data.columns import with_right_answers
 from tests.support.asking import complaint
@@ -119,6 +120,12 @@ def test_an_error_names_the_longer_text(workspace, tiny_model, capsys):
     assert f"row 2 has {longest} tokens, tokenize.max_length is {length}" in capsys.readouterr().err
 
 
+def several_processes(monkeypatch) -> None:
+    """Tokenize in three processes, however short the file is."""
+    monkeypatch.setattr(workers, "WORTH", 1)
+    monkeypatch.setenv(workers.THREADS, "3")
+
+
 def files(folder: str) -> dict[str, bytes]:
     """All that `tokenize_splits` writes, but for what says when."""
     paths = [path for path in Path(folder).rglob("*") if path.is_file() and path.name != "provenance.json"]
@@ -130,19 +137,41 @@ def files(folder: str) -> dict[str, bytes]:
 def test_the_size_of_a_batch_changes_nothing(workspace, tiny_model, monkeypatch, pairs, policy):
     options = [f"tokenize.max_length={limit(tiny_model)}", f"tokenize.max_length_policy={policy}"]
     made = []
-    for size in (2**18, 300, 1):  # characters: all rows, two, one
+    for size in (2**18, 300, 1):  # bytes: all rows, two, one
         monkeypatch.setattr(tokenized, "BATCH", size)
         tokenize(tiny_model, *options, pairs=pairs)
         made.append(files("splits"))
         Path("splits").rename(f"splits-{size}")
+    for found in made:
+        for split in tokenize_splits.SPLITS:
+            del found[f"{split}/state.json"]  # it has a sum of the batches
     assert made[0] == made[1] == made[2]
 
 
+@pytest.mark.parametrize("pairs", [True, False])
+@pytest.mark.parametrize("policy", ["drop", "truncate"])
+def test_the_number_of_processes_changes_nothing(workspace, tiny_model, monkeypatch, pairs, policy):
+    options = [f"tokenize.max_length={limit(tiny_model)}", f"tokenize.max_length_policy={policy}"]
+    monkeypatch.setattr(tokenized, "BATCH", 300)
+    tokenize(tiny_model, *options, pairs=pairs)
+    alone = files("splits")
+    Path("splits").rename("alone")
+    several_processes(monkeypatch)
+    forks = []
+    monkeypatch.setattr(os, "fork", lambda fork=os.fork: forks.append(fork()) or forks[-1])
+    tokenize(tiny_model, *options, pairs=pairs)
+    assert len(forks) == 3 * len(tokenize_splits.SPLITS)
+    assert files("splits") == alone
+
+
 @pytest.mark.parametrize("size", [2**18, 300, 1])
+@pytest.mark.parametrize("several", [False, True])
 @pytest.mark.parametrize(("first", "message"), [("long", "row 1 has "), ("refused", "refuses messages of the roles")])
-def test_the_first_row_at_fault_ends_it(workspace, tiny_model, monkeypatch, capsys, size, first, message):
+def test_the_first_row_at_fault_ends_it(workspace, tiny_model, monkeypatch, capsys, size, several, first, message):
     """A row that is too long and one that the template refuses, in one batch and in two, and both ways round."""
     monkeypatch.setattr(tokenized, "BATCH", size)
+    if several:
+        several_processes(monkeypatch)
     shutil.copytree(tiny_model, "model")
     template = "{{ raise_exception('no') if messages[0]['content'] == 'refused' }}" + CHAT_TEMPLATE
     Path("model/chat_template.jinja").write_text(template)
