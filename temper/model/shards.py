@@ -24,6 +24,11 @@ from temper.model.merging import NOTABLE, STORED, Merging
 from temper.model.reading import reading, refuse_no_numbers
 
 INDEX = "model.safetensors.index.json"
+# Layers of these share vectors, which PEFT moves to the device of the layers that have no weights yet.
+SHARING = ("PVERA", "RANDLORA", "SHIRA", "UNILORA", "VBLORA", "VERA")
+# These begin with the weights of all layers, or change the base when they are loaded.
+NEEDING_ALL = ("ADAMSS", "FROD", "TINYLORA")
+LORA_STARTS = ("gaussian", "orthogonal")  # those of LoRA's that do not
 INPUTS = 64  # random inputs that a layer is compared on
 # How far rounding may move a layer's outputs, as a share of their spread, by the precision that is saved.
 TOLERANCE = {"float32": 1e-4, "float64": 1e-4, "float16": 0.003, "bfloat16": 0.02}
@@ -39,15 +44,29 @@ def sharded(merging: Merging) -> Sharded | None:
     """
     if not is_adapter(merging.adapter) or not (merging.model / INDEX).is_file() or len(weight_files(merging.model)) < 2:
         return None
-    reason = "the dequantized base is in no file" if merging.bases() != [STORED] else None
-    if reason is None and (merging.model / BUNDLED).is_dir():
-        reason = "the base has an adapter beside it"
+    reason = _lacks(merging)
     if reason is None:
         found = Sharded(merging)
-        if found.lacks is None:
-            return found
         reason = found.lacks
+        if reason is None:
+            return found
     log.info("merged as whole networks in memory, not shard by shard: %s", reason)
+    return None
+
+
+def _lacks(merging: Merging) -> str | None:
+    """Why it cannot be done, as far as it is known without a network."""
+    from peft import PeftConfig
+
+    if merging.bases() != [STORED]:
+        return "the dequantized base is in no file"
+    if (merging.model / BUNDLED).is_dir():
+        return "the base has an adapter beside it"
+    with reading(merging.adapter):
+        config = PeftConfig.from_pretrained(str(merging.adapter))
+    start = getattr(config, "init_lora_weights", None)
+    if config.peft_type in NEEDING_ALL or (isinstance(start, str) and start not in LORA_STARTS):
+        return "this kind of adapter begins with the base's weights"
     return None
 
 
@@ -70,12 +89,12 @@ class Sharded:
         from peft import PeftConfig
 
         self.merging, self.folder = merging, merging.model
+        with reading(merging.adapter):
+            self.kind = PeftConfig.from_pretrained(str(merging.adapter)).peft_type
         self.network = network_without_weights(self.folder, merging.loaded)
         with reading(self.folder / INDEX):
             index = json.loads((self.folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
         self.files: dict[str, str] = index  # tensor -> the name of its file
-        with reading(merging.adapter):
-            self.kind = str(PeftConfig.from_pretrained(str(merging.adapter)).peft_type.value)
         self.saved = self._saved()
         self.compared: dict[str, Compared] = {}
         layers = _adapter_layers(self._adapted({}).get_base_model())
@@ -154,7 +173,9 @@ class Sharded:
 
         inside = {layer for layer in self.layers if any(name.startswith(f"{layer}.") for name in names)}
         whole = tuple(f"{layer}." for layer in inside)  # also what of a layer is in the next shard
-        adapted = self._adapted({name: self._read(name) for name in self.network.state_dict() if name.startswith(whole)})
+        adapted = self._adapted(
+            {name: self._read(name) for name in self.network.state_dict() if name.startswith(whole)}
+        )
         network, made = adapted.get_base_model(), {}
         for layer in sorted(inside):
             merged = self._merged_layer(layer, network.get_submodule(layer))
@@ -165,14 +186,12 @@ class Sharded:
 
     def _adapted(self, weights: dict[str, Any]):
         """The network with the adapter on it; it has `weights` (name -> tensor) only."""
-        import torch
         from accelerate.utils import set_module_tensor_to_device
 
         network = copy.deepcopy(self.network)
-        if self.kind != "LORA":
-            # Layers of other methods may share vectors, as those of VeRA do, which PEFT would move to the meta device.
-            empty = {name: _zeros(weight) for name, weight in network.named_parameters() if name not in weights}
-            weights = empty | weights
+        if self.kind in SHARING:
+            unknown = {name: _unknown(weight) for name, weight in network.named_parameters() if name not in weights}
+            weights = unknown | weights
         for name, tensor in weights.items():
             set_module_tensor_to_device(network, name, device(), value=tensor, dtype=tensor.dtype)
         with warnings.catch_warnings():
@@ -202,7 +221,8 @@ class Sharded:
                 remedy = "this kind of adapter cannot be merged here: use the adapter"
             raise UserError(
                 f"{self.merging.adapter}: the merged model is not what was trained: the outputs of {name} differ by "
-                f"{compared.difference:.2g} of their spread (at most {TOLERANCE[saved]:g} is rounding in {saved}); {remedy}"
+                f"{compared.difference:.2g} of their spread (at most {TOLERANCE[saved]:g} is rounding in {saved}); "
+                f"{remedy}"
             )
         return compared
 
@@ -211,8 +231,8 @@ class Sharded:
         made = tensor.to(resolve_dtype(self.merging.saved)) if tensor.is_floating_point() else tensor
         if self._is_weight(name) and not made.isfinite().all():
             raise UserError(
-                f"{self.merging.adapter}: the merged model is not what was trained: {name} has numbers beyond the range "
-                f"of {self.merging.saved}; try merge.dtype=float32"
+                f"{self.merging.adapter}: the merged model is not what was trained: {name} has numbers beyond the "
+                f"range of {self.merging.saved}; try merge.dtype=float32"
             )
         return made.detach().contiguous()
 
@@ -242,8 +262,13 @@ class Sharded:
         share = sum(differences) / effect if effect else 0.0
         largest, saved = max(differences, default=0.0), self.merging.saved
         log.info(
-            "merged shard by shard (%d files): the outputs of %d layers differ by %.2g of their spread at most (at most "
-            "%g is rounding in %s)", files, len(differences), largest, TOLERANCE[saved], saved
+            "merged shard by shard (%d files): the outputs of %d layers differ by %.2g of their spread at most (at "
+            "most %g is rounding in %s)",
+            files,
+            len(differences),
+            largest,
+            TOLERANCE[saved],
+            saved,
         )
         log.info("of the adapter's effect on these outputs, rounding is %.0f%%", 100 * share)
         if share > NOTABLE and saved != "float32":
@@ -334,12 +359,13 @@ def _unloaded(layer):
 
 def _apart(expected, found) -> float:
     """Mean absolute difference as a share of the spread of what is expected."""
-    difference, spread = (found - expected).abs().mean().item(), expected.std().item()
-    return difference / spread if difference else 0.0
-
-
-def _zeros(weight):
-    """A tensor like a weight on the meta device, in the memory of one number."""
     import torch
 
-    return torch.zeros((), dtype=weight.dtype, device=device()).expand(weight.shape)
+    return 0.0 if torch.equal(expected, found) else ((found - expected).abs().mean() / expected.std()).item()
+
+
+def _unknown(weight):
+    """What stands for a weight that is not read yet: as large, all NaN, in the memory of one number."""
+    import torch
+
+    return torch.full((), float("nan"), dtype=weight.dtype, device=device()).expand(weight.shape)
