@@ -14,6 +14,10 @@ Writes  the merged model in Hugging Face layout, with the base's tokenizer, and 
         A QLoRA adapter is merged into the base as stored and into the dequantized one, and the model that is nearer to
         the trained network is kept. merge.dequantized_base decides otherwise; if the base is stored in 4 or 8 bits, it
         is always the dequantized one.
+        A base in several safetensors files is read, merged and written file by file, with memory of one file and the
+        adapter, to the same bits. Then each merged layer is compared with the layer and its adapter on random inputs,
+        instead of the logits. What cannot be done so (two bases to choose from, a dequantized base, full-parameter
+        runs, adapters on tied weights, weights that transformers converts) is merged in memory; the log says why.
         Virtual tokens (prompt tuning, prefix tuning, P-tuning) cannot be merged: the output is then the base model with
         the adapter in adapter/, to be loaded with `PeftModel.from_pretrained(model, folder + "/adapter")`.
         After a diverged training there is nothing to merge; diverged.json says at which step it diverged.

@@ -207,7 +207,7 @@ def memory(of):
 
 def merge(base):
     Path(base, "merged").mkdir()
-    merging = merging_of(Path(base), Path(base, "adapter"), "merge.dtype=" + sys.argv[1])
+    merging = merging_of(Path(base), Path(base, "lora"), "merge.dtype=" + sys.argv[1])
     serving.weights(Path(base))
     shards.sharded(merging).write(Path(base, "merged"))
 
@@ -230,10 +230,10 @@ def test_the_memory_is_that_of_one_shard(workspace, saved):
     """
     stored = "float32" if saved == "auto" else "bfloat16"
     sizes = {"hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 12, "initializer_range": 0.02}
-    trained(in_shards(Path("small"), stored), Path("small/adapter"), LORA)
+    trained(in_shards(Path("small"), stored), Path("small/lora"), LORA)
     size = "16MB" if stored == "float32" else "8MB"
     base = in_shards(Path("large"), stored, size, **sizes)
-    trained(base, base / "adapter", {**LORA, "target_modules": "all-linear"})
+    trained(base, base / "lora", {**LORA, "target_modules": "all-linear"})
     done = subprocess.run(
         [sys.executable, "-c", PEAK, saved], env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True
     )
