@@ -221,23 +221,23 @@ with computing_threads(1):
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="only Linux tells the peak of a part")
-@pytest.mark.parametrize("saved", ["auto", "float32"])
+@pytest.mark.parametrize("saved", rarely(["auto", "float32"], ["float32"]))
 def test_the_memory_is_that_of_one_shard(workspace, saved):
-    """Below 1.5 shards of what is written, where whole networks take more than 8.
+    """Below 1.5 shards of what is written, where one whole network takes 4.
 
     Measured is the peak of the resident memory (VmHWM) of a process while it sums, merges, compares and writes the
-    weights, beyond its memory after the same for a small model. It counts all pages, those of mapped files as well.
+    weights, beyond its memory after the same for a small model. It counts all pages, those of mapped files as well. The
+    C library gives back at once what is freed (MALLOC_MMAP_THRESHOLD_), of which it keeps some MB otherwise.
     """
     stored = "float32" if saved == "auto" else "bfloat16"
     sizes = {"hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 12, "initializer_range": 0.02}
     trained(in_shards(Path("small"), stored), Path("small/lora"), LORA)
-    size = "16MB" if stored == "float32" else "8MB"
+    size = "32MB" if stored == "float32" else "16MB"
     base = in_shards(Path("large"), stored, size, **sizes)
     trained(base, base / "lora", {**LORA, "target_modules": "all-linear"})
-    done = subprocess.run(
-        [sys.executable, "-c", PEAK, saved], env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True
-    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "MALLOC_MMAP_THRESHOLD_": "65536"}
+    done = subprocess.run([sys.executable, "-c", PEAK, saved], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     written = [file.stat().st_size for file in Path("large/merged").glob("model-*.safetensors")]
-    assert len(written) >= 8
+    assert sum(written) > 3.5 * max(written)
     assert int(done.stdout.split()[-1]) < 1.5 * max(written)
