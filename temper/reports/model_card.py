@@ -305,7 +305,7 @@ def _merging(run: runs.FinishedRun) -> str:
     if "layers_compared" in made:
         return (
             f"merged in {made['dtype']}, shard by shard: the outputs of {made['layers_compared']} layers, each "
-            f"compared alone, differ from those before by at most {made['largest_layer_difference']:.2g} of their spread"
+            f"compared alone, differ from before by at most {made['largest_layer_difference']:.2g} of their spread"
         )
     if "logit_difference" not in made:
         return ""
