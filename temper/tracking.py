@@ -12,6 +12,7 @@ of its sweep's run. Before a metric is sent again, the store is asked whether it
 
 import contextlib
 import getpass
+import itertools
 import json
 import logging
 import os
@@ -22,6 +23,7 @@ import sqlite3
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -40,7 +42,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("temper")
 SWEEP_TAG, RUN_TAG, MIRRORED_TAG = "temper.sweep", "temper.run", "temper.mirrored"
 SWEEP = "-"  # RUN_TAG of the sweep's own run
-BATCH, PARAMS_IN_BATCH = 1000, 100  # metrics, parameters in one log_batch: the store's limits
+PARAMS_IN_BATCH, METRICS_IN_BATCH = 100, 850  # the store takes 1,000 of all kinds, and so leaves room for tags
 LOCK_SECONDS = 5.0  # how long to wait for other writers of an SQLite file
 LONGEST_PAUSE = 60.0  # seconds between two attempts to reach an unreachable store
 GOODBYE_SECONDS = 10.0  # how long the end of a training waits for the last curves to be sent
@@ -233,14 +235,14 @@ def _sweep_run(api, experiment: str, sweep: str) -> str:
     return api.create_run(experiment, tags=tags, run_name=_cut(f"sweep {sweep}", LONGEST_TITLE)).info.run_id
 
 
-def _child_run(api, experiment: str, sweep: str, name: str, title: str) -> str:
+def _child_run(api, experiment: str, sweep: str, name: str, title: str):
     """The MLflow run of a sweep point, made on first use."""
     found = _runs(api, experiment, sweep, name)
     if found:
-        return found[name].info.run_id
+        return found[name]
     parent = _sweep_run(api, experiment, sweep)
     tags = {SWEEP_TAG: sweep, RUN_TAG: name, "mlflow.parentRunId": parent, **_origin()}
-    return api.create_run(experiment, tags=tags, run_name=_cut(title, LONGEST_TITLE)).info.run_id
+    return api.create_run(experiment, tags=tags, run_name=_cut(title, LONGEST_TITLE))
 
 
 def _end_running(api, experiment: str, sweep: str, status: str) -> None:
@@ -260,17 +262,22 @@ def _origin() -> dict[str, str]:
 
 
 class _Curves:
-    """The metrics of one MLflow run. Sends what the store does not have."""
+    """The metrics of one MLflow run, as the store has it now. Finds what the store does not have."""
 
-    def __init__(self, api, run_id: str):
-        run = api.get_run(run_id)
-        self.api, self.run_id, self.start = api, run_id, run.info.start_time
+    def __init__(self, api, run):
+        self.api, self.run_id, self.start = api, run.info.run_id, run.info.start_time
         self.known = {
-            (name, metric.step) for name in run.data.metrics for metric in api.get_metric_history(run_id, name)
+            (name, metric.step) for name in run.data.metrics for metric in api.get_metric_history(self.run_id, name)
         }
 
     def send(self, lines: list[dict]) -> None:
-        """Send lines of metrics.jsonl: {"step", "seconds": training time so far, metric: value or None}.
+        """Send what is new in lines as `new` takes them."""
+        new = self.new(lines)
+        _log(self.api, self.run_id, new)
+        self.known |= {(metric.key, metric.step) for metric in new}
+
+    def new(self, lines: list[dict]) -> list:
+        """The metrics of lines of metrics.jsonl: {"step", "seconds": training time so far, metric: value or None}.
 
         A metric's time is the run's start plus `seconds`. So replayed curves look like live ones, and a store that gets
         a batch twice, because its first answer came too late, recognizes it.
@@ -284,13 +291,19 @@ class _Curves:
                 if name in ("step", "epoch", "seconds") or value is None or (name, step) in self.known:
                     continue
                 new[name, step] = Metric(name, value, time, step)
-        _log_metrics(self.api, self.run_id, list(new.values()))
-        self.known |= new.keys()
+        return list(new.values())
 
 
-def _log_metrics(api, run_id: str, metrics: list) -> None:
-    for start in range(0, len(metrics), BATCH):
-        api.log_batch(run_id, metrics=metrics[start : start + BATCH])
+def _log(api, run_id: str, metrics: Sequence, params: Sequence = (), tags: Sequence = ()) -> None:
+    """Send all in as few batches as the store's limits allow; the tags come with the last one."""
+    batches = list(itertools.zip_longest(_cut_in(METRICS_IN_BATCH, metrics), _cut_in(PARAMS_IN_BATCH, params)))
+    for number, (some_metrics, some_params) in enumerate(batches, start=1):
+        last = tags if number == len(batches) else ()
+        api.log_batch(run_id, metrics=some_metrics or (), params=some_params or (), tags=last)
+
+
+def _cut_in(size: int, items: Sequence) -> list[Sequence]:
+    return [items[start : start + size] for start in range(0, len(items), size)]
 
 
 # --- before the first job ------------------------------------------------------------------------
@@ -389,7 +402,7 @@ class _Sender(threading.Thread):
         if self.curves is None:
             api, experiment = _connect(tracking)
             run = _child_run(api, experiment, self.target["sweep"], self.target["run"], self.target["title"])
-            api.update_run(run, status="RUNNING")
+            api.update_run(run.info.run_id, status="RUNNING")
             self.curves = _Curves(api, run)
         elif lines:
             _check_lock(tracking)
@@ -443,11 +456,12 @@ def _mirror_runs(api, experiment: str, plan) -> tuple[dict[str, str], list[str]]
     for run in plan.runs:
         if not (Path(run.artefacts["evaluate_model"]) / FILE).is_file():
             continue
-        if run.name in known and _is_mirrored(known[run.name], run):
-            ids[run.name] = known[run.name].info.run_id
+        found = known.get(run.name)
+        if found and _is_mirrored(found, run):
+            ids[run.name] = found.info.run_id
             continue
         try:
-            ids[run.name] = _mirror_run(api, experiment, plan.sweep, run)
+            ids[run.name] = _mirror_run(api, experiment, plan.sweep, run, found)
         except Exception as error:
             if what_to_do(error) is None:
                 raise
@@ -463,7 +477,7 @@ def _mirror_tests(api, plan, board: "Board | None", ids: dict[str, str]) -> None
             continue
         report = Path(run.artefacts["test_report"])
         if (report / FILE).is_file():
-            _Curves(api, ids[run.name]).send([_results(read_figures(report))])
+            _Curves(api, api.get_run(ids[run.name])).send([_results(read_figures(report))])
             api.log_artifact(ids[run.name], str(report / "report.html"), "test")
 
 
@@ -477,7 +491,7 @@ def _mirror_harness(api, board: "Board | None", ids: dict[str, str]) -> None:
     known = api.get_run(run_id).data.metrics
     figures = {valid_name(name): value for name, value in finite(board.harness.figures()).items()}
     new = [Metric(name, value, now, 0) for name, value in figures.items() if value not in (None, known.get(name))]
-    _log_metrics(api, run_id, new)
+    _log(api, run_id, new)
 
 
 def _is_mirrored(found, run) -> bool:
@@ -485,24 +499,30 @@ def _is_mirrored(found, run) -> bool:
     return found.data.tags.get(MIRRORED_TAG) == run.key and found.info.status == "FINISHED"
 
 
-def _mirror_run(api, experiment: str, sweep: str, run) -> str:
-    run_id = _child_run(api, experiment, sweep, run.name, run.title)
-    found = api.get_run(run_id)
-    if _is_mirrored(found, run):
-        return run_id
+def _mirror_run(api, experiment: str, sweep: str, run, found) -> str:
+    """Send what a run's files have. `found`: its MLflow run; None: it has none yet, as far as is known."""
+    from mlflow.entities import Param, RunTag
+
+    found = found or _child_run(api, experiment, sweep, run.name, run.title)
     params = _params(run.config)
     # MLflow cannot change a parameter, and one in no key may differ, as the path of the same rows: replace the run.
     if any(params.get(name, value) != value for name, value in found.data.params.items()):
-        api.delete_run(run_id)
-        run_id = _child_run(api, experiment, sweep, run.name, run.title)
-    report, adapter = Path(run.artefacts["evaluate_model"]), Path(run.artefacts["train_adapter"])
-    figures = read_figures(report)
-    _log_params(api, run_id, params)
+        api.delete_run(found.info.run_id)
+        found = _child_run(api, experiment, sweep, run.name, run.title)
+    run_id = found.info.run_id
+    _log_files(api, run_id, run)
     _log_dataset(api, run_id, run)
-    lines = read_json_lines(adapter / "metrics.jsonl")
-    _Curves(api, run_id).send([*lines, _results(figures)])
-    if isinstance(figures, Diverged):
-        api.set_tag(run_id, "temper.diverged_at_step", str(figures.diverged_at_step))
+    figures = read_figures(Path(run.artefacts["evaluate_model"]))
+    lines = read_json_lines(Path(run.artefacts["train_adapter"]) / "metrics.jsonl")
+    metrics = _Curves(api, found).new([*lines, _results(figures)])
+    tags = [RunTag(name, value) for name, value in _tags(run, figures).items()]
+    _log(api, run_id, metrics, [Param(name, value) for name, value in params.items()], tags)
+    api.set_terminated(run_id, status="FINISHED")
+    return run_id
+
+
+def _log_files(api, run_id: str, run) -> None:
+    report, adapter = Path(run.artefacts["evaluate_model"]), Path(run.artefacts["train_adapter"])
     for file in (
         report / "report.html",
         report / "predictions.jsonl",
@@ -512,11 +532,16 @@ def _mirror_run(api, experiment: str, sweep: str, run) -> str:
         api.log_artifact(run_id, str(file))
     if (adapter / "adapter_config.json").is_file():  # a full model is gigabytes, so a tag names its folder instead
         api.log_artifacts(run_id, str(adapter), "adapter")
+
+
+def _tags(run, figures: Figures | Diverged) -> dict[str, str]:
+    """Those of a run that is complete, of which the last one says so."""
+    tags = {}
+    if isinstance(figures, Diverged):
+        tags["temper.diverged_at_step"] = str(figures.diverged_at_step)
     if Path(run.artefacts["merge_adapter"]).is_dir():  # of the others there is the adapter
-        api.set_tag(run_id, "temper.merged", run.artefacts["merge_adapter"])
-    api.set_tag(run_id, MIRRORED_TAG, run.key)
-    api.set_terminated(run_id, status="FINISHED")
-    return run_id
+        tags["temper.merged"] = run.artefacts["merge_adapter"]
+    return tags | {MIRRORED_TAG: run.key}
 
 
 def _params(config: dict) -> dict[str, str]:
@@ -525,14 +550,6 @@ def _params(config: dict) -> dict[str, str]:
     if "eval" in sections:  # lm-eval is asked of one run only
         sections["eval"] = {name: value for name, value in sections["eval"].items() if name != "harness"}
     return {valid_name(name): _cut(value, LONGEST_PARAM) for name, value in flat(sections).items()}
-
-
-def _log_params(api, run_id: str, params: dict[str, str]) -> None:
-    from mlflow.entities import Param
-
-    entities = [Param(name, value) for name, value in params.items()]
-    for start in range(0, len(entities), PARAMS_IN_BATCH):
-        api.log_batch(run_id, params=entities[start : start + PARAMS_IN_BATCH])
 
 
 def valid_name(name: str) -> str:

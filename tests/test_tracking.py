@@ -132,7 +132,7 @@ def test_what_a_killed_command_left_running_is_ended(plan):
     tracking.prepare(plan.tracking, plan.sweep)
     api, _ = runs_of(plan)
     experiment = api.get_experiment_by_name("test").experiment_id
-    left = tracking._child_run(api, experiment, plan.sweep, "killed", "killed")
+    left = tracking._child_run(api, experiment, plan.sweep, "killed", "killed").info.run_id
     tracking.prepare(plan.tracking, plan.sweep)
     assert api.get_run(left).info.status == "KILLED"
 
@@ -261,7 +261,7 @@ def test_a_batch_that_arrives_twice_is_one(workspace):
     with tracking.follow(target_at(None)) as listener:
         listener(LINES[0])
     api, runs = all_runs(None)
-    curves = tracking._Curves(api, runs["r"].info.run_id)
+    curves = tracking._Curves(api, runs["r"])
     curves.known.clear()  # as when the answer of the store came too late to be heard
     curves.send(LINES)
     assert steps_of(api, runs["r"]) == [1, 2, 3, 4]
@@ -271,11 +271,11 @@ def test_a_run_that_was_made_twice_is_one_again(workspace):
     tracking.prepare(SETTINGS, "s")
     api, _ = all_runs(None)
     experiment = api.get_experiment_by_name("test").experiment_id
-    first = tracking._child_run(api, experiment, "s", "r", "r")
+    first = tracking._child_run(api, experiment, "s", "r", "r").info.run_id
     tags = api.get_run(first).data.tags
     api.create_run(experiment, tags={name: tags[name] for name in (tracking.SWEEP_TAG, tracking.RUN_TAG)})
     assert len(api.search_runs([experiment])) == 3
-    assert tracking._child_run(api, experiment, "s", "r", "r") == first
+    assert tracking._child_run(api, experiment, "s", "r", "r").info.run_id == first
     assert len(api.search_runs([experiment])) == 2
 
 
@@ -401,7 +401,7 @@ def test_a_parameter_that_changed_makes_the_run_anew(plan):
     tracking.prepare(plan.tracking, plan.sweep)
     api, _ = runs_of(plan)
     experiment = api.get_experiment_by_name("test").experiment_id
-    left = tracking._child_run(api, experiment, plan.sweep, run.name, run.title)
+    left = tracking._child_run(api, experiment, plan.sweep, run.name, run.title).info.run_id
     api.log_param(left, "data.source.path", "/where/it/was")
     run.config["data"]["source"]["path"] = "/where/it/is"
     done, said = tracking.mirror(plan, board)

@@ -144,6 +144,7 @@ def _check_train(train: dict, method: str) -> None:
         raise UserError(
             f"config: 'train.max_steps' must be above 0, or -1 for num_train_epochs (found {train['max_steps']})"
         )
+    _check_strategies(train)
     with told_by_library("train"):
         args = TrainingArguments(output_dir="unused", **{**trainer_fields(train), "report_to": "none"})
         args.get_process_log_level()
@@ -154,6 +155,18 @@ def _check_train(train: dict, method: str) -> None:
     _check_loader(args)
     _check_checkpointing(args)
     _check_best(args, train, method)
+
+
+def _check_strategies(train: dict) -> None:
+    """Refuse to choose among saved states that are not those that are evaluated."""
+    evaluated, saved = str(train.get("eval_strategy", "no")), str(train.get("save_strategy", "steps"))
+    if not train.get("load_best_model_at_end") or saved == "best" or (evaluated == saved != "no"):
+        return
+    wanted = next((strategy for strategy in (saved, evaluated) if strategy != "no"), "epoch")
+    raise UserError(
+        f"config: train.load_best_model_at_end=true chooses among saved states by their evaluation, and found "
+        f"train.eval_strategy={evaluated} with train.save_strategy={saved}: set both to {wanted}"
+    )
 
 
 def _check_best(args, train: dict, method: str) -> None:

@@ -90,7 +90,8 @@ class ValidationJudge:
         rows, gold = self.rows, [row["reference"] for row in self.rows]
         size = self.settings["batch_size"], self.tokenizer.pad_token_id
         if not self.by_answers:
-            found = likeliest(model, self.splits, rows, self.settings["labels"], self.tokenizer, size)
+            whose = "the model in training", "validation"
+            found = likeliest(model, self.splits, rows, self.settings["labels"], self.tokenizer, size, whose)
             return Evidence(self.settings, gold, [""] * len(rows), choices=found.chosen)
         matched = likelihoods.row_losses(model, rows, *size).matched
         known = generation.greedy_gold(rows, matched, self.settings, self.stop_ids)

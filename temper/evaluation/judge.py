@@ -127,14 +127,14 @@ def ask(source: Source, config: dict, rows: DatasetDict, tokenizer, passages: li
     model = source.network(config["model"]["load"])
     size = settings["batch_size"], tokenizer.pad_token_id
 
-    started = time.perf_counter()
-    losses = likelihoods.row_losses(model, asked, *size)
+    started, choices, whose = time.perf_counter(), None, (source.name, settings["split"])
+    if settings["task"] == "labels":  # what the right one costs is the loss
+        choices = likeliest(model, rows, asked, settings["labels"], tokenizer, size, whose)
+        losses = choices.losses
+    else:
+        losses = likelihoods.row_losses(model, asked, *size)
+        likelihoods.check_finite(*whose, asked, losses.sums)
     loss_seconds = time.perf_counter() - started
-    likelihoods.check_finite(source.name, settings["split"], asked, losses.sums)
-
-    choices = None
-    if settings["task"] == "labels":
-        choices = likeliest(model, rows, asked, settings["labels"], tokenizer, size)
 
     if settings["task"] == metrics.DOCUMENTS:
         answers = generation.no_answers(len(asked))

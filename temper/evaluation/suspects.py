@@ -57,7 +57,7 @@ def scores(source: Source, config: dict, rows: DatasetDict, tokenizer) -> list[S
     for split in (name for name in SPLITS if name in rows):
         asked = list(rows[split])
         if settings["task"] == "labels":
-            found += _by_margin(model, rows, split, asked, tokenizer, settings)
+            found += _by_margin(source.name, model, rows, split, asked, tokenizer, settings)
         else:
             found += _by_loss(source.name, model, split, asked, tokenizer, settings)
     return found
@@ -68,10 +68,10 @@ def most_suspicious(found: list[Score], count: int) -> list[Score]:
     return sorted(found, key=lambda score: (-score.suspicion, score.id))[:count]
 
 
-def _by_margin(model, rows, split: str, asked: list[dict], tokenizer, settings: dict) -> list[Score]:
+def _by_margin(name: str, model, rows, split: str, asked: list[dict], tokenizer, settings: dict) -> list[Score]:
     labels = settings["labels"]
     size = settings["batch_size"], tokenizer.pad_token_id
-    choices = likeliest(model, rows, asked, labels, tokenizer, size)
+    choices = likeliest(model, rows, asked, labels, tokenizer, size, (name, split))
     made = []
     for row, logps in zip(asked, choices.logps, strict=True):
         given = labels.index(gold_class(row["reference"], labels, f"{split} split, row {row['id']} of the raw data"))

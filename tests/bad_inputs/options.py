@@ -108,7 +108,7 @@ CHOICES = [
         "train.lr_scheduler_type=greedy",
     ),
     ("best by answers without validation", ON_ITS_OWN, BEST, BY + "accuracy", NO_VALIDATION),
-    ("best without evaluation", "save and eval strategy to match", BEST, "train.eval_strategy='no'"),
+    ("best without evaluation", "save_strategy=epoch: set both to epoch", BEST, "train.eval_strategy='no'"),
     ("fp16 without a GPU", "fp16|GPU", "train.fp16=true", "train.use_cpu=true"),
     ("workers that stay, of none", "persistent_workers", "train.dataloader_persistent_workers=true"),
     (

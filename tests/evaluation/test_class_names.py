@@ -156,9 +156,27 @@ SETS = {
 @pytest.mark.parametrize("batch_size", [1, 4])
 def test_labels_are_judged_whole_with_their_end(model, tokenizer, rows, name, batch_size):
     answers = [tokenizer(label + tokenizer.eos_token, add_special_tokens=False)["input_ids"] for label in SETS[name]]
-    found = likelihoods.class_logps(model, rows, answers, batch_size, tokenizer.pad_token_id)
-    for row, logps in zip(rows, found, strict=True):
+    found = likelihoods.answer_losses(model, rows, answers, batch_size, tokenizer.pad_token_id)
+    for row, losses in zip(rows, found, strict=True):
+        logps = [answer.logp for answer in losses]
         assert logps == pytest.approx(one_by_one(model, row, answers), rel=1e-5)
+
+
+def test_the_loss_of_rows_is_found_with_their_labels(model, tokenizer, rows, monkeypatch):
+    """Rows whose answer is a label's are asked once; one that is spelt otherwise, or learns its prompt, by itself."""
+    capital, prompt_too = tiny.tiny_row(tokenizer, 9, "so so", "Positive"), dict(rows[0], id=10)
+    prompt_too["labels"] = prompt_too["input_ids"]
+    asked, size = [*rows, capital, prompt_too], (4, tokenizer.pad_token_id)
+    expected = likelihoods.row_losses(model, asked, *size)
+    by_itself, text_losses = [], likelihoods.text_losses
+    monkeypatch.setattr(
+        likelihoods, "text_losses", lambda *all_: by_itself.extend(row["id"] for row in all_[1]) or text_losses(*all_)
+    )
+    splits = {"test": Dataset.from_list(asked)}
+    found = choices.likeliest(model, splits, asked, ["negative", "positive"], tokenizer, size, ("model", "test")).losses
+    assert by_itself == [9, 10]
+    assert found.sums == pytest.approx(expected.sums, rel=1e-5)
+    assert (found.tokens, found.matched) == (expected.tokens, expected.matched)
 
 
 def report(model, splits, output, *overrides):
