@@ -17,7 +17,8 @@ Writes  the merged model in Hugging Face layout, with the base's tokenizer, and 
         A base in several safetensors files is read, merged and written file by file, with memory of one file and the
         adapter, to the same bits. Then each merged layer is compared with the layer and its adapter on random inputs,
         instead of the logits. What cannot be done so (two bases to choose from, a dequantized base, full-parameter
-        runs, adapters on tied weights, weights that transformers converts) is merged in memory; the log says why.
+        runs, adapters on tied weights, weights that transformers renames or
+        converts) is merged in memory; the log says why.
         Virtual tokens (prompt tuning, prefix tuning, P-tuning) cannot be merged: the output is then the base model with
         the adapter in adapter/, to be loaded with `PeftModel.from_pretrained(model, folder + "/adapter")`.
         After a diverged training there is nothing to merge; diverged.json says at which step it diverged.

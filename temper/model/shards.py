@@ -107,7 +107,7 @@ class Sharded:
         tied = self.network.all_tied_weights_keys
         shared = {*tied, *tied.values()}
         if self.network._weight_conversions or not self.saved <= self.files.keys():
-            return "transformers converts this base's weights when it loads them"
+            return "transformers renames or converts the base's weights as it loads them"
         if any({name, other} <= self.files.keys() for name, other in tied.items()):
             return "the base has tied weights twice"
         for name, layer in layers.items():
