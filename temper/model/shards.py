@@ -152,7 +152,8 @@ class Sharded:
         """
         from safetensors.torch import save_file
 
-        places, size = {}, 0
+        places: dict[str, str] = {}  # tensor -> its file
+        size = 0
         for file in sorted(set(self.files.values())):
             names = {name for name in self.saved if self.files[name] == file}
             tensors = self._merged_shard(names) if names else {}
@@ -176,7 +177,8 @@ class Sharded:
         adapted = self._adapted(
             {name: self._read(name) for name in self.network.state_dict() if name.startswith(whole)}
         )
-        network, made = adapted.get_base_model(), {}
+        network = adapted.get_base_model()
+        made: dict[str, Any] = {}
         for layer in sorted(inside):
             merged = self._merged_layer(layer, network.get_submodule(layer))
             network.set_submodule(layer, torch.nn.Identity())  # its memory is free for the next one
