@@ -14,6 +14,11 @@ Writes  the merged model in Hugging Face layout, with the base's tokenizer, and 
         A QLoRA adapter is merged into the base as stored and into the dequantized one, and the model that is nearer to
         the trained network is kept. merge.dequantized_base decides otherwise; if the base is stored in 4 or 8 bits, it
         is always the dequantized one.
+        A base in several safetensors files is read, merged and written file by file, with memory of one file and the
+        adapter, to the same bits. Then each merged layer is compared with the layer and its adapter on random inputs,
+        instead of the logits. What cannot be done so (two bases to choose from, a dequantized base, full-parameter
+        runs, adapters on tied weights, weights that transformers renames or
+        converts) is merged in memory; the log says why.
         Virtual tokens (prompt tuning, prefix tuning, P-tuning) cannot be merged: the output is then the base model with
         the adapter in adapter/, to be loaded with `PeftModel.from_pretrained(model, folder + "/adapter")`.
         After a diverged training there is nothing to merge; diverged.json says at which step it diverged.
@@ -31,6 +36,7 @@ from temper.model import serving
 from temper.model.adapters import DIVERGED, can_be_merged, is_adapter
 from temper.model.loading import BUNDLED, load_tokenizer
 from temper.model.merging import Merging
+from temper.model.shards import sharded
 from temper.model.threads import computing_threads
 from temper.progress import quiet_libraries
 from temper.step import run_command
@@ -56,13 +62,21 @@ def run(config: MergeAdapter, model: Path, adapter: Path, output: Path, splits: 
     if is_adapter(adapter) and not can_be_merged(adapter):
         return _bundle(model, adapter, output)
     with computing_threads(1):  # only a few products; the weights' bits do not depend on the number of cores
-        merging = Merging(config, model, adapter, splits)
-        network, facts = merging.merged()
-    network.save_pretrained(output, save_original_format=merging.keeps_format)
-    if not (model / serving.GENERATION).is_file():
-        (output / serving.GENERATION).unlink(missing_ok=True)  # made from the config, which says it as well
+        facts = _write(Merging(config, model, adapter, splits), output)
     load_tokenizer(model).save_pretrained(output)
     serving.write(output, {**serving.of_folder(output), serving.BASE: trained_with[serving.BASE]})
+    return facts
+
+
+def _write(merging: Merging, output: Path) -> dict:
+    """Merge, write the network with its configs, and return facts."""
+    by_shards = sharded(merging)
+    if by_shards:
+        return by_shards.write(output)
+    network, facts = merging.merged()
+    network.save_pretrained(output, save_original_format=merging.keeps_format)
+    if not (merging.model / serving.GENERATION).is_file():
+        (output / serving.GENERATION).unlink(missing_ok=True)  # made from the config, which says it as well
     return {"dtype": str(network.dtype).removeprefix("torch."), **facts}
 
 

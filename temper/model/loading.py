@@ -148,25 +148,36 @@ def check_weights(folder: Path) -> None:
     Raises:
         UserError: tensors are missing, unknown or of another shape, or a file is damaged.
     """
+    config = load_config(folder)
+    refuse_unmergeable(folder, config)
+    if not is_stored_quantized(config):  # packed tensors have different names and shapes; `load_model` checks them
+        network_without_weights(folder, stored_dtype(folder))
+
+
+def network_without_weights(folder: Path, dtype: str):
+    """The network that `load_model` makes of a folder in a precision, on a device without memory.
+
+    Raises:
+        UserError: tensors are missing, unknown or of another shape, or a file is damaged.
+    """
     import torch
 
     config = load_config(folder)
-    refuse_unmergeable(folder, config)
-    if is_stored_quantized(config):
-        return  # packed tensors have different names and shapes; `load_model` checks them
     stored = {name: shape for file in weight_files(folder) for name, shape in _shapes(file).items()}
-    with reading(folder), torch.device("meta"):  # a device without memory
+    with reading(folder), torch.device("meta"):
         kind = type(_auto_class(config).from_config(config, trust_remote_code=False))
         tensors = {name: torch.empty(shape) for name, shape in stored.items()}
-        _, info = kind.from_pretrained(
+        network, info = kind.from_pretrained(
             None,
             config=config,
             state_dict=tensors,
+            dtype=resolve_dtype(dtype),
             device_map={"": "meta"},
             output_loading_info=True,
             ignore_mismatched_sizes=True,
         )
     refuse_misfits(folder, info)
+    return network
 
 
 def weight_files(folder: Path) -> list[Path]:

@@ -61,7 +61,7 @@ class Merging:
             return self._copied()
         trained = self._speak(self._adapted(self._base(self._quantized, self.computing)))
         distances: dict[str, agreement.Agreement] = {}
-        for base in self._bases():  # of two, only the better one is kept in memory
+        for base in self.bases():  # of two, only the better one is kept in memory
             made = self._candidate(base, trained)
             if not distances or made[2].logit_difference < min(each.logit_difference for each in distances.values()):
                 taken, best = base, made[:2]
@@ -85,6 +85,11 @@ class Merging:
         return stored_dtype(self.model) if is_adapter(self.adapter) else "float32"
 
     @property
+    def loaded(self) -> str:
+        """The precision in which base and adapter are merged."""
+        return "float32" if self.saved == "float32" else stored_dtype(self.model)
+
+    @property
     def computing(self) -> str:
         """That of the comparison: as saved where this machine is fast in it, else float32, so that nothing is lost."""
         fast = str(resolve_dtype("fastest")).removeprefix("torch.")
@@ -106,7 +111,7 @@ class Merging:
         """Whether the network was trained over a base in 4 or 8 bits."""
         return is_quantized(self.config.quantization.model_dump()) or is_stored_quantized(load_config(self.model))
 
-    def _bases(self) -> list[str]:
+    def bases(self) -> list[str]:
         """What the adapter is to be merged into; of several the best is taken."""
         asked = self.config.merge.dequantized_base
         if is_stored_quantized(load_config(self.model)) or (self._quantized and asked):
@@ -145,8 +150,8 @@ class Merging:
 
     def _merged_into(self, base: str):
         """The merged network, in the precision to save it in."""
-        dtype = "float32" if self.saved == "float32" else stored_dtype(self.model)
-        return self._adapted(self._plain_base(base, dtype)).merge_and_unload().to(resolve_dtype(self.saved))
+        plain = self._plain_base(base, self.loaded)
+        return self._adapted(plain).merge_and_unload().to(resolve_dtype(self.saved))
 
     def _fully_trained(self):
         return load_model(self.adapter, {"dtype": "float32", "attn_implementation": "fastest"})
@@ -165,7 +170,7 @@ class Merging:
         """What of the facts that `merged` gives is certain before, as `made` takes it; {} if two bases are compared."""
         if not is_adapter(self.adapter):
             return {"fully_trained": self.saved == "float32" and self.config.merge.dtype == "auto"}
-        bases = self._bases()
+        bases = self.bases()
         return {"base": bases[0]} if len(bases) == 1 else {}
 
     def made(self, facts: dict):

@@ -90,7 +90,7 @@ def weights(folder: Path) -> str:
     for file in [*weight_files(folder), *([bundled] if bundled.is_file() else [])]:
         with reading(file):
             if file.suffix == ".safetensors":
-                tensors = safe_open(file, framework="pt")
+                tensors = safe_open(file, framework="pt", backend="pread")  # mapped, all of it would count as memory
                 places |= {f"{file.parent == bundled.parent:d} {name}": (tensors, name) for name in tensors.keys()}  # noqa: SIM118
             else:
                 loaded = torch.load(file, map_location="cpu", mmap=True, weights_only=True)

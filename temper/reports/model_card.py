@@ -302,6 +302,11 @@ def _merging(run: runs.FinishedRun) -> str:
     made = runs.read_provenance(run.parts["merge_adapter"]) if run.has("merge_adapter") else {}
     if not made and run.has("evaluate_model"):
         made = runs.read_provenance(run.parts["evaluate_model"]).get("merged", {})
+    if "layers_compared" in made:
+        return (
+            f"merged in {made['dtype']}, shard by shard: the outputs of {made['layers_compared']} layers, each "
+            f"compared alone, differ from before by at most {made['largest_layer_difference']:.2g} of their spread"
+        )
     if "logit_difference" not in made:
         return ""
     said = (
