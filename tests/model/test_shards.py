@@ -233,7 +233,8 @@ with computing_threads(1):
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="only Linux tells the peak of a part")
-@pytest.mark.parametrize("saved", rarely(["auto", "float32"], ["float32"]))
+@pytest.mark.slow
+@pytest.mark.parametrize("saved", ["auto", "float32"])
 def test_the_memory_is_that_of_one_shard(workspace, saved):
     """Below 1.5 shards of what is written, where one whole network takes 4.
 
