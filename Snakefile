@@ -235,6 +235,8 @@ rule merge_adapter:
     log:
         "results/logs/merge_adapter/{name}.log",
     priority: temper.report_priority(PLAN, "merge_adapter", workflow)
+    resources:
+        gpu=temper.gpus_per_job(),
     shell:
         "run steps.merge_adapter"
         " --model {input.model:q}"

@@ -20,6 +20,7 @@ import sys
 import time
 from pathlib import Path
 
+from temper.devices import own_gpu
 from temper.errors import UserError, one_line_errors, visible
 from temper.folders import check_name, is_complete, locked, made_by_a_step, refuse_damaged, temporary_folder
 from temper.keys import changed_keys, flat
@@ -42,8 +43,13 @@ def run_command(step, argv=None, work=None) -> None:
     spare_the_collector()
     bound_shape_caches()
     arguments = step_parser(step).parse_intermixed_args(argv)
-    with one_line_errors(arguments.output, step.STAGE, arguments.log), logging_to(arguments.log):
-        (work or execute)(step, arguments, [name.rstrip("?+") for name in _stage(step).inputs])
+    stage = _stage(step)
+    with (
+        one_line_errors(arguments.output, step.STAGE, arguments.log),
+        logging_to(arguments.log),
+        own_gpu() if stage.on_gpu else contextlib.nullcontext(),  # before any library asks for GPUs
+    ):
+        (work or execute)(step, arguments, [name.rstrip("?+") for name in stage.inputs])
 
 
 def spare_the_collector() -> None:

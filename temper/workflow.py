@@ -6,9 +6,7 @@ import logging
 import os
 import re
 import shlex
-import shutil
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -17,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from temper import early, signals, tracking
 from temper.config.stages import FOLDERS, flag_words
+from temper.devices import gpus
 from temper.errors import UserError, one_line_errors, suggest, visible
 from temper.files import known_json, read_json
 from temper.folders import PROVENANCE, is_complete, is_locked, locked, remove_leftovers
@@ -261,11 +260,8 @@ def tokenizing_threads(plan: planning.Plan, cores: int | None) -> int:
 
 @functools.cache
 def gpus_per_job() -> int:
-    """1 if there is an NVIDIA GPU: the profile's ``resources: gpu=1`` then allows one training at a time."""
-    return int(
-        shutil.which("nvidia-smi") is not None
-        and subprocess.run(["nvidia-smi", "-L"], capture_output=True).returncode == 0
-    )
+    """1 if there is a GPU: the profile's ``resources: gpu=1`` then allows one training at a time."""
+    return int(bool(gpus()))
 
 
 # --- the workflow's handlers ---------------------------------------------------------------------

@@ -224,6 +224,7 @@ class Stage:
     read_as: tuple[str, ...] = ()  # the flags under which other stages read its output
     holds: tuple[str, ...] = ()  # each of its folders has one of these files
     inputs: dict[str, str] = dataclasses.field(default_factory=dict)  # its flags, and what each is; ? may be left out
+    on_gpu: bool = False  # whether a job of it computes on a GPU, if there is one
 
 
 START = "folder of fetch_model, or of merge_adapter when supervised fine-tuning came first"
@@ -266,6 +267,7 @@ STAGES = {
             ("splits",),
             ("dataset_dict.json",),
             {"splits": "folder of tokenize_splits", "model": START},
+            on_gpu=True,
         ),
         Stage(
             "reference_logprobs",
@@ -274,6 +276,7 @@ STAGES = {
             ("references",),
             ("references.json",),
             {"splits": "folder of tokenize_splits, with preference pairs or labelled answers", "model": START},
+            on_gpu=True,
         ),
         Stage(
             "train_adapter",
@@ -286,6 +289,7 @@ STAGES = {
                 "model": "folder of fetch_model, or of merge_adapter to start from a trained model",
                 "references?": "folder of reference_logprobs, for method=dpo and method=kto",
             },
+            on_gpu=True,
         ),
         Stage(
             "merge_adapter",
@@ -298,6 +302,7 @@ STAGES = {
                 "adapter": "folder of train_adapter",
                 "splits?": "folder of tokenize_splits, for the rows that the merged model is checked on",
             },
+            on_gpu=True,
         ),
         Stage(
             "evaluate_model",
@@ -315,6 +320,7 @@ STAGES = {
                 "start_report?": "report of the model that the training started from, when that was trained itself",
                 "first_report?": "report of the training on documents that came first (method.first)",
             },
+            on_gpu=True,
         ),
         Stage("rank_runs", RankRuns, "rankings", holds=("ranking.json",)),
         Stage(
@@ -329,6 +335,7 @@ STAGES = {
                 "prompts": "folder of format_prompts, or of mix_prompts, that the splits were made of",
                 "raw?": "the raw data that the prompts were made of, named as it was then; a mixture knows it itself",
             },
+            on_gpu=True,
         ),
         Stage(
             "run_harness",
@@ -342,6 +349,7 @@ STAGES = {
                 "splits?": "folder of tokenize_splits, for the rows that the merged model is checked on",
                 "base_harness?": "folder of run_harness of the untouched model, to compare with",
             },
+            on_gpu=True,
         ),
         Stage("compare_runs", CompareRuns, "sweeps"),
     )

@@ -11,7 +11,6 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING
 
-from temper.evaluation import likelihoods
 from temper.evaluation.choices import likeliest
 from temper.evaluation.class_names import gold_class
 
@@ -81,6 +80,8 @@ def _by_margin(name: str, model, rows, split: str, asked: list[dict], tokenizer,
 
 
 def _by_loss(name: str, model, split: str, asked: list[dict], tokenizer, settings: dict) -> list[Score]:
+    from temper.evaluation import likelihoods
+
     losses = likelihoods.row_losses(model, asked, settings["batch_size"], tokenizer.pad_token_id)
     likelihoods.check_finite(name, split, asked, losses.sums)
     pairs = zip(asked, losses.sums, losses.tokens, strict=True)

@@ -1,0 +1,128 @@
+"""The GPU that a job computes on: one of its own, which no other job on this machine has.
+
+CUDA and HIP show a process all GPUs of the machine, and libraries take the first, or all. So a job takes a lock on one
+and shows itself that one only, before any library asks. Locks are files of the machine, not of a project, for projects
+share GPUs; they end with the job, in whatever way it ends.
+
+A scheduler that gives a job one GPU has said so in the same variable, and nothing is changed.
+"""
+
+import contextlib
+import logging
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from temper.errors import UserError
+
+log = logging.getLogger("temper")
+CUDA, HIP = "CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES"  # environment variables
+AMD_NODES = Path("/sys/class/kfd/kfd/topology/nodes")  # of the Linux driver: a folder for each CPU and GPU
+PAUSE = 1.0  # seconds between two looks at GPUs that are all taken
+
+
+def gpus() -> list[str]:
+    """The GPUs that a job on this machine may use, as their variable names them; [] if there are none.
+
+    Of NVIDIA's UUIDs, of AMD's numbers. A GPU that is cut into MIG instances is its instances.
+    """
+    variable, there = _installed()
+    given = os.environ.get(variable) if variable else None
+    if given is None or not there:
+        return there
+    return [name.strip() for name in given.split(",") if name.strip() not in ("", "-1", "NoDevFiles")]
+
+
+def _installed() -> tuple[str | None, list[str]]:
+    """(the variable that chooses among this machine's GPUs, their names)."""
+    if found := _of_nvidia():
+        return CUDA, found
+    if found := _of_amd():
+        return HIP, found
+    if sys.platform == "darwin" and platform.machine() == "arm64":
+        return None, ["mps"]
+    return None, []
+
+
+def _of_nvidia() -> list[str]:
+    if shutil.which("nvidia-smi") is None:
+        return []
+    listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True)
+    found: list[str] = []
+    for name in re.findall(r"UUID: ((?:GPU|MIG)-[\w/-]+)", listed.stdout) if listed.returncode == 0 else ():
+        if name.startswith("MIG") and found and found[-1].startswith("GPU"):
+            found.pop()  # its instances follow
+        found.append(name)
+    return found
+
+
+def _of_amd() -> list[str]:
+    ids = [file.read_text().strip() for file in sorted(AMD_NODES.glob("*/gpu_id"))]
+    return [str(number) for number in range(sum(one != "0" for one in ids))]  # a CPU's is 0
+
+
+@contextlib.contextmanager
+def own_gpu() -> Iterator[None]:
+    """While the block runs, this process sees one GPU that no other one has taken; it waits until there is one.
+
+    Where there is no choice, with one GPU or none, nothing is locked.
+
+    Raises:
+        UserError: the locks cannot be written.
+    """
+    variable, there = _installed()
+    names = gpus()
+    if variable is None or len(names) < 2:
+        yield
+        return
+    before = os.environ.get(variable)
+    name, lock = _taken(names, there)
+    try:
+        os.environ[variable] = name
+        log.info("GPU: %s, of %d", name, len(names))
+        yield
+    finally:
+        lock.release()
+        os.environ.pop(variable) if before is None else os.environ.update({variable: before})
+
+
+def _taken(names: list[str], there: list[str]):
+    """(a GPU, its lock), of those with these names; waits until one is free."""
+    import filelock
+
+    locks = {name: filelock.FileLock(_lock_file(name, there), mode=0o666) for name in names}
+    waits = False
+    while True:
+        for name, lock in locks.items():
+            try:
+                lock.acquire(timeout=0)
+            except filelock.Timeout:
+                continue
+            except OSError as error:
+                raise UserError(
+                    f"{lock.lock_file}: cannot be locked ({error.strerror}): make it writable, or choose a GPU for "
+                    "each job by the environment"
+                ) from None
+            return name, lock
+        if not waits:
+            log.info("all %d GPUs are taken by other jobs: waiting for one", len(names))
+        waits = True
+        time.sleep(PAUSE)
+
+
+def _lock_file(name: str, there: list[str]) -> Path:
+    """One for each GPU, whether a number names it or a UUID."""
+    if name.isdecimal() and int(name) < len(there):
+        name = there[int(name)]
+    folder = Path(tempfile.gettempdir()) / "temper-gpus"
+    with contextlib.suppress(OSError):  # of another user, who has done the same
+        folder.mkdir(exist_ok=True)
+        folder.chmod(0o777)
+    return folder / f"{name.replace('/', '-')}.lock"
