@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from array import array
 from collections.abc import Sequence
 
 from temper.data.batches import Batch
@@ -16,12 +17,12 @@ CHUNK = 1024  # positions whose logits are held at once: 200 MB in float32 for a
 
 @dataclasses.dataclass
 class TextLosses:
-    """Cross entropy in nats of each supervised token of a text.
+    """Cross entropy in nats of each supervised token of a text, in 4 bytes, for texts may be long and many.
 
     `matched`: how many tokens of its answer, from the first on, are supervised and what the model finds likeliest.
     """
 
-    tokens: list[float] = dataclasses.field(default_factory=list)
+    tokens: array = dataclasses.field(default_factory=lambda: array("f"))
     matched: int = 0
 
     @property
