@@ -144,7 +144,7 @@ def _check_train(train: dict, method: str) -> None:
         raise UserError(
             f"config: 'train.max_steps' must be above 0, or -1 for num_train_epochs (found {train['max_steps']})"
         )
-    _check_strategies(train)
+    _check_strategies(trainer_fields(train))
     with told_by_library("train"):
         args = TrainingArguments(output_dir="unused", **{**trainer_fields(train), "report_to": "none"})
         args.get_process_log_level()

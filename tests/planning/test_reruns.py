@@ -268,8 +268,8 @@ MATRIX = (
             ),
             (
                 MERGE_CODE,
-                " Merging(config, model, adapter, splits)",
-                " Merging(\n\n            config, model,adapter, splits)",
+                "_write(Merging(config, model, adapter, splits), output)",
+                "_write(Merging(\n\n            config, model,adapter, splits), output)",
             ),
             (LOSS_CODE, "The training loss:", "What is minimised:"),
             (
