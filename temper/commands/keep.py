@@ -1,7 +1,7 @@
 """Keep runs: `temper prune` deletes none of their folders. The run that a sweep chose is kept in any case.
 
-    temper keep 1a5e494ce8 faac38d2a8
-    temper keep --release 1a5e494ce8
+    temper keep 09da7523a6 a07cb3abd7
+    temper keep --release 09da7523a6
     temper keep                        # which are kept
 
 A run is named as in `temper predict`: by its name, the key that the leaderboard shows, or one of its folders. The list

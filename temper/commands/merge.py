@@ -1,7 +1,7 @@
 """Write a run's merged model: adapter and base in one folder, which any program that reads Hugging Face's layout loads.
 
     temper merge --run best --sweep demo
-    temper merge --run 1a5e494ce8
+    temper merge --run 09da7523a6
 
 A sweep writes the merged model of the run that it chooses; merge.runs says of which others. All are evaluated as merged
 models, so a folder that is made later answers as the report says, to the bit. Says the folder.
