@@ -66,6 +66,7 @@ def _refuse_nan(value, key: str = "") -> None:
         raise UserError(f"config: '{key}' is {value}: a finite number is needed")
 
 
+@functools.cache  # asked for each point of a sweep
 def _field_types(cls) -> dict[str, object]:
     """Field name -> type of a library's config dataclass."""
     hints = typing.get_type_hints(cls)
@@ -78,20 +79,29 @@ def _check_type(key: str, value, annotation) -> None:
     ]
     if choices and isinstance(value, str) and value not in (known := [str(choice.value) for choice in choices[0]]):
         raise UserError(f"config: '{key}': {value} is not a valid {choices[0].__name__}; {suggest(value, known)}")
-    from pydantic import ConfigDict, TypeAdapter, ValidationError
-    from pydantic.errors import PydanticUserError
+    from pydantic import ValidationError
 
+    adapter = _adapter_of(annotation)
     try:
-        adapter = TypeAdapter(annotation, config=ConfigDict(strict=False, arbitrary_types_allowed=True))
-    except PydanticUserError:
-        return  # pydantic cannot check this annotation; the class's own check must do
-    try:
-        adapter.validate_python(value, strict=True)
+        if adapter:
+            adapter.validate_python(value, strict=True)
     except ValidationError as error:
         message = " or ".join(dict.fromkeys(fault["msg"] for fault in error.errors(include_url=False)))
         if choices:
             message = f"must be one of {', '.join(str(choice.value) for choice in choices[0])}"
         raise UserError(f"config: '{key}': {message[0].lower()}{message[1:]} (found {found(value)})") from None
+
+
+@functools.cache
+def _adapter_of(annotation):
+    """pydantic's check of an annotation; None if it has none, where the class's own check must do."""
+    from pydantic import ConfigDict, TypeAdapter
+    from pydantic.errors import PydanticUserError
+
+    try:
+        return TypeAdapter(annotation, config=ConfigDict(strict=False, arbitrary_types_allowed=True))
+    except PydanticUserError:
+        return None
 
 
 def _check_ranges(section: str, values: dict, ranges: dict) -> None:
