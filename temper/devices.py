@@ -33,7 +33,11 @@ def gpus() -> list[str]:
 
     Of NVIDIA's UUIDs, of AMD's numbers. A GPU that is cut into MIG instances is its instances.
     """
-    variable, there = _installed()
+    return _left(*_installed())
+
+
+def _left(variable: str | None, there: list[str]) -> list[str]:
+    """Of the installed GPUs those that the environment leaves."""
     given = os.environ.get(variable) if variable else None
     if given is None or not there:
         return there
@@ -78,7 +82,7 @@ def own_gpu() -> Iterator[None]:
         UserError: the locks cannot be written.
     """
     variable, there = _installed()
-    names = gpus()
+    names = _left(variable, there)
     if variable is None or len(names) < 2:
         yield
         return

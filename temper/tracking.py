@@ -27,6 +27,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from temper.data.chunks import chunks
 from temper.errors import UserError, lack
 from temper.evaluation.figures import FILE, Diverged, Figures, finite, read_figures
 from temper.files import read_json, read_json_lines, whole_file
@@ -296,14 +297,12 @@ class _Curves:
 
 def _log(api, run_id: str, metrics: Sequence, params: Sequence = (), tags: Sequence = ()) -> None:
     """Send all in as few batches as the store's limits allow; the tags come with the last one."""
-    batches = list(itertools.zip_longest(_cut_in(METRICS_IN_BATCH, metrics), _cut_in(PARAMS_IN_BATCH, params)))
+    of_metrics = chunks(metrics, lambda _metric: 1, METRICS_IN_BATCH)
+    of_params = chunks(params, lambda _param: 1, PARAMS_IN_BATCH)
+    batches = list(itertools.zip_longest(of_metrics, of_params, fillvalue=()))
     for number, (some_metrics, some_params) in enumerate(batches, start=1):
         last = tags if number == len(batches) else ()
-        api.log_batch(run_id, metrics=some_metrics or (), params=some_params or (), tags=last)
-
-
-def _cut_in(size: int, items: Sequence) -> list[Sequence]:
-    return [items[start : start + size] for start in range(0, len(items), size)]
+        api.log_batch(run_id, metrics=some_metrics, params=some_params, tags=last)
 
 
 # --- before the first job ------------------------------------------------------------------------

@@ -154,9 +154,10 @@ def _check_train(train: dict, method: str) -> None:
         raise UserError(
             f"config: 'train.max_steps' must be above 0, or -1 for num_train_epochs (found {train['max_steps']})"
         )
-    _check_strategies(trainer_fields(train))
+    given = trainer_fields(train)
+    _check_strategies(given)
     with told_by_library("train"):
-        args = TrainingArguments(output_dir="unused", **{**trainer_fields(train), "report_to": "none"})
+        args = TrainingArguments(output_dir="unused", **{**given, "report_to": "none"})
         args.get_process_log_level()
     if args.fp16 and args.device.type == "cpu":
         raise UserError("config: 'train.fp16' does nothing without a GPU; leave it out, see model.load.dtype")
@@ -167,10 +168,10 @@ def _check_train(train: dict, method: str) -> None:
     _check_best(args, train, method)
 
 
-def _check_strategies(train: dict) -> None:
+def _check_strategies(given: dict) -> None:
     """Refuse to choose among saved states that are not those that are evaluated."""
-    evaluated, saved = str(train.get("eval_strategy", "no")), str(train.get("save_strategy", "steps"))
-    if not train.get("load_best_model_at_end") or saved == "best" or (evaluated == saved != "no"):
+    evaluated, saved = str(given.get("eval_strategy", "no")), str(given.get("save_strategy", "steps"))
+    if not given.get("load_best_model_at_end") or saved == "best" or (evaluated == saved != "no"):
         return
     wanted = next((strategy for strategy in (saved, evaluated) if strategy != "no"), "epoch")
     raise UserError(

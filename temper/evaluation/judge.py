@@ -144,6 +144,9 @@ def ask(source: Source, config: dict, rows: DatasetDict, tokenizer, passages: li
         answers = generation.generate_answers(model, tokenizer, asked, settings, stop_ids, known)
 
     pairs = likelihoods.pair_logps(model, asked, *size) if "rejected_input_ids" in asked[0] else None
+    if pairs:
+        for answer, logps in zip(("chosen", "rejected"), zip(*pairs, strict=True), strict=True):
+            likelihoods.check_finite(*whose, asked, logps, f"log-probability of the {answer} answer in")
     context = limits.limits_of(source.folder, source.virtual_tokens).context
     probed = forgetting.probe(model, tokenizer, passages, context) if passages else None
     return Asked(losses, loss_seconds, answers, choices, pairs, probed)

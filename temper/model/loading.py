@@ -187,10 +187,14 @@ def weight_files(folder: Path) -> list[Path]:
         if (folder / name).is_file():
             return [folder / name]
         if index.is_file():
-            with reading(index):
-                shards = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
-            return [folder / shard for shard in sorted(set(shards))]
+            return [folder / shard for shard in sorted(set(weight_map(index).values()))]
     raise UserError(f"{folder}: no model.safetensors or pytorch_model.bin in it")
+
+
+def weight_map(index: Path) -> dict[str, str]:
+    """Tensor name -> the name of its file, as an index has them."""
+    with reading(index):
+        return json.loads(index.read_text(encoding="utf-8"))["weight_map"]
 
 
 def _shapes(file: Path) -> dict[str, tuple[int, ...]]:

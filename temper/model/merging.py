@@ -96,6 +96,19 @@ class Merging:
         return self.saved if self.saved == fast else "float32"
 
     @property
+    def remedy(self) -> str:
+        """What to do where the merged network is not what was trained, for the end of a message."""
+        if self.saved == "float32":
+            return "this kind of adapter cannot be merged here: use the adapter"
+        return "try merge.dtype=float32"
+
+    def tell_rounding(self, share: float, what: str) -> None:
+        """Log the share of the adapter's effect on something that saving rounds away."""
+        log.info("of the adapter's effect on %s, rounding is %.0f%%", what, 100 * share)
+        if share > NOTABLE and self.saved != "float32":
+            log.info("merge.dtype=float32 keeps all of it, in a file of twice the size")
+
+    @property
     def tolerance(self) -> float:
         return max(agreement.TOLERANCE[self.saved], agreement.TOLERANCE[self.computing])
 
@@ -142,9 +155,7 @@ class Merging:
         rounding = self._checked(agreement.compare(expected, found))
         effect = agreement.compare(expected, untouched).logit_difference
         share = rounding.logit_difference / effect if effect else 0.0
-        log.info("of the adapter's effect on the logits, rounding is %.0f%%", 100 * share)
-        if share > NOTABLE and self.saved != "float32":
-            log.info("merge.dtype=float32 keeps all of it, in a file of twice the size")
+        self.tell_rounding(share, "the logits")
         facts = {**self._facts(rounding), "share_of_adapter_effect": share}
         return merged, facts, agreement.compare(trained.logits, found)
 
@@ -201,13 +212,10 @@ class Merging:
     def _checked(self, rounding: agreement.Agreement) -> agreement.Agreement:
         log.info("merged: %s (at most %g is rounding in %s)", rounding, self.tolerance, self.saved)
         if not rounding.within(self.tolerance):
-            remedy = "try merge.dtype=float32"
-            if self.saved == "float32":
-                remedy = "this kind of adapter cannot be merged here: use the adapter"
             raise UserError(
                 f"{self.adapter}: the merged model is not what was trained: {rounding} (at most {self.tolerance:g} is "
                 f"rounding in {self.saved}), and an answer turns where the two tokens are {rounding.turn:.2g} apart "
-                f"(at most {agreement.TIE} times the difference is a tie); {remedy}"
+                f"(at most {agreement.TIE} times the difference is a tie); {self.remedy}"
             )
         return rounding
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import json
 import logging
 import warnings
 from pathlib import Path
@@ -19,8 +18,8 @@ from temper.errors import UserError
 from temper.files import json_text
 from temper.model import serving
 from temper.model.adapters import is_adapter, put_on
-from temper.model.loading import BUNDLED, device, network_without_weights, resolve_dtype, weight_files
-from temper.model.merging import NOTABLE, STORED, Merging
+from temper.model.loading import BUNDLED, device, network_without_weights, resolve_dtype, weight_files, weight_map
+from temper.model.merging import STORED, Merging
 from temper.model.reading import reading, refuse_no_numbers
 
 INDEX = "model.safetensors.index.json"
@@ -92,9 +91,7 @@ class Sharded:
         with reading(merging.adapter):
             self.kind = PeftConfig.from_pretrained(str(merging.adapter)).peft_type
         self.network = network_without_weights(self.folder, merging.loaded)
-        with reading(self.folder / INDEX):
-            index = json.loads((self.folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
-        self.files: dict[str, str] = index  # tensor -> the name of its file
+        self.files = weight_map(self.folder / INDEX)
         self.saved = self._saved()
         self.compared: dict[str, Compared] = {}
         layers = _adapter_layers(self._adapted({}).get_base_model())
@@ -113,8 +110,9 @@ class Sharded:
         for name, layer in layers.items():
             if any(one.startswith(f"{name}.") for one in shared):
                 return f"the adapter is on tied weights ({name})"
-            if not _is_copied(layer) and _inputs(_base_of(layer)) is None:
-                return f"no layer of this kind can be compared alone ({name}: {type(_base_of(layer)).__name__})"
+            if not _is_copied(layer) and _inputs(layer.get_base_layer()) is None:
+                kind = type(layer.get_base_layer()).__name__
+                return f"no layer of this kind can be compared alone ({name}: {kind})"
         return self._trained_outside()
 
     def _trained_outside(self) -> str | None:
@@ -206,7 +204,7 @@ class Sharded:
 
         if _is_copied(layer):
             return _unloaded(layer)
-        inputs = _inputs(_base_of(layer)).to(device())
+        inputs = _inputs(layer.get_base_layer()).to(device())
         with torch.inference_mode():
             expected, untouched = _outputs(layer, inputs)
         merged = _unloaded(layer)
@@ -218,13 +216,10 @@ class Sharded:
     def _checked(self, name: str, compared: Compared) -> Compared:
         saved = self.merging.saved
         if not compared.difference <= TOLERANCE[saved]:
-            remedy = "try merge.dtype=float32"
-            if saved == "float32":
-                remedy = "this kind of adapter cannot be merged here: use the adapter"
             raise UserError(
                 f"{self.merging.adapter}: the merged model is not what was trained: the outputs of {name} differ by "
                 f"{compared.difference:.2g} of their spread (at most {TOLERANCE[saved]:g} is rounding in {saved}); "
-                f"{remedy}"
+                f"{self.merging.remedy}"
             )
         return compared
 
@@ -272,9 +267,7 @@ class Sharded:
             TOLERANCE[saved],
             saved,
         )
-        log.info("of the adapter's effect on these outputs, rounding is %.0f%%", 100 * share)
-        if share > NOTABLE and saved != "float32":
-            log.info("merge.dtype=float32 keeps all of it, in a file of twice the size")
+        self.merging.tell_rounding(share, "these outputs")
         return {
             "dtype": saved,
             "base": STORED,
@@ -322,10 +315,6 @@ def _is_copied(layer) -> bool:
     from peft.utils.other import ModulesToSaveWrapper, TrainableTokensWrapper
 
     return isinstance(layer, LNTuningLayer | TrainableTokensLayer | ModulesToSaveWrapper | TrainableTokensWrapper)
-
-
-def _base_of(layer):
-    return layer.get_base_layer()
 
 
 def _inputs(base):
