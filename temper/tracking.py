@@ -8,6 +8,9 @@
 
 All of it can be interrupted anywhere and repeated. A sweep point is one MLflow run, identified by its tags and a child
 of its sweep's run. Before a metric is sent again, the store is asked whether it has it.
+
+A store that others use too may have their sweeps of the same name, and even the same runs, so there a run belongs to
+the project that made it (`project`).
 """
 
 import contextlib
@@ -19,18 +22,20 @@ import os
 import posixpath
 import queue
 import re
+import secrets
 import sqlite3
 import sys
 import threading
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from temper.data.chunks import chunks
 from temper.errors import UserError, lack
 from temper.evaluation.figures import FILE, Diverged, Figures, finite, read_figures
-from temper.files import read_json, read_json_lines, whole_file
+from temper.files import json_text, known_json, read_json, read_json_lines, whole_file, write_whole
 from temper.folders import locked
 from temper.hashing import digest
 from temper.keys import flat
@@ -42,6 +47,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("temper")
 SWEEP_TAG, RUN_TAG, MIRRORED_TAG = "temper.sweep", "temper.run", "temper.mirrored"
+PROJECT_TAG = "temper.project"
 SWEEP = "-"  # RUN_TAG of the sweep's own run
 PARAMS_IN_BATCH, METRICS_IN_BATCH = 100, 850  # the store takes 1,000 of all kinds, and so leaves room for tags
 LOCK_SECONDS = 5.0  # how long to wait for other writers of an SQLite file
@@ -49,6 +55,7 @@ LONGEST_PAUSE = 60.0  # seconds between two attempts to reach an unreachable sto
 GOODBYE_SECONDS = 10.0  # how long the end of a training waits for the last curves to be sent
 GOODBYE_WHEN_DOWN = 1.0  # the same if the last attempt failed; the comparison will send them
 STORE, ARTIFACTS = Path("results/mlflow.db"), Path("results/mlflow-artifacts")
+PROJECT = Path("results/.state/project.json")
 SHOWN_STORE = f"sqlite:///{STORE}"  # as `mlflow server` takes it in the project's folder
 FROM_ENVIRONMENT, VARIABLE = "env", "MLFLOW_TRACKING_URI"
 # Most characters of names and values in MLflow's stores.
@@ -102,8 +109,23 @@ def client(tracking: dict):
     return mlflow.MlflowClient(store_uri(tracking))
 
 
-def _connect(tracking: dict) -> tuple:
-    """(client, experiment id) of a store that answers."""
+@dataclass(frozen=True)
+class _Place:
+    """Where a sweep's runs are."""
+
+    api: Any
+    experiment: str  # its id
+    sweep: str
+    project: str | None  # whose runs these are; None: in the project's own store all are
+
+    @property
+    def tags(self) -> dict[str, str]:
+        """Those of the sweep's run and of all runs below it."""
+        return {SWEEP_TAG: self.sweep} | ({PROJECT_TAG: self.project} if self.project else {})
+
+
+def _connect(tracking: dict, sweep: str) -> _Place:
+    """The place of a sweep in a store that answers."""
     _check_lock(tracking)
     api = client(tracking)
     name = tracking["experiment_name"]
@@ -115,9 +137,11 @@ def _connect(tracking: dict) -> tuple:
                 f"experiments restore --experiment-id {found.experiment_id}), or choose another with "
                 "tracking.experiment_name=..."
             )
-        return api, found.experiment_id
-    location = ARTIFACTS.resolve().as_uri() if tracking["tracking_uri"] is None else None
-    return api, api.create_experiment(name, artifact_location=location)
+        experiment = found.experiment_id
+    else:
+        location = ARTIFACTS.resolve().as_uri() if tracking["tracking_uri"] is None else None
+        experiment = api.create_experiment(name, artifact_location=location)
+    return _Place(api, experiment, sweep, None if tracking["tracking_uri"] is None else project())
 
 
 def _check_lock(tracking: dict) -> None:
@@ -136,13 +160,13 @@ def _check_lock(tracking: dict) -> None:
         database.execute("BEGIN IMMEDIATE")
 
 
-def _open(tracking: dict) -> tuple:
+def _open(tracking: dict, sweep: str) -> _Place:
     """Like `_connect`, if there may be no store yet. Locked, because two commands would both create its tables."""
     with locked(STORE):
         if tracking["tracking_uri"] is not None:
-            return _connect(tracking)
+            return _connect(tracking, sweep)
         _make_store()
-        connected = _connect(tracking)  # which refuses the file of another version of MLflow
+        connected = _connect(tracking, sweep)  # which refuses the file of another version of MLflow
         _follow_the_folder()
         return connected
 
@@ -205,59 +229,95 @@ def open_own_store() -> str:
     return SHOWN_STORE
 
 
+def project() -> str:
+    """This project's name in a store that others use too: its folder's and random digits, made on first use.
+
+    A moved project keeps it. A copy gets another while its original is there, because both may go on.
+    """
+    results = PROJECT.parents[1].resolve()
+    if (known := _named(PROJECT)) and known["results"] == str(results):
+        return known["project"]
+    with locked(PROJECT):
+        known = _named(PROJECT)
+        if known is None or (known["results"] != str(results) and _is_copy(known)):
+            folder = re.sub(r"[^\w.-]", "_", results.parent.name)[:100]
+            known = {"project": f"{folder}-{secrets.token_hex(4)}"}
+        write_whole(PROJECT, json_text(known | {"results": str(results)}))
+    return known["project"]
+
+
+def _named(file: Path) -> dict[str, str] | None:
+    """The project's name and the folder of results/ for which it was made; None: it has none yet."""
+    if not file.exists():
+        return None
+    return read_json(file, {"project": str, "results": str}, "delete it, and the project gets another name")
+
+
+def _is_copy(known: dict[str, str]) -> bool:
+    """Whether the folder that the project's name was made for is still there, and another one than this."""
+    original = Path(known["results"], *PROJECT.parts[1:])
+    return original.exists() and not original.samefile(PROJECT) and known_json(original) == known
+
+
 # --- runs ----------------------------------------------------------------------------------------
 
 
-def _runs(api, experiment: str, sweep: str, name: str | None = None) -> dict:
-    """name -> MLflow run, for all runs of a sweep or for one name.
+def _runs(place: _Place, name: str | None = None) -> dict:
+    """name -> MLflow run, for all runs of this project's sweep or for one name.
 
     Of two runs with the same name the second is deleted: it comes from a store that answered too late and was asked
     again.
     """
-    wanted = {SWEEP_TAG: sweep} | ({RUN_TAG: name} if name else {})
+    wanted = place.tags | ({RUN_TAG: name} if name else {})
     text = " and ".join(f"tags.`{tag}` = '{value}'" for tag, value in wanted.items())
     found: list = []
     token = None
     while token != "":
-        page = api.search_runs([experiment], text, max_results=1000, page_token=token)
+        page = place.api.search_runs([place.experiment], text, max_results=1000, page_token=token)
         found, token = found + page, page.token or ""
     runs: dict = {}
     for run in sorted(found, key=lambda run: (run.info.start_time, run.info.run_id)):
         if runs.setdefault(run.data.tags[RUN_TAG], run) is not run:
-            api.delete_run(run.info.run_id)
+            place.api.delete_run(run.info.run_id)
     return runs
 
 
-def _sweep_run(api, experiment: str, sweep: str) -> str:
-    found = _runs(api, experiment, sweep, SWEEP)
+def _sweep_run(place: _Place) -> str:
+    found = _runs(place, SWEEP)
     if found:
         return found[SWEEP].info.run_id
-    tags = {SWEEP_TAG: sweep, RUN_TAG: SWEEP, **_origin()}
-    return api.create_run(experiment, tags=tags, run_name=_cut(f"sweep {sweep}", LONGEST_TITLE)).info.run_id
+    title = f"sweep {place.sweep}" + (f" of {place.project}" if place.project else "")
+    return _new_run(place, SWEEP, title).info.run_id
 
 
-def _child_run(api, experiment: str, sweep: str, name: str, title: str):
+def _child_run(place: _Place, name: str, title: str):
     """The MLflow run of a sweep point, made on first use."""
-    found = _runs(api, experiment, sweep, name)
+    found = _runs(place, name)
     if found:
         return found[name]
-    parent = _sweep_run(api, experiment, sweep)
-    tags = {SWEEP_TAG: sweep, RUN_TAG: name, "mlflow.parentRunId": parent, **_origin()}
-    return api.create_run(experiment, tags=tags, run_name=_cut(title, LONGEST_TITLE))
+    return _new_run(place, name, title, {"mlflow.parentRunId": _sweep_run(place)})
 
 
-def _end_running(api, experiment: str, sweep: str, status: str) -> None:
+def _new_run(place: _Place, name: str, title: str, tags: dict[str, str] | None = None):
+    tags = place.tags | {RUN_TAG: name, **(tags or {}), **_origin(place)}
+    return place.api.create_run(place.experiment, tags=tags, run_name=_cut(title, LONGEST_TITLE))
+
+
+def _end_running(place: _Place, status: str) -> None:
     """End whatever of a sweep is RUNNING."""
-    for run in _runs(api, experiment, sweep).values():
+    for run in _runs(place).values():
         if run.info.status == "RUNNING":
-            api.set_terminated(run.info.run_id, status=status)
+            place.api.set_terminated(run.info.run_id, status=status)
 
 
-def _origin() -> dict[str, str]:
+def _origin(place: _Place) -> dict[str, str]:
     """User and code version of a run, in the UI's columns for them."""
     tags = {"mlflow.source.name": "temper", "mlflow.source.type": "PROJECT"}
-    with contextlib.suppress(OSError, KeyError):  # a container's user may have no name
-        tags["mlflow.user"] = getpass.getuser()
+    if place.project and (login := os.environ.get("MLFLOW_TRACKING_USERNAME")):  # in a container the user is root
+        tags["mlflow.user"] = login
+    else:
+        with contextlib.suppress(OSError, KeyError):  # a container's user may have no name
+            tags["mlflow.user"] = getpass.getuser()
     commit = git_commit()
     return tags | ({"mlflow.source.git.commit": commit} if commit else {})
 
@@ -323,9 +383,9 @@ def prepare(tracking: dict, sweep: str) -> None:
             file=sys.stderr,
         )
     try:
-        api, experiment = _open(tracking)
-        _end_running(api, experiment, sweep, "KILLED")
-        api.update_run(_sweep_run(api, experiment, sweep), status="RUNNING")
+        place = _open(tracking, sweep)
+        _end_running(place, "KILLED")
+        place.api.update_run(_sweep_run(place), status="RUNNING")
     except Exception as error:
         raise lack(error, shown_uri(tracking)) or _unusable(tracking, error) from None
 
@@ -399,10 +459,10 @@ class _Sender(threading.Thread):
     def _send(self, lines: list[dict]) -> None:
         tracking = self.target["tracking"]
         if self.curves is None:
-            api, experiment = _connect(tracking)
-            run = _child_run(api, experiment, self.target["sweep"], self.target["run"], self.target["title"])
-            api.update_run(run.info.run_id, status="RUNNING")
-            self.curves = _Curves(api, run)
+            place = _connect(tracking, self.target["sweep"])
+            run = _child_run(place, self.target["run"], self.target["title"])
+            place.api.update_run(run.info.run_id, status="RUNNING")
+            self.curves = _Curves(place.api, run)
         elif lines:
             _check_lock(tracking)
         self.curves.send(lines)
@@ -431,13 +491,13 @@ def mirror(plan, board: "Board | None", unfinished: str = "FAILED") -> tuple[boo
     if not tracking["enabled"]:
         return None, "tracking is off"
     try:
-        api, experiment = _open(tracking)
-        ids, refused = _mirror_runs(api, experiment, plan)
-        _finish_sweep(api, experiment, plan, board, "FINISHED" if len(ids) == len(plan.runs) else unfinished)
-        _end_running(api, experiment, plan.sweep, unfinished)
-        _mirror_tests(api, plan, board, ids)
-        _mirror_harness(api, board, ids)
-        champion = f"; {_champion(api, plan, board, ids)}" if board and not refused else ""
+        place = _open(tracking, plan.sweep)
+        ids, refused = _mirror_runs(place, plan)
+        _finish_sweep(place, plan, board, "FINISHED" if len(ids) == len(plan.runs) else unfinished)
+        _end_running(place, unfinished)
+        _mirror_tests(place.api, plan, board, ids)
+        _mirror_harness(place.api, board, ids)
+        champion = f"; {_champion(place.api, plan, board, ids)}" if board and not refused else ""
     except Exception as error:  # the results are in files
         return False, f"tracking: not up to date: {_one_line(error)}; {_again(error)}"
     if refused:
@@ -445,13 +505,13 @@ def mirror(plan, board: "Board | None", unfinished: str = "FAILED") -> tuple[boo
     return True, f"tracking: {len(ids)} run(s) in {shown_uri(tracking)}{champion}"
 
 
-def _mirror_runs(api, experiment: str, plan) -> tuple[dict[str, str], list[str]]:
+def _mirror_runs(place: _Place, plan) -> tuple[dict[str, str], list[str]]:
     """(run name -> MLflow run, for all with a report; why the store refused the others).
 
     If the store is unreachable, the exception is passed on.
     """
     ids, refused = {}, []
-    known = _runs(api, experiment, plan.sweep)  # asked once: one by one, a thousand that are complete take long
+    known = _runs(place)  # asked once: one by one, a thousand that are complete take long
     for run in plan.runs:
         if not (Path(run.artefacts["evaluate_model"]) / FILE).is_file():
             continue
@@ -460,7 +520,7 @@ def _mirror_runs(api, experiment: str, plan) -> tuple[dict[str, str], list[str]]
             ids[run.name] = found.info.run_id
             continue
         try:
-            ids[run.name] = _mirror_run(api, experiment, plan.sweep, run, found)
+            ids[run.name] = _mirror_run(place, run, found)
         except Exception as error:
             if what_to_do(error) is None:
                 raise
@@ -498,16 +558,16 @@ def _is_mirrored(found, run) -> bool:
     return found.data.tags.get(MIRRORED_TAG) == run.key and found.info.status == "FINISHED"
 
 
-def _mirror_run(api, experiment: str, sweep: str, run, found) -> str:
+def _mirror_run(place: _Place, run, found) -> str:
     """Send what a run's files have. `found`: its MLflow run; None: it has none yet, as far as is known."""
     from mlflow.entities import Param, RunTag
 
-    found = found or _child_run(api, experiment, sweep, run.name, run.title)
+    api, found = place.api, found or _child_run(place, run.name, run.title)
     params = _params(run.config)
     # MLflow cannot change a parameter, and one in no key may differ, as the path of the same rows: replace the run.
     if any(params.get(name, value) != value for name, value in found.data.params.items()):
         api.delete_run(found.info.run_id)
-        found = _child_run(api, experiment, sweep, run.name, run.title)
+        found = _child_run(place, run.name, run.title)
     run_id = found.info.run_id
     _log_files(api, run_id, run)
     _log_dataset(api, run_id, run)
@@ -608,8 +668,8 @@ def _champion(api, plan, board: "Board", ids: dict[str, str]) -> str:
     return champion.register(api, plan, board, ids)
 
 
-def _finish_sweep(api, experiment: str, plan, board: "Board | None", status: str) -> None:
-    run_id = _sweep_run(api, experiment, plan.sweep)
+def _finish_sweep(place: _Place, plan, board: "Board | None", status: str) -> None:
+    api, run_id = place.api, _sweep_run(place)
     for axis, values in plan.axes.items():
         api.set_tag(run_id, valid_name(f"axis.{axis}"), _cut(", ".join(str(value) for value in values), LONGEST_TAG))
     if board:
@@ -623,7 +683,12 @@ def _finish_sweep(api, experiment: str, plan, board: "Board | None", status: str
 # Errors of a store that trying again does not change, and what to do about them.
 LASTING = (
     (
-        r"error code 40[13]|PERMISSION_DENIED|UNAUTHENTICATED|password authentication failed",
+        r"error code 403|PERMISSION_DENIED",
+        "ask who runs the server for the right to do it, or choose an experiment of your own "
+        "(tracking.experiment_name=...) and a name of your own for the model (tracking.registered_model_name=...)",
+    ),
+    (
+        r"error code 401|UNAUTHENTICATED|password authentication failed",
         "give the login by MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN",
     ),
     (

@@ -79,6 +79,10 @@ def runs_of(plan):
     return api, api.search_runs([experiment.experiment_id], f"tags.`{tracking.SWEEP_TAG}` = '{plan.sweep}'")
 
 
+def place_of(settings, sweep):
+    return tracking._connect(settings, sweep)
+
+
 def test_mirror_makes_complete_runs_once(plan):
     plan, board = plan
     tracking.prepare(plan.tracking, plan.sweep)
@@ -131,8 +135,7 @@ def test_what_a_killed_command_left_running_is_ended(plan):
     plan, _ = plan
     tracking.prepare(plan.tracking, plan.sweep)
     api, _ = runs_of(plan)
-    experiment = api.get_experiment_by_name("test").experiment_id
-    left = tracking._child_run(api, experiment, plan.sweep, "killed", "killed").info.run_id
+    left = tracking._child_run(place_of(plan.tracking, plan.sweep), "killed", "killed").info.run_id
     tracking.prepare(plan.tracking, plan.sweep)
     assert api.get_run(left).info.status == "KILLED"
 
@@ -251,8 +254,7 @@ def test_runs_that_are_complete_in_the_store_are_asked_for_together(plan, monkey
     monkeypatch.setattr(
         mlflow.MlflowClient, "search_runs", lambda *all_, **named: asked.append("all") or search(*all_, **named)
     )
-    known = tracking.client(made.tracking).get_experiment_by_name("test").experiment_id
-    ids, refused = tracking._mirror_runs(tracking.client(made.tracking), known, made)
+    ids, refused = tracking._mirror_runs(place_of(made.tracking, made.sweep), made)
     assert (len(ids), refused, asked) == (2, [], ["all"])
 
 
@@ -271,11 +273,11 @@ def test_a_run_that_was_made_twice_is_one_again(workspace):
     tracking.prepare(SETTINGS, "s")
     api, _ = all_runs(None)
     experiment = api.get_experiment_by_name("test").experiment_id
-    first = tracking._child_run(api, experiment, "s", "r", "r").info.run_id
+    first = tracking._child_run(place_of(SETTINGS, "s"), "r", "r").info.run_id
     tags = api.get_run(first).data.tags
     api.create_run(experiment, tags={name: tags[name] for name in (tracking.SWEEP_TAG, tracking.RUN_TAG)})
     assert len(api.search_runs([experiment])) == 3
-    assert tracking._child_run(api, experiment, "s", "r", "r").info.run_id == first
+    assert tracking._child_run(place_of(SETTINGS, "s"), "r", "r").info.run_id == first
     assert len(api.search_runs([experiment])) == 2
 
 
@@ -400,8 +402,7 @@ def test_a_parameter_that_changed_makes_the_run_anew(plan):
     run = plan.runs[0]
     tracking.prepare(plan.tracking, plan.sweep)
     api, _ = runs_of(plan)
-    experiment = api.get_experiment_by_name("test").experiment_id
-    left = tracking._child_run(api, experiment, plan.sweep, run.name, run.title).info.run_id
+    left = tracking._child_run(place_of(plan.tracking, plan.sweep), run.name, run.title).info.run_id
     api.log_param(left, "data.source.path", "/where/it/was")
     run.config["data"]["source"]["path"] = "/where/it/is"
     done, said = tracking.mirror(plan, board)
