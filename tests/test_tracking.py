@@ -520,6 +520,32 @@ def test_a_diverged_run_is_mirrored_and_never_the_champion(plan):
     assert (told.info.status, told.data.tags["temper.diverged_at_step"]) == ("FINISHED", "2")
 
 
+def test_a_moved_project_keeps_its_name_in_a_shared_store_and_a_copy_gets_its_own(tmp_path, monkeypatch):
+    original, moved, copied = (tmp_path / name for name in ("it's mine", "moved", "copied"))
+    original.mkdir()
+    monkeypatch.chdir(original)
+    name = tracking.project()
+    assert re.fullmatch(r"it_s_mine-[0-9a-f]{8}", name) and tracking.project() == name
+    original.rename(moved)
+    monkeypatch.chdir(moved)
+    assert tracking.project() == name
+    shutil.copytree(moved, copied)
+    monkeypatch.chdir(copied)
+    other = tracking.project()
+    assert re.fullmatch(r"copied-[0-9a-f]{8}", other) and tracking.project() == other
+    (tmp_path / "link").symlink_to(moved)
+    monkeypatch.chdir(tmp_path / "link")
+    assert tracking.project() == name
+    shutil.rmtree(copied)
+    shutil.copytree(moved, copied)
+    shutil.rmtree(moved)
+    monkeypatch.chdir(copied)
+    assert tracking.project() == name, "the original is gone: that was a move to another disk"
+    tracking.PROJECT.write_text("no json")
+    with pytest.raises(UserError, match="project.json: .*delete it, and the project gets another name"):
+        tracking.project()
+
+
 # --- what is said --------------------------------------------------------------------------------
 
 

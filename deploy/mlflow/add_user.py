@@ -45,8 +45,8 @@ def main() -> None:
         server.create_user(name, password)
         server.assign_role(name, role(server))
     except MlflowException as error:
-        sys.exit(f"error: {error}")
-    print(f"{name} may write runs and models")
+        sys.exit(f"error: {error.message.splitlines()[0]}")
+    print(f"{name} may log in, and write runs and models")
 
 
 if __name__ == "__main__":
