@@ -102,6 +102,7 @@ def client(tracking: dict):
     """An MLflow client that waits seconds, not minutes, for a dead server."""
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "5")
+    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")  # two lines for each run that ends
     logging.getLogger("alembic").setLevel(logging.WARNING)
     import mlflow
 

@@ -13,12 +13,13 @@ import pytest
 import yaml
 
 from temper import tracking
+from temper.errors import UserError
 from temper.planning import planner
 from tests.conftest import ROOT
-from tests.support import stores
+from tests.support import stores, tiny
 from tests.support.sweeps import board_of
-from tests.support.workflow_tools import executed, snakemake
-from tests.test_tracking import BACK, DOWN, LINES, _write, steps_of
+from tests.support.workflow_tools import environment, executed, own_sources, snakemake, snakemake_command
+from tests.test_tracking import BACK, DOWN, LINES, SETTINGS, _write, steps_of
 
 DEPLOY = ROOT / "deploy" / "mlflow"
 WRITERS = 16
@@ -253,6 +254,69 @@ def test_two_peoples_sweeps_of_one_name_do_not_mix(tmp_path, server, finished_ru
             assert mine.data.tags["mlflow.parentRunId"] == found["-"].info.run_id
             assert mine.data.metrics["validation_accuracy"] == accuracy
             assert steps_of(tracking.client(plan.tracking), mine) == [1, 2, 3, 4]
+
+
+@pytest.mark.slow
+def test_two_people_run_the_same_sweep_at_once(tmp_path, server, tiny_model, monkeypatch):
+    """Two commands as users give them, in folders of one name, on equal data."""
+    folders = [tmp_path / name / "reviews" for name in PASSWORDS]
+    commands = []
+    for name, folder in zip(PASSWORDS, folders, strict=True):
+        folder.mkdir(parents=True)
+        rows = [(f"{prompt} ({number})", label) for number in range(3) for prompt, label in tiny.tiny_rows(40)]
+        settings = f"tracking.tracking_uri={server.uri} tracking.experiment_name=at-once train.optim=adamw_torch"
+        overrides = f"overrides={own_sources(folder, tiny_model, rows)} {settings} ~data.limit"
+        login = {"MLFLOW_TRACKING_USERNAME": name, "MLFLOW_TRACKING_PASSWORD": PASSWORDS[name]}
+        with (folder / "out").open("w") as out:
+            commands.append(
+                subprocess.Popen(
+                    [*snakemake_command(folder), "--config", "experiment=smoke", overrides],
+                    stdout=out,
+                    stderr=out,
+                    env=environment() | login,
+                    cwd=ROOT,
+                )
+            )
+    assert [command.wait(timeout=900) for command in commands] == [0, 0], [(f / "out").read_text() for f in folders]
+    said = [(folder / "out").read_text() for folder in folders]
+    assert all("tracking: 2 run(s) in " in text and "not up to date" not in text for text in said), said
+    log_in(monkeypatch, "alice")
+    api = tracking.client({"tracking_uri": server.uri})
+    runs = api.search_runs([api.get_experiment_by_name("at-once").experiment_id])
+    assert len(runs) == 6 and {run.info.status for run in runs} == {"FINISHED"}
+    of = {
+        name: {run.data.tags[tracking.RUN_TAG]: run for run in runs if run.info.user_id == name} for name in PASSWORDS
+    }
+    assert of["alice"].keys() == of["bob"].keys(), "the same runs"
+    for name, folder in zip(PASSWORDS, folders, strict=True):
+        for run in set(of[name]) - {"-"}:
+            [adapter] = (folder / "results" / "adapters").glob(f"*{run.rpartition('-')[2]}")
+            lines = [json.loads(line) for line in (adapter / "metrics.jsonl").open()]
+            assert steps_of(api, of[name][run]) == [line["step"] for line in lines if "loss" in line]
+
+
+@pytest.mark.slow
+def test_a_lacking_right_is_said_as_such(workspace, server, monkeypatch):
+    """Carol was not added by add_user.py, so she may delete no runs, as where one was made twice."""
+    with monkeypatch.context() as as_admin:
+        for name, value in server.admin.items():
+            as_admin.setenv(name, value)
+        from mlflow.server import get_app_client
+
+        get_app_client("basic-auth", tracking_uri=server.uri).create_user("carol", "carol-password")
+    log_in(monkeypatch, "alice")
+    settings = {**SETTINGS, "tracking_uri": server.uri, "experiment_name": "rights"}
+    tracking.prepare(settings, "s")
+    monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", "carol")
+    monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "carol-password")
+    place = tracking._connect(settings, "s")
+    tracking._new_run(place, "r", "r")
+    tracking._new_run(place, "r", "r")
+    with pytest.raises(UserError, match="403.*; ask who runs the server for the right to do it, or choose an exp"):
+        tracking.prepare(settings, "s")
+    log_in(monkeypatch, "alice")
+    tracking.prepare(settings, "s")
+    assert set(tracking._runs(place)) == {"-", "r"}
 
 
 @pytest.mark.slow

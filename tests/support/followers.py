@@ -44,9 +44,10 @@ def main() -> None:
         if child := os.fork():
             children.append(child)
             continue
-        logging.basicConfig(filename=log, level=logging.INFO, format="%(message)s")
-        waited = train(target, Path(adapter), Path(end))
-        logging.getLogger("temper").info("waited %.2f s", waited)
+        logger = logging.getLogger("temper")
+        logger.addHandler(logging.FileHandler(log))
+        logger.setLevel(logging.INFO)
+        logger.info("waited %.2f s", train(target, Path(adapter), Path(end)))
         os._exit(0)
     assert {os.waitpid(child, 0)[1] for child in children} == {0}
 
