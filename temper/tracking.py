@@ -142,7 +142,8 @@ def _connect(tracking: dict, sweep: str) -> _Place:
     else:
         location = ARTIFACTS.resolve().as_uri() if tracking["tracking_uri"] is None else None
         experiment = api.create_experiment(name, artifact_location=location)
-    return _Place(api, experiment, sweep, None if tracking["tracking_uri"] is None else project())
+    own = store_uri(tracking) in (f"sqlite:///{STORE.resolve()}", SHOWN_STORE)
+    return _Place(api, experiment, sweep, None if own else project())
 
 
 def _check_lock(tracking: dict) -> None:

@@ -546,6 +546,15 @@ def test_a_moved_project_keeps_its_name_in_a_shared_store_and_a_copy_gets_its_ow
         tracking.project()
 
 
+def test_the_projects_own_store_goes_on_by_whatever_address(workspace):
+    """Its runs are the project's, those without the tag of one too; in another file they are not."""
+    tracking.prepare(SETTINGS, "s")
+    for uri, own in ((None, True), ("sqlite:///results/mlflow.db", True), (f"sqlite:///{workspace}/other.db", False)):
+        place = place_of({**SETTINGS, "tracking_uri": uri}, "s")
+        assert (place.project is None, tracking.PROJECT.exists()) == (own, not own)
+        assert set(tracking._runs(place)) == ({"-"} if own else set())
+
+
 # --- what is said --------------------------------------------------------------------------------
 
 
