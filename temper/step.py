@@ -20,7 +20,7 @@ import sys
 import time
 from pathlib import Path
 
-from temper.devices import own_gpu
+from temper.devices import own_gpus
 from temper.errors import UserError, one_line_errors, visible
 from temper.folders import check_name, is_complete, locked, made_by_a_step, refuse_damaged, temporary_folder
 from temper.keys import changed_keys, flat
@@ -47,9 +47,24 @@ def run_command(step, argv=None, work=None) -> None:
     with (
         one_line_errors(arguments.output, step.STAGE, arguments.log),
         logging_to(arguments.log),
-        own_gpu() if stage.on_gpu else contextlib.nullcontext(),  # before any library asks for GPUs
+        own_gpus(_processes(arguments)) if stage.on_gpu else contextlib.nullcontext(),  # before a library asks for GPUs
     ):
         (work or execute)(step, arguments, [name.rstrip("?+") for name in stage.inputs])
+
+
+def _processes(arguments) -> int:
+    """How many processes are going to compute, read without the libraries that check a config."""
+    from temper.config.stages import config_given
+
+    if arguments.plan and not arguments.config:
+        return _planned_job(arguments.plan, arguments.output)["config"].get("num_processes", 1)
+    given = config_given(arguments.config) if arguments.config else {}
+    for word in arguments.overrides:
+        name, _, value = word.partition("=")
+        if name == "num_processes" and value.isdecimal():
+            given = {name: int(value)}
+    found = given.get("num_processes", 1)
+    return found if isinstance(found, int) and found > 0 else 1  # another one is refused with the config
 
 
 def spare_the_collector() -> None:

@@ -53,6 +53,25 @@ def check_library_sections(train: dict, adapter: dict, method: str) -> None:
         stamp.touch()
 
 
+def check_processes(num_processes: int, train: dict) -> None:
+    """Refuse what several processes cannot do, or what one does not need."""
+    if num_processes == 1:
+        for name in options.OF_PROCESSES:
+            if name in train:
+                raise UserError(f"config: 'train.{name}' is for num_processes above 1: leave it out")
+        return
+    if train.get("label_smoothing_factor"):
+        raise UserError(
+            f"config: 'train.label_smoothing_factor' with num_processes={num_processes}: it is a mean over each "
+            "process's rows, which is another loss than that of all rows: leave one of the two out"
+        )
+    if train.get("average_tokens_across_devices") is False:
+        raise UserError(
+            f"config: 'train.average_tokens_across_devices' is false with num_processes={num_processes}: the loss is "
+            "the mean over the tokens of all processes: leave it out"
+        )
+
+
 @functools.cache
 def _library_versions() -> list[str]:
     return [importlib.metadata.version(name) for name in ("transformers", "peft")]
