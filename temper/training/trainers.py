@@ -68,6 +68,10 @@ class TemperTrainer(Trainer):
     def create_scheduler(self, num_training_steps, optimizer=None):  # noqa: ARG002 - Trainer's signature
         return super().create_scheduler(self.schedule_steps, optimizer)
 
+    def autocast_smart_context_manager(self, cache_enabled=True):  # noqa: ARG002 - Trainer's signature
+        """Mixed precision: accelerate puts it into the model's own forward pass, and our loss calls the layers."""
+        return self.accelerator.autocast()
+
     def get_batch_samples(self, *arguments, **keywords):
         """The batches of an optimizer step that this process computes, and the items of those of all processes."""
         batches, items = super().get_batch_samples(*arguments, **keywords)
