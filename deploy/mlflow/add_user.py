@@ -1,10 +1,10 @@
 """Add a user to the MLflow server, who may do what Temper does: write runs and models, and delete runs.
 
-    MLFLOW_TRACKING_URI=http://127.0.0.1:5000 MLFLOW_TRACKING_USERNAME=admin \
-        MLFLOW_TRACKING_PASSWORD=... python add_user.py alice
+    python add_user.py alice
 
-Asks for the new user's password, of 12 characters at least; it is not shown. Without a terminal it is the first line of
-the input.
+Asks for the new user's password, of 12 characters at least, which is not shown; without a terminal it is the first line
+of the input. Where the variables MLFLOW_TRACKING_URI, MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD do not say
+otherwise, the server is the one on this machine, and the login the administrator's with which it first started.
 """
 
 import getpass
@@ -34,9 +34,11 @@ def role(server) -> int:
 def main() -> None:
     if len(sys.argv) != 2:
         sys.exit("error: name one user: python add_user.py alice")
-    missing = [name for name in ("URI", "USERNAME", "PASSWORD") if not os.environ.get(f"MLFLOW_TRACKING_{name}")]
-    if missing:
-        sys.exit(f"error: set {', '.join(f'MLFLOW_TRACKING_{name}' for name in missing)}: the administrator's login")
+    os.environ.setdefault("MLFLOW_TRACKING_URI", "http://127.0.0.1:5000")
+    os.environ.setdefault("MLFLOW_TRACKING_USERNAME", "admin")
+    os.environ.setdefault("MLFLOW_TRACKING_PASSWORD", os.environ.get("MLFLOW_AUTH_ADMIN_PASSWORD", ""))
+    if not os.environ["MLFLOW_TRACKING_PASSWORD"]:
+        sys.exit("error: set MLFLOW_TRACKING_PASSWORD: the administrator's password")
     name = sys.argv[1]
     asked = f"Password for {name}: "
     password = getpass.getpass(asked) if sys.stdin.isatty() else sys.stdin.readline().rstrip("\n")
