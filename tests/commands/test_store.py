@@ -13,9 +13,9 @@ from temper.folders import is_complete
 from temper.hashing import file_sha256
 from temper.planning import planner
 from temper.runs.store import Store
-from tests.support import finished
+from tests.support import finished, tiny
 from tests.support.asking import command, complaint
-from tests.support.workflow_tools import own_sources
+from tests.support.workflow_tools import executed, own_sources, snakemake
 
 BUCKET = "s3://temper-store/reviews"
 
@@ -60,7 +60,7 @@ def sweep(finished_run, workspace, tiny_model) -> list[str]:
 
 
 def content(folder) -> dict[str, str]:
-    return {str(path.relative_to(folder)): file_sha256(path) for path in Path(folder).rglob("*") if path.is_file()}
+    return {str(path.relative_to(folder)): file_sha256(path) for path in Path(folder).rglob("[!.]*") if path.is_file()}
 
 
 def emptied() -> None:
@@ -211,3 +211,25 @@ def test_addresses_that_are_none(sweep, capsys, tmp_path):
 def test_a_bucket_that_is_not_there(sweep, s3, capsys):
     said = complaint(capsys, command("push"), "s3://no-such-bucket/x")
     assert said.startswith("s3://no-such-bucket/x: The specified bucket does not exist; check the address")
+
+
+@pytest.mark.slow
+def test_two_machines_train_and_a_third_compares(tmp_path, tiny_model, address, monkeypatch):
+    """Of a sweep of two runs each takes one; files of the third are those of the first two, to the byte."""
+    machines = [tmp_path / name for name in ("one", "two", "three")]
+    rates = ["1e-3", "1e-2", "1e-3,1e-2"]
+    rows = [(f"{prompt} ({number})", label) for number in range(2) for prompt, label in tiny.tiny_rows(60)]
+    small = "data.limit={train:40,validation:20,test:20} train.per_device_train_batch_size=4 tracking.enabled=false"
+    for machine, rate in zip(machines, rates, strict=True):
+        machine.mkdir()
+        overrides = f"sweep=none train.learning_rate={rate} {own_sources(machine, tiny_model, rows)} {small}"
+        monkeypatch.chdir(machine)
+        if machine == machines[-1]:
+            command("pull")([address, "--experiment", "smoke", *overrides.split()])
+        done = snakemake(machine, "--config", "experiment=smoke", f"overrides={overrides}")
+        assert executed(done).get("train_adapter", 0) == (machine != machines[-1])
+        command("push")([address])
+    assert executed(done) == {"rank_runs": 1, "compare_runs": 1}
+    for folder in Path("results/adapters").glob("*-*"):
+        [made] = [machine for machine in machines[:2] if (machine / folder).is_dir()]
+        assert content(folder) == content(made / folder)

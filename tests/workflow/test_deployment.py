@@ -9,6 +9,7 @@ import yaml
 
 from temper.workflow import CONFIG_KEYS
 from tests.conftest import ROOT
+from tests.support.workflow_tools import snakemake
 
 DOCKERFILE = (ROOT / "Dockerfile").read_text()
 MAKEFILE = (ROOT / "Makefile").read_text()
@@ -38,6 +39,14 @@ def test_the_image_has_all_that_runs():
     needed = {name.rstrip("*") for name in re.findall(r'"([^"]+)"', packages[1])} | {"Snakefile", "conf", "profiles"}
     read_by_pip = {"pyproject.toml", "README.md", "LICENSE", "requirements.lock"}
     assert kept == needed | read_by_pip
+
+
+def test_a_storage_provider_is_refused_before_any_job(tmp_path):
+    pytest.importorskip("snakemake_storage_plugin_s3", reason="python -m pip install snakemake-storage-plugin-s3")
+    provider = ["--default-storage-provider", "s3", "--default-storage-prefix", "s3://bucket"]
+    done = snakemake(tmp_path, "-n", *provider, "--config", "experiment=smoke", check=False)
+    assert done.returncode == 2
+    assert "error: --default-storage-provider: results are folders on a disk" in done.stderr
 
 
 def test_hadolint_finds_nothing():
