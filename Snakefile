@@ -165,7 +165,7 @@ rule sample_answers:
     priority: 3  # all trainings of the sweep wait for it
     threads: temper.threads_of(PLAN, "sample_answers")
     resources:
-        gpu=temper.gpus_per_job(),
+        gpu=temper.gpus_of(PLAN, "sample_answers"),
     shell:
         "run steps.sample_answers"
         " --splits {input.splits:q}"
@@ -187,7 +187,7 @@ rule reference_logprobs:
     priority: 3  # all trainings of the sweep wait for it
     threads: temper.threads_of(PLAN, "reference_logprobs")
     resources:
-        gpu=temper.gpus_per_job(),
+        gpu=temper.gpus_of(PLAN, "reference_logprobs"),
     shell:
         "run steps.reference_logprobs"
         " --splits {input.splits:q}"
@@ -211,7 +211,7 @@ rule train_adapter:
     priority: temper.report_priority(PLAN, "train_adapter", workflow)
     threads: temper.threads_of(PLAN, "train_adapter")
     resources:
-        gpu=temper.gpus_per_job(),
+        gpu=temper.gpus_of(PLAN, "train_adapter"),
     params:
         references=temper.flags_of(PLAN, "train_adapter", "references"),
     shell:
@@ -236,7 +236,7 @@ rule merge_adapter:
         "results/logs/merge_adapter/{name}.log",
     priority: temper.report_priority(PLAN, "merge_adapter", workflow)
     resources:
-        gpu=temper.gpus_per_job(),
+        gpu=temper.gpus_of(PLAN, "merge_adapter"),
     shell:
         "run steps.merge_adapter"
         " --model {input.model:q}"
@@ -262,7 +262,7 @@ rule evaluate_base:
     priority: 3  # cheap, and the first job to notice labels that do not fit the data
     threads: temper.threads_of(PLAN, "evaluate_model")
     resources:
-        gpu=temper.gpus_per_job(),
+        gpu=temper.gpus_of(PLAN, "evaluate_model"),
     params:
         probe=temper.flags_of(PLAN, "evaluate_model", "probe"),
     shell:
@@ -295,7 +295,7 @@ rule evaluate_model:
     priority: temper.report_priority(PLAN, "evaluate_model", workflow)
     threads: temper.threads_of(PLAN, "evaluate_model")
     resources:
-        gpu=temper.gpus_per_job(),
+        gpu=temper.gpus_of(PLAN, "evaluate_model"),
     params:
         # Also an untouched model may come here, which a search asked for after this was read.
         optional=temper.flags_of(
@@ -347,7 +347,7 @@ rule score_rows:
         "results/logs/score_rows/{name}.log",
     threads: temper.threads_of(PLAN, "score_rows")
     resources:
-        gpu=temper.gpus_per_job(),
+        gpu=temper.gpus_of(PLAN, "score_rows"),
     params:
         raw=temper.flags_of(PLAN, "score_rows", "raw"),
     shell:
@@ -375,7 +375,7 @@ rule run_harness:
         "results/logs/run_harness/{name}.log",
     threads: temper.threads_of(PLAN, "run_harness")
     resources:
-        gpu=temper.gpus_per_job(),
+        gpu=temper.gpus_of(PLAN, "run_harness"),
     params:
         tuned=temper.flags_of(PLAN, "run_harness", "adapter", "splits", "base_harness"),
     shell:

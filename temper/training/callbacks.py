@@ -11,7 +11,7 @@ from transformers import EarlyStoppingCallback, TrainerCallback
 
 from temper.files import json_lines, known_json_lines, write_whole
 from temper.progress import Progress
-from temper.training import checkpoints
+from temper.training import checkpoints, processes
 from temper.training.arguments import EARLY_STOPPING, steps_per_epoch
 from temper.training.preferences import FIGURES_OF
 from temper.training.trainers import TemperTrainer
@@ -66,7 +66,9 @@ class SealedCheckpoints(TrainerCallback):
         return control
 
     def on_save(self, args, state, control, **_):  # noqa: ARG002
-        checkpoints.seal(Path(args.output_dir) / f"checkpoint-{state.global_step}")
+        processes.wait_for_all()  # each has written its random state
+        if processes.is_first():
+            checkpoints.seal(Path(args.output_dir) / f"checkpoint-{state.global_step}")
 
 
 class StopOnDivergence(TrainerCallback):
@@ -205,12 +207,15 @@ class Recorded:
         self.epoch_steps = steps_per_epoch(len(trainer.train_dataset), trainer.args)
         self.trainer, self.start = trainer, checkpoints.step_of(checkpoint)
         self.divergence = StopOnDivergence()
-        self.metrics = MetricsFile(state / "metrics.jsonl", checkpoint, trainer, listener)
+        # One process writes; what decides how training goes on is the same in all.
+        shown: list[TrainerCallback] = []
+        if processes.is_first():
+            self.metrics = MetricsFile(state / "metrics.jsonl", checkpoint, trainer, listener)
+            shown = [self.metrics, ShowProgress()]
         stopping = {name: train[name] for name in EARLY_STOPPING if name in train}
         for callback in (
             ExactState(trainer, self.epoch_steps),
-            self.metrics,
-            ShowProgress(),
+            *shown,
             SealedCheckpoints(self.epoch_steps, is_plateau),
             *([EarlyStoppingCallback(**stopping)] if stopping else []),
             self.divergence,  # last, so that it decides what is saved
@@ -218,7 +223,7 @@ class Recorded:
             trainer.add_callback(callback)
 
     def facts(self) -> dict:
-        """The facts about the training itself in training.json."""
+        """The facts about the training itself in training.json; of the first process."""
         metrics, state = self.metrics, self.trainer.state
         seconds, best = (
             metrics.seconds,
@@ -228,6 +233,7 @@ class Recorded:
         judged = [f"eval_{self.trainer.judge.metric}"] if self.trainer.judge else []
         return {
             "train_rows": len(self.trainer.train_dataset),
+            "num_processes": self.trainer.args.world_size,
             "train_seconds": round(seconds, 3),
             "tokens": metrics.tokens,
             "tokens_per_second": round(metrics.tokens / seconds, 1),
