@@ -3,7 +3,7 @@
 #     docker build --tag temper .
 #     docker run --rm --user "$(id -u):$(id -g)" --volume "$PWD:/work" temper --cores all --config experiment=demo
 #
-# For an image without CUDA, a third of the size: --build-arg TORCH_INDEX=https://download.pytorch.org/whl/cpu
+# For an image without CUDA: --build-arg TORCH_INDEX=https://download.pytorch.org/whl/cpu
 FROM python:3.11-slim
 
 ARG TORCH_INDEX=https://pypi.org/simple
