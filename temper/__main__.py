@@ -25,6 +25,8 @@ COMMANDS = {
     "merge": "write a run's merged model, which a sweep writes of the chosen run alone",
     "keep": "keep runs from being pruned",
     "prune": "what the folders of results/ cost, and delete some",
+    "push": "send finished folders to a store that other machines reach",
+    "pull": "fetch a sweep's folders from a store",
     "publish": "push a run with a model card to the hub",
     "export": "write a run as one GGUF file for llama.cpp, Ollama and others",
     "ui": "open the MLflow UI",

@@ -172,7 +172,7 @@ def is_locked(output: Path) -> bool:
 
 def delete(folder: Path) -> None:
     """Delete a folder that no step is making: it disappears by one rename, so that no half of it can be left."""
-    with locked(folder), _own_place(folder.parent) as place:
+    with locked(folder), own_place(folder.parent) as place:
         folder.rename(place / folder.name)
 
 
@@ -183,7 +183,7 @@ def temporary_folder(output: Path):
     It has the name of `output` and is inside a new folder beside it.
     """
     output.parent.mkdir(parents=True, exist_ok=True)
-    with _own_place(output.parent) as place:
+    with own_place(output.parent) as place:
         folder = place / output.name
         folder.mkdir()
         yield folder
@@ -193,7 +193,7 @@ def temporary_folder(output: Path):
 
 
 @contextlib.contextmanager
-def _own_place(parent: Path):
+def own_place(parent: Path):
     """A new folder in `parent` that goes away with its content at the end, or else with the leftovers of the killed."""
     import filelock
 

@@ -53,6 +53,11 @@ def load_plan(config: dict, workflow) -> planning.Plan:
                 raise UserError(
                     f'--config {key}=...: {suggest(key, CONFIG_KEYS)} (config values go into overrides="{key}=...")'
                 )
+        if workflow.storage_settings.default_storage_provider:
+            raise UserError(
+                "--default-storage-provider: results are folders on a disk, which appear by one rename: leave it out, "
+                "and send them by temper push (docs/storage.md)"
+            )
         if not os.environ.get(FROZEN):
             growing = planner.growing(**asked)
             FROZEN_HERE.append((asked, growing))

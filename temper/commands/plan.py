@@ -45,10 +45,16 @@ def describe(plan: planning.Plan) -> str:
     if plan.coming:
         lines.append(f"  then, by the ranking {plan.later}")
     lines += [f"not whole, and made again: {path} ({wrong})" for path, wrong in plan.damaged().items()]
-    counts = collections.Counter(job.stage for job in missing)
-    todo = ", ".join(f"{stage} {count}" for stage, count in counts.items())
-    if counts["rank_runs"] and plan.comparison.config["eval"]["test"] in ("chosen", "tied"):
-        lines.append("test split: opened for the run that the ranking will choose (the jobs count one)")
-    lines.append(f"jobs to do: {todo}" if todo else "jobs to do: none but the comparison, if its inputs changed")
+    lines.append(jobs_to_do(plan, missing))
     lines.append(f"results: {Path(plan.leaderboard).parent}/")
     return "\n".join(lines)
+
+
+def jobs_to_do(plan: planning.Plan, missing: list[planning.Job] | None = None) -> str:
+    """What is still to be made, in a line or two. `missing`: those jobs, if they are known."""
+    counts = collections.Counter(job.stage for job in (plan.missing() if missing is None else missing))
+    todo = ", ".join(f"{stage} {count}" for stage, count in counts.items())
+    said = f"jobs to do: {todo}" if todo else "jobs to do: none but the comparison, if its inputs changed"
+    if counts["rank_runs"] and plan.comparison.config["eval"]["test"] in ("chosen", "tied"):
+        return f"test split: opened for the run that the ranking will choose (the jobs count one)\n{said}"
+    return said

@@ -4,6 +4,7 @@ import optuna
 import pytest
 
 from tests.support import tiny
+from tests.support.asking import command
 from tests.support.workflow_tools import executed, leaderboard, own_sources, snakemake
 
 HALVING = "sweep=none sweep.strategy=halving sweep.rungs=[0.5,1] train.learning_rate=1e-3,1e-2"
@@ -16,14 +17,18 @@ def project(tmp_path, tiny_model):
     sources = own_sources(tmp_path, tiny_model, tiny.tiny_rows(120))
     limits = "data.limit={train:40,validation:20,test:20} train.per_device_train_batch_size=4 eval.suspects=0"
 
-    def run(sweep: str, *arguments: str):
-        overrides = f"overrides={sweep} {sources} {limits} tracking.enabled=false sweep.name=one"
-        return snakemake(tmp_path, *arguments, "--config", "experiment=smoke", overrides)
+    def overrides(sweep: str) -> str:
+        return f"{sweep} {sources} {limits} tracking.enabled=false sweep.name=one"
 
+    def run(sweep: str, *arguments: str):
+        config = ("experiment=smoke", f"overrides={overrides(sweep)}")
+        return snakemake(tmp_path, *arguments, "--config", *config)
+
+    run.overrides = overrides
     return tmp_path, run
 
 
-def test_halving(project):
+def test_halving(project, tmp_path_factory, monkeypatch, capsys):
     folder, run = project
     done = run(HALVING)
     assert executed(done)["train_adapter"] == 2 + 1 and executed(done)["rank_runs"] == 2
@@ -36,6 +41,12 @@ def test_halving(project):
     assert more["train_adapter"] == more["evaluate_model"] == 1, "one more point, its first rung"
     study = optuna.load_study(study_name="one", storage=f"sqlite:///{folder}/results/sweeps/one/study.db")
     assert [trial.state.name for trial in study.trials].count("COMPLETE") == 1
+    store, elsewhere = str(tmp_path_factory.mktemp("store")), tmp_path_factory.mktemp("elsewhere")
+    monkeypatch.chdir(folder)
+    command("push")([store])
+    monkeypatch.chdir(elsewhere)
+    command("pull")([store, "--experiment", "smoke", *run.overrides(HALVING).split()])
+    assert "jobs to do: none but the comparison" in capsys.readouterr().out, "both rounds came, by their rankings"
 
 
 @pytest.mark.slow
