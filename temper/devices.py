@@ -76,6 +76,7 @@ def _of_amd() -> list[str]:
 @contextlib.contextmanager
 def own_gpus(count: int = 1) -> Iterator[None]:
     """While the block runs, this process sees so many GPUs that no other one has taken; it waits until there are.
+    With `count` 0 it sees all and must use none.
 
     Where there is no choice, with one GPU or none, nothing is locked.
 
@@ -89,7 +90,7 @@ def own_gpus(count: int = 1) -> Iterator[None]:
             f"num_processes={count}, a GPU for each, and here are {len(names)}: give num_processes={len(names)} (and "
             "train.gradient_accumulation_steps that make the same batch), or train.use_cpu=true"
         )
-    if variable is None or len(names) < 2:
+    if variable is None or len(names) < 2 or not count:
         yield
         return
     before = os.environ.get(variable)

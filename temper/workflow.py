@@ -275,7 +275,13 @@ def has_gpus() -> bool:
 
 def gpus_of(plan: planning.Plan, stage: str):
     """Resources function of a stage's rule: how many GPUs a job takes, if there are any."""
-    return lambda wildcards: _processes(plan.job(stage, wildcards.name)) if has_gpus() else 0
+    return lambda wildcards: _gpus(plan.job(stage, wildcards.name))
+
+
+def _gpus(job: planning.Job) -> int:
+    """One for each process."""
+    on_cpu = job.config.get("train", {}).get("use_cpu")
+    return _processes(job) if has_gpus() and not on_cpu else 0
 
 
 # --- the workflow's handlers ---------------------------------------------------------------------

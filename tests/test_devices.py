@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from steps import evaluate_model
-from temper import devices
+from steps import evaluate_model, train_adapter
+from temper import devices, step
 from temper.config.stages import STAGES
 from temper.errors import UserError
 from tests.conftest import ROOT
@@ -134,6 +134,39 @@ def test_a_killed_job_leaves_its_gpu(monkeypatch, tmp_path):
     started = time.monotonic()
     with devices.own_gpus():
         assert time.monotonic() - started < devices.PAUSE
+
+
+def test_a_job_of_several_takes_all_of_them_or_none(monkeypatch, tmp_path):
+    install(monkeypatch, tmp_path, TWO)
+    with devices.own_gpus(2):
+        assert os.environ[devices.CUDA] == "GPU-0a,GPU-0b"
+    job = start(1)
+    assert job.stdout.readline().strip() == "GPU-0a"
+    began = time.time()
+    with devices.own_gpus(2):
+        assert time.time() > json.loads(job.stdout.read())[2] > began, "it waited, and held none meanwhile"
+    job.communicate()
+    refused = pytest.raises(UserError, match="num_processes=3, a GPU for each, and here are 2: give num_processes=2")
+    with refused, devices.own_gpus(3):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("words", "count"),
+    [
+        (["experiment=smoke"], 1),
+        (["num_processes=3"], 3),
+        (["num_processes=3", "train.use_cpu=true"], 0),
+        (["--config", '{"num_processes": 2, "train": {}}'], 2),
+        (["--config", '{"num_processes": 2, "train": {"use_cpu": true}}'], 0),
+        (["num_processes=many"], 1),
+    ],
+)
+def test_a_step_knows_its_number_of_gpus_before_it_knows_its_config(words, count):
+    arguments = step.step_parser(train_adapter).parse_intermixed_args(
+        ["--splits", "s", "--model", "m", "--output", "o", *words]
+    )
+    assert step._gpus(arguments) == count
 
 
 def test_locks_that_cannot_be_written_are_named(monkeypatch, tmp_path):

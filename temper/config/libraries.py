@@ -45,7 +45,8 @@ def check_library_sections(train: dict, adapter: dict, method: str) -> None:
     if stamp.exists():
         return
     for library in ("transformers", "bitsandbytes"):  # warnings at import are not about this config
-        logging.getLogger(library).setLevel(logging.ERROR)
+        if (logger := logging.getLogger(library)).level != logging.ERROR:  # setting it visits all loggers there are
+            logger.setLevel(logging.ERROR)
     _check_train(train, method)
     _check_adapter(adapter)
     with contextlib.suppress(OSError):  # if results/ is read-only, the next check just takes longer

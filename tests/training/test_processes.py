@@ -7,6 +7,8 @@ import contextlib
 import json
 import os
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -25,7 +27,7 @@ from temper.data.batches import Shares, WithCopies
 from temper.errors import UserError
 from temper.files import read_json_lines
 from temper.planning import planner
-from tests.conftest import rarely
+from tests.conftest import ROOT, rarely
 from tests.support import tiny
 from tests.support.trainings import SMALL, assert_equal, start, steps_done, train
 
@@ -215,3 +217,30 @@ def test_the_number_of_processes_is_part_of_a_training_and_of_nothing_else(works
         wildcards = SimpleNamespace(name=Path(paths[1][stage]).name)
         assert workflow.threads_of(two, stage)(wildcards) == threads
         assert workflow.gpus_of(two, stage)(wildcards) == gpus
+
+
+UNUSED = """
+import sys
+from pathlib import Path
+import torch
+from temper.training import processes
+rank = int(sys.argv[1])
+with processes.joined(rank, 2, Path("meeting"), use_cpu=True):
+    network = torch.nn.ModuleDict({"used": torch.nn.Linear(2, 2), "unused": torch.nn.Linear(2, 2)})
+    wrapped = torch.nn.parallel.DistributedDataParallel(network)
+    try:
+        for _ in range(2):
+            processes.within_forward(wrapped, lambda inner, x: inner["used"](x).sum(), torch.ones(3, 2)).backward()
+    except RuntimeError as error:
+        print(processes.UNUSED in str(error), "forward" in vars(network))
+"""
+
+
+def test_weights_without_a_gradient_are_recognized(workspace):
+    """By torch's own words, which may change."""
+    command = [sys.executable, "-c", UNUSED]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    both = [
+        subprocess.Popen([*command, str(rank)], stdout=subprocess.PIPE, text=True, env=environment) for rank in (0, 1)
+    ]
+    assert [process.communicate(timeout=120)[0].strip() for process in both] == ["True False"] * 2
