@@ -5,7 +5,7 @@ CORES ?= all
 RUN ?= best
 BIN := .venv/bin
 
-.PHONY: demo test test-slow test-tracking bench lint explain ui publish lock clean help
+.PHONY: demo test test-slow test-gpu test-tracking bench lint explain ui publish lock clean help
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -22,6 +22,9 @@ test-slow: .venv/installed  ## the test suite and the proofs that take minutes
 test-tracking: .venv/installed  ## a team's tracking server, for real; needs PostgreSQL's server (apt-get install postgresql)
 	$(BIN)/python -m pip install --disable-pip-version-check --quiet --no-build-isolation -e ".[server]"
 	$(BIN)/python -m pytest --run-slow -rs tests/test_team_server.py
+
+test-gpu: .venv/installed  ## the tests that need a CUDA GPU, some of them two; skipped, with the reason, where there is none
+	$(BIN)/python -m pytest -m gpu -rs tests/gpu
 
 bench: .venv/installed  ## training and answering beside TRL and a plain Trainer; half an hour, writes docs/speed.md
 	$(BIN)/python -m tests.benchmarks.training

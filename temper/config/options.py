@@ -73,6 +73,7 @@ _PUBLISHING = "publishing is a step of its own (make publish), never part of tra
 _OWN_LOSS = "the loss is computed at learned positions only and bypasses what this would replace"
 _OWN_EVALUATION = "validation sums the loss over all learned tokens by its own code, so this would do nothing"
 _ONE_MACHINE = "num_processes says on how many devices of this machine a training runs; it needs nothing more"
+_SHARDED = "a model that is spread over devices is not supported: with num_processes each of them holds all of it"
 # Fields of train that are refused with num_processes=1, where they would do nothing.
 OF_PROCESSES = ("ddp_find_unused_parameters",)
 _SEED = "use the top-level 'seed'"
@@ -110,7 +111,7 @@ TRAIN_REFUSED = {
     "dataloader_in_order": _ORDER,
     "auto_find_batch_size": "the order of rows follows from the batch size; the log says before training what it needs",
     "accelerator_config": "batches and their order are Temper's own",
-    "parallelism_config": _ONE_MACHINE,
+    "parallelism_config": _SHARDED,
     "do_train": _SCRIPTS,
     "do_eval": "use train.eval_strategy",
     "do_predict": _SCRIPTS,
@@ -138,9 +139,9 @@ TRAIN_REFUSED = {
     "ddp_static_graph": _ONE_MACHINE,
     "ddp_backend": _ONE_MACHINE,
     "ddp_timeout": _ONE_MACHINE,
-    "fsdp": _ONE_MACHINE,
-    "fsdp_config": _ONE_MACHINE,
-    "deepspeed": _ONE_MACHINE,
+    "fsdp": _SHARDED,
+    "fsdp_config": _SHARDED,
+    "deepspeed": _SHARDED,
     "local_rank": _ONE_MACHINE,
     "disable_tqdm": "Temper has a bar of its own, and plain lines in a log",
     "debug": "a loss that is not a number ends the training by itself, and says so",

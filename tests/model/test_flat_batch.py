@@ -43,7 +43,7 @@ def network(window: bool = False):
 def losses_and_gradients(way, model, batch, answers=1):
     model.zero_grad()
     losses = way(model, batch, answers).losses()
-    (losses * torch.linspace(1, 2, len(losses), dtype=losses.dtype)).sum().backward()
+    (losses * torch.linspace(1, 2, len(losses)).to(losses)).sum().backward()
     return losses.detach(), {name: weight.grad.clone() for name, weight in model.named_parameters()}
 
 

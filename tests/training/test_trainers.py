@@ -66,6 +66,7 @@ def plain_trainer(splits, model, *overrides) -> SameRows:
     config = load_stage_config("train_adapter", None, [*SMALL, *overrides])
     fixed = {"output_dir": "plain", "report_to": "none", "disable_tqdm": True, "seed": config["seed"]}
     args = TrainingArguments(**{**config["train"], **fixed, "dataloader_pin_memory": False})
+    args._n_gpu = min(args.n_gpu, 1)  # it would spread a batch over all GPUs
     rows = load_from_disk(splits).select_columns(["input_ids", "labels"])
     network = add_adapter(load_model(Path(model), config["model"]["load"]), config["adapter"], config["seed"])
     trainer = SameRows(
