@@ -25,6 +25,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from temper import signals
 from temper.config import best
 from temper.config import evaluation as checks
 from temper.config.libraries import ignores_warmup, refuse_without_validation
@@ -211,8 +212,9 @@ def _train(config: TrainAdapter, planned: Planned, rows, learned, model: Path, o
     if args.warmup_steps and ignores_warmup(args):
         name = config.train["lr_scheduler_type"]
         log.info("note: lr_scheduler_type=%s takes no notice of train.warmup_steps", name)
-    with tracking.follow(planned.follow) as listener:
-        recorded = callbacks.Recorded(trainer, state, checkpoint, config.train, listener, planned.part == PLATEAU)
+    with tracking.follow(planned.follow) as listener, signals.put_off() as asked:
+        plateaus = planned.part == PLATEAU
+        recorded = callbacks.Recorded(trainer, state, checkpoint, config.train, listener, plateaus, asked)
         if end > 0:
             args.max_steps = end
             args.eval_on_start &= checkpoint is None  # the start of training, not of each of its parts
