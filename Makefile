@@ -5,7 +5,7 @@ CORES ?= all
 RUN ?= best
 BIN := .venv/bin
 
-.PHONY: demo test test-slow bench lint explain ui publish lock clean help
+.PHONY: demo test test-slow test-slurm bench lint explain ui publish lock clean help
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -18,6 +18,9 @@ test: .venv/installed  ## set up, then run the test suite
 
 test-slow: .venv/installed  ## the test suite and the proofs that take minutes
 	$(BIN)/python -m pytest --run-slow
+
+test-slurm: .venv/installed  ## sweeps, kills and preemption on a real Slurm, which it starts on this machine (docs/clusters.md)
+	$(BIN)/python -m pytest --run-slurm tests/test_slurm.py
 
 bench: .venv/installed  ## training and answering beside TRL and a plain Trainer; half an hour, writes docs/speed.md
 	$(BIN)/python -m tests.benchmarks.training

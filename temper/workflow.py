@@ -24,6 +24,7 @@ from temper.keys import PACKAGE_ROOT, python_path
 from temper.planning import plan as planning
 from temper.planning import planner
 from temper.provenance import other_circumstances
+from temper.resources import Resources as Resources
 
 if TYPE_CHECKING:
     from temper.reports.leaderboard import Board
