@@ -144,7 +144,7 @@ rule tokenize_splits:
         update(directory("results/splits/{name}")),
     log:
         "results/logs/tokenize_splits/{name}.log",
-    threads: lambda _: temper.tokenizing_threads(PLAN, workflow.cores)
+    threads: lambda _: temper.tokenizing_threads(PLAN, workflow)
     resources:
         **NEEDS.of("tokenize_splits"),
     shell:

@@ -229,8 +229,8 @@ def report_priority(plan: planning.Plan, stage: str, workflow):
     @functools.cache
     def early_ones(count: int) -> set[str]:
         """Of so many runs; a search adds some."""
-        names = set()
-        for run in plan.runs[: max(1, min(count // 2, count - 2 * (workflow.cores or 1)))]:
+        names, at_once = set(), workflow.cores if workflow.local_exec else workflow.nodes
+        for run in plan.runs[: max(1, min(count // 2, count - 2 * at_once))]:
             path = run.artefacts.get(stage)
             while path:
                 names.add(Path(path).name)
@@ -253,10 +253,13 @@ def idle_cores(plan: planning.Plan, cores: int) -> str | None:
     )
 
 
-def tokenizing_threads(plan: planning.Plan, cores: int | None) -> int:
-    """Cores per tokenization: all, shared by those of the plan. It uses as many as its rows are worth."""
+def tokenizing_threads(plan: planning.Plan, workflow) -> int:
+    """Cores per tokenization: all, shared by those of the plan. It uses as many as its rows are worth.
+
+    Of a cluster nobody knows how many that are: one, unless Snakemake's ``set-threads`` says more.
+    """
     jobs = sum(job.stage == "tokenize_splits" for job in plan.jobs.values())
-    return max(1, (cores or 1) // max(1, jobs))
+    return max(1, workflow.cores // max(1, jobs)) if workflow.local_exec else 1
 
 
 @functools.cache
@@ -275,7 +278,8 @@ PATIENCE = 30.0  # seconds that jobs get to clean up
 
 def on_start(plan: planning.Plan, workflow) -> None:
     """Make the tracking store before several jobs use it. If it is unreachable, stop before any training."""
-    for note in [idle_cores(plan, workflow.cores or 1), *made_otherwise(plan)]:
+    idle = idle_cores(plan, workflow.cores) if workflow.local_exec else None
+    for note in [idle, *made_otherwise(plan)]:
         if note:
             print(note, file=sys.stderr)
     with one_line_errors():
