@@ -1,5 +1,6 @@
 """What the Snakefile calls: the plan, and functions that look up in it what rules need."""
 
+import atexit
 import contextlib
 import functools
 import logging
@@ -13,7 +14,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from temper import early, signals, tracking
+from temper import early, shared_disk, signals, tracking
 from temper.config.stages import FOLDERS, flag_words
 from temper.devices import gpus
 from temper.errors import UserError, one_line_errors, suggest, visible
@@ -271,6 +272,8 @@ def gpus_per_job() -> int:
 # --- the workflow's handlers ---------------------------------------------------------------------
 
 PAGES: list[early.Pages] = []  # what keeps the sweep's page up to date, from the start of the first job on
+HELD = contextlib.ExitStack()  # the lock that jobs on other nodes look for, until this process ends
+atexit.register(HELD.close)
 ASKED_TO_END: list[int] = []  # the signal that ended the workflow, if any
 COMPUTED = ("sample_answers", "reference_logprobs", "train_adapter", "merge_adapter", "evaluate_model")
 PATIENCE = 30.0  # seconds that jobs get to clean up
@@ -288,7 +291,9 @@ def on_start(plan: planning.Plan, workflow) -> None:
         if not all(map(_has_report, plan.runs)):
             tracking.prepare(plan.tracking, plan.sweep)
     PAGES.append(early.Pages(plan, lambda: os.environ[FROZEN]))
-    if workflow.local_exec:  # Snakemake cancels a cluster's jobs
+    if not workflow.local_exec:  # Snakemake cancels a cluster's jobs
+        HELD.enter_context(shared_disk.held(planning.PLANS))
+    else:
         if not gpus_per_job():  # what has asked for the GPU cannot be forked, and libraries do when they are imported
             forks.start(_threads_of_coming(workflow), plan.tracking["enabled"])
         signals.on_ending(lambda number: _end_jobs(number, workflow.scheduler), _end_at_once)

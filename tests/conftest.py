@@ -34,7 +34,7 @@ def pytest_collection_modifyitems(config, items):
     items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
     for mark in ("slow", "slurm"):
         for item in items if not config.getoption(f"--run-{mark}") else ():
-            if mark in item.keywords:
+            if item.get_closest_marker(mark):  # keywords have folder names, too
                 item.add_marker(pytest.mark.skip(reason=f"{mark}: `make test-{mark}` runs it"))
 
 
