@@ -55,9 +55,20 @@ def test_a_killed_command_holds_nothing(tmp_path, monkeypatch):
     (tmp_path / "killed.count").write_text("7")
     monkeypatch.setenv(shared_disk.HELD, str(tmp_path / "killed.lock"))
     assert checked() == ""
-    counting = threading.Timer(0.05, lambda: (tmp_path / "killed.count").write_text("8"))
-    counting.start()
-    assert checked() != "", "the same, but it goes on"
+    ended = threading.Event()
+
+    def count() -> None:
+        for number in range(10_000):
+            if not ended.wait(0.01):
+                (tmp_path / "killed.count").write_text(str(number))
+
+    thread = threading.Thread(target=count)
+    thread.start()
+    try:
+        assert checked() != "", "the same, but it goes on"
+    finally:
+        ended.set()
+        thread.join()
 
 
 def test_without_a_cluster_nothing_is_looked_at():
