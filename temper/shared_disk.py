@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from temper.errors import UserError
+from temper.files import write_whole
 
 HELD = "TEMPER_HELD_LOCK"  # environment variable: the file that the command holds
 BEAT = 5.0  # seconds between two counts
@@ -35,7 +36,7 @@ def held(folder: Path) -> Iterator[None]:
         while not ended.wait(BEAT):
             number += 1
             with contextlib.suppress(OSError):  # a full disk: jobs then take this command for a killed one
-                _count_of(path).write_text(str(number), encoding="utf-8")
+                write_whole(_count_of(path), str(number))
 
     with filelock.FileLock(path, fallback_to_soft=False):
         os.environ[HELD] = str(path)

@@ -10,6 +10,7 @@ import pytest
 
 from temper import shared_disk
 from temper.errors import UserError
+from temper.files import write_whole
 
 
 @pytest.fixture(autouse=True)
@@ -60,7 +61,7 @@ def test_a_killed_command_holds_nothing(tmp_path, monkeypatch):
     def count() -> None:
         for number in range(10_000):
             if not ended.wait(0.01):
-                (tmp_path / "killed.count").write_text(str(number))
+                write_whole(tmp_path / "killed.count", str(number))
 
     thread = threading.Thread(target=count)
     thread.start()
