@@ -85,8 +85,8 @@ ReturnToService=2
 MinJobAge=300
 SlurmdParameters=config_overrides
 NodeName=localhost NodeAddr=127.0.0.1 NodeHostname={socket.gethostname()} CPUs={cpus} RealMemory={megabytes}
-PartitionName=main Nodes=ALL Default=YES State=UP PriorityTier=1 GraceTime={KILL_WAIT} MaxTime=60
-PartitionName=urgent Nodes=ALL State=UP PriorityTier=10 PreemptMode=OFF MaxTime=60
+PartitionName=main Nodes=ALL Default=YES State=UP PriorityTier=1 GraceTime={KILL_WAIT}
+PartitionName=urgent Nodes=ALL State=UP PriorityTier=10 PreemptMode=OFF
 """
 
 
