@@ -44,8 +44,8 @@ class Resources:
 
     def _function(self, stage: str, first):
         def function(wildcards, attempt):
-            if not self.workflow.is_main_process:  # a job on its node, which asks for nothing
-                return None
+            if not self.workflow.is_main_process:  # a job on its node, which has what was asked for
+                return 0
             return first(self.plan.job(stage, wildcards.name)) * 2 ** (attempt - 1)
 
         return function
