@@ -65,7 +65,8 @@ class SealedCheckpoints(TrainerCallback):
         is_plateau: bool,
         request: signals.Request | None,
     ):
-        self.trainer, self.start, self.request = trainer, start, request or signals.Request()
+        self.trainer: Any = trainer  # Trainer's own sums, and the figures of preferences
+        self.start, self.request = start, request or signals.Request()
         self.epoch_steps, self.is_plateau = epoch_steps, is_plateau
 
     def on_train_begin(self, args, state, control, **_):  # noqa: ARG002
@@ -73,7 +74,7 @@ class SealedCheckpoints(TrainerCallback):
         if file and file.is_file():
             kept = torch.load(file, map_location=args.device, weights_only=True)
             self.trainer._tr_loss, self.trainer._globalstep_last_logged = kept["loss"], kept["since"]
-            if kept["figures"]:  # of preferences
+            if kept["figures"]:
                 self.trainer.figures = kept["figures"]
 
     def on_step_end(self, args, state, control, **_):

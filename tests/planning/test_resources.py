@@ -1,4 +1,4 @@
-"""What jobs ask of a cluster's scheduler: from what earlier ones took, else by the model's size; twice as much again."""
+"""What jobs ask of a cluster's scheduler: by what earlier ones took, else by the model's size."""
 
 import json
 import shutil
