@@ -82,7 +82,7 @@ PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 KillWait={KILL_WAIT}
 ReturnToService=2
-MinJobAge=300
+MinJobAge=7200
 SlurmdParameters=config_overrides
 NodeName=localhost NodeAddr=127.0.0.1 NodeHostname={socket.gethostname()} CPUs={cpus} RealMemory={megabytes}
 PartitionName=main Nodes=ALL Default=YES State=UP PriorityTier=1 GraceTime={KILL_WAIT}
