@@ -5,7 +5,7 @@ CORES ?= all
 RUN ?= best
 BIN := .venv/bin
 
-.PHONY: demo test test-slow test-gpu test-tracking bench lint explain ui publish lock clean help
+.PHONY: demo test test-slow test-gpu test-tracking test-slurm bench lint explain ui publish lock clean help
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -25,6 +25,9 @@ test-tracking: .venv/installed  ## a team's tracking server, for real; needs Pos
 
 test-gpu: .venv/installed  ## the tests that need a CUDA GPU, some of them two; skipped, with the reason, where there is none
 	$(BIN)/python -m pytest -m gpu -rs tests/gpu
+
+test-slurm: .venv/installed  ## sweeps, kills and preemption on a real Slurm, which it starts on this machine (docs/clusters.md)
+	$(BIN)/python -m pytest --run-slurm tests/test_slurm.py
 
 bench: .venv/installed  ## training and answering beside TRL and a plain Trainer; half an hour, writes docs/speed.md
 	$(BIN)/python -m tests.benchmarks.training

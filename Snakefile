@@ -40,6 +40,7 @@ SWEEP = PLAN.comparison.path
 
 # (stage, input's name) -> function that gives a job's path for that input, or nothing if the job has no such input.
 path_of = temper.inputs(PLAN, workflow)
+NEEDS = temper.Resources(PLAN, workflow)  # memory and time of each job
 
 # A step's exit code is its job's, for all that its log goes through a pipe (a prefix replaces Snakemake's own, which says
 # so). On a signal the shell waits for its step, and the log is written to its last line.
@@ -143,7 +144,9 @@ rule tokenize_splits:
         update(directory("results/splits/{name}")),
     log:
         "results/logs/tokenize_splits/{name}.log",
-    threads: lambda _: temper.tokenizing_threads(PLAN, workflow.cores)
+    threads: lambda _: temper.tokenizing_threads(PLAN, workflow)
+    resources:
+        **NEEDS.of("tokenize_splits"),
     shell:
         "RAYON_NUM_THREADS={threads} run steps.tokenize_splits"
         " --prompts {input.prompts:q}"
@@ -165,6 +168,7 @@ rule sample_answers:
     priority: 3  # all trainings of the sweep wait for it
     threads: temper.threads_of(PLAN, "sample_answers")
     resources:
+        **NEEDS.of("sample_answers"),
         gpu=temper.gpus_of(PLAN, "sample_answers"),
     shell:
         "run steps.sample_answers"
@@ -187,6 +191,7 @@ rule reference_logprobs:
     priority: 3  # all trainings of the sweep wait for it
     threads: temper.threads_of(PLAN, "reference_logprobs")
     resources:
+        **NEEDS.of("reference_logprobs"),
         gpu=temper.gpus_of(PLAN, "reference_logprobs"),
     shell:
         "run steps.reference_logprobs"
@@ -211,6 +216,7 @@ rule train_adapter:
     priority: temper.report_priority(PLAN, "train_adapter", workflow)
     threads: temper.threads_of(PLAN, "train_adapter")
     resources:
+        **NEEDS.of("train_adapter"),
         gpu=temper.gpus_of(PLAN, "train_adapter"),
     params:
         references=temper.flags_of(PLAN, "train_adapter", "references"),
@@ -236,6 +242,7 @@ rule merge_adapter:
         "results/logs/merge_adapter/{name}.log",
     priority: temper.report_priority(PLAN, "merge_adapter", workflow)
     resources:
+        **NEEDS.of("merge_adapter"),
         gpu=temper.gpus_of(PLAN, "merge_adapter"),
     shell:
         "run steps.merge_adapter"
@@ -262,6 +269,7 @@ rule evaluate_base:
     priority: 3  # cheap, and the first job to notice labels that do not fit the data
     threads: temper.threads_of(PLAN, "evaluate_model")
     resources:
+        **NEEDS.of("evaluate_model"),
         gpu=temper.gpus_of(PLAN, "evaluate_model"),
     params:
         probe=temper.flags_of(PLAN, "evaluate_model", "probe"),
@@ -295,6 +303,7 @@ rule evaluate_model:
     priority: temper.report_priority(PLAN, "evaluate_model", workflow)
     threads: temper.threads_of(PLAN, "evaluate_model")
     resources:
+        **NEEDS.of("evaluate_model"),
         gpu=temper.gpus_of(PLAN, "evaluate_model"),
     params:
         # Also an untouched model may come here, which a search asked for after this was read.
@@ -347,6 +356,7 @@ rule score_rows:
         "results/logs/score_rows/{name}.log",
     threads: temper.threads_of(PLAN, "score_rows")
     resources:
+        **NEEDS.of("score_rows"),
         gpu=temper.gpus_of(PLAN, "score_rows"),
     params:
         raw=temper.flags_of(PLAN, "score_rows", "raw"),
@@ -375,6 +385,7 @@ rule run_harness:
         "results/logs/run_harness/{name}.log",
     threads: temper.threads_of(PLAN, "run_harness")
     resources:
+        **NEEDS.of("run_harness"),
         gpu=temper.gpus_of(PLAN, "run_harness"),
     params:
         tuned=temper.flags_of(PLAN, "run_harness", "adapter", "splits", "base_harness"),

@@ -27,6 +27,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from temper import signals
 from temper.config import best
 from temper.config import evaluation as checks
 from temper.config.libraries import ignores_warmup, refuse_without_validation
@@ -208,12 +209,19 @@ class _Training:
     config: TrainAdapter
     is_plateau: bool
 
-    def go_on(self, listener=None):
-        """Train to the end; returns the records of it."""
+    def go_on(self, listener=None, request: signals.Request | None = None):
+        """Train to the end; returns the records of it.
+
+        Args:
+            listener: takes each line of metrics.jsonl.
+            request: whether the process is asked to end.
+        """
         from temper.training import callbacks
 
         args, start = self.trainer.args, self.checkpoint
-        recorded = callbacks.Recorded(self.trainer, self.state, start, self.config.train, listener, self.is_plateau)
+        recorded = callbacks.Recorded(
+            self.trainer, self.state, start, self.config.train, listener, self.is_plateau, request
+        )
         if self.end > 0:
             args.max_steps = self.end
             args.eval_on_start &= start is None  # the start of training, not of each of its parts
@@ -232,8 +240,8 @@ def _train(
         training = _ready(config, planned, rows, learned, model, state)
         sizes = parameter_counts(training.trainer.model)
         _say(training, sizes, len(learned["train"]))
-        with tracking.follow(planned.follow) as listener:
-            recorded = training.go_on(listener)
+        with tracking.follow(planned.follow) as listener, signals.put_off() as request:
+            recorded = training.go_on(listener, request)
             facts = recorded.facts() | sizes | training.needs.facts()
     if training.is_plateau:
         _keep_checkpoint(checkpoints.last_whole([state], training.end), output)

@@ -4,6 +4,7 @@ The steps, the workflow, `temper plan` and `temper explain` all check here wheth
 """
 
 import contextlib
+import errno
 import json
 import logging
 import shutil
@@ -19,6 +20,7 @@ TEMPORARY = ".tmp-"
 OWNER = ".temper"  # in a temporary folder: locked while its process works there
 DAMAGED = ".damaged"
 TEXTS = (".json", ".jsonl", ".yaml", ".txt", ".md", ".html", ".jinja")  # files that people edit
+NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 MOST_BYTES = 240  # of a name: file systems allow 255, and locks and logs add to it
 
 
@@ -135,16 +137,32 @@ def _locks(parent: Path) -> Path:
     return folder
 
 
+def _lock(path: Path):
+    """A lock of the operating system, which ends with its process. There is none that would not (a file that is there).
+
+    On a shared disk, that holds for other nodes if the disk carries locks (see temper/shared_disk.py).
+    """
+    import filelock
+
+    return filelock.FileLock(path, fallback_to_soft=False)
+
+
 @contextlib.contextmanager
 def _holding(path: Path, waiting: str):
     import filelock
 
-    lock = filelock.FileLock(path)
+    lock = _lock(path)
     try:
         lock.acquire(timeout=0)
     except filelock.Timeout:
         log.info("%s", waiting)
         lock.acquire()
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
+        raise UserError(
+            f"{path}: cannot be locked ({error.strerror}): the disk has no locks; mount it with locks, or use another"
+        ) from None
     try:
         yield
     finally:
@@ -161,7 +179,7 @@ def is_locked(output: Path) -> bool:
     """Whether a process works on `output` at this moment."""
     import filelock
 
-    lock = filelock.FileLock(_lock_of(output))
+    lock = _lock(_lock_of(output))
     try:
         lock.acquire(timeout=0)
     except filelock.Timeout:
@@ -195,12 +213,10 @@ def temporary_folder(output: Path):
 @contextlib.contextmanager
 def own_place(parent: Path):
     """A new folder in `parent` that goes away with its content at the end, or else with the leftovers of the killed."""
-    import filelock
-
     with _temporary_locked(parent):
         _remove_leftovers(parent)
         place = Path(tempfile.mkdtemp(prefix=TEMPORARY, dir=parent))
-        owner = filelock.FileLock(place / OWNER)
+        owner = _lock(place / OWNER)
         owner.acquire()
     try:
         yield place
@@ -220,7 +236,7 @@ def _remove_leftovers(parent: Path) -> None:
     import filelock
 
     for owner in parent.glob(f"{TEMPORARY}*/{OWNER}"):
-        lock = filelock.FileLock(owner)
+        lock = _lock(owner)
         with contextlib.suppress(filelock.Timeout, OSError):  # in use, or another user's
             lock.acquire(timeout=0)
             shutil.rmtree(owner.parent, ignore_errors=True)

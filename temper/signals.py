@@ -6,9 +6,11 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Iterator
 
 ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 AT_ONCE = 0.5  # seconds in which signals count as one request
+PUT_OFF: list["Request"] = []  # those of the blocks that are running
 
 
 class Interrupted(KeyboardInterrupt):
@@ -17,6 +19,32 @@ class Interrupted(KeyboardInterrupt):
     def __init__(self, number: int):
         super().__init__(signal.Signals(number).name)
         self.code = 128 + number
+
+
+class Request:
+    """Whether a signal has asked to end, in a block that heeds it where it can end well."""
+
+    number: int | None = None  # of the signal
+
+    def heed(self) -> None:
+        """Raise `Interrupted` if asked to end."""
+        if self.number is not None:
+            raise Interrupted(self.number)
+
+
+@contextlib.contextmanager
+def put_off() -> Iterator[Request]:
+    """Within the block, the first signal that asks to end is noted only, and heeded at the block's end at the latest.
+
+    A later one ends the process at once, as everywhere.
+    """
+    request = Request()
+    PUT_OFF.append(request)
+    try:
+        yield request
+    finally:
+        PUT_OFF.remove(request)
+    request.heed()
 
 
 def on_ending(first, again) -> dict:
@@ -48,11 +76,15 @@ def on_ending(first, again) -> dict:
 def as_interrupts():
     """Within the block, the first signal that asks to end raises `Interrupted`; a later one ends the process at once.
 
+    Where it is put off (see `put_off`), it is raised later.
+
     Python drops exceptions during cleanup (in a weak reference's callback, say); then it is raised again.
     """
 
     def interrupt(number):
-        raise Interrupted(number)
+        if not PUT_OFF:
+            raise Interrupted(number)
+        PUT_OFF[-1].number = number
 
     def raise_anew(dropped):
         if isinstance(dropped.exc_value, Interrupted):

@@ -20,6 +20,7 @@ import sys
 import time
 from pathlib import Path
 
+from temper import shared_disk
 from temper.devices import own_gpus
 from temper.errors import UserError, one_line_errors, visible
 from temper.folders import check_name, is_complete, locked, made_by_a_step, refuse_damaged, temporary_folder
@@ -146,6 +147,7 @@ def execute(step, arguments, names: list[str]) -> None:
     output = _output_path(arguments.output)
     inputs = {name: _input_paths(name, getattr(arguments, name)) for name in names}
     config, settings = config_and_settings(step.STAGE, arguments)
+    shared_disk.check()
     with locked(output):
         if is_complete(output):
             _refuse_other_config(output, config)

@@ -1,5 +1,6 @@
 """What the Snakefile calls: the plan, and functions that look up in it what rules need."""
 
+import atexit
 import contextlib
 import functools
 import logging
@@ -13,7 +14,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from temper import early, signals, tracking
+from temper import early, shared_disk, signals, tracking
 from temper.config.stages import FOLDERS, flag_words
 from temper.devices import gpus
 from temper.errors import UserError, one_line_errors, suggest, visible
@@ -24,6 +25,7 @@ from temper.keys import PACKAGE_ROOT, python_path
 from temper.planning import plan as planning
 from temper.planning import planner
 from temper.provenance import other_circumstances
+from temper.resources import Resources as Resources
 
 if TYPE_CHECKING:
     from temper.reports.leaderboard import Board
@@ -242,8 +244,8 @@ def report_priority(plan: planning.Plan, stage: str, workflow):
     @functools.cache
     def early_ones(count: int) -> set[str]:
         """Of so many runs; a search adds some."""
-        names = set()
-        for run in plan.runs[: max(1, min(count // 2, count - 2 * (workflow.cores or 1)))]:
+        names, at_once = set(), workflow.cores if workflow.local_exec else workflow.nodes
+        for run in plan.runs[: max(1, min(count // 2, count - 2 * at_once))]:
             path = run.artefacts.get(stage)
             while path:
                 names.add(Path(path).name)
@@ -266,10 +268,13 @@ def idle_cores(plan: planning.Plan, cores: int) -> str | None:
     )
 
 
-def tokenizing_threads(plan: planning.Plan, cores: int | None) -> int:
-    """Cores per tokenization: all, shared by those of the plan. It uses as many as its rows are worth."""
+def tokenizing_threads(plan: planning.Plan, workflow) -> int:
+    """Cores per tokenization: all, shared by those of the plan. It uses as many as its rows are worth.
+
+    Of a cluster nobody knows how many that are: one, unless Snakemake's ``set-threads`` says more.
+    """
     jobs = sum(job.stage == "tokenize_splits" for job in plan.jobs.values())
-    return max(1, (cores or 1) // max(1, jobs))
+    return max(1, workflow.cores // max(1, jobs)) if workflow.local_exec else 1
 
 
 @functools.cache
@@ -292,6 +297,8 @@ def _gpus(job: planning.Job) -> int:
 # --- the workflow's handlers ---------------------------------------------------------------------
 
 PAGES: list[early.Pages] = []  # what keeps the sweep's page up to date, from the start of the first job on
+HELD = contextlib.ExitStack()  # the lock that jobs on other nodes look for, until this process ends
+atexit.register(HELD.close)
 ASKED_TO_END: list[int] = []  # the signal that ended the workflow, if any
 COMPUTED = ("sample_answers", "reference_logprobs", "train_adapter", "merge_adapter", "evaluate_model")
 PATIENCE = 30.0  # seconds that jobs get to clean up
@@ -299,7 +306,8 @@ PATIENCE = 30.0  # seconds that jobs get to clean up
 
 def on_start(plan: planning.Plan, workflow) -> None:
     """Make the tracking store before several jobs use it. If it is unreachable, stop before any training."""
-    for note in [idle_cores(plan, workflow.cores or 1), *made_otherwise(plan)]:
+    idle = idle_cores(plan, workflow.cores) if workflow.local_exec else None
+    for note in [idle, *made_otherwise(plan)]:
         if note:
             print(note, file=sys.stderr)
     with one_line_errors():
@@ -308,7 +316,9 @@ def on_start(plan: planning.Plan, workflow) -> None:
         if not all(map(_has_report, plan.runs)):
             tracking.prepare(plan.tracking, plan.sweep)
     PAGES.append(early.Pages(plan, lambda: os.environ[FROZEN]))
-    if workflow.local_exec:  # Snakemake cancels a cluster's jobs
+    if not workflow.local_exec:  # Snakemake cancels a cluster's jobs
+        HELD.enter_context(shared_disk.held(planning.PLANS))
+    else:
         if not has_gpus():  # what has asked for the GPU cannot be forked, and libraries do when they are imported
             forks.start(_threads_of_coming(workflow), plan.tracking["enabled"])
         signals.on_ending(lambda number: _end_jobs(number, workflow.scheduler), _end_at_once)

@@ -24,6 +24,7 @@ SHARED = ROOT.parent / "shared" / "data"
 
 def pytest_addoption(parser):
     parser.addoption("--run-slow", action="store_true", help="also run the proofs that take minutes")
+    parser.addoption("--run-slurm", action="store_true", help="also run what needs a Slurm of its own on this machine")
 
 
 LONGEST = ("test_workflow.py", "test_reruns.py")  # minutes each: begun last, they would leave a core without work
@@ -31,11 +32,10 @@ LONGEST = ("test_workflow.py", "test_reruns.py")  # minutes each: begun last, th
 
 def pytest_collection_modifyitems(config, items):
     items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
-    if config.getoption("--run-slow"):
-        return
-    for item in items:
-        if "slow" in item.keywords:
-            item.add_marker(pytest.mark.skip(reason="slow: `make test-slow` runs it"))
+    for mark in ("slow", "slurm"):
+        for item in items if not config.getoption(f"--run-{mark}") else ():
+            if item.get_closest_marker(mark):  # keywords have folder names, too
+                item.add_marker(pytest.mark.skip(reason=f"{mark}: `make test-{mark}` runs it"))
 
 
 def rarely(names, rare):

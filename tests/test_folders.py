@@ -1,5 +1,7 @@
 """A stage's folder: whole or made again, and nobody's own files are ever deleted for it."""
 
+import errno
+import fcntl
 import json
 import os
 import shutil
@@ -138,3 +140,13 @@ def test_provenance_names_the_commit_of_the_code(tmp_path):
         pytest.skip("not in a git repository")
     head = subprocess.run(["git", "-C", ROOT, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout
     assert (git_commit() or "").startswith(head.strip())
+
+
+def test_a_disk_without_locks_is_refused(tmp_path, monkeypatch):
+    def refused(*_):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", refused)
+    expected = pytest.raises(UserError, match="cannot be locked .No locks available.: the disk has no locks")
+    with expected, folders.locked(tmp_path / "adapter"):
+        pass

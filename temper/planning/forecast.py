@@ -119,12 +119,17 @@ class Forecast:
         """Expect of `job` what `like` took; None, or a `like` of another model, tells nothing."""
         if job.stage == "rank_runs":  # it takes a second
             return
-        if like is None or not _same_model(job, like) or not _same_tasks(job, like):
+        if like is None or not self.tells(job, like):
             self.unknown += 1
             self.jobs[job.path] = 0.0
             return
         self.jobs[job.path] = like.provenance["seconds"] * self._work(job, like)
         self.bytes += like.bytes
+
+    @staticmethod
+    def tells(job, like: Made) -> bool:
+        """Whether an artefact tells what a job takes: it is of the same model, and of the same tasks of lm-eval."""
+        return _same_model(job, like) and _same_tasks(job, like)
 
     def _work(self, job, like: Made) -> float:
         """How much more a job has to do than `like` had."""

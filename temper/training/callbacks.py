@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from transformers import EarlyStoppingCallback, TrainerCallback
 
+from temper import signals
 from temper.files import json_lines, known_json_lines, write_whole
 from temper.progress import Progress
 from temper.training import checkpoints, processes
@@ -41,23 +42,59 @@ class ExactState(TrainerCallback):
 class SealedCheckpoints(TrainerCallback):
     """Seals each checkpoint. Saves one, and logs the training loss, at the end of each epoch and of the training.
 
+    Saves one also when a signal asks the process to end, which then ends there. That step's loss is not logged, or the
+    curve would tell when it was; what was to be logged is in the checkpoint (`unlogged.pt`).
+
     The trunk's next segment starts at the end of an epoch. If the best model is kept, each evaluation is saved too,
     because the choice must not depend on `save_steps`, which is in no key. The loss is logged with each checkpoint, so
     that a training that continues from it has the same curve as one that never stopped.
 
     Args:
+        start: the checkpoint that training continues from.
         is_plateau: whether training ends where a decay would begin. That is not the end of a run, so not evaluated.
+        request: whether the process is asked to end.
     """
 
-    def __init__(self, epoch_steps: int, is_plateau: bool):
+    def __init__(
+        self,
+        trainer: TemperTrainer,
+        start: Path | None,
+        epoch_steps: int,
+        is_plateau: bool,
+        request: signals.Request | None,
+    ):
+        self.trainer: Any = trainer  # Trainer's own sums, and the figures of preferences
+        self.start, self.request = start, request or signals.Request()
         self.epoch_steps, self.is_plateau = epoch_steps, is_plateau
+
+    def on_train_begin(self, args, state, control, **_):  # noqa: ARG002
+        file = self.start / self._unlogged(args) if self.start else None
+        if file and file.is_file():
+            kept = torch.load(file, map_location=args.device, weights_only=True)
+            self.trainer._tr_loss, self.trainer._globalstep_last_logged = kept["loss"], kept["since"]
+            if kept["figures"]:
+                self.trainer.figures = kept["figures"]
 
     def on_step_end(self, args, state, control, **_):
         if self.is_plateau and state.global_step >= state.max_steps and state.global_step % (state.eval_steps or 1):
             control.should_evaluate = False
         control.should_save |= control.should_evaluate and args.load_best_model_at_end
         control.should_log |= control.should_save
+        is_end = state.global_step >= state.max_steps or state.global_step % self.epoch_steps == 0
+        self.request.number = processes.of_first(self.request.number)  # which alone is asked
+        control.should_save |= self.request.number is not None and not is_end  # at the end on_epoch_end saves
         return control
+
+    def _keep_unlogged(self, checkpoint: Path, step: int) -> None:
+        """Each process its own part of it."""
+        trainer = self.trainer
+        if (since := trainer._globalstep_last_logged) < step:
+            unlogged = {"loss": trainer._tr_loss, "since": since, "figures": getattr(trainer, "figures", [])}
+            torch.save(unlogged, checkpoint / self._unlogged(trainer.args))
+
+    @staticmethod
+    def _unlogged(args) -> str:
+        return "unlogged.pt" if args.world_size == 1 else f"unlogged_{args.process_index}.pt"
 
     def on_epoch_end(self, args, state, control, **_):  # noqa: ARG002
         control.should_log = control.should_save = True
@@ -66,9 +103,14 @@ class SealedCheckpoints(TrainerCallback):
         return control
 
     def on_save(self, args, state, control, **_):  # noqa: ARG002
-        processes.wait_for_all()  # each has written its random state
+        checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        self._keep_unlogged(checkpoint, state.global_step)
+        processes.wait_for_all()  # each has written its random state, and what it has not logged
         if processes.is_first():
-            checkpoints.seal(Path(args.output_dir) / f"checkpoint-{state.global_step}")
+            checkpoints.seal(checkpoint)
+        if self.request.number is not None:
+            log.info("asked to end: saved step %d of %d", state.global_step, state.max_steps)
+        self.request.heed()
 
 
 class StopOnDivergence(TrainerCallback):
@@ -202,7 +244,14 @@ class Recorded:
     """A training's callbacks, in their order, and what they recorded."""
 
     def __init__(
-        self, trainer: TemperTrainer, state: Path, checkpoint: Path | None, train: dict, listener, is_plateau: bool
+        self,
+        trainer: TemperTrainer,
+        state: Path,
+        checkpoint: Path | None,
+        train: dict,
+        listener,
+        is_plateau: bool,
+        request: signals.Request | None = None,
     ):
         self.epoch_steps = steps_per_epoch(len(trainer.train_dataset), trainer.args)
         self.trainer, self.start = trainer, checkpoints.step_of(checkpoint)
@@ -216,7 +265,7 @@ class Recorded:
         for callback in (
             ExactState(trainer, self.epoch_steps),
             *shown,
-            SealedCheckpoints(self.epoch_steps, is_plateau),
+            SealedCheckpoints(trainer, checkpoint, self.epoch_steps, is_plateau, request),
             *([EarlyStoppingCallback(**stopping)] if stopping else []),
             self.divergence,  # last, so that it decides what is saved
         ):

@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 import signal
 import subprocess
 import time
@@ -12,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from temper.config.stages import load_stage_config
-from tests.support.trainings import OPTIONS, SAVE_STEPS, start, steps_done
+from tests.support.trainings import OPTIONS, SAVE_STEPS, assert_equal, start, steps_done
 
 
 def kill_at_random(process: subprocess.Popen, state: Path, rng: random.Random) -> bool:
@@ -57,3 +58,40 @@ def test_killed_trainings_end_as_undisturbed_ones(workspace, tiny_splits, tiny_m
             assert torch.equal(weight, found[name]), (state.name, name)
         lines = [json.loads(line) for line in Path(state.name, "metrics.jsonl").read_text().splitlines()]
         assert [line["step"] for line in lines if "loss" in line] == list(range(1, 49)), "each step once"
+
+
+@pytest.mark.parametrize("method", ["sft", pytest.param("orpo", marks=pytest.mark.slow)])
+def test_a_signal_saves_the_step_it_comes_in(workspace, tiny_splits, tiny_pairs, tiny_model, method):
+    options = [option for option in OPTIONS if not option.startswith(("train.save", "train.logging"))]
+    options += [f"method={method}", "train.logging_steps=7"]
+    options += [] if method == "sft" else ["data.rejected_from=[positive,negative]"]
+    config = load_stage_config("train_adapter", None, options)
+    splits = tiny_splits if method == "sft" else tiny_pairs
+    undisturbed = start(splits, tiny_model, "undisturbed", {**config, "trunk": "undisturbed"})
+    assert undisturbed.wait() == 0, undisturbed.stderr.read()
+    state = Path("results/.state/asked")
+    first = start(splits, tiny_model, "asked", {**config, "trunk": "asked"})
+    wait_for_a_step(first, state, 10)
+    first.send_signal(signal.SIGTERM)
+    log = first.communicate()[1]
+    assert first.returncode == 128 + signal.SIGTERM, log
+    saved = int(re.search(r"asked to end: saved step (\d+) of", log)[1])
+    assert saved >= 10 and log.rstrip().splitlines()[-1].startswith("interrupted (SIGTERM)")
+    second = start(splits, tiny_model, "asked", {**config, "trunk": "asked"})
+    log = second.communicate()[1]
+    assert second.returncode == 0 and f"checkpoint-{saved}" in log, log
+    assert_equal(load_file("undisturbed/adapter_model.safetensors"), load_file("asked/adapter_model.safetensors"))
+    assert curve("asked") == curve("undisturbed"), "also the figures that are means over steps before and after"
+
+
+def curve(folder: str) -> list[dict]:
+    """The lines of a training's metrics, less the time."""
+    lines = [json.loads(line) for line in Path(folder, "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in line.items() if name != "seconds"} for line in lines]
+
+
+def wait_for_a_step(process: subprocess.Popen, state: Path, step: int) -> None:
+    deadline = time.monotonic() + 120
+    while process.poll() is None and steps_done(state) < step and time.monotonic() < deadline:
+        time.sleep(0.005)
+    assert process.poll() is None, process.stderr.read()

@@ -78,7 +78,7 @@ def test_the_first_half_of_the_reports_goes_before_trainings_and_the_others_afte
     plan = planner.build("smoke", "none", [f"train.learning_rate={rates}", "train.num_train_epochs=2"])
     given: dict[str, list[float]] = {}
     for stage in ("train_adapter", "evaluate_model"):
-        priority = workflow.report_priority(plan, stage, SimpleNamespace(cores=cores))
+        priority = workflow.report_priority(plan, stage, SimpleNamespace(cores=cores, local_exec=True))
         names = [job.path.rpartition("/")[2] for job in plan.jobs.values() if job.stage == stage]
         given[stage] = [priority(SimpleNamespace(name=name)) for name in names]
     assert given["train_adapter"].count(1.5) == 2 * first, "two epochs each"

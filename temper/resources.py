@@ -1,0 +1,93 @@
+"""What a job asks of a cluster's scheduler: memory and time. Neither enters a key.
+
+A job asks for what the most similar artefact in results/ took, with a margin, and for what is named below where there
+is none. Another attempt, after one that ended for want of memory or time or in any other way, asks for twice as much.
+Snakemake heeds none of it on one machine, unless it is told how much there is (``--resources mem_mb=16000``).
+"""
+
+import functools
+from pathlib import Path
+
+from temper.planning import plan as planning
+from temper.planning.forecast import Archive, Forecast
+
+MEGABYTE = 10**6
+SNAKEMAKE = 600  # MB: a job on a cluster is a step below two Snakemake processes, of 250 MB each with a small plan
+PROGRAM = 2000  # MB: Python with PyTorch, and a batch of a small model
+# Of nothing similar that was measured: memory in multiples of the model's files. They are in half precision as a rule,
+# and 2 are the weights in float32 on a CPU; training adds activations, and all its parameters gradients (2) and Adam's
+# moments (4).
+WEIGHTS = {"tokenize_splits": 0.0, "train_adapter": 4.0, "merge_adapter": 4.0}
+OF_FULL_TRAINING = 10.0
+OTHER_WEIGHTS = 3.0
+MINUTES = {"train_adapter": 360, "sample_answers": 360, "run_harness": 360}
+OTHER_MINUTES = 120
+# Of what was measured: a job's config may differ from the similar one's, and its node from that one's.
+MORE_MEMORY, MORE_TIME, START = 1.5, 3.0, 10  # START: minutes, to load libraries and model from a shared disk
+
+
+class Resources:
+    """The resources of a plan's jobs.
+
+    Args:
+        plan: the plan.
+        workflow: Snakemake's own object.
+    """
+
+    def __init__(self, plan: planning.Plan, workflow):
+        self.plan, self.workflow = plan, workflow
+        self.made: Archive | None = None
+
+    def of(self, stage: str) -> dict:
+        """Resources functions of a stage's rule: `mem_mb`, in units of 10^6 bytes, and `runtime`, in minutes."""
+        return {"mem_mb": self._function(stage, self._megabytes), "runtime": self._function(stage, self._minutes)}
+
+    def _function(self, stage: str, first):
+        def function(wildcards, attempt):
+            if not self.workflow.is_main_process:  # a job on its node, which has what was asked for
+                return 0
+            return first(self.plan.job(stage, wildcards.name)) * 2 ** (attempt - 1)
+
+        return function
+
+    def _megabytes(self, job: planning.Job) -> int:
+        like = self._similar(job)
+        peak = like.provenance.get("peak_memory_bytes") if like else None
+        if peak:
+            needed = peak / MEGABYTE * MORE_MEMORY
+        else:
+            full = job.stage == "train_adapter" and job.config["adapter"].get("peft_type") is None
+            times = OF_FULL_TRAINING if full else WEIGHTS.get(job.stage, OTHER_WEIGHTS)
+            needed = PROGRAM + times * _megabytes_of(job.inputs["model"])
+        return _rounded(needed + SNAKEMAKE)
+
+    def _minutes(self, job: planning.Job) -> int:
+        forecast = Forecast(self.plan, 1)
+        forecast.add(job, self._similar(job))
+        if forecast.unknown:
+            return MINUTES.get(job.stage, OTHER_MINUTES)
+        return round(START + forecast.jobs[job.path] * MORE_TIME / 60)
+
+    def _similar(self, job: planning.Job):
+        """The most similar artefact of the same model; looked for only where a scheduler reads what comes of it."""
+        if self.workflow.local_exec:
+            return None
+        self.made = self.made or Archive()
+        like = self.made.most_similar(job)
+        return like if like and Forecast.tells(job, like) else None
+
+
+def _megabytes_of(model: str) -> float:
+    """The size of a model's weights; 0 where they are still to be fetched (Snakemake asks again when they are)."""
+    return _measured(model) if Path(model).is_dir() else 0.0
+
+
+@functools.cache
+def _measured(model: str) -> float:
+    files = [file for file in Path(model).rglob("*") if file.suffix in (".safetensors", ".bin", ".pt")]
+    return sum(file.stat().st_size for file in files) / MEGABYTE
+
+
+def _rounded(megabytes: float) -> int:
+    """Up, to hundreds."""
+    return -int(-megabytes // 100) * 100
