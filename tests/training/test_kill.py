@@ -60,10 +60,14 @@ def test_killed_trainings_end_as_undisturbed_ones(workspace, tiny_splits, tiny_m
         assert [line["step"] for line in lines if "loss" in line] == list(range(1, 49)), "each step once"
 
 
-@pytest.mark.parametrize("method", ["sft", pytest.param("orpo", marks=pytest.mark.slow)])
-def test_a_signal_saves_the_step_it_comes_in(workspace, tiny_splits, tiny_pairs, tiny_model, method):
+@pytest.mark.parametrize(
+    ("method", "processes"),
+    [("sft", 1), *(pytest.param(*case, marks=pytest.mark.slow) for case in (("sft", 2), ("orpo", 1), ("orpo", 2)))],
+)
+def test_a_signal_saves_the_step_it_comes_in(workspace, tiny_splits, tiny_pairs, tiny_model, method, processes):
     options = [option for option in OPTIONS if not option.startswith(("train.save", "train.logging"))]
-    options += [f"method={method}", "train.logging_steps=7"]
+    options += [f"method={method}", "train.logging_steps=7", f"num_processes={processes}"]
+    options += [f"train.per_device_train_batch_size={4 // processes}"]
     options += [] if method == "sft" else ["data.rejected_from=[positive,negative]"]
     config = load_stage_config("train_adapter", None, options)
     splits = tiny_splits if method == "sft" else tiny_pairs
