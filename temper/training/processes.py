@@ -30,6 +30,7 @@ from temper.signals import ENDING
 
 log = logging.getLogger("temper")
 READY = "ready"
+CODE = Path(__file__).resolve().parents[2]  # that of this process, whatever is installed
 UNUSED = "Expected to have finished reduction"  # DistributedDataParallel, of weights that got no gradient
 # While the first process writes a checkpoint of a large model, or all of them evaluate, the others wait.
 PATIENCE = timedelta(hours=6)
@@ -179,8 +180,11 @@ class Others:
 
     def _start(self, module: str, job: dict, rank: int) -> subprocess.Popen:
         words = [sys.executable, "-m", "temper.training.processes", module]
+        code = os.pathsep.join(filter(None, [str(CODE), os.environ.get("PYTHONPATH")]))
+        environment = {**os.environ, "PYTHONPATH": code}
+        pipe = subprocess.PIPE
         with self.logs[rank - 1].open("w") as errors:
-            process = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True)
+            process = subprocess.Popen(words, stdin=pipe, stdout=pipe, stderr=errors, text=True, env=environment)
         place = {"rank": rank, "processes": self.processes, "meeting": str(self.meeting), "use_cpu": self.use_cpu}
         with contextlib.suppress(BrokenPipeError):  # it has ended: its log says why
             process.stdin.write(json.dumps({"place": place, "job": job}) + "\n")  # type: ignore[union-attr]
