@@ -108,7 +108,7 @@ class Database:
             self.user = {"user": user.pw_uid, "group": user.pw_gid, "extra_groups": []}
             os.chown(self.folder, user.pw_uid, user.pw_gid)
         (self.folder / "password").write_text(self.password)
-        # fsync: nobody cuts the power, and other work on this disk would hold us up
+        # nothing is synced to the disk: no test cuts the power, and other work on the disk would hold us up
         options = ["--username=mlflow", "--auth=scram-sha-256", f"--pwfile={self.folder}/password", "--no-sync"]
         self._run("initdb", f"--pgdata={self.folder}/data", *options)
         self.start()
