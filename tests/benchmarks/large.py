@@ -126,6 +126,7 @@ def activations() -> None:
 
 
 def _kept(layers: int, full: bool, checkpointing: bool, h: int = 512, tokens: int = 24) -> float:
+    """Of LoRA in the proportions of the 70B model, of all weights in those of the 8B one."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -137,7 +138,7 @@ def _kept(layers: int, full: bool, checkpointing: bool, h: int = 512, tokens: in
 
     torch.manual_seed(0)
     shape = {"hidden_size": h, "intermediate_size": int(3.5 * h), "num_hidden_layers": layers, "vocab_size": 512}
-    heads = {"num_attention_heads": 16, "num_key_value_heads": 2, "head_dim": h // 16}
+    heads = {"num_attention_heads": 16, "num_key_value_heads": 4 if full else 2, "head_dim": h // 16}
     config = LlamaConfig(**shape, **heads, tie_word_embeddings=False)
     dtype = torch.float32 if full else torch.bfloat16
     network = LlamaForCausalLM._from_config(config, attn_implementation="sdpa", dtype=dtype)
