@@ -71,13 +71,13 @@ FILE = re.compile(r"^`(conf/[\w./]+\.yaml)`[^\n]*\n\n```yaml\n(.*?)```", flags=r
 @pytest.mark.parametrize(("experiment", "model"), [("support_70b", "llama3.1_70b"), ("support_8b", "llama3.1_8b")])
 def test_the_files_of_the_large_plans_plan(tmp_path, monkeypatch, experiment, model):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("TEMPER_CONF", "conf")
+    monkeypatch.setenv("TEMPER_CONF", str(tmp_path / "conf"))
     rows = "name: support\nsource: {kind: files, path: rows.jsonl}\nlayout: question_answer\n"
     Path("rows.jsonl").write_text('{"question": "Why?", "answer": "So."}\n')
     files = dict(FILE.findall((ROOT / "docs" / "scale.md").read_text(encoding="utf-8")))
     for name, text in {**files, "conf/data/support.yaml": rows}.items():
         Path(name).parent.mkdir(parents=True, exist_ok=True)
-        Path(name).write_text(text.replace("revision: main", f"revision: {'0' * 40}"))  # no hub is asked for it
+        Path(name).write_text(text.replace("revision: main", f"revision: {'a' * 40}"))  # no hub is asked for it
     made = planner.build(experiment, None, [])
     (run,) = made.runs
     config = made.jobs[run.artefacts["train_adapter"]].config
