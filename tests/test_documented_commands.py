@@ -2,6 +2,7 @@
 
 import re
 import shlex
+from pathlib import Path
 
 import pytest
 
@@ -61,3 +62,24 @@ def test_a_command_of_the_docs_plans(command, folder):
 def test_commands_are_found():
     assert set(REFUSED) < set(_commands())
     assert len(_commands()) > 15
+
+
+# A file that a page shows: its name on a line of its own, then what is in it.
+FILE = re.compile(r"^`(conf/[\w./]+\.yaml)`[^\n]*\n\n```yaml\n(.*?)```", flags=re.MULTILINE | re.DOTALL)
+
+
+@pytest.mark.parametrize(("experiment", "model"), [("support_70b", "llama3.1_70b"), ("support_8b", "llama3.1_8b")])
+def test_the_files_of_the_large_plans_plan(tmp_path, monkeypatch, experiment, model):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TEMPER_CONF", str(tmp_path / "conf"))
+    rows = "name: support\nsource: {kind: files, path: rows.jsonl}\nlayout: question_answer\n"
+    Path("rows.jsonl").write_text('{"question": "Why?", "answer": "So."}\n')
+    files = dict(FILE.findall((ROOT / "docs" / "scale.md").read_text(encoding="utf-8")))
+    for name, text in {**files, "conf/data/support.yaml": rows}.items():
+        Path(name).parent.mkdir(parents=True, exist_ok=True)
+        Path(name).write_text(text.replace("revision: main", f"revision: {'a' * 40}"))  # no hub is asked for it
+    made = planner.build(experiment, None, [])
+    (run,) = made.runs
+    config = made.jobs[run.artefacts["train_adapter"]].config
+    assert config["num_processes"] == 8
+    assert model in run.artefacts["train_adapter"]

@@ -2,6 +2,7 @@
 
     make bench                 # about half an hour on 2 cores; writes docs/speed.json, and the tables of docs/speed.md
     python -m tests.benchmarks.training --only temper trl_tuned --rows 320                       # prints only
+    python -m tests.benchmarks.training --only temper trl_tuned trl_liger                        # on a GPU
 
 Every contender is a process of its own, on all cores, one after the other: the same rows in the same order, the same
 optimizer steps and LoRA. Figures of one table come from one run; between runs and machines compare ratios.
@@ -36,6 +37,7 @@ NAMES = {
     "trl": "TRL SFTTrainer, as it comes",
     "trl_tuned": "TRL SFTTrainer, tuned",
     "trl_compiled": "TRL SFTTrainer, tuned, compiled",
+    "trl_liger": "TRL SFTTrainer, tuned, Liger kernels",
     "temper_dpo": "Temper",
     "trl_dpo": "TRL DPOTrainer, tuned, precomputed reference",
     "pipeline": 'pipeline("text-generation"), a loop',
@@ -68,7 +70,7 @@ def main() -> None:
 def _fine_tuning(wanted: list[str], rows: int) -> dict:
     made = _prepared("demo", f"data.limit={{train:{rows},validation:200,test:500}}", "tokenize_splits")
     job, figures = _job(made), {}
-    for name in [name for name in (*SFT, "trl_compiled") if name in wanted]:
+    for name in [name for name in (*SFT, "trl_compiled", "trl_liger") if name in wanted]:
         figures[name] = _temper(name, job) if name.startswith("temper") else _peer(name, job)
         _run("score", name, job)
         figures[name] |= _read(name, "score.json")
@@ -235,6 +237,8 @@ def _machine() -> str:
 
     capabilities = sorted(name for name, has in torch.cpu.get_capabilities().items() if has is True and "bf16" in name)
     kind = ", ".join([platform.machine(), *(capabilities or ["no bf16"])])
+    if torch.cuda.is_available():
+        kind += f"; {torch.cuda.get_device_name()}"
     return f"{os.cpu_count()} CPU cores ({kind}), torch {torch.__version__}"
 
 

@@ -309,6 +309,16 @@ def test_what_the_messages_propose_works(own_conf):
     assert config["data"]["csv"]["delimiter"] == "\t"
 
 
+def test_an_experiment_sets_what_is_in_no_group_and_the_command_line_overrides_it(own_conf):
+    given = {"seed": 7, "num_processes": 2, "num_threads": 3, "keep": {"checkpoints": "none"}}
+    lines = "".join(f"{name}: {value}\n" for name, value in given.items()).replace("'", "")
+    (own_conf / "experiment" / "mine.yaml").write_text(f"# @package _global_\n{lines}")
+    _, [config] = composed("sweep=none", "experiment=mine")
+    assert {name: config[name] for name in given} == given
+    _, [config] = composed("sweep=none", "experiment=mine", "seed=8")
+    assert config["seed"] == 8
+
+
 def test_a_glob_takes_the_choices_of_a_group(workspace):
     axes, configs = composed("sweep=none", "adapter=glob(*lora,exclude=q*)")
     assert axes == {"adapter": ["lora", "rslora"]}
