@@ -169,7 +169,7 @@ rule sample_answers:
     threads: temper.threads_of(PLAN, "sample_answers")
     resources:
         **NEEDS.of("sample_answers"),
-        gpu=temper.gpus_per_job(),
+        gpu=temper.gpus_of(PLAN, "sample_answers"),
     shell:
         "run steps.sample_answers"
         " --splits {input.splits:q}"
@@ -192,7 +192,7 @@ rule reference_logprobs:
     threads: temper.threads_of(PLAN, "reference_logprobs")
     resources:
         **NEEDS.of("reference_logprobs"),
-        gpu=temper.gpus_per_job(),
+        gpu=temper.gpus_of(PLAN, "reference_logprobs"),
     shell:
         "run steps.reference_logprobs"
         " --splits {input.splits:q}"
@@ -217,7 +217,7 @@ rule train_adapter:
     threads: temper.threads_of(PLAN, "train_adapter")
     resources:
         **NEEDS.of("train_adapter"),
-        gpu=temper.gpus_per_job(),
+        gpu=temper.gpus_of(PLAN, "train_adapter"),
     params:
         references=temper.flags_of(PLAN, "train_adapter", "references"),
     shell:
@@ -243,7 +243,7 @@ rule merge_adapter:
     priority: temper.report_priority(PLAN, "merge_adapter", workflow)
     resources:
         **NEEDS.of("merge_adapter"),
-        gpu=temper.gpus_per_job(),
+        gpu=temper.gpus_of(PLAN, "merge_adapter"),
     shell:
         "run steps.merge_adapter"
         " --model {input.model:q}"
@@ -270,7 +270,7 @@ rule evaluate_base:
     threads: temper.threads_of(PLAN, "evaluate_model")
     resources:
         **NEEDS.of("evaluate_model"),
-        gpu=temper.gpus_per_job(),
+        gpu=temper.gpus_of(PLAN, "evaluate_model"),
     params:
         probe=temper.flags_of(PLAN, "evaluate_model", "probe"),
     shell:
@@ -304,7 +304,7 @@ rule evaluate_model:
     threads: temper.threads_of(PLAN, "evaluate_model")
     resources:
         **NEEDS.of("evaluate_model"),
-        gpu=temper.gpus_per_job(),
+        gpu=temper.gpus_of(PLAN, "evaluate_model"),
     params:
         # Also an untouched model may come here, which a search asked for after this was read.
         optional=temper.flags_of(
@@ -357,7 +357,7 @@ rule score_rows:
     threads: temper.threads_of(PLAN, "score_rows")
     resources:
         **NEEDS.of("score_rows"),
-        gpu=temper.gpus_per_job(),
+        gpu=temper.gpus_of(PLAN, "score_rows"),
     params:
         raw=temper.flags_of(PLAN, "score_rows", "raw"),
     shell:
@@ -386,7 +386,7 @@ rule run_harness:
     threads: temper.threads_of(PLAN, "run_harness")
     resources:
         **NEEDS.of("run_harness"),
-        gpu=temper.gpus_per_job(),
+        gpu=temper.gpus_of(PLAN, "run_harness"),
     params:
         tuned=temper.flags_of(PLAN, "run_harness", "adapter", "splits", "base_harness"),
     shell:

@@ -16,6 +16,8 @@ continues where epoch 1 ended. Under ``warmup_stable_decay`` they share the plat
 instead of an adapter; the decay of each run branches off from there.
 """
 
+import contextlib
+import dataclasses
 import importlib
 import json
 import logging
@@ -24,13 +26,14 @@ import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from temper import signals
 from temper.config import best
 from temper.config import evaluation as checks
 from temper.config.libraries import ignores_warmup, refuse_without_validation
 from temper.config.schema import WITH_REFERENCE, Dpo, Kto
-from temper.config.stages import NOT_PLANNED, PLATEAU, Planned, TrainAdapter
+from temper.config.stages import NOT_PLANNED, PLATEAU, Planned, TrainAdapter, typed
 from temper.data.columns import with_right_answers
 from temper.errors import UserError, told_by_library
 from temper.files import json_lines, load_rows, write_whole
@@ -44,6 +47,7 @@ from temper.model.threads import computing_threads
 from temper.progress import quiet_libraries
 from temper.provenance import peak_memory
 from temper.step import run_command
+from temper.training import processes
 from temper.units import size
 
 STAGE = "train_adapter"
@@ -73,10 +77,15 @@ def run(
     served_with = {**serving.refuse_other_splits(splits, model), serving.BASE: serving.weights(model)}
     inputs = [splits, model, *([references] if references else [])]
     state = STATE / (planned.trunk or _by_hand(config, inputs))
-    with locked(state), computing_threads(config.num_threads):
+    job = _job(config, planned, splits, model, references, state)
+    with (
+        locked(state),
+        computing_threads(config.num_threads),
+        processes.started(f"steps.{STAGE}", job, config.num_processes, bool(config.train.get("use_cpu"))) as others,
+    ):
         rows = _rows(config, planned, splits, model)
         learned = _learned(config, rows, splits, references)
-        facts = _train(config, planned, rows, learned, model, output, state)
+        facts = _train(config, planned, rows, learned, model, output, state, others)
     serving.write(output, served_with)
     return facts
 
@@ -184,10 +193,88 @@ def _refuse_other_rows(method: str, part, split: str, splits: Path) -> None:
         )
 
 
-def _train(config: TrainAdapter, planned: Planned, rows, learned, model: Path, output: Path, state: Path) -> dict:
+@dataclasses.dataclass
+class _Training:
+    """A training that is ready to begin or to go on, in one or in several processes.
+
+    Args:
+        end: the step at which it ends.
+        needs: the estimate of its memory and work.
+    """
+
+    trainer: Any
+    end: int
+    checkpoint: Path | None
+    state: Path
+    needs: Any
+    config: TrainAdapter
+    is_plateau: bool
+
+    def go_on(self, listener=None, request: signals.Request | None = None):
+        """Train to the end, or until a request to end; returns the records of it."""
+        from temper.training import callbacks
+
+        args, start, train = self.trainer.args, self.checkpoint, self.config.train
+        recorded = callbacks.Recorded(self.trainer, self.state, start, train, listener, self.is_plateau, request)
+        if self.end > 0:
+            args.max_steps = self.end
+            args.eval_on_start &= start is None  # the start of training, not of each of its parts
+            self.trainer.train(resume_from_checkpoint=str(start) if start else None)
+        return recorded
+
+
+def _train(
+    config: TrainAdapter, planned: Planned, rows, learned, model: Path, output: Path, state: Path, others
+) -> dict:
     from temper import tracking
     from temper.model.adapters import parameter_counts, save_adapter
-    from temper.training import arguments, callbacks, checkpoints, estimates
+    from temper.training import checkpoints
+
+    with others.joined():
+        training = _ready(config, planned, rows, learned, model, state)
+        sizes = parameter_counts(training.trainer.model)
+        _say(training, sizes, len(learned["train"]))
+        # Several processes would have to agree on the step in which they end: they end at once.
+        asked = signals.put_off() if processes.count() == 1 else contextlib.nullcontext()
+        with tracking.follow(planned.follow) as listener, asked as request:
+            recorded = training.go_on(listener, request)
+            facts = recorded.facts() | sizes | training.needs.facts()
+    if training.is_plateau:
+        _keep_checkpoint(checkpoints.last_whole([state], training.end), output)
+    else:
+        save_adapter(training.trainer.model, output)
+    return _write_facts(config, recorded, facts, output) | {"part": planned.part}
+
+
+def other_process(job: dict) -> Callable[[], object]:
+    """What another process of a training does once it has joined (`temper.training.processes`).
+
+    Args:
+        job: of `_job`.
+    """
+    quiet_libraries()
+    config, planned = typed(STAGE, job["config"]), Planned(**job["planned"])
+    assert isinstance(config, TrainAdapter)
+    splits, model, state = (Path(job[name]) for name in ("splits", "model", "state"))
+    rows = load_rows(splits)
+    learned = _learned(config, rows, splits, Path(job["references"]) if job["references"] else None)
+
+    def train():
+        with computing_threads(config.num_threads):
+            return _ready(config, planned, rows, learned, model, state).go_on()
+
+    return train
+
+
+def _job(config: TrainAdapter, planned: Planned, splits: Path, model: Path, references: Path | None, state: Path):
+    paths = {"splits": splits, "model": model, "references": references, "state": state}
+    words = {name: str(path) if path else None for name, path in paths.items()}
+    return {"config": config.model_dump(mode="json"), "planned": dataclasses.asdict(planned), **words}
+
+
+def _ready(config: TrainAdapter, planned: Planned, rows, learned, model: Path, state: Path) -> _Training:
+    """Load and check everything. All processes of a training do this at the same time."""
+    from temper.training import arguments, checkpoints, estimates
     from temper.training.trainers import row_lengths
 
     before = peak_memory()
@@ -200,31 +287,23 @@ def _train(config: TrainAdapter, planned: Planned, rows, learned, model: Path, o
     total = args.max_steps if args.max_steps > 0 else math.ceil(epoch_steps * args.num_train_epochs)
     end = _plateau_end(args, total) if planned.part == PLATEAU else total
     plateau = [Path(planned.plateau)] if planned.plateau else []
-    checkpoint = checkpoints.last_whole([state, *plateau], end)
+    checkpoint = processes.of_first(checkpoints.last_whole([state, *plateau], end) if processes.is_first() else None)
     judge = _judge(config, planned, rows, model, lambda: _evaluations(args, end, epoch_steps))
     trainer = _trainer(config, learned, model, args, total, judge)
-    sizes = parameter_counts(trainer.model)
-    log.info("%s", _headline(learned, sizes, args, end, checkpoint, config.num_threads))
     needs = estimates.estimate(trainer, row_lengths(learned["train"]), before)
-    log.info("%s", needs.text())
+    return _Training(trainer, end, checkpoint, state, needs, config, planned.part == PLATEAU)
+
+
+def _say(training: _Training, sizes: dict, rows: int) -> None:
+    """What is about to be trained, what it needs, and what is odd about it."""
+    args, config, end = training.trainer.args, training.config, training.end
+    log.info("%s", _headline(rows, sizes, args, end, training.checkpoint, config.num_threads))
+    log.info("%s", training.needs.text())
     if end <= args.warmup_steps:
         log.info("note: %d steps end within train.warmup_steps=%g: lower it", end, args.warmup_steps)
     if args.warmup_steps and ignores_warmup(args):
         name = config.train["lr_scheduler_type"]
         log.info("note: lr_scheduler_type=%s takes no notice of train.warmup_steps", name)
-    with tracking.follow(planned.follow) as listener, signals.put_off() as asked:
-        plateaus = planned.part == PLATEAU
-        recorded = callbacks.Recorded(trainer, state, checkpoint, config.train, listener, plateaus, asked)
-        if end > 0:
-            args.max_steps = end
-            args.eval_on_start &= checkpoint is None  # the start of training, not of each of its parts
-            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-        facts = recorded.facts() | sizes | needs.facts()
-    if planned.part == PLATEAU:
-        _keep_checkpoint(checkpoints.last_whole([state], end), output)
-    else:
-        save_adapter(trainer.model, output)
-    return _write_facts(config, recorded, facts, output) | {"part": planned.part}
 
 
 def _without_validation(train: dict, rows) -> dict:
@@ -335,14 +414,15 @@ def _keep_checkpoint(checkpoint: Path | None, output: Path) -> None:
         shutil.copytree(checkpoint, output / checkpoint.name)
 
 
-def _headline(rows, sizes: dict, args, target: int, checkpoint: Path | None, threads: int) -> str:
+def _headline(rows: int, sizes: dict, args, target: int, checkpoint: Path | None, threads: int) -> str:
     share = sizes["trainable_parameters"] / sizes["total_parameters"]
     computed = f", {threads} thread(s)" if args.device.type == "cpu" else ""
     start = f", continuing from {checkpoint}" if checkpoint else ""
+    together = f" x {args.world_size} processes" if args.world_size > 1 else ""
     return (
         f"training {sizes['trainable_parameters']:,} of {sizes['total_parameters']:,} parameters ({share:.2%}) on "
-        f"{len(rows['train'])} rows, to step {target}, "
-        f"batch {args.train_batch_size} x {args.gradient_accumulation_steps}{computed}{start}"
+        f"{rows} rows, to step {target}, "
+        f"batch {args.train_batch_size} x {args.gradient_accumulation_steps}{together}{computed}{start}"
     )
 
 

@@ -1,4 +1,4 @@
-"""The GPU that a job computes on: one of its own, which no other job on this machine has.
+"""The GPU that a job computes on: one of its own, which no other job on this machine has; of a training several.
 
 CUDA and HIP show a process all GPUs of the machine, and libraries take the first, or all. So a job takes a lock on one
 and shows itself that one only, before any library asks. Locks are files of the machine, not of a project, for projects
@@ -11,6 +11,7 @@ import contextlib
 import logging
 import os
 import platform
+import random
 import re
 import shutil
 import subprocess
@@ -73,52 +74,72 @@ def _of_amd() -> list[str]:
 
 
 @contextlib.contextmanager
-def own_gpu() -> Iterator[None]:
-    """While the block runs, this process sees one GPU that no other one has taken; it waits until there is one.
+def own_gpus(count: int = 1) -> Iterator[None]:
+    """While the block runs, this process sees so many GPUs that no other one has taken; it waits until there are.
+    With `count` 0 it sees all and must use none.
 
     Where there is no choice, with one GPU or none, nothing is locked.
 
     Raises:
-        UserError: the locks cannot be written.
+        UserError: there are some, but not so many; the locks cannot be written.
     """
     variable, there = _installed()
     names = _left(variable, there)
-    if variable is None or len(names) < 2:
+    if names and len(names) < count:
+        raise UserError(
+            f"num_processes={count}, a GPU for each, and here are {len(names)}: give num_processes={len(names)} (and "
+            "train.gradient_accumulation_steps that make the same batch), or train.use_cpu=true"
+        )
+    if variable is None or len(names) < 2 or not count:
         yield
         return
     before = os.environ.get(variable)
-    name, lock = _taken(names, there)
-    try:
-        os.environ[variable] = name
-        log.info("GPU: %s, of %d", name, len(names))
-        yield
-    finally:
-        lock.release()
-        os.environ.pop(variable) if before is None else os.environ.update({variable: before})
+    with _taken(names, there, count) as taken:
+        try:
+            os.environ[variable] = ",".join(taken)
+            log.info("GPU: %s, of %d", ", ".join(taken), len(names))
+            yield
+        finally:
+            os.environ.pop(variable) if before is None else os.environ.update({variable: before})
 
 
-def _taken(names: list[str], there: list[str]):
-    """(a GPU, its lock), of those with these names; waits until one is free."""
-    import filelock
+@contextlib.contextmanager
+def _taken(names: list[str], there: list[str], count: int) -> Iterator[list[str]]:
+    """So many of the GPUs with these names, locked; waits until they are free.
 
-    locks = {name: filelock.FileLock(_lock_file(name, there), mode=0o666) for name in names}
+    All or none: two jobs that each hold a part of what they want would wait for each other.
+    """
     waits = False
     while True:
-        for name, lock in locks.items():
-            try:
-                lock.acquire(timeout=0)
-            except filelock.Timeout:
-                continue
-            except OSError as error:
-                raise UserError(
-                    f"{lock.lock_file}: cannot be locked ({error.strerror}): make it writable, or choose a GPU for "
-                    "each job by the environment"
-                ) from None
-            return name, lock
+        with contextlib.ExitStack() as locks:
+            taken: list[str] = []
+            for name in names:
+                if len(taken) < count and _take(locks, _lock_file(name, there)):
+                    taken.append(name)
+            if len(taken) == count:
+                yield taken
+                return
         if not waits:
-            log.info("all %d GPUs are taken by other jobs: waiting for one", len(names))
+            log.info("%d GPU(s) wanted, and too few of %d are free of other jobs: waiting", count, len(names))
         waits = True
-        time.sleep(PAUSE)
+        time.sleep(PAUSE * random.uniform(1, 1.5))  # two that want several do not always meet
+
+
+def _take(locks: contextlib.ExitStack, file: Path) -> bool:
+    """Take a lock until the end of the stack, unless somebody has it."""
+    import filelock
+
+    lock = filelock.FileLock(file, mode=0o666)
+    try:
+        locks.enter_context(lock.acquire(timeout=0))
+    except filelock.Timeout:
+        return False
+    except OSError as error:
+        raise UserError(
+            f"{file}: cannot be locked ({error.strerror}): make it writable, or choose GPUs for each job by the "
+            "environment"
+        ) from None
+    return True
 
 
 def _lock_file(name: str, there: list[str]) -> Path:

@@ -216,7 +216,16 @@ def _is_of(plan: planning.Plan, file: Path) -> bool:
 
 def threads_of(plan: planning.Plan, stage: str):
     """Threads function of a stage's rule: the config's number, which is in the key, whatever the number of cores."""
-    return lambda wildcards: plan.job(stage, wildcards.name).config["num_threads"]
+    return lambda wildcards: _threads(plan.job(stage, wildcards.name))
+
+
+def _threads(job: planning.Job) -> int:
+    """Of all processes of a job."""
+    return job.config["num_threads"] * _processes(job)
+
+
+def _processes(job: planning.Job) -> int:
+    return job.config.get("num_processes", 1)
 
 
 def report_priority(plan: planning.Plan, stage: str, workflow):
@@ -244,8 +253,8 @@ def report_priority(plan: planning.Plan, stage: str, workflow):
 def idle_cores(plan: planning.Plan, cores: int) -> str | None:
     """Suggest how to use cores that the coming trainings would leave idle."""
     to_do = [job for job in plan.jobs.values() if "trunk" in job.settings and not plan.is_made(job)]
-    trunks = {job.settings["trunk"]: job.config["num_threads"] for job in to_do}
-    if not trunks or sum(trunks.values()) >= cores or gpus_per_job():
+    trunks = {job.settings["trunk"]: _threads(job) for job in to_do if _processes(job) == 1}
+    if not trunks or sum(trunks.values()) >= cores or has_gpus():
         return None
     each = max(1, cores // len(trunks))
     return (
@@ -264,9 +273,20 @@ def tokenizing_threads(plan: planning.Plan, workflow) -> int:
 
 
 @functools.cache
-def gpus_per_job() -> int:
-    """1 if there is a GPU: the profile's ``resources: gpu=1`` then allows one training at a time."""
-    return int(bool(gpus()))
+def has_gpus() -> bool:
+    """Whether this machine has a GPU: the profile's ``resources: gpu=1`` then allows one training at a time."""
+    return bool(gpus())
+
+
+def gpus_of(plan: planning.Plan, stage: str):
+    """Resources function of a stage's rule: how many GPUs a job takes, if there are any."""
+    return lambda wildcards: _gpus(plan.job(stage, wildcards.name))
+
+
+def _gpus(job: planning.Job) -> int:
+    """One for each process."""
+    on_cpu = job.config.get("train", {}).get("use_cpu")
+    return _processes(job) if has_gpus() and not on_cpu else 0
 
 
 # --- the workflow's handlers ---------------------------------------------------------------------
@@ -294,7 +314,7 @@ def on_start(plan: planning.Plan, workflow) -> None:
     if not workflow.local_exec:  # Snakemake cancels a cluster's jobs
         HELD.enter_context(shared_disk.held(planning.PLANS))
     else:
-        if not gpus_per_job():  # what has asked for the GPU cannot be forked, and libraries do when they are imported
+        if not has_gpus():  # what has asked for the GPU cannot be forked, and libraries do when they are imported
             forks.start(_threads_of_coming(workflow), plan.tracking["enabled"])
         signals.on_ending(lambda number: _end_jobs(number, workflow.scheduler), _end_at_once)
 

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from steps import evaluate_model
-from temper import devices
+from steps import evaluate_model, train_adapter
+from temper import devices, step
 from temper.config.stages import STAGES
 from temper.errors import UserError
 from tests.conftest import ROOT
@@ -65,7 +65,7 @@ def test_gpus_of_amd_are_numbered(monkeypatch, tmp_path):
         (tmp_path / "nodes" / str(number)).mkdir(parents=True)
         (tmp_path / "nodes" / str(number) / "gpu_id").write_text(f"{gpu}\n")
     monkeypatch.setattr(devices, "AMD_NODES", tmp_path / "nodes")
-    with devices.own_gpu():
+    with devices.own_gpus():
         assert os.environ[devices.HIP] == "0"
         assert devices.CUDA not in os.environ
     monkeypatch.setenv(devices.HIP, "1")
@@ -76,7 +76,7 @@ def test_gpus_of_amd_are_numbered(monkeypatch, tmp_path):
 def test_what_a_scheduler_has_given_is_left_alone(monkeypatch, tmp_path, given):
     install(monkeypatch, tmp_path, TWO)
     monkeypatch.setenv(devices.CUDA, given)
-    with devices.own_gpu():
+    with devices.own_gpus():
         assert os.environ[devices.CUDA] == given
     assert not list(tmp_path.glob("temper-gpus/*")), "there was nothing to choose"
 
@@ -84,10 +84,10 @@ def test_what_a_scheduler_has_given_is_left_alone(monkeypatch, tmp_path, given):
 def test_of_several_that_are_given_one_is_taken(monkeypatch, tmp_path):
     install(monkeypatch, tmp_path, TWO)
     monkeypatch.setenv(devices.CUDA, "1,0")
-    with devices.own_gpu():
+    with devices.own_gpus():
         assert os.environ[devices.CUDA] == "1"
         monkeypatch.delenv(devices.CUDA)  # another project's job, which nobody gave anything
-        with devices.own_gpu():
+        with devices.own_gpus():
             assert os.environ[devices.CUDA] == "GPU-0a", "the other one is that with number 1"
         os.environ[devices.CUDA] = "1"
     assert os.environ[devices.CUDA] == "1,0"
@@ -97,7 +97,7 @@ JOB = """
 import json, logging, os, sys, time
 from temper import devices
 logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(message)s")
-with devices.own_gpu():
+with devices.own_gpus():
     began = time.time()
     print(os.environ[devices.CUDA], flush=True)
     time.sleep(float(sys.argv[1]))
@@ -121,7 +121,7 @@ def test_no_two_jobs_have_the_same_gpu_at_the_same_time(monkeypatch, tmp_path):
         times.sort()
         assert times, "each was used"
         assert all(one[1] <= other[0] for one, other in zip(times, times[1:], strict=False))
-    assert "all 2 GPUs are taken by other jobs: waiting for one" in "".join(error for _, error in said)
+    assert "1 GPU(s) wanted, and too few of 2 are free of other jobs: waiting" in "".join(error for _, error in said)
 
 
 def test_a_killed_job_leaves_its_gpu(monkeypatch, tmp_path):
@@ -132,14 +132,47 @@ def test_a_killed_job_leaves_its_gpu(monkeypatch, tmp_path):
         job.kill()
         job.communicate()
     started = time.monotonic()
-    with devices.own_gpu():
+    with devices.own_gpus():
         assert time.monotonic() - started < devices.PAUSE
+
+
+def test_a_job_of_several_takes_all_of_them_or_none(monkeypatch, tmp_path):
+    install(monkeypatch, tmp_path, TWO)
+    with devices.own_gpus(2):
+        assert os.environ[devices.CUDA] == "GPU-0a,GPU-0b"
+    job = start(1)
+    assert job.stdout.readline().strip() == "GPU-0a"
+    began = time.time()
+    with devices.own_gpus(2):
+        assert time.time() > json.loads(job.stdout.read())[2] > began, "it waited, and held none meanwhile"
+    job.communicate()
+    refused = pytest.raises(UserError, match="num_processes=3, a GPU for each, and here are 2: give num_processes=2")
+    with refused, devices.own_gpus(3):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("words", "count"),
+    [
+        (["experiment=smoke"], 1),
+        (["num_processes=3"], 3),
+        (["num_processes=3", "train.use_cpu=true"], 0),
+        (["--config", '{"num_processes": 2, "train": {}}'], 2),
+        (["--config", '{"num_processes": 2, "train": {"use_cpu": true}}'], 0),
+        (["num_processes=many"], 1),
+    ],
+)
+def test_a_step_knows_its_number_of_gpus_before_it_knows_its_config(words, count):
+    arguments = step.step_parser(train_adapter).parse_intermixed_args(
+        ["--splits", "s", "--model", "m", "--output", "o", *words]
+    )
+    assert step._gpus(arguments) == count
 
 
 def test_locks_that_cannot_be_written_are_named(monkeypatch, tmp_path):
     install(monkeypatch, tmp_path, TWO)
     (tmp_path / "temper-gpus").write_text("a file")
-    with pytest.raises(UserError, match="temper-gpus.*cannot be locked"), devices.own_gpu():
+    with pytest.raises(UserError, match="temper-gpus.*cannot be locked"), devices.own_gpus():
         pass
 
 

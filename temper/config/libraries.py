@@ -45,12 +45,32 @@ def check_library_sections(train: dict, adapter: dict, method: str) -> None:
     if stamp.exists():
         return
     for library in ("transformers", "bitsandbytes"):  # warnings at import are not about this config
-        logging.getLogger(library).setLevel(logging.ERROR)
+        if (logger := logging.getLogger(library)).level != logging.ERROR:  # setting it visits all loggers there are
+            logger.setLevel(logging.ERROR)
     _check_train(train, method)
     _check_adapter(adapter)
     with contextlib.suppress(OSError):  # if results/ is read-only, the next check just takes longer
         stamp.parent.mkdir(parents=True, exist_ok=True)
         stamp.touch()
+
+
+def check_processes(num_processes: int, train: dict) -> None:
+    """Refuse what several processes cannot do, or what one does not need."""
+    if num_processes == 1:
+        for name in options.OF_PROCESSES:
+            if name in train:
+                raise UserError(f"config: 'train.{name}' is for num_processes above 1: leave it out")
+        return
+    if train.get("label_smoothing_factor"):
+        raise UserError(
+            f"config: 'train.label_smoothing_factor' with num_processes={num_processes}: it is a mean over each "
+            "process's rows, which is another loss than that of all rows: leave one of the two out"
+        )
+    if train.get("average_tokens_across_devices") is False:
+        raise UserError(
+            f"config: 'train.average_tokens_across_devices' is false with num_processes={num_processes}: the loss is "
+            "the mean over the tokens of all processes: leave it out"
+        )
 
 
 @functools.cache

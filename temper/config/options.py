@@ -32,7 +32,8 @@ TRAIN_USED = {
     "adam_epsilon": "refused if the optimizer ignores it",
     "max_grad_norm": "0: gradients are not clipped",
     "label_smoothing_factor": "method=sft only",
-    "average_tokens_across_devices": "",
+    "average_tokens_across_devices": "always so",
+    "ddp_find_unused_parameters": "with num_processes; for a model of which a batch may leave trained weights unused",
     "bf16": "mixed precision; on a CPU with use_cpu=true",
     "fp16": "mixed precision; needs a GPU",
     "tf32": "needs a GPU that supports it",
@@ -71,7 +72,9 @@ _TRACKING = "use 'tracking'"
 _PUBLISHING = "publishing is a step of its own (make publish), never part of training"
 _OWN_LOSS = "the loss is computed at learned positions only and bypasses what this would replace"
 _OWN_EVALUATION = "validation sums the loss over all learned tokens by its own code, so this would do nothing"
-_ONE_PROCESS = "a training is one process, so this would do nothing"
+_ONE_MACHINE = "num_processes says on how many devices of this machine a training runs; it needs nothing more"
+# Fields of train that are refused with num_processes=1, where they would do nothing.
+OF_PROCESSES = ("ddp_find_unused_parameters",)
 _SEED = "use the top-level 'seed'"
 _RESUME = "training resumes by itself, exactly, from results/.state"
 _SCRIPTS = "it is for transformers' scripts; here each stage has its own command"
@@ -107,7 +110,7 @@ TRAIN_REFUSED = {
     "dataloader_in_order": _ORDER,
     "auto_find_batch_size": "the order of rows follows from the batch size; the log says before training what it needs",
     "accelerator_config": "batches and their order are Temper's own",
-    "parallelism_config": _ONE_PROCESS,
+    "parallelism_config": _ONE_MACHINE,
     "do_train": _SCRIPTS,
     "do_eval": "use train.eval_strategy",
     "do_predict": _SCRIPTS,
@@ -127,19 +130,18 @@ TRAIN_REFUSED = {
     "use_cache": "training never uses the cache",
     "include_num_input_tokens_seen": "training.json and metrics.jsonl count the tokens",
     "logging_nan_inf_filter": "a diverged run must show its NaN, not an average that hides it",
-    "log_on_each_node": _ONE_PROCESS,
-    "log_level_replica": _ONE_PROCESS,
-    "save_on_each_node": _ONE_PROCESS,
-    "ddp_find_unused_parameters": _ONE_PROCESS,
-    "ddp_bucket_cap_mb": _ONE_PROCESS,
-    "ddp_broadcast_buffers": _ONE_PROCESS,
-    "ddp_static_graph": _ONE_PROCESS,
-    "ddp_backend": _ONE_PROCESS,
-    "ddp_timeout": _ONE_PROCESS,
-    "fsdp": _ONE_PROCESS,
-    "fsdp_config": _ONE_PROCESS,
-    "deepspeed": _ONE_PROCESS,
-    "local_rank": _ONE_PROCESS,
+    "log_on_each_node": _ONE_MACHINE,
+    "log_level_replica": _ONE_MACHINE,
+    "save_on_each_node": _ONE_MACHINE,
+    "ddp_bucket_cap_mb": _ONE_MACHINE,
+    "ddp_broadcast_buffers": _ONE_MACHINE,
+    "ddp_static_graph": _ONE_MACHINE,
+    "ddp_backend": _ONE_MACHINE,
+    "ddp_timeout": _ONE_MACHINE,
+    "fsdp": _ONE_MACHINE,
+    "fsdp_config": _ONE_MACHINE,
+    "deepspeed": _ONE_MACHINE,
+    "local_rank": _ONE_MACHINE,
     "disable_tqdm": "Temper has a bar of its own, and plain lines in a log",
     "debug": "a loss that is not a number ends the training by itself, and says so",
     "skip_memory_metrics": "training.json has the memory that was used",
@@ -161,7 +163,7 @@ TRAIN_RENAMED = {
     "predict_with_generate": "evaluation generates answers by itself, see 'eval'",
     "past_index": "training never uses the cache",
     "jit_mode_eval": "evaluation has its own loop, see 'eval'",
-    "tpu_num_cores": "a training is one process",
+    "tpu_num_cores": "training on TPUs is not supported",
     "torchdynamo": _COMPILE,
     "half_precision_backend": "write train.bf16=true or train.fp16=true",
     "per_gpu_train_batch_size": "it is called per_device_train_batch_size now",

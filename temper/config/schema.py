@@ -954,6 +954,8 @@ STRATEGIES_OF = {
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 # Threads of one training or evaluation on a CPU. They decide how sums are split, and so the last bits of a result.
 NumThreads = Annotated[int, Field(gt=0, le=1024)]
+# Processes of one training, each on a device of its own. The batch of an optimizer step is theirs together.
+NumProcesses = Annotated[int, Field(gt=0, le=64)]
 
 
 class Config(Section):
@@ -975,3 +977,4 @@ class Config(Section):
     sweep: Sweep
     seed: Seed
     num_threads: NumThreads = 1
+    num_processes: NumProcesses = 1

@@ -12,13 +12,14 @@ from pydantic import model_validator
 from temper import yaml_files
 from temper.config import best
 from temper.config.compose import expand, parse_overrides, to_container
-from temper.config.libraries import check_library_sections
+from temper.config.libraries import check_library_sections, check_processes
 from temper.config.schema import (
     Data,
     Eval,
     Harness,
     Method,
     ModelLoad,
+    NumProcesses,
     NumThreads,
     Probe,
     Prompt,
@@ -127,6 +128,7 @@ class TrainAdapter(Section):
     seed: Seed
     model: Loaded
     num_threads: NumThreads = 1
+    num_processes: NumProcesses = 1
     eval: Eval | None = None  # only where answers choose the checkpoint, and then what they are judged by
 
 
@@ -451,6 +453,7 @@ def validated_stage(stage: str, view: dict) -> dict:
     found = typed(stage, sections)
     if isinstance(found, TrainAdapter):
         check_library_sections(found.train, found.adapter, found.method.name)
+        check_processes(found.num_processes, found.train)
         best.check(found.train, None if found.eval is None else found.eval.model_dump())
         if found.eval and best.judged_metric(found.train) is None:
             raise UserError("config: 'eval' does nothing here: no metric of it is train.metric_for_best_model")
@@ -467,7 +470,7 @@ def load_stage_config(stage: str, given: str | None, overrides: list[str]) -> di
     if given and overrides:
         raise UserError(f"--config and overrides ({overrides[0]} ...) exclude each other: leave one out")
     if given:
-        return validated_stage(stage, _config_text(given) if given.lstrip().startswith("{") else _config_file(given))
+        return validated_stage(stage, config_given(given))
     parsed = parse_overrides(["sweep=none", *overrides])
     axes, points = expand(parsed)
     if len(points) != 1:
@@ -480,6 +483,11 @@ def load_stage_config(stage: str, given: str | None, overrides: list[str]) -> di
                 f"--config is missing: the {name} of {stage}, which no override can give, are in its config.yaml"
             )
     return stage_config(stage, points[0][1])
+
+
+def config_given(given: str) -> dict:
+    """What ``--config`` gives, JSON text or a file; not checked."""
+    return _config_text(given) if given.lstrip().startswith("{") else _config_file(given)
 
 
 def _config_text(text: str) -> dict:

@@ -1,7 +1,7 @@
 """Check a composed config: it becomes values of the schema's types, or one clear error line."""
 
 from temper.config import best
-from temper.config.libraries import check_library_sections, refuse_without_validation
+from temper.config.libraries import check_library_sections, check_processes, refuse_without_validation
 from temper.config.schema import (
     METHODS,
     SOURCE_KINDS,
@@ -40,6 +40,7 @@ def validated(config: dict) -> dict:
     config = _normalised(config)
     filled = checked(Config, config, "").model_dump()
     check_library_sections(filled["train"], filled["adapter"], filled["method"]["name"])
+    check_processes(filled["num_processes"], filled["train"])
     best.check(filled["train"], filled["eval"])
     _check_together(filled)
     _check_method(filled)

@@ -48,6 +48,50 @@ class EpochSampler:
         return len(self.lengths)
 
 
+class Shares:
+    """A torch batch sampler: of each batch of an epoch the rows of one of several processes.
+
+    A batch is the rows that all of them compute at a time. Every one gets some, for they add up their gradients
+    together: where there are more processes than rows, as at the end of an epoch, one gets a copy of another's row,
+    which `WithCopies` marks.
+
+    Args:
+        rows: the sampler of the epoch's order.
+        batch_size: rows of a process at a time.
+    """
+
+    def __init__(self, rows, batch_size: int, rank: int, processes: int, drop_last: bool):
+        self.rows, self.rank, self.processes = rows, rank, processes
+        self.of_all, self.drop_last = batch_size * processes, drop_last
+
+    def __iter__(self):
+        order = list(self.rows)
+        for number in range(len(self)):
+            batch = order[number * self.of_all : (number + 1) * self.of_all]
+            yield batch[self.rank :: self.processes] or [len(order) + batch[0]]
+
+    def __len__(self) -> int:
+        full, left = divmod(len(self.rows), self.of_all)
+        return full + bool(left and not self.drop_last)
+
+
+class WithCopies:
+    """A dataset of its rows, and of the same again as copies, which count nothing (see `Shares`)."""
+
+    COPY = "copy"
+
+    def __init__(self, rows):
+        self.rows = rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, number: int) -> dict:
+        if number < len(self.rows):
+            return self.rows[number]
+        return {**self.rows[number - len(self.rows)], self.COPY: True}
+
+
 class Learned(NamedTuple):
     """The learned tokens of a batch, row after row; three lists of one length.
 
@@ -71,10 +115,12 @@ class Batch:
 
     Args:
         rows: `input_ids` and `labels` of each, whatever else it has.
+        counts: whether it is trained on; not if its rows are copies (see `Shares`).
     """
 
     rows: list[dict]
     pad_token_id: int
+    counts: bool = True
 
     def __len__(self) -> int:
         return len(self.rows)

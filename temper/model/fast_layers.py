@@ -20,8 +20,8 @@ class _AddLowRank(torch.autograd.Function):
     @staticmethod
     def forward(ctx, output, inputs, a, b, scaling):
         ctx.scaling, ctx.dtype = scaling, a.dtype
-        a, b = a.to(inputs.dtype), (b * scaling).to(inputs.dtype)
-        flat = inputs.reshape(-1, inputs.shape[-1])
+        a, b = a.to(output.dtype), (b * scaling).to(output.dtype)  # in mixed precision not that of the input
+        flat = inputs.reshape(-1, inputs.shape[-1]).to(output.dtype)
         inner = flat @ a.t()
         ctx.save_for_backward(flat, a, b, inner)
         return torch.addmm(output.reshape(-1, output.shape[-1]), inner, b.t()).view_as(output)

@@ -329,7 +329,8 @@ def _difference(model, found: Predictions, expected: Predictions) -> str | None:
 def _tolerance(base) -> float:
     if getattr(base, "is_loaded_in_8bit", False):
         return TOLERANCE_8_BIT
-    return TOLERANCE.get(base.dtype, TOLERANCE_16_BIT)
+    mixed = torch.is_autocast_enabled(base.device.type)
+    return TOLERANCE_16_BIT if mixed else TOLERANCE.get(base.dtype, TOLERANCE_16_BIT)
 
 
 # --- the ways ------------------------------------------------------------------------------------

@@ -4,6 +4,8 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from temper.training import processes
+
 if TYPE_CHECKING:
     from transformers import TrainingArguments
 
@@ -33,6 +35,8 @@ def training_arguments(train: dict, seed: int, state: Path) -> "TrainingArgument
     args = TrainingArguments(
         **{
             "dataloader_pin_memory": torch.accelerator.is_available(),
+            # Without it, all trained weights must be part of each step's loss, or torch says so.
+            "ddp_find_unused_parameters": False if processes.count() > 1 else None,
             **fields,
             # A resumed training must know for how long it has not improved.
             "restore_callback_states_from_checkpoint": any(name in train for name in EARLY_STOPPING),
@@ -47,6 +51,8 @@ def training_arguments(train: dict, seed: int, state: Path) -> "TrainingArgument
             "logging_nan_inf_filter": False,  # a diverged run must show its NaN, not an average that hides it
         }
     )
+    # What accelerate does not take for a part of one training would train by itself.
+    assert args.world_size == processes.count(), (args.world_size, processes.count())
     # Trainer would use all visible GPUs and multiply the batch size by their number, which is in no key.
     args._n_gpu = min(args.n_gpu, 1)
     return args

@@ -12,7 +12,7 @@ from transformers import EarlyStoppingCallback, TrainerCallback
 from temper import signals
 from temper.files import json_lines, known_json_lines, write_whole
 from temper.progress import Progress
-from temper.training import checkpoints
+from temper.training import checkpoints, processes
 from temper.training.arguments import EARLY_STOPPING, steps_per_epoch
 from temper.training.preferences import FIGURES_OF
 from temper.training.trainers import TemperTrainer
@@ -93,11 +93,13 @@ class SealedCheckpoints(TrainerCallback):
         return control
 
     def on_save(self, args, state, control, **_):  # noqa: ARG002
+        processes.wait_for_all()  # each has written its random state
         checkpoint, trainer = Path(args.output_dir) / f"checkpoint-{state.global_step}", self.trainer
         if (since := trainer._globalstep_last_logged) < state.global_step:
             unlogged = {"loss": trainer._tr_loss, "since": since, "figures": getattr(trainer, "figures", [])}
             torch.save(unlogged, checkpoint / self.UNLOGGED)
-        checkpoints.seal(checkpoint)
+        if processes.is_first():
+            checkpoints.seal(checkpoint)
         if self.request.number is not None:
             log.info("asked to end: saved step %d of %d", state.global_step, state.max_steps)
         self.request.heed()
@@ -246,12 +248,15 @@ class Recorded:
         self.epoch_steps = steps_per_epoch(len(trainer.train_dataset), trainer.args)
         self.trainer, self.start = trainer, checkpoints.step_of(checkpoint)
         self.divergence = StopOnDivergence()
-        self.metrics = MetricsFile(state / "metrics.jsonl", checkpoint, trainer, listener)
+        # One process writes; what decides how training goes on is the same in all.
+        shown: list[TrainerCallback] = []
+        if processes.is_first():
+            self.metrics = MetricsFile(state / "metrics.jsonl", checkpoint, trainer, listener)
+            shown = [self.metrics, ShowProgress()]
         stopping = {name: train[name] for name in EARLY_STOPPING if name in train}
         for callback in (
             ExactState(trainer, self.epoch_steps),
-            self.metrics,
-            ShowProgress(),
+            *shown,
             SealedCheckpoints(trainer, checkpoint, self.epoch_steps, is_plateau, request),
             *([EarlyStoppingCallback(**stopping)] if stopping else []),
             self.divergence,  # last, so that it decides what is saved
@@ -259,7 +264,7 @@ class Recorded:
             trainer.add_callback(callback)
 
     def facts(self) -> dict:
-        """The facts about the training itself in training.json."""
+        """The facts about the training itself in training.json; of the first process."""
         metrics, state = self.metrics, self.trainer.state
         seconds, best = (
             metrics.seconds,
@@ -269,6 +274,7 @@ class Recorded:
         judged = [f"eval_{self.trainer.judge.metric}"] if self.trainer.judge else []
         return {
             "train_rows": len(self.trainer.train_dataset),
+            "num_processes": self.trainer.args.world_size,
             "train_seconds": round(seconds, 3),
             "tokens": metrics.tokens,
             "tokens_per_second": round(metrics.tokens / seconds, 1),

@@ -19,7 +19,8 @@ log = logging.getLogger("temper")
 SEAL = "complete.json"
 STATE = "trainer_state.json"
 # If one of these is missing, Trainer silently starts that part from scratch.
-NEEDED = ("optimizer.pt", "scheduler.pt", "rng_state.pth", STATE)
+NEEDED = ("optimizer.pt", "scheduler.pt", STATE)
+RANDOM = ("rng_state.pth", "rng_state_0.pth")  # of one process, and of the first of several
 NAME = re.compile(r"checkpoint-\d+")
 
 
@@ -59,6 +60,8 @@ def fault(checkpoint: Path) -> str | None:
         return f"is not of the step that its {STATE} tells"
     if lacking := [name for name in NEEDED if name not in sums]:
         return f"has no {lacking[0]}"
+    if not any(name in sums for name in RANDOM):
+        return f"has no {RANDOM[0]}"
     if odd := _odd_entry(state):
         return f"has another '{odd}' in its {STATE} than Trainer writes"
     for name, expected in sums.items():

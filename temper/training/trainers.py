@@ -3,6 +3,7 @@
 Imported inside `run()` only: it needs torch and transformers.
 """
 
+import dataclasses
 import functools
 import logging
 import math
@@ -16,14 +17,14 @@ from torch.utils.data import DataLoader
 from transformers import PrinterCallback, Trainer
 from transformers.integrations import activate_neftune
 
-from temper.data.batches import Batch, EpochSampler, count_learned, padded_shape
+from temper.data.batches import Batch, EpochSampler, Shares, WithCopies, count_learned, padded_shape
 from temper.data.columns import DOCUMENTS
 from temper.data.documents import apart
 from temper.errors import UserError
 from temper.model.adapters import refuse_adapter_misfits
 from temper.model.predictions import SupervisedLoss, tokens_computed, tokens_of, with_decoder_inputs
 from temper.model.reading import reading, refuse_tensors
-from temper.training import checkpoints, unpaired
+from temper.training import checkpoints, processes, unpaired
 from temper.training.preferences import NLL, PAIR_LOSSES, PairLoss, answers_and_rest
 
 log = logging.getLogger("temper")
@@ -67,14 +68,23 @@ class TemperTrainer(Trainer):
     def create_scheduler(self, num_training_steps, optimizer=None):  # noqa: ARG002 - Trainer's signature
         return super().create_scheduler(self.schedule_steps, optimizer)
 
+    def autocast_smart_context_manager(self, cache_enabled=True):  # noqa: ARG002 - Trainer's signature
+        """Mixed precision: accelerate puts it into the model's own forward pass, and our loss calls the layers."""
+        return self.accelerator.autocast()
+
     def get_batch_samples(self, *arguments, **keywords):
+        """The batches of an optimizer step that this process computes, and the items of those of all processes."""
         batches, items = super().get_batch_samples(*arguments, **keywords)
-        self.tokens += sum(tokens_of(self.model, batch) for batch in batches)
+        counted = [batch for batch in batches if batch.counts]
+        tokens = sum(tokens_of(self.model, batch) for batch in counted)
+        for others_tokens in processes.gathered(tokens):
+            self.tokens += others_tokens
         return batches, items
 
     def _get_num_items_in_batch(self, batch_samples, device):
         """As Trainer counts them, which asks for no more of labels than how many of them are learned."""
-        counts = [batch.learned_count(ahead=int(self._loss_shifts_labels)) for batch in batch_samples]
+        ahead = int(self._loss_shifts_labels)
+        counts = [batch.learned_count(ahead) if batch.counts else 0 for batch in batch_samples]
         marks = [torch.zeros(count, dtype=torch.int64, device=device) for count in counts]
         return super()._get_num_items_in_batch([{"labels": mark, "shift_labels": mark} for mark in marks], device)
 
@@ -90,6 +100,26 @@ class TemperTrainer(Trainer):
 
     def _get_train_sampler(self, train_dataset=None):  # noqa: ARG002 - Trainer's signature
         return self.sampler
+
+    def get_train_dataloader(self):
+        """Trainer's; of several processes each gets its share, where accelerate would fill up an epoch's end."""
+        args = self.args
+        if args.world_size == 1:
+            return super().get_train_dataloader()
+        place = args.process_index, args.world_size
+        return DataLoader(
+            WithCopies(self.train_dataset),  # type: ignore[arg-type]
+            batch_sampler=Shares(self.sampler, args.train_batch_size, *place, args.dataloader_drop_last),
+            collate_fn=self._share,
+            num_workers=args.dataloader_num_workers,
+            pin_memory=args.dataloader_pin_memory,
+            persistent_workers=args.dataloader_persistent_workers,
+            prefetch_factor=args.dataloader_prefetch_factor,
+        )
+
+    def _share(self, rows: list[dict]) -> Batch:
+        batch: Any = self.data_collator(rows)
+        return dataclasses.replace(batch, counts=WithCopies.COPY not in rows[0])
 
     def _run_epoch(self, **arguments):  # type: ignore[override]
         """Nothing where the checkpoint that training continues from is that of its end: Trainer takes a step more."""
@@ -141,12 +171,19 @@ class TemperTrainer(Trainer):
         if self.label_smoother is not None:
             inputs = with_decoder_inputs(model, inputs)
             return super().compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)
-        total, count = self.supervised_loss(model, inputs)
         self.loss_is_scaled_for_ga = num_items_in_batch is not None
-        loss = total / (count if num_items_in_batch is None else num_items_in_batch)
-        if num_items_in_batch is not None and self.args.average_tokens_across_devices:
-            loss = loss * self.accelerator.num_processes
-        return loss
+        loss = processes.within_forward(model, self._mean_loss, inputs, num_items_in_batch)
+        return self._of_all_processes(loss, inputs, num_items_in_batch)
+
+    def _mean_loss(self, network, batch: Batch, items):
+        total, count = self.supervised_loss(network, batch)
+        return total / (count if items is None else items)
+
+    def _of_all_processes(self, loss, batch: Batch, items):
+        """A process's part of the loss, such that the mean over the processes, which gradients become, is the whole."""
+        if items is None or self.args.world_size == 1:
+            return loss
+        return loss * (self.args.world_size if batch.counts else 0)
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):  # noqa: ARG002 - Trainer's signature
         """Loss per learned token over the whole validation split (Trainer's own is a mean of batch means)."""
@@ -156,7 +193,8 @@ class TemperTrainer(Trainer):
         if self.judge is not None:  # what has diverged gives no answers
             finite = math.isfinite(figures["loss"])
             with self.compute_loss_context_manager():
-                metrics[f"{metric_key_prefix}_{self.judge.metric}"] = self.judge(self.model) if finite else math.nan
+                judged = self.judge(self.model) if finite else math.nan
+            metrics[f"{metric_key_prefix}_{self.judge.metric}"] = processes.of_first(judged)
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
@@ -172,20 +210,28 @@ class TemperTrainer(Trainer):
             for name, (value, count) in figures.items():
                 sums[name] = sums.get(name, 0.0) + value.item()
                 counts[name] = counts.get(name, 0) + count
+        sums, counts = (_added(processes.gathered(part)) for part in (sums, counts))
         return {name: total / max(counts[name], 1) for name, total in sums.items()}, counts.get("loss", 0)
 
     def _evaluated_batches(self, dataset):
-        """Batches of a data set, rows of similar length together, with the model in evaluation."""
+        """This process's batches of a data set, rows of similar length together, with the model in evaluation."""
         lengths = _longest_texts(dataset)
         order = sorted(range(len(dataset)), key=lengths.__getitem__)
+        size = min(self.args.per_device_eval_batch_size, max(1, len(order) // self.args.world_size))
+        batches = [order[start : start + size] for start in range(0, len(order), size)]
+        own = batches[self.args.process_index :: self.args.world_size]
         self.model.eval()
-        return DataLoader(
-            dataset.select(order), batch_size=self.args.per_device_eval_batch_size, collate_fn=self.data_collator
-        )
+        return DataLoader(dataset, batch_sampler=own, collate_fn=self.data_collator)
 
     def summed_figures(self, batch) -> dict[str, tuple[torch.Tensor, int]]:
         """Name -> (sum of a figure over a batch's items, how many those are): here the loss of learned tokens."""
         return {"loss": self.supervised_loss(self.model, batch)}
+
+
+def _added(parts: list[dict]) -> dict:
+    """Sums of the same names, added up."""
+    names = dict.fromkeys(name for part in parts for name in part)
+    return {name: sum(part.get(name, 0) for part in parts) for name in names}
 
 
 def _refuse_other_shapes(optimizer) -> None:
@@ -237,18 +283,26 @@ class PreferenceTrainer(TemperTrainer):
 
     def _get_num_items_in_batch(self, batch_samples, device):  # noqa: ARG002 - Trainer's signature
         """(pairs, learned tokens of the chosen texts) of an optimizer step."""
-        pairs = sum(map(len, batch_samples)) // 2
+        return self._items([batch for batch in batch_samples if batch.counts])
+
+    def _items(self, batches: list[Batch]) -> tuple[int, int]:
+        pairs = sum(map(len, batches)) // 2
         ahead = int(self._loss_shifts_labels)
-        chosen = (row["labels"] for batch in batch_samples for row in batch.rows[: len(batch) // 2])
-        return pairs, sum(count_learned(labels[ahead:]) for labels in chosen)
+        chosen = (row["labels"] for batch in batches for row in batch.rows[: len(batch) // 2])
+        return _of_all((pairs, sum(count_learned(labels[ahead:]) for labels in chosen)))
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Mean over the pairs of the whole optimizer step, however it is cut into batches."""
         assert not return_outputs, "evaluate() is ours and never asks for outputs"
-        losses, figures = self.pair_losses(model, inputs)
-        self.figures.append({name: values.detach() for name, values in figures.items()})
         self.loss_is_scaled_for_ga = num_items_in_batch is not None
-        pairs, tokens = num_items_in_batch or (len(losses), len(figures.get(NLL, ())))
+        loss = processes.within_forward(model, self._mean_loss, inputs, num_items_in_batch)
+        return self._of_all_processes(loss, inputs, num_items_in_batch)
+
+    def _mean_loss(self, network, batch: Batch, items):
+        losses, figures = self.pair_losses(network, batch)
+        if batch.counts:
+            self.figures.append({name: values.detach() for name, values in figures.items()})
+        pairs, tokens = items or (len(losses), len(figures.get(NLL, ())))
         loss = losses.sum() / pairs
         if NLL in figures:
             loss = loss + self.preference_loss.nll_weight * figures[NLL].sum() / max(tokens, 1)
@@ -267,9 +321,10 @@ class PreferenceTrainer(TemperTrainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """With a training loss go the rewards of the same pairs."""
-        if "loss" in logs and self.figures:
-            names = self.figures[0]
-            logs |= _means({name: torch.cat([figures[name] for figures in self.figures]) for name in names})
+        if "loss" in logs:
+            own = _joined(self.figures)
+            names = processes.of_first(list(own))
+            logs |= _means({name: processes.gathered_rows(own.get(name, torch.empty(0))) for name in names})
             self.figures.clear()
         super().log(logs, start_time)
 
@@ -286,12 +341,17 @@ class UnpairedTrainer(PreferenceTrainer):
         logps = self.supervised_loss.sequence_logps(model, batch)
         return unpaired.ratios(batch, logps, mismatched), logps.detach()
 
-    def _get_num_items_in_batch(self, batch_samples, device):  # noqa: ARG002 - Trainer's signature
-        return sum(map(len, batch_samples)), 0
+    def _items(self, batches):
+        return _of_all((sum(map(len, batches)), 0))
 
     def pair_losses(self, model, batch):
-        """(loss of each answer, figures, each the values that it is the mean of)."""
-        return self._judged(*self.ratios(model, batch))
+        """(loss of each answer, figures, each the values that it is the mean of).
+
+        How far the model has moved is estimated from the rows of all processes.
+        """
+        (gains, kl_gains, desirable), logps = self.ratios(model, batch)
+        kl_gains = processes.gathered_rows(kl_gains if batch.counts else kl_gains[:0])
+        return self._judged((gains, kl_gains, desirable), logps)
 
     def _judged(self, ratios, logps):
         losses, figures = self.preference_loss(*ratios)
@@ -305,9 +365,21 @@ class UnpairedTrainer(PreferenceTrainer):
         for batch in self._evaluated_batches(dataset):
             with self.compute_loss_context_manager():
                 parts.append(self.ratios(self.model, batch))
-        ratios = [torch.cat(part) for part in zip(*(ratios for ratios, _ in parts), strict=True)]
-        losses, figures = self._judged(ratios, torch.cat([logps for _, logps in parts]))
+        columns = zip(*((*ratios, logps) for ratios, logps in parts), strict=True)
+        *ratios, logps = (processes.gathered_rows(torch.cat(column)) for column in columns)
+        losses, figures = self._judged(ratios, logps)
         return _means({"loss": losses, **figures}), len(losses)
+
+
+def _of_all(items: tuple[int, int]) -> tuple[int, int]:
+    """The sums over all processes."""
+    first, second = map(sum, zip(*processes.gathered(items), strict=True))
+    return first, second
+
+
+def _joined(parts: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    names = parts[0] if parts else {}
+    return {name: torch.cat([part[name] for part in parts]) for name in names}
 
 
 def _means(figures: dict[str, torch.Tensor]) -> dict[str, float]:

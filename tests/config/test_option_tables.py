@@ -85,7 +85,9 @@ USED = {
     **dict.fromkeys(("logging_strategy", "eval_strategy", "save_strategy"), "steps"),
     **dict.fromkeys(("use_cpu", "eval_on_start", "logging_first_step", "average_tokens_across_devices"), True),
     **dict.fromkeys(("dataloader_drop_last", "dataloader_pin_memory", "greater_is_better"), True),
-    **dict.fromkeys(("bf16", "fp16", "tf32", "full_determinism", "load_best_model_at_end"), False),
+    **dict.fromkeys(
+        ("ddp_find_unused_parameters", "bf16", "fp16", "tf32", "full_determinism", "load_best_model_at_end"), False
+    ),
     **dict.fromkeys(("activation_checkpointing", "gradient_checkpointing", "dataloader_persistent_workers"), False),
     "lr_scheduler_type": "cosine_with_restarts",
     "lr_scheduler_kwargs": {"num_cycles": 2},

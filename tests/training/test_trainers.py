@@ -226,6 +226,17 @@ def test_accumulated_steps_are_those_of_one_batch(workspace, tiny_splits, tiny_m
         assert list(found.values()) == pytest.approx(list(expected.values()), rel=1e-4)
 
 
+def test_mixed_precision_is_trainers(workspace, tiny_splits, tiny_model):
+    options = [*PLAIN, "train.use_cpu=true", "train.optim=sgd", "train.num_train_epochs=1"]
+    train(tiny_splits, tiny_model, "full", *options)
+    train(tiny_splits, tiny_model, "mixed", *options, "train.bf16=true")
+    plain = plain_trainer(tiny_splits, tiny_model, *options, "train.bf16=true")
+    for name in ("loss", "eval_loss"):
+        exact, mixed, expected = figure("full", name), figure("mixed", name), plain.figure(name)
+        assert list(mixed.values()) == pytest.approx(list(expected.values()), rel=1e-2)
+        assert all(abs(mixed[step] - exact[step]) > 1e-4 for step in exact), "it is computed in another precision"
+
+
 def test_workers_that_read_ahead_change_no_bit(workspace, tiny_splits, tiny_model):
     options = [*SMALL, "train.max_steps=3", "train.save_strategy=no", "train.eval_strategy=no"]
     alone = train(tiny_splits, tiny_model, "alone", *options)
