@@ -1,7 +1,7 @@
 """A job that Slurm preempts starts again by itself, also if it ends before it has to.
 
-Slurm puts a preempted job back into the queue when it kills it, at the end of the partition's GraceTime. A step that heeds
-the SIGTERM at its beginning has ended by then, and its job counts as failed. So the step asks for that itself.
+Slurm puts a preempted job back into the queue when it kills it, at the end of the partition's GraceTime. A step that
+heeds the SIGTERM at its beginning has ended by then, and its job counts as failed. So the step asks for that itself.
 """
 
 import contextlib
