@@ -20,7 +20,7 @@ import sys
 import time
 from pathlib import Path
 
-from temper import shared_disk
+from temper import preemption, shared_disk
 from temper.devices import own_gpus
 from temper.errors import UserError, one_line_errors, visible
 from temper.folders import check_name, is_complete, locked, made_by_a_step, refuse_damaged, temporary_folder
@@ -48,6 +48,7 @@ def run_command(step, argv=None, work=None) -> None:
     with (
         one_line_errors(arguments.output, step.STAGE, arguments.log),
         logging_to(arguments.log),
+        preemption.requeued(),
         own_gpus(_gpus(arguments)) if stage.on_gpu else contextlib.nullcontext(),  # before a library asks for GPUs
     ):
         (work or execute)(step, arguments, [name.rstrip("?+") for name in stage.inputs])

@@ -1,6 +1,5 @@
 """Sweeps of a tiny model on a real Slurm on this machine (tests/support/slurm.py): `make test-slurm`."""
 
-import contextlib
 import json
 import os
 import re
@@ -21,6 +20,7 @@ from tests.support.workflow_tools import environment, leaderboard, own_sources, 
 
 pytestmark = pytest.mark.slurm
 PATIENCE = 1500  # seconds that a command may take beside other work
+STEPS = 800
 STAGES = ("adapters", "models", "merged", "prompts", "rankings", "reports", "splits")
 
 
@@ -49,8 +49,8 @@ def short(sources) -> str:
 
 @pytest.fixture(scope="module")
 def long(sources) -> str:
-    """1,500 steps without a checkpoint of their own before the end."""
-    return f"overrides={sources} data.limit.train=1500 train.per_device_train_batch_size=1 train.logging_steps=5"
+    """So many steps, without a checkpoint before the end."""
+    return f"overrides={sources} data.limit.train={STEPS} train.per_device_train_batch_size=1 train.logging_steps=5"
 
 
 def start(folder: Path, overrides: str, *arguments: str) -> subprocess.Popen:
@@ -134,41 +134,17 @@ def test_a_person_finds_the_jobs_in_the_queue(swept):
     assert not re.search(r"rule_(fetch|format|rank|compare)", str(slurm.jobs())), "cheap rules run where Snakemake does"
 
 
-def test_a_job_that_lacks_memory_asks_for_more(swept, short, tmp_path):
-    folder = shutil.copytree(swept, tmp_path / "swept", symlinks=True)
-    shutil.rmtree(folder / ".snakemake" / "slurm_logs")
-    for adapter in adapters(folder).values():  # as if they had taken next to nothing
-        file = adapter / "provenance.json"
-        file.write_text(json.dumps(json.loads(file.read_text()) | {"peak_memory_bytes": 1}))
-    before = max(int(job["id"]) for job in slurm.jobs())
-    finish(start(folder, short.replace("1e-3,1e-2", "2e-3"), "--until", "train_adapter"), folder)
-    asked = [job for job in slurm.jobs() if int(job["id"]) > before]
-    assert [job["memory"] for job in asked][:2] == ["600M", "1200M"]
-    assert [job["state"] for job in asked][-1] == "COMPLETED"
-    assert "COMPLETED" not in [job["state"] for job in asked[:-1]]
-    assert len(adapters(folder)) == 3
-
-
-def test_after_a_kill_of_snakemake_nothing_is_made_twice(lab, long, tmp_path_factory):
-    folder = undisturbed(tmp_path_factory)
-    killed = start(folder, long, "--until", "train_adapter", "evaluate_base")
-    wait_for(training_at(folder, 10), killed, folder)  # on both cores, so the untouched model's evaluation waits
+@pytest.fixture(scope="module")
+def killed(lab, long, tmp_path_factory) -> Path:
+    """The folder of a command that was killed while two trainings ran and an evaluation waited, and of a second one."""
+    folder = tmp_path_factory.mktemp("killed")
+    first = start(folder, long, "--until", "train_adapter", "evaluate_base")
+    wait_for(training_at(folder, 10), first, folder)  # on both cores
     assert [job["comment"][:18] for job in slurm.jobs("PENDING")] == ["rule_evaluate_base"]
-    os.killpg(killed.pid, signal.SIGKILL)
-    killed.wait()
+    os.killpg(first.pid, signal.SIGKILL)
+    first.wait()
     finish(start(folder, long, "--until", "train_adapter", "evaluate_base"), folder)
     wait_until_idle()
-    for rule, stage, count in (("train_adapter", "train_adapter", 2), ("evaluate_base", "evaluate_model", 1)):
-        logs = logs_of(folder, rule)
-        assert len(logs) == 2 * count, "the second command has asked for them again"
-        assert "".join(logs.values()).count(f"{stage}: wrote ") == count, logs
-    assert [facts(adapter)["resumed_from_step"] for adapter in adapters(folder).values()] == [0, 0]
-
-
-def undisturbed(tmp_path_factory) -> Path:
-    """The folder of long trainings that nothing stopped, in the order of the tests."""
-    folder = tmp_path_factory.getbasetemp() / "undisturbed"
-    folder.mkdir(exist_ok=True)
     return folder
 
 
@@ -178,22 +154,45 @@ def wait_until_idle() -> None:
         time.sleep(0.5)
 
 
-def test_a_preempted_training_goes_on_from_the_step_it_was_in(lab, long, tmp_path, tmp_path_factory):
+def test_after_a_kill_of_snakemake_nothing_is_made_twice(killed):
+    for rule, stage, count in (("train_adapter", "train_adapter", 2), ("evaluate_base", "evaluate_model", 1)):
+        logs = logs_of(killed, rule)
+        assert len(logs) == 2 * count, "the second command has asked for them again"
+        assert "".join(logs.values()).count(f"{stage}: wrote ") == count, logs
+    assert [facts(adapter)["resumed_from_step"] for adapter in adapters(killed).values()] == [0, 0]
+
+
+def steps_saved(folder: Path) -> list[int]:
+    """The steps that both trainings say they have saved, before they start again with new logs."""
+    logs = "".join(file.read_text() for file in (folder / "results" / "logs" / "train_adapter").glob("*.log"))
+    saved = sorted(map(int, re.findall(rf"asked to end: saved step (\d+) of {STEPS}", logs)))
+    return saved if len(saved) == 2 else []
+
+
+def test_a_preempted_training_goes_on_from_the_step_it_was_in(killed, long, tmp_path):
     command = start(tmp_path, long, "--until", "train_adapter")
-    states = wait_for(training_at(tmp_path, 10), command, tmp_path)
-    urgent = subprocess.run(
-        ["sbatch", "--partition=urgent", "--exclusive", "--output=/dev/null", "--wrap=sleep 1"], check=True
-    )
-    assert urgent.returncode == 0
-    reached = {state.name: steps_done(state) for state in states}
+    wait_for(training_at(tmp_path, 10), command, tmp_path)
+    urgent = ["sbatch", "--partition=urgent", "--exclusive", "--output=/dev/null", "--wrap=sleep 1"]
+    subprocess.run(urgent, check=True)
+    saved = wait_for(lambda: steps_saved(tmp_path), command, tmp_path)
     finish(command, tmp_path)
-    assert len(logs_of(tmp_path, "train_adapter")) == 2, "Slurm itself starts them again: Snakemake asks for none anew"
+    assert "Trying to restart job" not in output(tmp_path), "Slurm itself starts them again"
     found = adapters(tmp_path)
-    for name, adapter in found.items():
-        saved = facts(adapter)["resumed_from_step"]
-        assert 10 <= saved < 1500, (name, saved, reached)
-    with contextlib.suppress(StopIteration):
-        other = next(iter(adapters(undisturbed(tmp_path_factory)).values()))
-        for name in found:
-            one, same = (load_file(path / "adapter_model.safetensors") for path in (found[name], other.parent / name))
-            assert_equal(one, same)
+    assert sorted(facts(adapter)["resumed_from_step"] for adapter in found.values()) == saved
+    assert all(10 <= step < STEPS for step in saved)
+    for name, adapter in adapters(killed).items():
+        one, other = (load_file(path / "adapter_model.safetensors") for path in (adapter, found[name]))
+        assert_equal(one, other)
+
+
+def test_a_job_that_lacks_memory_asks_for_more(killed, long, tmp_path):
+    folder = shutil.copytree(killed, tmp_path / "killed", symlinks=True)
+    for adapter in adapters(folder).values():  # as if they had taken next to nothing
+        file = adapter / "provenance.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"peak_memory_bytes": 1}))
+    before = max(int(job["id"]) for job in slurm.jobs())
+    finish(start(folder, long.replace("1e-3,1e-2", "2e-3"), "--until", "train_adapter"), folder)
+    asked = [job for job in slurm.jobs() if int(job["id"]) > before]
+    assert [job["memory"] for job in asked][:2] == ["600M", "1200M"]
+    assert [job["state"] == "COMPLETED" for job in asked] == [False] * (len(asked) - 1) + [True]
+    assert len(adapters(folder)) == 3
