@@ -16,7 +16,6 @@ continues where epoch 1 ended. Under ``warmup_stable_decay`` they share the plat
 instead of an adapter; the decay of each run branches off from there.
 """
 
-import contextlib
 import dataclasses
 import importlib
 import json
