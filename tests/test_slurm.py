@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -183,16 +182,3 @@ def test_a_preempted_training_goes_on_from_the_step_it_was_in(killed, long, tmp_
     for name, adapter in adapters(killed).items():
         one, other = (load_file(path / "adapter_model.safetensors") for path in (adapter, found[name]))
         assert_equal(one, other)
-
-
-def test_a_job_that_lacks_memory_asks_for_more(killed, long, tmp_path):
-    folder = shutil.copytree(killed, tmp_path / "killed", symlinks=True)
-    for adapter in adapters(folder).values():  # as if they had taken next to nothing
-        file = adapter / "provenance.json"
-        file.write_text(json.dumps(json.loads(file.read_text()) | {"peak_memory_bytes": 1}))
-    before = max(int(job["id"]) for job in slurm.jobs())
-    finish(start(folder, long.replace("1e-3,1e-2", "2e-3"), "--until", "train_adapter"), folder)
-    asked = [job for job in slurm.jobs() if int(job["id"]) > before]
-    assert [job["memory"] for job in asked][:2] == ["600M", "1200M"]
-    assert [job["state"] == "COMPLETED" for job in asked] == [False] * (len(asked) - 1) + [True]
-    assert len(adapters(folder)) == 3

@@ -70,7 +70,7 @@ SlurmctldLogFile={folder}/slurmctld.log
 SlurmdLogFile={folder}/slurmd.log
 ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
-# Without cgroups Slurm itself measures a job's memory, and ends the job that has more than it asked for.
+# Without cgroups Slurm itself looks at a job's memory; it has ended none in the tests so far.
 JobAcctGatherType=jobacct_gather/linux
 JobAcctGatherFrequency=task=2
 JobAcctGatherParams=OverMemoryKill,NoShared
