@@ -42,7 +42,7 @@ def use_folder(path: str) -> None:
 def folders() -> list[Path]:
     """The folders that are searched for configs, in this order."""
     own = own_folder()
-    return [own, CONF] if own else [CONF]
+    return [own.absolute(), CONF] if own else [CONF]
 
 
 def file_of(group: str, choice: str) -> Path:
@@ -145,7 +145,7 @@ def _search_own_folder_first() -> None:
     class OwnFolder(SearchPathPlugin):
         def manipulate_search_path(self, search_path):
             if own := own_folder():
-                search_path.prepend("temper", own.as_uri())
+                search_path.prepend("temper", own.absolute().as_uri())
 
     Plugins.instance().register(OwnFolder)
 

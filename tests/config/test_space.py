@@ -90,7 +90,7 @@ def test_hydras_name_for_axes_is_understood(workspace, monkeypatch):
     folder.mkdir(parents=True)
     params = "hydra: {sweeper: {params: {train.learning_rate: '1e-4,3e-4', adapter.r: 'choice(4,8)'}}}"
     (folder / "alias.yaml").write_text(f"# @package _global_\ndefaults:\n  - smoke\n  - _self_\n{params}\n")
-    monkeypatch.setenv(compose.OWN_CONF, str(workspace / "own"))
+    monkeypatch.setenv(compose.OWN_CONF, "own")
     axes, points = compose.expand(compose.parse_overrides(["experiment=alias"]))
     assert axes == {"train.learning_rate": ["0.0001", "0.0003"], "adapter.r": ["4", "8"]}
     assert len(points) == 4 and "hydra" not in points[0][1]
