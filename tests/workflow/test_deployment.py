@@ -17,12 +17,13 @@ MAKEFILE = (ROOT / "Makefile").read_text()
 
 def test_the_image_installs_what_the_makefile_does():
     """The same arguments of pip, one by one; the image may only name another index for torch."""
+    own = MAKEFILE[MAKEFILE.index("\n.venv/installed:") : MAKEFILE.index("TORCH_AND_ITS_CUDA")]  # not for other targets
     installs = [
         [
             re.sub(r"--disable-pip-version-check |--index-url \S+ ", "", found)
             for found in re.findall(r"pip install (.+?)(?: \\)?$", text, re.M)
         ]
-        for text in (MAKEFILE[: MAKEFILE.index("TORCH_AND_ITS_CUDA")], DOCKERFILE)
+        for text in (own, DOCKERFILE)
     ]
     assert installs[0] == installs[1]
     assert len(installs[0]) == 3
