@@ -37,6 +37,14 @@ def gpus() -> list[str]:
     return _left(*_installed())
 
 
+def gpus_wanted(config: dict) -> int:
+    """How many GPUs a job of this config takes, which may not be checked yet: one for each process."""
+    train, processes = config.get("train"), config.get("num_processes", 1)
+    if isinstance(train, dict) and train.get("use_cpu"):
+        return 0
+    return processes if isinstance(processes, int) and processes > 0 else 1  # what is wrong is refused with the config
+
+
 def _left(variable: str | None, there: list[str]) -> list[str]:
     """Of the installed GPUs those that the environment leaves."""
     given = os.environ.get(variable) if variable else None

@@ -59,7 +59,7 @@ class Resources:
             full = job.stage == "train_adapter" and job.config["adapter"].get("peft_type") is None
             times = OF_FULL_TRAINING if full else WEIGHTS.get(job.stage, OTHER_WEIGHTS)
             needed = PROGRAM + times * _megabytes_of(job.inputs["model"])
-        return _rounded(needed * job.config.get("num_processes", 1) + SNAKEMAKE)  # a peak is that of one process
+        return _rounded(needed * job.processes + SNAKEMAKE)  # a peak is that of one process
 
     def _minutes(self, job: planning.Job) -> int:
         forecast = Forecast(self.plan, 1)

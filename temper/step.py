@@ -21,7 +21,7 @@ import time
 from pathlib import Path
 
 from temper import preemption, shared_disk
-from temper.devices import own_gpus
+from temper.devices import gpus_wanted, own_gpus
 from temper.errors import UserError, one_line_errors, visible
 from temper.folders import check_name, is_complete, locked, made_by_a_step, refuse_damaged, temporary_folder
 from temper.keys import changed_keys, flat
@@ -55,7 +55,7 @@ def run_command(step, argv=None, work=None) -> None:
 
 
 def _gpus(arguments) -> int:
-    """How many GPUs a step wants, one for each process, read without the libraries that check a config."""
+    """How many GPUs a step wants, read without the libraries that check a config."""
     from temper.config.stages import config_given
 
     if arguments.plan and not (arguments.config or arguments.overrides):
@@ -66,10 +66,7 @@ def _gpus(arguments) -> int:
         words = dict(word.partition("=")[::2] for word in arguments.overrides)
         number, use_cpu = words.get("num_processes", "1"), words.get("train.use_cpu", "").lower() == "true"
         given = {"num_processes": int(number) if number.isdecimal() else 1, "train": {"use_cpu": use_cpu}}
-    train, processes = given.get("train"), given.get("num_processes", 1)
-    if isinstance(train, dict) and train.get("use_cpu"):
-        return 0
-    return processes if isinstance(processes, int) and processes > 0 else 1  # what is wrong is refused with the config
+    return gpus_wanted(given)
 
 
 def spare_the_collector() -> None:

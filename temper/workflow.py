@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from temper import early, shared_disk, signals, tracking
 from temper.config.stages import FOLDERS, flag_words
-from temper.devices import gpus
+from temper.devices import gpus, gpus_wanted
 from temper.errors import UserError, one_line_errors, suggest, visible
 from temper.files import known_json, read_json
 from temper.folders import PROVENANCE, is_complete, is_locked, locked, remove_leftovers
@@ -221,16 +221,7 @@ def _is_of(plan: planning.Plan, file: Path) -> bool:
 
 def threads_of(plan: planning.Plan, stage: str):
     """Threads function of a stage's rule: the config's number, which is in the key, whatever the number of cores."""
-    return lambda wildcards: _threads(plan.job(stage, wildcards.name))
-
-
-def _threads(job: planning.Job) -> int:
-    """Of all processes of a job."""
-    return job.config["num_threads"] * _processes(job)
-
-
-def _processes(job: planning.Job) -> int:
-    return job.config.get("num_processes", 1)
+    return lambda wildcards: plan.job(stage, wildcards.name).threads
 
 
 def report_priority(plan: planning.Plan, stage: str, workflow):
@@ -258,7 +249,7 @@ def report_priority(plan: planning.Plan, stage: str, workflow):
 def idle_cores(plan: planning.Plan, cores: int) -> str | None:
     """Suggest how to use cores that the coming trainings would leave idle."""
     to_do = [job for job in plan.jobs.values() if "trunk" in job.settings and not plan.is_made(job)]
-    trunks = {job.settings["trunk"]: _threads(job) for job in to_do if _processes(job) == 1}
+    trunks = {job.settings["trunk"]: job.threads for job in to_do if job.processes == 1}
     if not trunks or sum(trunks.values()) >= cores or has_gpus():
         return None
     each = max(1, cores // len(trunks))
@@ -285,13 +276,7 @@ def has_gpus() -> bool:
 
 def gpus_of(plan: planning.Plan, stage: str):
     """Resources function of a stage's rule: how many GPUs a job takes, if there are any."""
-    return lambda wildcards: _gpus(plan.job(stage, wildcards.name))
-
-
-def _gpus(job: planning.Job) -> int:
-    """One for each process."""
-    on_cpu = job.config.get("train", {}).get("use_cpu")
-    return _processes(job) if has_gpus() and not on_cpu else 0
+    return lambda wildcards: gpus_wanted(plan.job(stage, wildcards.name).config) if has_gpus() else 0
 
 
 # --- the workflow's handlers ---------------------------------------------------------------------

@@ -173,8 +173,7 @@ class Forecast:
             passed = []  # which want more cores than are free
             while ready and free:
                 place, path = heapq.heappop(ready)
-                config = self.plan.jobs[path].config
-                cores = min(config.get("num_threads", 1) * config.get("num_processes", 1), self.cores)
+                cores = min(self.plan.jobs[path].threads, self.cores)
                 if cores > free:
                     passed.append((place, path))
                     continue

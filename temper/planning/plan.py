@@ -38,6 +38,16 @@ class Job:
     settings: dict = dataclasses.field(default_factory=dict)
 
     @property
+    def processes(self) -> int:
+        """How many of them compute."""
+        return self.config.get("num_processes", 1)
+
+    @property
+    def threads(self) -> int:
+        """Of all its processes."""
+        return self.config.get("num_threads", 1) * self.processes
+
+    @property
     def log(self) -> Path:
         """Where the Snakefile's rule of this stage writes its log."""
         path = Path(self.path)
