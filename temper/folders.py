@@ -137,7 +137,7 @@ def _locks(parent: Path) -> Path:
     return folder
 
 
-def _lock(path: Path):
+def lock_at(path: Path):
     """A lock of the operating system, which ends with its process. There is none that would not (a file that is there).
 
     On a shared disk, that holds for other nodes if the disk carries locks (see temper/shared_disk.py).
@@ -151,7 +151,7 @@ def _lock(path: Path):
 def _holding(path: Path, waiting: str):
     import filelock
 
-    lock = _lock(path)
+    lock = lock_at(path)
     try:
         lock.acquire(timeout=0)
     except filelock.Timeout:
@@ -177,9 +177,14 @@ def working(results: Path) -> Path | None:
 
 def is_locked(output: Path) -> bool:
     """Whether a process works on `output` at this moment."""
+    return is_held(_lock_of(output))
+
+
+def is_held(path: Path) -> bool:
+    """Whether a process has the lock at `path` at this moment."""
     import filelock
 
-    lock = _lock(_lock_of(output))
+    lock = lock_at(path)
     try:
         lock.acquire(timeout=0)
     except filelock.Timeout:
@@ -216,7 +221,7 @@ def own_place(parent: Path):
     with _temporary_locked(parent):
         _remove_leftovers(parent)
         place = Path(tempfile.mkdtemp(prefix=TEMPORARY, dir=parent))
-        owner = _lock(place / OWNER)
+        owner = lock_at(place / OWNER)
         owner.acquire()
     try:
         yield place
@@ -236,7 +241,7 @@ def _remove_leftovers(parent: Path) -> None:
     import filelock
 
     for owner in parent.glob(f"{TEMPORARY}*/{OWNER}"):
-        lock = _lock(owner)
+        lock = lock_at(owner)
         with contextlib.suppress(filelock.Timeout, OSError):  # in use, or another user's
             lock.acquire(timeout=0)
             shutil.rmtree(owner.parent, ignore_errors=True)

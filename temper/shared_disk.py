@@ -18,6 +18,7 @@ from pathlib import Path
 
 from temper.errors import UserError
 from temper.files import write_whole
+from temper.folders import is_held, lock_at
 
 HELD = "TEMPER_HELD_LOCK"  # environment variable: the file that the command holds
 BEAT = 5.0  # seconds between two counts
@@ -26,8 +27,6 @@ BEAT = 5.0  # seconds between two counts
 @contextlib.contextmanager
 def held(folder: Path) -> Iterator[None]:
     """Hold a lock in `folder` while the block runs, and name it to all processes that are started."""
-    import filelock
-
     path, ended = folder / f"{uuid.uuid4().hex}.lock", threading.Event()
     path.parent.mkdir(parents=True, exist_ok=True)
 
@@ -38,7 +37,7 @@ def held(folder: Path) -> Iterator[None]:
             with contextlib.suppress(OSError):  # a full disk: jobs then take this command for a killed one
                 write_whole(_count_of(path), str(number))
 
-    with filelock.FileLock(path, fallback_to_soft=False):
+    with lock_at(path):
         os.environ[HELD] = str(path)
         threading.Thread(target=count, daemon=True).start()
         try:
@@ -61,17 +60,9 @@ def check() -> None:
     Raises:
         UserError: the command runs, and its lock can be taken here.
     """
-    import filelock
-
     named = os.environ.get(HELD)
-    if not named or not Path(named).is_file():
+    if not named or not Path(named).is_file() or is_held(Path(named)):
         return
-    lock = filelock.FileLock(named, fallback_to_soft=False)
-    try:
-        lock.acquire(timeout=0)
-    except filelock.Timeout:
-        return
-    lock.release()
     before = _read(_count_of(Path(named)))
     time.sleep(3 * BEAT)
     if _read(_count_of(Path(named))) != before:
