@@ -36,6 +36,14 @@ def of_a_run(parser) -> None:
     parser.add_argument("--sweep", help="with --run best: the sweep whose best run is meant")
 
 
+def of_a_store(parser) -> None:
+    """Add the arguments that name a store, and what of it is meant."""
+    from temper.runs.store import KINDS
+
+    parser.add_argument("store", help="s3://BUCKET/PREFIX, or a folder")
+    parser.add_argument("--folders", help=f"only these of results/, with commas between them: {', '.join(KINDS)}")
+
+
 def new_file(name: str, ending: str, advice: str) -> Path:
     """The file that `--output` names. What is there already is never replaced.
 

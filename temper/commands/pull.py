@@ -20,10 +20,7 @@ from temper.units import size
 
 def arguments(parser) -> None:
     """Add the arguments of this command."""
-    parser.add_argument("store", help="s3://BUCKET/PREFIX, or a folder")
-    parser.add_argument(
-        "--folders", help=f"only these of results/, with commas between them: {', '.join(stores.KINDS)}"
-    )
+    flags.of_a_store(parser)
     flags.of_a_sweep(parser)
 
 

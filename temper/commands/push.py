@@ -9,6 +9,7 @@ of the sweep stay here: the first comes from its source, and the last is made of
 those of `aws`; AWS_ENDPOINT_URL names another S3 than Amazon's.
 """
 
+from temper.commands import flags
 from temper.errors import visible
 from temper.folders import fault
 from temper.runs import store as stores
@@ -17,10 +18,7 @@ from temper.units import size
 
 def arguments(parser) -> None:
     """Add the arguments of this command."""
-    parser.add_argument("store", help="s3://BUCKET/PREFIX, or a folder")
-    parser.add_argument(
-        "--folders", help=f"only these of results/, with commas between them: {', '.join(stores.KINDS)}"
-    )
+    flags.of_a_store(parser)
 
 
 def run(arguments) -> None:
