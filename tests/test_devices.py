@@ -5,7 +5,6 @@ import os
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 
@@ -14,25 +13,12 @@ from temper import devices, step
 from temper.config.stages import STAGES
 from temper.errors import UserError
 from tests.conftest import ROOT
+from tests.support.gpus import TWO, install
 
-TWO = """GPU 0: NVIDIA H200 (UUID: GPU-0a)
-GPU 1: NVIDIA H200 (UUID: GPU-0b)"""
 CUT = """GPU 0: NVIDIA H200 (UUID: GPU-0a)
   MIG 1g.18gb     Device  0: (UUID: MIG-1)
   MIG 1g.18gb     Device  1: (UUID: MIG-2)
 GPU 1: NVIDIA H200 (UUID: GPU-0b)"""
-
-
-def install(monkeypatch, folder: Path, listed: str, status: int = 0) -> None:
-    """Put an `nvidia-smi` first on the path; locks and all are in `folder`."""
-    (folder / "bin").mkdir()
-    command = folder / "bin" / "nvidia-smi"
-    command.write_text(f"#!/bin/sh\necho '{listed}'\nexit {status}\n")
-    command.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{folder / 'bin'}{os.pathsep}{os.environ['PATH']}")
-    monkeypatch.setenv("TMPDIR", str(folder))
-    monkeypatch.setattr(devices.tempfile, "tempdir", None)
-    monkeypatch.delenv(devices.CUDA, raising=False)
 
 
 @pytest.mark.parametrize(

@@ -21,9 +21,9 @@ from temper.model import loading
 from temper.model.predictions import SupervisedLoss, flat_way
 from tests.gpu.conftest import DEVICE
 from tests.model import test_flat_batch
+from tests.support.gpus import TWO, install
 from tests.support.networks import rows_of
 from tests.support.trainings import SMALL, assert_equal, forget_after, start
-from tests.test_devices import TWO, install
 from tests.training.test_processes import batch, curves, facts
 from tests.training.test_trainers import PLAIN, figure, plain_trainer
 

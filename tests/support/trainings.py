@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import torch
@@ -38,6 +39,20 @@ def start(splits, model, output, config) -> subprocess.Popen:
 def steps_done(state: Path) -> int:
     lines = (state / "metrics.jsonl").read_text().splitlines() if (state / "metrics.jsonl").is_file() else []
     return max((json.loads(line)["step"] for line in lines if line.endswith("}")), default=0)
+
+
+def wait_for_a_step(process: subprocess.Popen, state: Path, step: int) -> None:
+    """Return when a training has taken so many steps, and still runs."""
+    deadline = time.monotonic() + 120
+    while process.poll() is None and steps_done(state) < step and time.monotonic() < deadline:
+        time.sleep(0.005)
+    assert process.poll() is None, process.stderr.read()
+
+
+def curve(folder: str | Path) -> list[dict]:
+    """The lines of a training's metrics, less the time."""
+    lines = [json.loads(line) for line in Path(folder, "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in line.items() if name != "seconds"} for line in lines]
 
 
 def forget_after(step: int, state: Path) -> None:

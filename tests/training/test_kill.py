@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from temper.config.stages import load_stage_config
-from tests.support.trainings import OPTIONS, SAVE_STEPS, assert_equal, start, steps_done
+from tests.support.trainings import OPTIONS, SAVE_STEPS, assert_equal, curve, start, steps_done, wait_for_a_step
 
 
 def kill_at_random(process: subprocess.Popen, state: Path, rng: random.Random) -> bool:
@@ -86,16 +86,3 @@ def test_a_signal_saves_the_step_it_comes_in(workspace, tiny_splits, tiny_pairs,
     assert second.returncode == 0 and f"checkpoint-{saved}" in log, log
     assert_equal(load_file("undisturbed/adapter_model.safetensors"), load_file("asked/adapter_model.safetensors"))
     assert curve("asked") == curve("undisturbed"), "also the figures that are means over steps before and after"
-
-
-def curve(folder: str) -> list[dict]:
-    """The lines of a training's metrics, less the time."""
-    lines = [json.loads(line) for line in Path(folder, "metrics.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in line.items() if name != "seconds"} for line in lines]
-
-
-def wait_for_a_step(process: subprocess.Popen, state: Path, step: int) -> None:
-    deadline = time.monotonic() + 120
-    while process.poll() is None and steps_done(state) < step and time.monotonic() < deadline:
-        time.sleep(0.005)
-    assert process.poll() is None, process.stderr.read()

@@ -29,7 +29,7 @@ from temper.files import read_json_lines
 from temper.planning import planner
 from tests.conftest import ROOT, rarely
 from tests.support import tiny
-from tests.support.trainings import SMALL, assert_equal, start, steps_done, train
+from tests.support.trainings import SMALL, assert_equal, curve, start, train, wait_for_a_step
 
 PLAIN = [
     "adapter.lora_dropout=0",
@@ -155,9 +155,7 @@ def test_killed_processes_end_together_and_go_on_exactly(workspace, tiny_model, 
     config = load_stage_config("train_adapter", None, [*SMALL, *KILLED])
     killed = start(tiny_splits, tiny_model, "killed", {**config, "trunk": "killed"})
     (other,) = others_of(killed)
-    state = Path("results/.state/killed")
-    while steps_done(state) < 4 and killed.poll() is None:
-        time.sleep(0.005)
+    wait_for_a_step(killed, Path("results/.state/killed"), 4)
     os.kill(killed.pid if which == "the first" else other.pid, signal.SIGKILL)
     said = killed.stderr.read()
     assert killed.wait(60) == (-signal.SIGKILL if which == "the first" else 2), said
@@ -170,11 +168,7 @@ def test_killed_processes_end_together_and_go_on_exactly(workspace, tiny_model, 
     assert again.wait() == 0, again.stderr.read()
     assert facts("killed")["resumed_from_step"] >= 3
     assert_equal(weights(undisturbed), weights("killed"))
-    without_times = [
-        [{**line, "seconds": 0} for line in read_json_lines(Path(folder, "metrics.jsonl"))]
-        for folder in (undisturbed, "killed")
-    ]
-    assert without_times[0] == without_times[1]
+    assert curve(undisturbed) == curve("killed")
 
 
 def test_what_another_process_cannot_do_is_told_before_training(

@@ -7,8 +7,8 @@ import pytest
 
 from temper.files import read_json
 from tests.support import tiny
+from tests.support.gpus import TWO, install
 from tests.support.workflow_tools import own_sources, snakemake
-from tests.test_devices import TWO, install
 
 
 @pytest.mark.slow
