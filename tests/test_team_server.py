@@ -1,5 +1,6 @@
 """The tracking server of deploy/mlflow, for real: PostgreSQL, logins, artifacts through the server, several users."""
 
+import contextlib
 import json
 import os
 import re
@@ -109,36 +110,16 @@ def test_trainings_at_once_lose_nothing_when_server_and_database_are_restarted(
     plan, board = planned(server, finished_run, "sixteen", 0.8, rates)
     tracking.prepare(plan.tracking, plan.sweep)
     logs = [Path(f"log{number}").resolve() for number in range(WRITERS)]
-    early, late = Path("early").resolve(), Path("late").resolve()
-    runs = {
-        "targets": [target_of(plan, run) for run in plan.runs],
-        "adapters": [str(Path(run.artefacts["train_adapter"]).resolve()) for run in plan.runs],
-        "logs": list(map(str, logs)),
-        "ends": [str(early if number % 2 else late) for number in range(WRITERS)],
-    }
-    Path("followers.json").write_text(json.dumps(runs))
-    command = [sys.executable, "-m", "tests.support.followers", "followers.json"]
-    followers = subprocess.Popen(command, env={**os.environ, "PYTHONPATH": str(ROOT)})
-    try:
+    ended, going_on = logs[1::2], logs[::2]
+    with followers_of(plan, logs) as end:
         wait_for_points_of_all(database)
-        server.kill()
-        wait_for_each(logs, DOWN, 1)
-        server.start()
-        wait_for_each(logs, BACK, 1)
-        database.kill()
-        wait_for_each(logs, DOWN, 2)
-        database.start()
-        wait_for_each(logs, BACK, 2)
-        early.touch()
-        ended = [log for number, log in enumerate(logs) if number % 2]
+        restart(server, logs, 1)
+        restart(database, logs, 2)
+        end(ended)
         wait_for_each(ended, "waited", 1)
         server.kill()
-        going_on = [log for number, log in enumerate(logs) if not number % 2]
         wait_for_each(going_on, DOWN, 3)
-        late.touch()
-        assert followers.wait(timeout=120) == 0
-    finally:
-        followers.kill()
+        end(going_on)
     server.start()
     waited = {log: float(re.search(r"waited ([\d.]+) s", log.read_text())[1]) for log in logs}
     print(f"waited: {sorted(waited.values())}")
@@ -150,6 +131,36 @@ def test_trainings_at_once_lose_nothing_when_server_and_database_are_restarted(
     assert_whole(plan, database, "sixteen")
     assert "still version 1" in tracking.mirror(plan, board)[1], "again changes nothing"
     assert_whole(plan, database, "sixteen")
+
+
+@contextlib.contextmanager
+def followers_of(plan, logs):
+    """Trainings of the plan's runs, each with its log; yields what ends those with the logs that it is given.
+
+    At the end of the block all must have been asked to end, and then end well.
+    """
+    runs = {
+        "targets": [target_of(plan, run) for run in plan.runs],
+        "adapters": [str(Path(run.artefacts["train_adapter"]).resolve()) for run in plan.runs],
+        "logs": list(map(str, logs)),
+        "ends": [f"{log}.end" for log in logs],
+    }
+    Path("followers.json").write_text(json.dumps(runs))
+    command = [sys.executable, "-m", "tests.support.followers", "followers.json"]
+    followers = subprocess.Popen(command, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    try:
+        yield lambda some: [Path(f"{log}.end").touch() for log in some]
+        assert followers.wait(timeout=120) == 0
+    finally:
+        followers.kill()
+
+
+def restart(part, logs, times):
+    """Kill the server or the database, and start it again, for the n-th time; each training says both in its log."""
+    part.kill()
+    wait_for_each(logs, DOWN, times)
+    part.start()
+    wait_for_each(logs, BACK, times)
 
 
 def of_experiment(name: str) -> str:
@@ -204,9 +215,8 @@ def test_two_peoples_sweeps_of_one_name_do_not_mix(tmp_path, server, finished_ru
     """The same sweep, the same runs by name and key, in one experiment."""
     plans = {}
     for name, accuracy in (("alice", 0.7), ("bob", 0.9)):
-        folder = tmp_path / name / "reviews"
-        folder.mkdir(parents=True)
-        monkeypatch.chdir(folder)
+        (tmp_path / name / "reviews").mkdir(parents=True)
+        monkeypatch.chdir(tmp_path / name / "reviews")
         plans[name] = planned(server, finished_run, "shared", accuracy, "3e-4,1e-3")
     (alices, of_alice), (bobs, of_bob) = plans["alice"], plans["bob"]
     assert [run.key for run in alices.runs] == [run.key for run in bobs.runs]
@@ -245,15 +255,19 @@ def test_two_peoples_sweeps_of_one_name_do_not_mix(tmp_path, server, finished_ru
     done, said = tracking.mirror(alices, of_alice)
     assert done, said
     for name, (plan, _), accuracy in (("alice", plans["alice"], 0.7), ("bob", plans["bob"], 0.9)):
-        found = seen(name)
-        assert set(found) == {"-", *(run.name for run in plan.runs)}
-        assert {run.info.status for run in found.values()} == {"FINISHED"}
-        assert len({run.data.tags[tracking.PROJECT_TAG] for run in found.values()}) == 1
-        for run in plan.runs:
-            mine = found[run.name]
-            assert mine.data.tags["mlflow.parentRunId"] == found["-"].info.run_id
-            assert mine.data.metrics["validation_accuracy"] == accuracy
-            assert steps_of(tracking.client(plan.tracking), mine) == [1, 2, 3, 4]
+        assert_ones_own(plan, seen(name), accuracy)
+
+
+def assert_ones_own(plan, found, accuracy):
+    """A person's MLflow runs, by name, are those of the plan, each with all of its figures."""
+    assert set(found) == {"-", *(run.name for run in plan.runs)}
+    assert {run.info.status for run in found.values()} == {"FINISHED"}
+    assert len({run.data.tags[tracking.PROJECT_TAG] for run in found.values()}) == 1
+    for run in plan.runs:
+        mine = found[run.name]
+        assert mine.data.tags["mlflow.parentRunId"] == found["-"].info.run_id
+        assert mine.data.metrics["validation_accuracy"] == accuracy
+        assert steps_of(tracking.client(plan.tracking), mine) == [1, 2, 3, 4]
 
 
 @pytest.mark.slow
