@@ -17,7 +17,8 @@ from pathlib import Path
 
 from temper.config.stages import RankRuns
 from temper.errors import UserError
-from temper.evaluation.comparison import Ranking, rank
+from temper.evaluation.comparison import RankedRun, Ranking, comparable_losses, rank
+from temper.evaluation.figures import finite
 from temper.evaluation.metrics import lower_is_better
 from temper.files import json_text, write_whole
 from temper.planning.plan import RANKING
@@ -44,6 +45,8 @@ def run(config: RankRuns, output: Path) -> dict:
         "split": ranking.split,
         "values": {run.name: run.figures.values[ranking.metric] for run in ranking.runs}
         | {run.name: None for run in ranking.diverged},
+        "losses": finite(comparable_losses(ranking.runs)) | {run.name: None for run in ranking.diverged},
+        "gained": [run.name for run in ranking.runs if has_gained(run, ranking.metric)],
         "order": [[run.name for run in recipe.runs] for recipe in ranking.recipes],
         "tied": [run.name for recipe in ranking.tied for run in recipe.runs],
         "chosen": ranking.chosen.name,
@@ -56,6 +59,14 @@ def run(config: RankRuns, output: Path) -> dict:
     return {"inputs": {run["name"]: run["report"] for run in config.runs}}
 
 
+def has_gained(run: RankedRun, metric: str) -> bool:
+    """Whether a run is better than the untouched model, by more than its rows explain; as far as that is known."""
+    if run.figures.delta is None:
+        return True
+    low, high = run.figures.delta.interval
+    return high < 0 if lower_is_better(metric) else low > 0
+
+
 def unlearned(ranking: Ranking) -> str | None:
     """What is to be said where no run is better than the untouched model: a search that goes by that goes by chance."""
     base, best = (ranking.best.figures.base or {}).get(ranking.metric), ranking.recipes[0].mean
@@ -63,7 +74,7 @@ def unlearned(ranking: Ranking) -> str | None:
         return None
     return (
         f"no run is better than the untouched model ({ranking.metric} {base:.3f}), so this order says little of longer "
-        "trainings; in a search, begin with a longer rung (sweep.rungs)"
+        "trainings; halving goes by their loss, and says more if it begins with a longer rung (sweep.rungs)"
     )
 
 

@@ -353,19 +353,23 @@ class Search:
         self.rungs, self.asked = rungs_of(self.sweep, asked, lambda: to_container(self._base.train))
         self._rounds = rounds(self.sweep, self.asked, self.rungs)
         self.told: dict[Point, float] = {}
+        self._order: dict[Point, float] = {}
         self.points = next(self._rounds)
         self._all = list(self.points)
         self.runs = self._expanded()
 
-    def tell(self, losses: dict[Point, float]) -> bool:
+    def tell(self, losses: dict[Point, float], order: dict[Point, float] | None = None) -> bool:
         """Go on to the next round, if there is one.
 
         Args:
             losses: what came of each point of this round.
+            order: what halving goes by instead; lower is better.
         """
+        order = losses if order is None else order
         self.told |= losses
+        self._order |= order
         try:
-            self.points = self._rounds.send(losses)
+            self.points = self._rounds.send(order)
         except StopIteration:
             return False
         self._all += self.points
@@ -397,7 +401,7 @@ class Search:
         points = next(again)
         with contextlib.suppress(StopIteration):
             while True:
-                points = again.send(guessed(points, self.told))
+                points = again.send(guessed(points, self._order))
                 if not known.issuperset(points):
                     rung = {self.rungs.key: points[0][-1]} if self.rungs.key else {}
                     found.append({"runs": len(points) * self._repeats, **rung})

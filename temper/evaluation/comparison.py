@@ -287,16 +287,20 @@ def _recipes(runs: list[RankedRun], metric: str) -> list[Recipe]:
 
 def ordered_recipes(runs: list[RankedRun], metric: str) -> list[Recipe]:
     """Best first; of equal figures the lower loss, then the name, so that nothing is left to chance."""
-    recipes = _recipes(runs, metric)
-    # Models may cut text into different tokens: then figures per token do not compare.
-    loss = BITS_PER_BYTE if any(sweeps_model(recipe.runs[0].point) for recipe in recipes) else "loss"
+    losses = comparable_losses(runs)
 
     def place(recipe: Recipe) -> tuple:
-        losses = [run.figures.values.get(loss, math.inf) for run in recipe.runs]
         mean = recipe.mean if lower_is_better(recipe.metric) else -recipe.mean
-        return mean, statistics.fmean(losses), recipe.runs[0].name
+        return mean, statistics.fmean(losses[run.name] for run in recipe.runs), recipe.runs[0].name
 
-    return sorted(recipes, key=place)
+    return sorted(_recipes(runs, metric), key=place)
+
+
+def comparable_losses(runs: list[RankedRun]) -> dict[str, float]:
+    """Run's name -> its loss; infinite if its report has none."""
+    # Models may cut text into different tokens: then figures per token do not compare.
+    loss = BITS_PER_BYTE if any(sweeps_model(run.point) for run in runs) else "loss"
+    return {run.name: run.figures.values.get(loss, math.inf) for run in runs}
 
 
 def _compare_with_best(recipes: list[Recipe], settings: dict) -> bool:

@@ -12,7 +12,7 @@ from temper.config.audit import check as check_audit
 from temper.config.best import JUDGING
 from temper.config.compose import Search, chosen_experiment, own_folder, parse_overrides, split_overrides, use_folder
 from temper.config.schema import STRATEGIES_OF, WITH_REFERENCE, Merge, Probe, Quantization, Sweep
-from temper.config.search import EPOCHS, SEARCHES, Point, Rungs, guessed, write_study
+from temper.config.search import EPOCHS, HALVING, SEARCHES, Point, Rungs, guessed, write_study
 from temper.config.stages import FOLDERS, PLATEAU, STAGES, keys_hidden, numbered, stage_config
 from temper.config.validate import all_data_sets, data_sets, documents_config, has_pairs, sft_config
 from temper.errors import UserError
@@ -106,7 +106,7 @@ class Growing:
     def goes_on(self) -> bool:
         """Add the rounds that follow on the rankings that are made; whether there is one."""
         grew = False
-        while self.is_search and self.plan.is_made(self.plan.ranking) and self.search.tell(self._losses()):
+        while self.is_search and self.plan.is_made(self.plan.ranking) and self.search.tell(*self._came_out()):
             self._add_round()
             grew = True
         if grew:
@@ -126,12 +126,28 @@ class Growing:
         if search.told and search.asked:
             write_study(path, search.sweep, search.asked, search.rungs, search.told, maximize=not lower)
 
-    def _losses(self) -> dict[Point, float]:
-        """What the ranking says of each point of this round: the mean over its seeds; lower is better."""
-        found = read_json(Path(self.plan.ranking.path) / RANKING, {"metric": str, "values": dict})
-        sign, values = 1 if lower_is_better(found["metric"]) else -1, found["values"]
-        losses = {name: math.inf if value is None else sign * value for name, value in values.items()}
-        return {point: statistics.fmean(losses[name] for name in self.names[point]) for point in self.search.points}
+    def _came_out(self) -> tuple[dict[Point, float], dict[Point, float] | None]:
+        """(what the ranking says of each point of this round, the mean over its seeds; what halving goes by)
+
+        Lower is better. Halving goes by the place: by the metric of those that are better than the untouched model, by
+        more than their rows explain. All others come after them, by their loss. It says who has learned more, where
+        the metric says as yet who has forgotten less.
+        """
+        wanted = {"metric": str, "values": dict, "losses": dict, "gained": list[str]}
+        found = read_json(Path(self.plan.ranking.path) / RANKING, wanted)
+        sign, points = 1 if lower_is_better(found["metric"]) else -1, self.search.points
+
+        def mean(figures: dict, sign: int, point: Point) -> float:
+            own = [figures[name] for name in self.names[point]]
+            return math.inf if None in own else statistics.fmean(sign * value for value in own)
+
+        values = {point: mean(found["values"], sign, point) for point in points}
+        if self.search.sweep.strategy != HALVING:
+            return values, None
+        gained = {point for point in points if not {*self.names[point]}.isdisjoint(found["gained"])}
+        by = {point: values[point] if point in gained else mean(found["losses"], 1, point) for point in points}
+        order = sorted(points, key=lambda point: (point not in gained, by[point]))
+        return values, {point: math.inf if math.isinf(values[point]) else order.index(point) for point in points}
 
     def _add_round(self) -> None:
         runs = {run.name: run for run in self.plan.runs}

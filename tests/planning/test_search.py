@@ -22,11 +22,17 @@ def growing(*overrides: str, sweep: str | None = "none") -> planner.Growing:
     return planner.growing("smoke", sweep, list(overrides))
 
 
-def rank(plan, value=lambda run: run.config["train"]["learning_rate"]) -> None:
+def rate(run) -> float:
+    return run.config["train"]["learning_rate"]
+
+
+def rank(plan, value=rate, loss=rate, gained=lambda run: True) -> None:  # noqa: ARG005
     """Write the ranking that a plan waits for."""
     folder = Path(plan.ranking.path)
     folder.mkdir(parents=True)
-    content = {"metric": "accuracy", "values": {run.name: value(run) for run in plan.runs}}
+    of_runs = {"values": value, "losses": loss}
+    content = {name: {run.name: figure(run) for run in plan.runs} for name, figure in of_runs.items()}
+    content |= {"metric": "accuracy", "gained": [run.name for run in plan.runs if gained(run)]}
     best = max(plan.runs, key=lambda run: content["values"][run.name] or 0).name
     (folder / RANKING).write_text(json.dumps({**content, "chosen": best, "tested": [best]}))
     (folder / PROVENANCE).write_text("{}")
@@ -65,6 +71,19 @@ def test_halving_trains_the_better_half_on(workspace):
     rank(found.plan)
     assert not found.goes_on()
     assert found.plan.axes["train.num_train_epochs"] == ["0.5", "1", "2"]
+
+
+def test_halving_goes_by_the_loss_where_no_gain_is_seen(workspace):
+    """The best by accuracy are those that have changed least, as long as none has learned the task."""
+    found = growing(*HALVING)
+    rank(found.plan, loss=lambda run: -rate(run) if rate(run) < 4e-4 else 1, gained=lambda run: False)  # noqa: ARG005
+    assert found.goes_on() and points(found.plan)[4:] == [(3e-4, 1), (2e-4, 1)]
+    found = growing(*HALVING, "sweep.name=one")
+    rank(found.plan, gained=lambda run: rate(run) == 2e-4, loss=rate)
+    assert found.goes_on() and points(found.plan)[4:] == [(2e-4, 1), (1e-4, 1)], (
+        "the one that gained is before all"
+    )
+    assert not found.search.told.keys() - found.names.keys() and min(found.search.told.values()) == -4e-4, "the metric"
 
 
 def test_a_survivor_goes_on_from_its_rung(workspace):
