@@ -366,7 +366,8 @@ def _trainer(config: TrainAdapter, rows, model: Path, args, total: int, judge):
     from temper.training.trainers import trainer_for
 
     load = load_for_training(config.adapter, config.model.load.model_dump())
-    base = load_model(model, load, config.quantization.model_dump())
+    spread = processes.count() if config.train.get("fsdp") else 1
+    base = load_model(model, load, config.quantization.model_dump(), spread)
     network = add_adapter(base, config.adapter, config.seed)
     use_fast_layers(network)
     pad_token_id = load_tokenizer(model).pad_token_id

@@ -96,10 +96,14 @@ class SupervisedLoss:
 
     def predictions(self, model, batch: Batch, answers: int = 1) -> Predictions:
         """What the model predicts at a batch's learned positions, and what was to be predicted."""
+        self.way = self.choose(model, batch, answers)
+        return self.way(model, batch, answers)
+
+    def choose(self, model, batch: Batch, answers: int = 1) -> Callable:
+        """The way for a model in training or in evaluation, chosen with the first batch."""
         if model.training not in self.ways:
             self.ways[model.training] = self._fastest_way(model, batch, answers)
-        way = self.way = self.ways[model.training]
-        return way(model, batch, answers)
+        return self.ways[model.training]
 
     def _fastest_way(self, model, batch: Batch, answers: int) -> Callable:
         way, why = fastest_way(model, batch, answers, self.share)
