@@ -79,8 +79,14 @@ def _check_spread(train: dict, adapter: dict, quantization: dict) -> None:
     """Refuse what cannot be done with a model of which each process holds a part."""
     if not train["fsdp"]:
         raise UserError("config: 'train.fsdp': is true or left out")
-    if adapter["peft_type"] != "LORA":
-        raise UserError("config: 'train.fsdp' is for LoRA alone: choose adapter=lora, or leave it out")
+    if adapter["peft_type"] not in ("LORA", None):
+        raise UserError("config: 'train.fsdp' is for adapter=lora and adapter=full: choose one, or leave it out")
+    optim = str(train.get("optim", "adamw_torch"))
+    if adapter["peft_type"] is None and optim not in options.SPREAD_OPTIM:
+        raise UserError(
+            f"config: 'train.fsdp' with train.optim={optim}: it does not know weights that are spread: choose one of "
+            f"{', '.join(options.SPREAD_OPTIM)}"
+        )
     others = [name for name, value in adapter.items() if name not in options.SPREAD_LORA and value]
     if adapter.get("init_lora_weights", True) not in (True, "gaussian"):
         others.append("init_lora_weights")

@@ -35,7 +35,7 @@ TRAIN_USED = {
     "label_smoothing_factor": "method=sft only",
     "average_tokens_across_devices": "always so",
     "ddp_find_unused_parameters": "with num_processes; for a model of which a batch may leave trained weights unused",
-    "fsdp": "true, with num_processes: each process holds a part of the model, not all of it (FSDP2); LoRA alone",
+    "fsdp": "true, with num_processes: each process holds a part of the model (FSDP2); for lora and full",
     "bf16": "mixed precision; on a CPU with use_cpu=true",
     "fp16": "mixed precision; needs a GPU",
     "tf32": "needs a GPU that supports it",
@@ -188,6 +188,8 @@ SPREAD_LORA = (
     "use_rslora",
     "init_lora_weights",
 )
+# train.optim with train.fsdp and all weights.
+SPREAD_OPTIM = ("adamw_torch", "adamw_torch_fused", "sgd")
 # --- adapter: PEFT's methods and their fields -------------------------------------------------------------------
 
 # peft_type -> what it is. Each is tested to train as PEFT's own loop does, to load again and to be merged.

@@ -148,10 +148,15 @@ def _refuse_tied(model) -> None:
             )
 
 
-def save_adapter(model, folder: Path) -> None:
-    """Save what was trained, as PEFT does (or for all parameters, as transformers does)."""
-    model.save_pretrained(folder, state_dict=trained_weights(model) if is_spread(model) else None)
-    (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty card; `temper publish` writes a real one
+def save_adapter(model, folder: Path, is_first: bool = True) -> None:
+    """Save what was trained, as PEFT does (or for all parameters, as transformers does).
+
+    `is_first`: whether this process writes. The others must call this too if the model is spread.
+    """
+    trained = trained_weights(model) if is_spread(model) else None
+    model.save_pretrained(folder, state_dict=trained, is_main_process=is_first)
+    if is_first:
+        (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty card; `temper publish` writes a real one
 
 
 def trained_weights(model) -> dict:

@@ -25,6 +25,7 @@ from temper.data.batches import Batch, Learned, padded_shape, tensor_on
 from temper.errors import UserError
 from temper.model.adapters import is_prompt_learning
 from temper.model.flat_batch import flat_attention_in, flatten
+from temper.model.spread import local
 
 log = logging.getLogger("temper")
 # Logits of one position by two ways, their mean difference as a share of their spread. bfloat16 has 8 bits of
@@ -164,7 +165,8 @@ def _evaluating(model):
 @contextlib.contextmanager
 def _with_effect(model):
     """Weights that start at zero (LoRA's B) hide what they will do; they are small random ones while the block runs."""
-    zeros = [weight for weight in model.parameters() if weight.requires_grad and not weight.any()]
+    zeros = [local(weight) for weight in model.parameters() if weight.requires_grad]
+    zeros = [weight for weight in zeros if not weight.any()]
     for weight in zeros:
         weight.normal_(std=0.1)
     try:

@@ -21,6 +21,7 @@ from temper.data.batches import Batch, EpochSampler, Shares, WithCopies, count_l
 from temper.data.columns import DOCUMENTS
 from temper.data.documents import apart
 from temper.errors import UserError
+from temper.model import spread
 from temper.model.adapters import refuse_adapter_misfits, trained_weights
 from temper.model.predictions import SupervisedLoss, tokens_computed, tokens_of, with_decoder_inputs
 from temper.model.reading import reading, refuse_tensors
@@ -66,6 +67,7 @@ class TemperTrainer(Trainer):
         self.supervised_loss = SupervisedLoss()
         self.schedule_steps = schedule_steps
         self.judge = judge
+        self.resumed_from: str | None = None  # the checkpoint whose optimizer was loaded
         self.tokens = 0  # real ones (no padding) that were trained on
         rows = self.args.train_batch_size * self.args.world_size * self.args.gradient_accumulation_steps
         self.sampler = EpochSampler(_longest_texts(self.train_dataset), rows, self.args.seed)
@@ -136,7 +138,16 @@ class TemperTrainer(Trainer):
         if wrong := checkpoints.fault(best):
             raise UserError(f"{best}: the best model, {wrong}; delete {best.parent}, and train again")
         self.loaded_from = best
-        super()._load_best_model()
+        if self._all_weights_are_spread():
+            self._load_spread(best)
+        else:
+            super()._load_best_model()
+
+    def _load_spread(self, checkpoint: Path) -> None:
+        self._issue_warnings_after_load(spread.load_weights(self.model, checkpoint))
+
+    def _all_weights_are_spread(self) -> bool:
+        return is_spread(self.model) and not isinstance(self.model, PeftModel)
 
     def _has_ended(self) -> bool:
         """Whether training is over before an epoch begins: all steps are done, or early stopping ended it."""
@@ -149,7 +160,10 @@ class TemperTrainer(Trainer):
         """Go on from all weights of a checkpoint, and from no others."""
         self.loaded_from = resume_from_checkpoint
         with _reading_checkpoint(resume_from_checkpoint):
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            if self._all_weights_are_spread():
+                self._load_spread(Path(resume_from_checkpoint))
+            else:
+                super()._load_from_checkpoint(resume_from_checkpoint, model)
             if isinstance(self.model, PeftModel):  # Trainer does not look at what PEFT says of it
                 result = self.model.load_adapter(resume_from_checkpoint, self.model.active_adapter, is_trainable=True)
                 refuse_adapter_misfits(self.model, resume_from_checkpoint, result)
@@ -162,8 +176,31 @@ class TemperTrainer(Trainer):
 
     def _load_optimizer_and_scheduler(self, checkpoint):
         with _reading_checkpoint(checkpoint):
+            self.resumed_from = checkpoint
             super()._load_optimizer_and_scheduler(checkpoint)
             _refuse_other_shapes(self.optimizer)
+
+    def create_optimizer(self, model=None):
+        """Trainer's. Of a spread model each process stores its part of the state, which nobody else needs."""
+        optimizer = super().create_optimizer(model)
+        if is_spread(self.model):
+            optimizer.register_state_dict_post_hook(_with_own_parts)
+            optimizer.register_load_state_dict_pre_hook(self._of_own_parts)
+        return optimizer
+
+    def _of_own_parts(self, optimizer, state: dict) -> dict:
+        if self.resumed_from and not processes.is_first():  # Trainer has read the first's
+            file = self._own_optimizer(self.resumed_from)
+            state = torch.load(file, map_location=self.args.device, weights_only=True)
+        return spread.joined_state(optimizer, state)
+
+    def _own_optimizer(self, checkpoint: str) -> Path:
+        return Path(checkpoint, f"optimizer_{self.args.process_index}.pt")
+
+    def _save_optimizer_and_scheduler(self, output_dir):
+        super()._save_optimizer_and_scheduler(output_dir)
+        if is_spread(self.model) and not processes.is_first():
+            torch.save(self.optimizer.state_dict(), self._own_optimizer(output_dir))
 
     def _save(self, output_dir=None, state_dict=None):
         """As Trainer does; of a model that is spread what is trained, where PEFT would gather all of the base."""
@@ -258,6 +295,14 @@ def _refuse_other_shapes(optimizer) -> None:
             if found is not None and found.shape != parameter.shape:
                 shapes = f"{tuple(found.shape)} for {tuple(parameter.shape)}"
                 raise ValueError(f"optimizer.pt has '{name}' of another shape: {shapes}")
+
+
+def _with_own_parts(_optimizer, state: dict) -> dict:
+    parts = {
+        number: {name: spread.local(value) for name, value in of_weight.items()}
+        for number, of_weight in state["state"].items()
+    }
+    return {**state, "state": parts}
 
 
 def _reading_checkpoint(checkpoint: str):
