@@ -7,6 +7,7 @@ thousand tokens.) That number is counted on batches of the first epoch, because 
 """
 
 import dataclasses
+from typing import Any
 
 from temper import units
 from temper.model.spread import local
@@ -98,7 +99,7 @@ def _gathered(model) -> int:
     """Bytes of weights that are gathered at a time in a model that is spread: of two layers, and of what is in none."""
     from torch.distributed.fsdp import FSDPModule
 
-    groups = [part for part in model.modules() if isinstance(part, FSDPModule)]
+    groups: list[Any] = [part for part in model.modules() if isinstance(part, FSDPModule)]
     within = [sum(weight.numel() * weight.element_size() for weight in part.parameters()) for part in groups]
     if not groups:
         return 0

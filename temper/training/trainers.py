@@ -190,8 +190,8 @@ class TemperTrainer(Trainer):
 
     def _of_own_parts(self, optimizer, state: dict) -> dict:
         if self.resumed_from and not processes.is_first():  # Trainer has read the first's
-            file = self._own_optimizer(self.resumed_from)
-            state = torch.load(file, map_location=self.args.device, weights_only=True)
+            device = self.args.device.type if self.args.device.type == "cpu" else self.args.device  # not cpu:1
+            state = torch.load(self._own_optimizer(self.resumed_from), map_location=device, weights_only=True)
         return spread.joined_state(optimizer, state)
 
     def _own_optimizer(self, checkpoint: str) -> Path:
@@ -200,7 +200,8 @@ class TemperTrainer(Trainer):
     def _save_optimizer_and_scheduler(self, output_dir):
         super()._save_optimizer_and_scheduler(output_dir)
         if is_spread(self.model) and not processes.is_first():
-            torch.save(self.optimizer.state_dict(), self._own_optimizer(output_dir))
+            optimizer: Any = self.optimizer
+            torch.save(optimizer.state_dict(), self._own_optimizer(output_dir))
 
     def _save(self, output_dir=None, state_dict=None):
         """As Trainer does; of a model that is spread what is trained, where PEFT would gather all of the base."""
