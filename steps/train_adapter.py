@@ -76,7 +76,7 @@ def run(
     served_with = {**serving.refuse_other_splits(splits, model), serving.BASE: serving.weights(model)}
     inputs = [splits, model, *([references] if references else [])]
     state = STATE / (planned.trunk or _by_hand(config, inputs))
-    job = _job(config, planned, splits, model, references, state)
+    job = _job(config, planned, splits=splits, model=model, references=references, state=state, output=output)
     with (
         locked(state),
         computing_threads(config.num_threads),
@@ -228,13 +228,24 @@ class _Training:
             self.trainer.train(resume_from_checkpoint=str(start) if start else None)
         return recorded
 
+    def save(self, output: Path) -> None:
+        """Save what was trained, which all processes of a spread model must do together."""
+        from temper.model.adapters import save_adapter
+        from temper.model.spread import is_spread
+        from temper.training import checkpoints
+
+        first = processes.is_first()
+        if not self.is_plateau and (first or is_spread(self.trainer.model)):
+            save_adapter(self.trainer.model, output, first)
+        elif first:
+            _keep_checkpoint(checkpoints.last_whole([self.state], self.end), output)
+
 
 def _train(
     config: TrainAdapter, planned: Planned, rows, learned, model: Path, output: Path, state: Path, others
 ) -> dict:
     from temper import tracking
-    from temper.model.adapters import parameter_counts, save_adapter
-    from temper.training import checkpoints
+    from temper.model.adapters import parameter_counts
 
     with others.joined():
         training = _ready(config, planned, rows, learned, model, state)
@@ -243,10 +254,7 @@ def _train(
         with tracking.follow(planned.follow) as listener, signals.put_off() as request:
             recorded = training.go_on(listener, request)
             facts = recorded.facts() | sizes | training.needs.facts()
-    if training.is_plateau:
-        _keep_checkpoint(checkpoints.last_whole([state], training.end), output)
-    else:
-        save_adapter(training.trainer.model, output)
+        training.save(output)
     return _write_facts(config, recorded, facts, output) | {"part": planned.part}
 
 
@@ -265,13 +273,14 @@ def other_process(job: dict) -> Callable[[], object]:
 
     def train():
         with computing_threads(config.num_threads):
-            return _ready(config, planned, rows, learned, model, state).go_on()
+            training = _ready(config, planned, rows, learned, model, state)
+            training.go_on()
+            training.save(Path(job["output"]))
 
     return train
 
 
-def _job(config: TrainAdapter, planned: Planned, splits: Path, model: Path, references: Path | None, state: Path):
-    paths = {"splits": splits, "model": model, "references": references, "state": state}
+def _job(config: TrainAdapter, planned: Planned, **paths: Path | None) -> dict:
     words = {name: str(path) if path else None for name, path in paths.items()}
     return {"config": config.model_dump(mode="json"), "planned": dataclasses.asdict(planned), **words}
 
@@ -363,10 +372,14 @@ def _trainer(config: TrainAdapter, rows, model: Path, args, total: int, judge):
     from temper.model.adapters import add_adapter, load_for_training
     from temper.model.fast_layers import use_fast_layers
     from temper.model.loading import load_model
+    from temper.model.spread import refuse_tied
     from temper.training.trainers import trainer_for
 
     load = load_for_training(config.adapter, config.model.load.model_dump())
-    base = load_model(model, load, config.quantization.model_dump())
+    spread = processes.count() if config.train.get("fsdp") else 1
+    base = load_model(model, load, config.quantization.model_dump(), spread)
+    if spread > 1 and config.adapter["peft_type"] is None:
+        refuse_tied(base)
     network = add_adapter(base, config.adapter, config.seed)
     use_fast_layers(network)
     pad_token_id = load_tokenizer(model).pad_token_id

@@ -54,7 +54,7 @@ def check_library_sections(train: dict, adapter: dict, method: str) -> None:
         stamp.touch()
 
 
-def check_processes(num_processes: int, train: dict) -> None:
+def check_processes(num_processes: int, train: dict, adapter: dict, quantization: dict) -> None:
     """Refuse what several processes cannot do, or what one does not need."""
     if num_processes == 1:
         for name in options.OF_PROCESSES:
@@ -70,6 +70,42 @@ def check_processes(num_processes: int, train: dict) -> None:
         raise UserError(
             f"config: 'train.average_tokens_across_devices' is false with num_processes={num_processes}: the loss is "
             "the mean over the tokens of all processes: leave it out"
+        )
+    if "fsdp" in train:
+        _check_spread(train, adapter, quantization)
+
+
+def _check_spread(train: dict, adapter: dict, quantization: dict) -> None:
+    """Refuse what cannot be done with a model of which each process holds a part."""
+    if not train["fsdp"]:
+        raise UserError("config: 'train.fsdp': is true or left out")
+    if adapter["peft_type"] not in ("LORA", None):
+        raise UserError("config: 'train.fsdp' is for adapter=lora and adapter=full: choose one, or leave it out")
+    optim = str(train.get("optim", "adamw_torch"))
+    if adapter["peft_type"] is None and optim not in options.SPREAD_OPTIM:
+        raise UserError(
+            f"config: 'train.fsdp' with train.optim={optim}: it does not know weights that are spread: choose one of "
+            f"{', '.join(options.SPREAD_OPTIM)}"
+        )
+    others = [name for name, value in adapter.items() if name not in options.SPREAD_LORA and value]
+    if adapter.get("init_lora_weights", True) not in (True, "gaussian"):
+        others.append("init_lora_weights")
+    if others:
+        raise UserError(
+            f"config: 'train.fsdp' with adapter.{others[0]}: that reads or trains weights of the base, of which each "
+            "process holds a part only: leave one of the two out"
+        )
+    if quantization["load_in_4bit"] or quantization["load_in_8bit"]:
+        raise UserError(
+            "config: 'train.fsdp' with a quantized base: its weights are not spread: set quantization=none, or leave "
+            "train.fsdp out, where each process holds the whole base in 4 or 8 bits"
+        )
+    if train.get("use_cpu"):
+        raise UserError("config: 'train.fsdp' with train.use_cpu: it spreads the model over what this machine has")
+    if metric := judged_metric(train):
+        raise UserError(
+            f"config: 'train.fsdp' with train.metric_for_best_model={metric}: a model that is spread gives no answers: "
+            "choose the best by loss, or leave one of the two out"
         )
 
 
@@ -164,7 +200,7 @@ TRAIN_RANGES = {
 def _check_train(train: dict, method: str) -> None:
     from transformers import TrainingArguments
 
-    fields = _field_types(TrainingArguments) | dict(zip(EARLY_STOPPING, (int, float), strict=True))
+    fields = _field_types(TrainingArguments) | dict(zip(EARLY_STOPPING, (int, float), strict=True)) | {"fsdp": bool}
     for key, value in train.items():
         if key not in fields:
             raise UserError(f"config: unknown key 'train.{key}'; {suggest(key, fields)}")

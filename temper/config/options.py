@@ -13,7 +13,8 @@ from temper.errors import UserError
 # --- train: fields of transformers.TrainingArguments ------------------------------------------------------------
 
 
-# field -> what it does here. Each is passed on to TrainingArguments under its own name.
+# field -> what it does here. Each is passed on to TrainingArguments under its own name (but for `fsdp`: a model that is
+# spread as it is loaded is not for Trainer to spread).
 TRAIN_USED = {
     "per_device_train_batch_size": "rows per batch",
     "gradient_accumulation_steps": "batches per step; the loss is the mean over all learned tokens of the step",
@@ -34,6 +35,7 @@ TRAIN_USED = {
     "label_smoothing_factor": "method=sft only",
     "average_tokens_across_devices": "always so",
     "ddp_find_unused_parameters": "with num_processes; for a model of which a batch may leave trained weights unused",
+    "fsdp": "true, with num_processes: each process holds a part of the model (FSDP2); for lora and full",
     "bf16": "mixed precision; on a CPU with use_cpu=true",
     "fp16": "mixed precision; needs a GPU",
     "tf32": "needs a GPU that supports it",
@@ -73,9 +75,9 @@ _PUBLISHING = "publishing is a step of its own (make publish), never part of tra
 _OWN_LOSS = "the loss is computed at learned positions only and bypasses what this would replace"
 _OWN_EVALUATION = "validation sums the loss over all learned tokens by its own code, so this would do nothing"
 _ONE_MACHINE = "num_processes says on how many devices of this machine a training runs; it needs nothing more"
-_SHARDED = "a model that is spread over devices is not supported: with num_processes each of them holds all of it"
+_SHARDED = "a model too large for a device is spread by train.fsdp=true, with num_processes; it needs nothing more"
 # Fields of train that are refused with num_processes=1, where they would do nothing.
-OF_PROCESSES = ("ddp_find_unused_parameters",)
+OF_PROCESSES = ("ddp_find_unused_parameters", "fsdp")
 _SEED = "use the top-level 'seed'"
 _RESUME = "training resumes by itself, exactly, from results/.state"
 _SCRIPTS = "it is for transformers' scripts; here each stage has its own command"
@@ -139,7 +141,6 @@ TRAIN_REFUSED = {
     "ddp_static_graph": _ONE_MACHINE,
     "ddp_backend": _ONE_MACHINE,
     "ddp_timeout": _ONE_MACHINE,
-    "fsdp": _SHARDED,
     "fsdp_config": _SHARDED,
     "deepspeed": _SHARDED,
     "local_rank": _ONE_MACHINE,
@@ -172,6 +173,23 @@ TRAIN_RENAMED = {
     "overwrite_output_dir": _FOLDERS,
     "save_safetensors": "weights are always saved as safetensors",
 }
+# Fields of adapter=lora with train.fsdp: those that neither read nor train the base's weights.
+SPREAD_LORA = (
+    "peft_type",
+    "r",
+    "lora_alpha",
+    "lora_dropout",
+    "target_modules",
+    "exclude_modules",
+    "layers_to_transform",
+    "layers_pattern",
+    "rank_pattern",
+    "alpha_pattern",
+    "use_rslora",
+    "init_lora_weights",
+)
+# train.optim with train.fsdp and all weights.
+SPREAD_OPTIM = ("adamw_torch", "adamw_torch_fused", "sgd")
 # --- adapter: PEFT's methods and their fields -------------------------------------------------------------------
 
 # peft_type -> what it is. Each is tested to train as PEFT's own loop does, to load again and to be merged.

@@ -453,7 +453,7 @@ def validated_stage(stage: str, view: dict) -> dict:
     found = typed(stage, sections)
     if isinstance(found, TrainAdapter):
         check_library_sections(found.train, found.adapter, found.method.name)
-        check_processes(found.num_processes, found.train)
+        check_processes(found.num_processes, found.train, found.adapter, found.quantization.model_dump())
         best.check(found.train, None if found.eval is None else found.eval.model_dump())
         if found.eval and best.judged_metric(found.train) is None:
             raise UserError("config: 'eval' does nothing here: no metric of it is train.metric_for_best_model")

@@ -40,7 +40,7 @@ def validated(config: dict) -> dict:
     config = _normalised(config)
     filled = checked(Config, config, "").model_dump()
     check_library_sections(filled["train"], filled["adapter"], filled["method"]["name"])
-    check_processes(filled["num_processes"], filled["train"])
+    check_processes(filled["num_processes"], filled["train"], filled["adapter"], filled["quantization"])
     best.check(filled["train"], filled["eval"])
     _check_together(filled)
     _check_method(filled)

@@ -1,13 +1,13 @@
 """Adapters: from the config section to a PEFT model, and merged back into the base."""
 
 import collections
-import copy
 import re
 import warnings
 from pathlib import Path
 
 from temper.errors import UserError, told_by_library, words
 from temper.model.reading import reading, refuse_no_numbers, refuse_tensors
+from temper.model.spread import is_spread, whole_copy
 
 DIVERGED = "diverged.json"  # in a merged folder instead of a model: the training became NaN or infinite
 
@@ -121,7 +121,7 @@ def _refuse_unmergeable(model) -> None:
     kinds = {(type(layer), getattr(layer.get_base_layer(), "bias", None) is None): layer for layer in layers}
     try:
         for layer in kinds.values():
-            copy.deepcopy(layer).merge()
+            whole_copy(layer).merge()
         able = hasattr(model.base_model, "merge_and_unload")
         said = f"PEFT cannot merge {model.active_peft_config.peft_type.value}"
     except (RuntimeError, NotImplementedError, ValueError) as error:
@@ -148,10 +148,20 @@ def _refuse_tied(model) -> None:
             )
 
 
-def save_adapter(model, folder: Path) -> None:
-    """Save what was trained, as PEFT does (or for all parameters, as transformers does)."""
-    model.save_pretrained(folder)
-    (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty card; `temper publish` writes a real one
+def save_adapter(model, folder: Path, is_first: bool = True) -> None:
+    """Save what was trained, as PEFT does (or for all parameters, as transformers does).
+
+    `is_first`: whether this process writes. The others must call this too if the model is spread.
+    """
+    trained = trained_weights(model) if is_spread(model) else None
+    model.save_pretrained(folder, state_dict=trained, is_main_process=is_first)
+    if is_first:
+        (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty card; `temper publish` writes a real one
+
+
+def trained_weights(model) -> dict:
+    """Name -> weight, of those that are trained."""
+    return {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
 
 
 def attention_projections(model) -> list[str]:

@@ -12,6 +12,9 @@ import functools
 from typing import Any
 
 import torch
+from torch.distributed.fsdp import FSDPModule
+
+from temper.model.spread import whole_copy
 
 
 class _AddLowRank(torch.autograd.Function):
@@ -75,8 +78,9 @@ def _norm_forward(norm, inputs):
 
 
 def _is_usual_norm(norm) -> bool:
-    if not hasattr(norm, "variance_epsilon") or norm.weight.requires_grad:
+    if not hasattr(norm, "variance_epsilon") or norm.weight.requires_grad or isinstance(norm, FSDPModule):
         return False
+    norm = whole_copy(norm)
     generator = torch.Generator().manual_seed(0)
     inputs = torch.randn(4, len(norm.weight), generator=generator).to(norm.weight)
     with torch.no_grad():

@@ -97,13 +97,14 @@ def is_encoder_decoder(folder: Path) -> bool:
 # --- weights -------------------------------------------------------------------------------------
 
 
-def load_model(folder: Path, load: dict, quantization: dict | None = None):
+def load_model(folder: Path, load: dict, quantization: dict | None = None, processes: int = 1):
     """A language model, causal or encoder-decoder, on this machine's device, with its bundled adapter if it has one.
 
     Args:
         folder: a model in Hugging Face layout.
         load: the config section `model.load`: dtype and attn_implementation, each may be ``fastest``.
         quantization: the config section of that name; None loads the weights as stored.
+        processes: how many it is spread over, all of which call this; each reads and holds its part of the weights.
     """
     dtype = resolve_dtype("float32" if load["dtype"] == "fastest" and is_fully_trained(folder) else load["dtype"])
     arguments = {"dtype": dtype, "attn_implementation": resolve_attention(load["attn_implementation"])}
@@ -114,6 +115,8 @@ def load_model(folder: Path, load: dict, quantization: dict | None = None):
     if "quantization_config" in arguments or is_stored_quantized(config):
         arguments["device_map"] = {"": device()}  # a quantized model is created on its device
         model = _with_steady_weights(_network(folder, config, **arguments))
+    elif processes > 1:
+        model = _network(folder, config, **arguments, **_spread_over(processes))
     else:
         model = _network(folder, config, **arguments).to(device())
     if (folder / BUNDLED / "adapter_config.json").is_file():
@@ -134,6 +137,12 @@ def _network(folder: Path, config, **arguments):
     refuse_misfits(folder, info)
     refuse_no_numbers(folder, network.named_parameters())
     return network
+
+
+def _spread_over(processes: int) -> dict:
+    from transformers.distributed import DistributedConfig
+
+    return {"distributed_config": DistributedConfig(fsdp_size=processes)}
 
 
 def _auto_class(config):

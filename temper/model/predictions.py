@@ -25,6 +25,7 @@ from temper.data.batches import Batch, Learned, padded_shape, tensor_on
 from temper.errors import UserError
 from temper.model.adapters import is_prompt_learning
 from temper.model.flat_batch import flat_attention_in, flatten
+from temper.model.spread import local
 
 log = logging.getLogger("temper")
 # Logits of one position by two ways, their mean difference as a share of their spread. bfloat16 has 8 bits of
@@ -96,10 +97,14 @@ class SupervisedLoss:
 
     def predictions(self, model, batch: Batch, answers: int = 1) -> Predictions:
         """What the model predicts at a batch's learned positions, and what was to be predicted."""
+        self.way = self.choose(model, batch, answers)
+        return self.way(model, batch, answers)
+
+    def choose(self, model, batch: Batch, answers: int = 1) -> Callable:
+        """The way for a model in training or in evaluation, chosen with the first batch."""
         if model.training not in self.ways:
             self.ways[model.training] = self._fastest_way(model, batch, answers)
-        way = self.way = self.ways[model.training]
-        return way(model, batch, answers)
+        return self.ways[model.training]
 
     def _fastest_way(self, model, batch: Batch, answers: int) -> Callable:
         way, why = fastest_way(model, batch, answers, self.share)
@@ -160,7 +165,8 @@ def _evaluating(model):
 @contextlib.contextmanager
 def _with_effect(model):
     """Weights that start at zero (LoRA's B) hide what they will do; they are small random ones while the block runs."""
-    zeros = [weight for weight in model.parameters() if weight.requires_grad and not weight.any()]
+    zeros = [local(weight) for weight in model.parameters() if weight.requires_grad]
+    zeros = [weight for weight in zeros if not weight.any()]
     for weight in zeros:
         weight.normal_(std=0.1)
     try:

@@ -9,8 +9,10 @@ from temper.training import processes
 if TYPE_CHECKING:
     from transformers import TrainingArguments
 
-# Fields of `train` for transformers.EarlyStoppingCallback; all others are those of TrainingArguments.
+# Fields of `train` for transformers.EarlyStoppingCallback, and for `load_model`; Trainer takes no notice of `fsdp` on a
+# CPU. All others are those of TrainingArguments.
 EARLY_STOPPING = ("early_stopping_patience", "early_stopping_threshold")
+NOT_OF_TRAINER = (*EARLY_STOPPING, "fsdp")
 
 
 def trainer_fields(train: dict) -> dict:
@@ -19,7 +21,7 @@ def trainer_fields(train: dict) -> dict:
     When to save is in no key, so a stage's config may lack it, while Trainer wants the candidates for the best model
     saved as they are evaluated: `SealedCheckpoints` saves them in any case.
     """
-    fields = {name: value for name, value in train.items() if name not in EARLY_STOPPING}
+    fields = {name: value for name, value in train.items() if name not in NOT_OF_TRAINER}
     if not train.get("load_best_model_at_end"):
         return fields
     evaluated = {f"save_{name}": train[f"eval_{name}"] for name in ("strategy", "steps") if f"eval_{name}" in train}

@@ -11,6 +11,7 @@ from transformers import EarlyStoppingCallback, TrainerCallback
 
 from temper import signals
 from temper.files import json_lines, known_json_lines, write_whole
+from temper.model.spread import local
 from temper.progress import Progress
 from temper.training import checkpoints, processes
 from temper.training.arguments import EARLY_STOPPING, steps_per_epoch
@@ -134,7 +135,8 @@ class StopOnDivergence(TrainerCallback):
         return control
 
     def on_epoch_end(self, args, state, control, model=None, **_):  # noqa: ARG002
-        if self.diverged_at is not None or not _is_finite(model):
+        finite = all(processes.gathered(_is_finite(model)))  # each of its part of the weights
+        if self.diverged_at is not None or not finite:
             return self._stop(state, control, "trained weights are not finite")
         return control
 
@@ -150,7 +152,7 @@ class StopOnDivergence(TrainerCallback):
 
 def _is_finite(model) -> bool:
     """Whether all trained weights are finite. No loss shows their last update."""
-    return all(weight.isfinite().all() for weight in model.parameters() if weight.requires_grad)
+    return all(local(weight).isfinite().all() for weight in model.parameters() if weight.requires_grad)
 
 
 class MetricsFile(TrainerCallback):

@@ -7,8 +7,10 @@ thousand tokens.) That number is counted on batches of the first epoch, because 
 """
 
 import dataclasses
+from typing import Any
 
 from temper import units
+from temper.model.spread import local
 
 # Heap memory per byte of activations: their sizes differ between batches, which leaves holes. Measured in float32 over
 # 25 to 63 steps: 1.4 to 1.6. Returning memory to the system after each step saves nothing.
@@ -73,10 +75,10 @@ def estimate(trainer, lengths: list[int], program: int) -> Estimate:
     flops, kept = _probe(trainer, batch)
     of_epoch, most = _tokens_to_compute(trainer, lengths)
     tokens = trainer.tokens_computed(typical)
-    trained = [parameter for parameter in trainer.model.parameters() if parameter.requires_grad]
+    trained = [local(parameter) for parameter in trainer.model.parameters() if parameter.requires_grad]
     return Estimate(
         program=program,
-        parameters=_bytes(trainer.model.parameters()),
+        parameters=_bytes(map(local, trainer.model.parameters())) + _gathered(trainer.model),
         gradients=_bytes(trained),
         optimizer=sum(parameter.numel() for parameter in trained) * _state_bytes(args.optim),
         activations=round(kept / tokens * most * (HEAP if args.device.type == "cpu" else 1)),
@@ -93,6 +95,18 @@ def _tokens_to_compute(trainer, lengths: list[int]) -> tuple[float, int]:
     return sum(seen) / len(seen) * len(batches), max(*seen, trainer.tokens_computed(longest))
 
 
+def _gathered(model) -> int:
+    """Bytes of weights that are gathered at a time in a model that is spread: of two layers, and of what is in none."""
+    from torch.distributed.fsdp import FSDPModule
+
+    groups: list[Any] = [part for part in model.modules() if isinstance(part, FSDPModule)]
+    within = [sum(weight.numel() * weight.element_size() for weight in part.parameters()) for part in groups]
+    if not groups:
+        return 0
+    outer, layers = max(within), [size for size in within if size < max(within)]
+    return outer - sum(layers) + 2 * max(layers, default=0)
+
+
 def _bytes(tensors) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
@@ -106,11 +120,18 @@ def _probe(trainer, batch) -> tuple[int, int]:
     """(FLOPs of forward and backward, bytes that autograd keeps for the backward pass)."""
     import torch
     from torch.autograd.graph import saved_tensors_hooks
+    from torch.nn.modules.module import register_module_forward_pre_hook
     from torch.utils.flop_counter import FlopCounterMode
 
     model = trainer.model
-    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    weights: set[int] = set()
     kept: dict[int, int] = {}
+
+    def see(parameters):
+        weights.update(local(parameter).untyped_storage().data_ptr() for parameter in parameters)
+
+    def see_gathered(module, _inputs):
+        see(module.parameters(recurse=False))
 
     def keep(tensor):
         storage = tensor.untyped_storage()
@@ -122,8 +143,11 @@ def _probe(trainer, batch) -> tuple[int, int]:
     with torch.no_grad(), trainer.compute_loss_context_manager():
         trainer.compute_loss(model, batch)  # the first call also chooses how to compute the loss
     with FlopCounterMode(display=False) as counter:
+        see(model.parameters())
+        gathering = register_module_forward_pre_hook(see_gathered)  # a spread model's weights, for their layer
         with saved_tensors_hooks(keep, lambda tensor: tensor), trainer.compute_loss_context_manager():
             loss = trainer.compute_loss(model, batch)
+        gathering.remove()
         loss.backward()
     model.zero_grad(set_to_none=True)
     return counter.get_total_flops(), sum(kept.values())

@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from temper.errors import UserError, one_line_errors
+from temper.model.spread import is_spread
 from temper.signals import ENDING
 
 log = logging.getLogger("temper")
@@ -75,6 +76,13 @@ def gathered_rows(rows):
     return torch.cat([part.to(rows.device) for part in gathered(rows.detach().cpu())])
 
 
+def added(figures: dict) -> dict:
+    """Sums over the processes of the figures that each has by name. All of them must call this."""
+    parts = gathered(figures)
+    names = dict.fromkeys(name for part in parts for name in part)
+    return {name: sum(part.get(name, 0) for part in parts) for name in names}
+
+
 def of_first(value):
     """The first process's value. All of them must call this."""
     return gathered(value)[0]
@@ -89,21 +97,27 @@ def wait_for_all() -> None:
 
 
 def within_forward(model, function, *arguments):
-    """`function(network, *arguments)` as the forward pass of what accelerate wrapped around the network.
+    """`function(network, *arguments)` as the forward pass of what holds the network together in several processes.
 
-    A wrapper (DistributedDataParallel) averages gradients over the processes, and prepares for that in its own forward
-    pass, while our loss calls the layers one by one. So for one call the function is the network's forward pass.
+    DistributedDataParallel averages gradients, and FSDP gathers weights; both prepare for that in their own forward
+    pass, while our loss calls the layers one by one. So for one call the function is the forward pass of the network
+    within the one, or of the outermost network that the other has spread.
     """
     from torch.nn.parallel import DistributedDataParallel
 
-    if not isinstance(model, DistributedDataParallel):
+    whole: Any = model
+    call = model
+    if isinstance(model, DistributedDataParallel):
+        whole = network = model.module
+    elif is_spread(model):
+        call = network = model.get_base_model() if hasattr(model, "get_base_model") else model
+    else:
         return function(model, *arguments)
-    network: Any = model.module
     own = vars(network).get("forward")  # mixed precision and hooks set one on the object itself
 
     def once(*given):
         restore()
-        return function(network, *given)
+        return function(whole, *given)
 
     def restore():
         if own is None:
@@ -113,7 +127,7 @@ def within_forward(model, function, *arguments):
 
     network.forward = once
     try:
-        return model(*arguments)
+        return call(*arguments)
     finally:
         restore()
 
@@ -205,22 +219,27 @@ class Others:
             threading.Thread(target=self._watch, daemon=True).start()
             try:
                 yield
-            except RuntimeError as error:  # what torch.distributed raises when another process is gone
-                if UNUSED in str(error):
-                    self.end()
-                    raise UserError(
-                        "not all trained weights were part of a step's loss, which several processes must know before: "
-                        "set train.ddp_find_unused_parameters=true"
-                    ) from error
-                ended = self._first_to_end(GRACE / 2)
-                if ended is None:
-                    raise
-                raise UserError(self._end_of(ended)) from error
+            except Exception as error:
+                raise self._why(error) from error
             except BaseException:
                 self.end()  # before this process leaves, which may wait for them
                 raise
             finally:
                 self.over.set()
+
+    def _why(self, error: Exception) -> Exception:
+        """The error of this process, or what it came from: another process that has failed."""
+        if UNUSED in str(error):
+            error = UserError(
+                "not all trained weights were part of a step's loss, which several processes must know before: "
+                "set train.ddp_find_unused_parameters=true"
+            )
+        elif not isinstance(error, UserError):  # what torch raises when another process is gone has many types
+            ended = self._first_to_end(GRACE / 2)
+            if ended is not None:
+                return UserError(self._end_of(ended))
+        self.end()
+        return error
 
     def _first_to_end(self, seconds: float) -> subprocess.Popen | None:
         """A process that has failed, or fails within some seconds."""

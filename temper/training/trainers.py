@@ -21,9 +21,11 @@ from temper.data.batches import Batch, EpochSampler, Shares, WithCopies, count_l
 from temper.data.columns import DOCUMENTS
 from temper.data.documents import apart
 from temper.errors import UserError
-from temper.model.adapters import refuse_adapter_misfits
+from temper.model import spread
+from temper.model.adapters import refuse_adapter_misfits, trained_weights
 from temper.model.predictions import SupervisedLoss, tokens_computed, tokens_of, with_decoder_inputs
 from temper.model.reading import reading, refuse_tensors
+from temper.model.spread import is_spread
 from temper.training import checkpoints, processes, unpaired
 from temper.training.preferences import NLL, PAIR_LOSSES, PairLoss, answers_and_rest
 
@@ -39,6 +41,7 @@ class TemperTrainer(Trainer):
     """Trainer with token-exact loss at learned positions and an order that follows from seed and epoch alone."""
 
     ITEMS = "learned_tokens"  # what the loss is a mean over
+    ANSWERS = 1  # to a prompt, one row each
     model: Any  # Trainer allows None here, which is no case of ours
     train_dataset: Any
     batch_of: Callable = staticmethod(_batch_of)
@@ -49,7 +52,10 @@ class TemperTrainer(Trainer):
         `schedule_steps`: the total that the learning-rate schedule is made for; the training may end before. `judge`:
         gives the figure `metric` of a model, where answers choose the checkpoint.
         """
+        args = arguments["args"]
+        saves, args.save_strategy = args.save_strategy, "no"  # Trainer would refuse to save a model that is spread
         super().__init__(data_collator=functools.partial(self.batch_of, pad_token_id=pad_token_id), **arguments)
+        args.save_strategy = saves
         self.remove_callback(PrinterCallback)
         if self.args.gradient_checkpointing:  # train() does it again; the estimate before it must see it too
             fields: dict = dict(self.args.gradient_checkpointing_kwargs or {})  # type: ignore[arg-type]
@@ -61,6 +67,7 @@ class TemperTrainer(Trainer):
         self.supervised_loss = SupervisedLoss()
         self.schedule_steps = schedule_steps
         self.judge = judge
+        self.resumed_from: str | None = None  # the checkpoint whose optimizer was loaded
         self.tokens = 0  # real ones (no padding) that were trained on
         rows = self.args.train_batch_size * self.args.world_size * self.args.gradient_accumulation_steps
         self.sampler = EpochSampler(_longest_texts(self.train_dataset), rows, self.args.seed)
@@ -77,8 +84,7 @@ class TemperTrainer(Trainer):
         batches, items = super().get_batch_samples(*arguments, **keywords)
         counted = [batch for batch in batches if batch.counts]
         tokens = sum(tokens_of(self.model, batch) for batch in counted)
-        for others_tokens in processes.gathered(tokens):
-            self.tokens += others_tokens
+        self.tokens += processes.added({"tokens": tokens})["tokens"]
         return batches, items
 
     def _get_num_items_in_batch(self, batch_samples, device):
@@ -96,7 +102,7 @@ class TemperTrainer(Trainer):
     def tokens_computed(self, rows: list[int]) -> int:
         """How many tokens of a batch of these rows go through the layers, once the way of the loss is chosen."""
         batch: Any = self.data_collator([self.train_dataset[row] for row in rows])
-        return tokens_computed(self.supervised_loss.way, self.model, batch, answers=2 if self.ITEMS == "pairs" else 1)
+        return tokens_computed(self.supervised_loss.way, self.model, batch, answers=self.ANSWERS)
 
     def _get_train_sampler(self, train_dataset=None):  # noqa: ARG002 - Trainer's signature
         return self.sampler
@@ -132,7 +138,16 @@ class TemperTrainer(Trainer):
         if wrong := checkpoints.fault(best):
             raise UserError(f"{best}: the best model, {wrong}; delete {best.parent}, and train again")
         self.loaded_from = best
-        super()._load_best_model()
+        if self._all_weights_are_spread():
+            self._load_spread(best)
+        else:
+            super()._load_best_model()
+
+    def _load_spread(self, checkpoint: Path) -> None:
+        self._issue_warnings_after_load(spread.load_weights(self.model, checkpoint))
+
+    def _all_weights_are_spread(self) -> bool:
+        return is_spread(self.model) and not isinstance(self.model, PeftModel)
 
     def _has_ended(self) -> bool:
         """Whether training is over before an epoch begins: all steps are done, or early stopping ended it."""
@@ -145,7 +160,10 @@ class TemperTrainer(Trainer):
         """Go on from all weights of a checkpoint, and from no others."""
         self.loaded_from = resume_from_checkpoint
         with _reading_checkpoint(resume_from_checkpoint):
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            if self._all_weights_are_spread():
+                self._load_spread(Path(resume_from_checkpoint))
+            else:
+                super()._load_from_checkpoint(resume_from_checkpoint, model)
             if isinstance(self.model, PeftModel):  # Trainer does not look at what PEFT says of it
                 result = self.model.load_adapter(resume_from_checkpoint, self.model.active_adapter, is_trainable=True)
                 refuse_adapter_misfits(self.model, resume_from_checkpoint, result)
@@ -158,8 +176,38 @@ class TemperTrainer(Trainer):
 
     def _load_optimizer_and_scheduler(self, checkpoint):
         with _reading_checkpoint(checkpoint):
+            self.resumed_from = checkpoint
             super()._load_optimizer_and_scheduler(checkpoint)
             _refuse_other_shapes(self.optimizer)
+
+    def create_optimizer(self, model=None):
+        """Trainer's. Of a spread model each process stores its part of the state, which nobody else needs."""
+        optimizer = super().create_optimizer(model)
+        if is_spread(self.model):
+            optimizer.register_state_dict_post_hook(_with_own_parts)
+            optimizer.register_load_state_dict_pre_hook(self._of_own_parts)
+        return optimizer
+
+    def _of_own_parts(self, optimizer, state: dict) -> dict:
+        if self.resumed_from and not processes.is_first():  # Trainer has read the first's
+            device = self.args.device.type if self.args.device.type == "cpu" else self.args.device  # not cpu:1
+            state = torch.load(self._own_optimizer(self.resumed_from), map_location=device, weights_only=True)
+        return spread.joined_state(optimizer, state)
+
+    def _own_optimizer(self, checkpoint: str) -> Path:
+        return Path(checkpoint, f"optimizer_{self.args.process_index}.pt")
+
+    def _save_optimizer_and_scheduler(self, output_dir):
+        super()._save_optimizer_and_scheduler(output_dir)
+        if is_spread(self.model) and not processes.is_first():
+            optimizer: Any = self.optimizer
+            torch.save(optimizer.state_dict(), self._own_optimizer(output_dir))
+
+    def _save(self, output_dir=None, state_dict=None):
+        """As Trainer does; of a model that is spread what is trained, where PEFT would gather all of the base."""
+        if is_spread(self.model):
+            state_dict = trained_weights(self.model)
+        super()._save(output_dir, state_dict)
 
     def _load_rng_state(self, checkpoint):
         with _reading_checkpoint(checkpoint):
@@ -205,33 +253,39 @@ class TemperTrainer(Trainer):
         sums: dict[str, float] = {}
         counts: dict[str, int] = {}
         for batch in self._evaluated_batches(dataset):
-            with self.compute_loss_context_manager():
-                figures = self.summed_figures(batch)
-            for name, (value, count) in figures.items():
+            figures = self._evaluated(self.summed_figures, batch)
+            for name, (value, count) in figures.items() if batch.counts else ():
                 sums[name] = sums.get(name, 0.0) + value.item()
                 counts[name] = counts.get(name, 0) + count
-        sums, counts = (_added(processes.gathered(part)) for part in (sums, counts))
+        sums, counts = processes.added(sums), processes.added(counts)
         return {name: total / max(counts[name], 1) for name, total in sums.items()}, counts.get("loss", 0)
 
     def _evaluated_batches(self, dataset):
-        """This process's batches of a data set, rows of similar length together, with the model in evaluation."""
+        """This process's batches of a data set, rows of similar length together, with the model in evaluation.
+
+        All processes have as many, since a model that is spread over them computes only where all of them do.
+        """
         lengths = _longest_texts(dataset)
         order = sorted(range(len(dataset)), key=lengths.__getitem__)
+        place = self.args.process_index, self.args.world_size
         size = min(self.args.per_device_eval_batch_size, max(1, len(order) // self.args.world_size))
-        batches = [order[start : start + size] for start in range(0, len(order), size)]
-        own = batches[self.args.process_index :: self.args.world_size]
         self.model.eval()
-        return DataLoader(dataset, batch_sampler=own, collate_fn=self.data_collator)
+        if order and self.args.world_size > 1:  # all choose the same way to compute, whatever their own rows are
+            self._evaluated(self._way_of, self._share([dataset[row] for row in order[:size]]))
+        batches = Shares(order, size, *place, drop_last=False)
+        return DataLoader(WithCopies(dataset), batch_sampler=batches, collate_fn=self._share)  # type: ignore[arg-type]
 
-    def summed_figures(self, batch) -> dict[str, tuple[torch.Tensor, int]]:
+    def _evaluated(self, function: Callable, batch: Batch):
+        """`function(model, batch)` in evaluation."""
+        with self.compute_loss_context_manager():
+            return processes.within_forward(self.model, function, batch)
+
+    def _way_of(self, model, batch: Batch) -> None:
+        self.supervised_loss.choose(model, batch, self.ANSWERS)
+
+    def summed_figures(self, model, batch) -> dict[str, tuple[torch.Tensor, int]]:
         """Name -> (sum of a figure over a batch's items, how many those are): here the loss of learned tokens."""
-        return {"loss": self.supervised_loss(self.model, batch)}
-
-
-def _added(parts: list[dict]) -> dict:
-    """Sums of the same names, added up."""
-    names = dict.fromkeys(name for part in parts for name in part)
-    return {name: sum(part.get(name, 0) for part in parts) for name in names}
+        return {"loss": self.supervised_loss(model, batch)}
 
 
 def _refuse_other_shapes(optimizer) -> None:
@@ -242,6 +296,14 @@ def _refuse_other_shapes(optimizer) -> None:
             if found is not None and found.shape != parameter.shape:
                 shapes = f"{tuple(found.shape)} for {tuple(parameter.shape)}"
                 raise ValueError(f"optimizer.pt has '{name}' of another shape: {shapes}")
+
+
+def _with_own_parts(_optimizer, state: dict) -> dict:
+    parts = {
+        number: {name: spread.local(value) for name, value in of_weight.items()}
+        for number, of_weight in state["state"].items()
+    }
+    return {**state, "state": parts}
 
 
 def _reading_checkpoint(checkpoint: str):
@@ -258,6 +320,7 @@ class PreferenceTrainer(TemperTrainer):
     """
 
     ITEMS = "pairs"
+    ANSWERS = 2
 
     def __init__(self, *, preference_loss: PairLoss | unpaired.KtoLoss, **arguments):
         self.batch_of = preference_loss.batch_of
@@ -289,7 +352,9 @@ class PreferenceTrainer(TemperTrainer):
         pairs = sum(map(len, batches)) // 2
         ahead = int(self._loss_shifts_labels)
         chosen = (row["labels"] for batch in batches for row in batch.rows[: len(batch) // 2])
-        return _of_all((pairs, sum(count_learned(labels[ahead:]) for labels in chosen)))
+        tokens = sum(count_learned(labels[ahead:]) for labels in chosen)
+        of_all = processes.added({"pairs": pairs, "tokens": tokens})
+        return of_all["pairs"], of_all["tokens"]
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Mean over the pairs of the whole optimizer step, however it is cut into batches."""
@@ -315,8 +380,8 @@ class PreferenceTrainer(TemperTrainer):
             figures["loss"] += self.preference_loss.nll_weight * figures[NLL]
         return figures, items
 
-    def summed_figures(self, batch):
-        losses, figures = self.pair_losses(self.model, batch)
+    def summed_figures(self, model, batch):
+        losses, figures = self.pair_losses(model, batch)
         return {name: (values.sum(), len(values)) for name, values in {"loss": losses, **figures}.items()}
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -333,6 +398,7 @@ class UnpairedTrainer(PreferenceTrainer):
     """The same for single answers: one row is an answer, desirable or not, and the loss is the mean over rows."""
 
     ITEMS = "answers"
+    ANSWERS = 1
 
     def ratios(self, model, batch):
         """(`unpaired.ratios` of a batch, log-probability of each answer). Mismatched texts get no gradient."""
@@ -342,7 +408,7 @@ class UnpairedTrainer(PreferenceTrainer):
         return unpaired.ratios(batch, logps, mismatched), logps.detach()
 
     def _items(self, batches):
-        return _of_all((sum(map(len, batches)), 0))
+        return processes.added({"answers": sum(map(len, batches))})["answers"], 0
 
     def pair_losses(self, model, batch):
         """(loss of each answer, figures, each the values that it is the mean of).
@@ -363,18 +429,12 @@ class UnpairedTrainer(PreferenceTrainer):
         """Figures of a data set as one batch: how far the model has moved is estimated from all its rows."""
         parts = []
         for batch in self._evaluated_batches(dataset):
-            with self.compute_loss_context_manager():
-                parts.append(self.ratios(self.model, batch))
-        columns = zip(*((*ratios, logps) for ratios, logps in parts), strict=True)
+            ratios, logps = self._evaluated(self.ratios, batch)
+            parts.append([part if batch.counts else part[:0] for part in (*ratios, logps)])
+        columns = zip(*parts, strict=True)
         *ratios, logps = (processes.gathered_rows(torch.cat(column)) for column in columns)
         losses, figures = self._judged(ratios, logps)
         return _means({"loss": losses, **figures}), len(losses)
-
-
-def _of_all(items: tuple[int, int]) -> tuple[int, int]:
-    """The sums over all processes."""
-    first, second = map(sum, zip(*processes.gathered(items), strict=True))
-    return first, second
 
 
 def _joined(parts: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:

@@ -83,14 +83,20 @@ SMALL = [
 
 
 def train(tiny_splits, tiny_model, output, *overrides, trunk=None) -> dict[str, torch.Tensor]:
-    """One training by hand; returns the adapter's weights."""
+    """One training by hand; returns the trained weights."""
     arguments = ["--splits", str(tiny_splits), "--model", str(tiny_model), "--output", str(output)]
     if trunk is None:
         train_adapter.main([*arguments, *SMALL, *overrides])
     else:
         config = load_stage_config("train_adapter", None, [*SMALL, *overrides]) | {"trunk": trunk}
         train_adapter.main([*arguments, "--config", json.dumps(config)])
-    return load_file(Path(output) / "adapter_model.safetensors")
+    return weights(output)
+
+
+def weights(folder) -> dict[str, torch.Tensor]:
+    """What a training has saved: an adapter, or all weights."""
+    adapter = Path(folder, "adapter_model.safetensors")
+    return load_file(adapter if adapter.exists() else Path(folder, "model.safetensors"))
 
 
 def assert_equal(one, other):

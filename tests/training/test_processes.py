@@ -18,7 +18,6 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from safetensors.torch import load_file
 
 from steps import reference_logprobs, train_adapter
 from temper import workflow
@@ -29,7 +28,7 @@ from temper.files import read_json_lines
 from temper.planning import planner
 from tests.conftest import ROOT, rarely
 from tests.support import tiny
-from tests.support.trainings import SMALL, assert_equal, curve, start, train, wait_for_a_step
+from tests.support.trainings import SMALL, assert_equal, curve, start, train, wait_for_a_step, weights
 
 PLAIN = [
     "adapter.lora_dropout=0",
@@ -78,11 +77,6 @@ def of_method(method: str, splits, model, output, *overrides, trunk=None) -> dic
     return weights(output)
 
 
-def weights(folder) -> dict[str, torch.Tensor]:
-    adapter = Path(folder, "adapter_model.safetensors")
-    return load_file(adapter if adapter.exists() else Path(folder, "model.safetensors"))
-
-
 def facts(folder) -> dict:
     return json.loads(Path(folder, "training.json").read_text())
 
@@ -98,29 +92,48 @@ def batch(rows: int, accumulated: int = 1) -> list[str]:
     return [f"train.per_device_train_batch_size={rows}", f"train.gradient_accumulation_steps={accumulated}"]
 
 
-FULL = ["adapter=full", "~adapter.r", "~adapter.lora_dropout"]
-# name -> (method, rows to learn from, options of one process, of each of two for the same steps, of both)
+FULL = ["adapter=full", "~adapter.r", "~adapter.lora_dropout", "train.learning_rate=1e-3"]
+BEST = ["train.load_best_model_at_end=true"]
+SPREAD = ["train.fsdp=true"]
+# name -> (method, rows to learn from, options of one process, of each of two for the same steps, of both, more of two)
 SAME = {
     "batches": ("sft", 24, batch(4), batch(2), []),
     "batches that are accumulated, an epoch that ends within a step": ("sft", 24, batch(10), batch(1, 5), []),
     "fewer rows than processes at the end of an epoch": ("sft", 25, batch(8), batch(4), []),
-    "the best model": ("sft", 24, batch(4), batch(2), ["train.load_best_model_at_end=true"]),
+    "the best model": ("sft", 24, batch(4), batch(2), BEST),
     "pairs": ("dpo", 24, batch(4), batch(2), []),
     "pairs and the text of the better answer": ("orpo", 23, batch(4), batch(1, 2), []),
     "single answers": ("kto", 24, batch(6), batch(3), []),
+    "a model that is spread": ("sft", 25, batch(8), batch(4), [], SPREAD),
+    "a model that is spread, batches that are accumulated": ("sft", 24, batch(10), batch(1, 5), [], SPREAD),
+    "a model that is spread, the best model": ("sft", 24, batch(4), batch(2), BEST, SPREAD),
+    "a model that is spread, pairs": ("dpo", 23, batch(4), batch(2), [], SPREAD),
+    "a model that is spread, single answers": ("kto", 23, batch(6), batch(3), [], SPREAD),
+    "all weights": ("sft", 25, batch(8), batch(4), FULL),
+    "all weights, spread": ("sft", 25, batch(8), batch(4), FULL, SPREAD),
+    "all weights, spread, the best model": ("sft", 24, batch(4), batch(2), [*FULL, *BEST], SPREAD),
+    "all weights, spread, pairs": ("dpo", 23, batch(10), batch(1, 5), FULL, SPREAD),
 }
 
 
-@pytest.mark.parametrize("name", rarely(SAME, ("the best model", "pairs and the text of the better answer")))
+RARELY = ["the best model", "pairs and the text of the better answer", "a model that is spread, the best model"]
+RARELY += ["a model that is spread, batches that are accumulated", "a model that is spread, single answers"]
+RARELY += ["all weights", "all weights, spread, the best model", "all weights, spread, pairs"]
+
+
+@pytest.mark.parametrize("name", rarely(SAME, RARELY))
 def test_two_processes_train_as_one_does_on_the_same_batches(workspace, tiny_model, name):
-    method, rows, alone, shared, both = SAME[name]
+    method, rows, alone, shared, both, *more = SAME[name]
+    if FULL[0] in both:
+        tiny_model = tiny.make_tiny_model(Path("untied"), tie_word_embeddings=False)
     splits = tiny.make_tiny_splits(Path("splits"), tiny_model, {"train": rows}, pairs=method != "sft")
     expected = of_method(method, splits, tiny_model, "one", *alone, *both)
-    found = of_method(method, splits, tiny_model, "two", *shared, *both, "num_processes=2")
+    found = of_method(method, splits, tiny_model, "two", *shared, *both, *sum(more, []), "num_processes=2")
     one, two = curves("one"), curves("two")
     assert one.keys() == two.keys()
     for figure, values in one.items():
-        assert two[figure] == pytest.approx(values, rel=1e-4, abs=1e-5), figure
+        first = int(figure == "rewards/accuracies")  # before the first step all rewards are rounding
+        assert two[figure][first:] == pytest.approx(values[first:], rel=1e-4, abs=1e-5), figure
     for weight in expected:
         torch.testing.assert_close(found[weight], expected[weight], rtol=1e-3, atol=1e-4)
     assert found.keys() == expected.keys()
@@ -129,7 +142,7 @@ def test_two_processes_train_as_one_does_on_the_same_batches(workspace, tiny_mod
 
 
 KILLED = ["num_processes=2", "train.per_device_train_batch_size=2", "train.num_train_epochs=4"]
-KILLED += ["train.save_strategy=steps", "train.save_steps=3", "train.logging_steps=1", "adapter.lora_dropout=0.1"]
+KILLED += ["train.save_strategy=steps", "train.save_steps=3", "train.logging_steps=1"]
 
 
 def others_of(process) -> list[psutil.Process]:
@@ -142,18 +155,26 @@ def others_of(process) -> list[psutil.Process]:
     return []
 
 
-@pytest.fixture(scope="module")
-def undisturbed(tiny_model, tiny_splits, tmp_path_factory) -> Path:
+UNSTOPPED = {"each has all of the model": [], "a model that is spread": SPREAD, "all weights, spread": [*FULL, *SPREAD]}
+
+
+@pytest.fixture(scope="module", params=rarely(UNSTOPPED, ["a model that is spread"]))
+def undisturbed(request, tiny_model, tiny_splits, tmp_path_factory) -> tuple[Path, Path, list[str]]:
+    """A training that nothing stopped, its model and its options."""
     folder = tmp_path_factory.mktemp("undisturbed")
+    options = [*KILLED, *UNSTOPPED[request.param]]
+    if FULL[0] in options:
+        tiny_model = tiny.make_tiny_model(folder / "untied", tie_word_embeddings=False)
     with contextlib.chdir(folder):
-        train(tiny_splits, tiny_model, "out", *KILLED)
-    return folder / "out"
+        train(tiny_splits, tiny_model, "out", *options)
+    return folder / "out", tiny_model, options
 
 
 @pytest.mark.parametrize("which", ["the first", "the other"])
-def test_killed_processes_end_together_and_go_on_exactly(workspace, tiny_model, tiny_splits, undisturbed, which):
-    config = load_stage_config("train_adapter", None, [*SMALL, *KILLED])
-    killed = start(tiny_splits, tiny_model, "killed", {**config, "trunk": "killed"})
+def test_killed_processes_end_together_and_go_on_exactly(workspace, tiny_splits, undisturbed, which):
+    expected, model, options = undisturbed
+    config = load_stage_config("train_adapter", None, [*SMALL, *options])
+    killed = start(tiny_splits, model, "killed", {**config, "trunk": "killed"})
     (other,) = others_of(killed)
     wait_for_a_step(killed, Path("results/.state/killed"), 4)
     os.kill(killed.pid if which == "the first" else other.pid, signal.SIGKILL)
@@ -164,11 +185,11 @@ def test_killed_processes_end_together_and_go_on_exactly(workspace, tiny_model, 
     if which == "the other":
         assert "process 2 of the 2 of this training was killed by signal 9" in said
     assert not Path("killed").exists()
-    again = start(tiny_splits, tiny_model, "killed", {**config, "trunk": "killed"})
+    again = start(tiny_splits, model, "killed", {**config, "trunk": "killed"})
     assert again.wait() == 0, again.stderr.read()
     assert facts("killed")["resumed_from_step"] >= 3
-    assert_equal(weights(undisturbed), weights("killed"))
-    assert curve(undisturbed) == curve("killed")
+    assert_equal(weights(expected), weights("killed"))
+    assert curve(expected) == curve("killed")
 
 
 def test_what_another_process_cannot_do_is_told_before_training(
@@ -194,6 +215,23 @@ def test_what_another_process_cannot_do_is_told_before_training(
         (["num_processes=2", "train.average_tokens_across_devices=false"], "the mean over the tokens of all processes"),
         (["train.ddp_find_unused_parameters=true"], "is for num_processes above 1"),
         (["num_processes=0"], "num_processes"),
+        (["train.fsdp=true"], "'train.fsdp' is for num_processes above 1"),
+        (["num_processes=2", "train.fsdp=false"], "is true or left out"),
+        (["num_processes=2", "train.fsdp=full_shard"], "train.fsdp"),
+        (["num_processes=2", "train.fsdp=true", "adapter.use_dora=true"], "with adapter.use_dora"),
+        (["num_processes=2", "train.fsdp=true", "adapter.init_lora_weights=pissa"], "with adapter.init_lora_weights"),
+        (["num_processes=2", "train.fsdp=true", "quantization=4bit"], "with a quantized base"),
+        (
+            [
+                "num_processes=2",
+                "train.fsdp=true",
+                "train.load_best_model_at_end=true",
+                "train.metric_for_best_model=accuracy",
+            ],
+            "gives no answers",
+        ),
+        (["num_processes=2", "train.fsdp=true", "train.use_cpu=true"], "with train.use_cpu"),
+        (["num_processes=2", "train.deepspeed=zero3.json"], "is spread by train.fsdp=true"),
     ],
 )
 def test_options_that_do_not_go_with_the_number_of_processes_are_refused(workspace, options, said):
@@ -238,3 +276,43 @@ def test_weights_without_a_gradient_are_recognized(workspace):
         subprocess.Popen([*command, str(rank)], stdout=subprocess.PIPE, text=True, env=environment) for rank in (0, 1)
     ]
     assert [process.communicate(timeout=120)[0].strip() for process in both] == ["True False"] * 2
+
+
+SPREAD_MODEL = """
+import sys
+from pathlib import Path
+import torch
+from temper.errors import UserError
+from temper.model.loading import load_model
+from temper.model.spread import is_spread, local, refuse_tied, whole_copy
+from temper.training import processes
+rank, folder = int(sys.argv[1]), Path(sys.argv[2])
+load = {"dtype": "float32", "attn_implementation": "eager"}
+whole = load_model(folder, load)
+with processes.joined(rank, 2, Path("meeting"), use_cpu=True):
+    model = load_model(folder, load, processes=2)
+    parts = sum(local(weight).numel() for weight in model.parameters())
+    layer = whole_copy(model.get_submodule("model.layers.0.mlp"))
+    same = torch.equal(layer.up_proj.weight, whole.get_submodule("model.layers.0.mlp.up_proj").weight)
+    print(is_spread(model), is_spread(whole), same, parts, sum(weight.numel() for weight in whole.parameters()))
+    try:
+        refuse_tied(model)
+    except UserError as error:
+        print(error)
+"""
+
+
+def test_a_model_is_spread_as_it_is_loaded(workspace, tiny_model):
+    """Of tied embeddings the head has a stale copy in transformers 5.23, so training them is refused."""
+    command = [sys.executable, "-c", SPREAD_MODEL]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    both = [
+        subprocess.Popen([*command, str(rank), str(tiny_model)], stdout=subprocess.PIPE, text=True, env=environment)
+        for rank in (0, 1)
+    ]
+    said = [process.communicate(timeout=120)[0].strip().splitlines() for process in both]
+    (first, first_part, total), (second, second_part, _) = (facts.rsplit(" ", 2) for facts, _ in said)
+    assert first == second == "True False True"
+    assert int(first_part) + int(second_part) == int(total)
+    assert abs(int(first_part) - int(second_part)) < int(total) / 20, "a row more or less"
+    assert all("shares its embeddings with its head" in refusal for _, refusal in said)
