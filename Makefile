@@ -5,10 +5,12 @@ CORES ?= all
 RUN ?= best
 BIN := .venv/bin
 
-.PHONY: demo test test-slow test-gpu test-tracking test-slurm bench lint explain ui publish lock clean help
+.PHONY: setup demo test test-slow test-gpu test-tracking test-slurm bench lint docs explain ui publish lock clean help
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
+
+setup: .venv/installed  ## make .venv, with all packages in the versions of requirements.lock
 
 demo: .venv/installed  ## set up, then train and compare 8 runs of the embedded default
 	$(BIN)/snakemake --cores $(CORES) --config experiment=demo
@@ -39,6 +41,12 @@ lint: .venv/installed  ## ruff, mypy, snakefmt, and Snakemake's own lint less it
 	$(BIN)/mypy
 	$(BIN)/python tests/lint_workflow.py
 
+# -W: a link or an anchor that leads nowhere fails, as does a page that no table of contents has. -E: all of them, each time.
+docs: .venv-docs/installed  ## the docs as a site, in site/index.html; fails on a broken link
+	.venv-docs/bin/sphinx-build -q -W -E --keep-going -c docs -d site/.doctrees . site
+	@cp site/README.html site/index.html
+	@! grep -rlE '<(script|link|img)[^>]+(src|href)="(https?:)?//' site --include=*.html  # what a page loads is in the site
+
 explain: .venv/installed  ## what the next run would make, why, and how long it may take: make explain ARGS="--experiment demo"
 	@$(BIN)/temper explain $(ARGS)
 
@@ -58,14 +66,22 @@ publish: .venv/installed  ## push a run with a model card to the hub: make publi
 	$(BIN)/python -m pip install --disable-pip-version-check --no-deps --no-build-isolation -e .
 	@touch $@
 
+# By itself, for the docs need nothing of the rest: seconds to install instead of minutes.
+.venv-docs/installed: docs/requirements.lock
+	$(PYTHON) -m venv .venv-docs
+	.venv-docs/bin/python -m pip install --disable-pip-version-check --quiet --require-hashes --no-deps -r docs/requirements.lock
+	@touch $@
+
 TORCH_AND_ITS_CUDA := torch triton cuda-bindings cuda-pathfinder cuda-toolkit nvidia-cublas nvidia-cuda-cupti \
 	nvidia-cuda-nvrtc nvidia-cuda-runtime nvidia-cudnn-cu13 nvidia-cufft nvidia-cufile nvidia-curand nvidia-cusolver \
 	nvidia-cusparse nvidia-cusparselt-cu13 nvidia-nccl-cu13 nvidia-nvjitlink nvidia-nvshmem-cu13 nvidia-nvtx
 
-lock: .venv/installed  ## resolve pyproject.toml anew into requirements.lock
+lock: .venv/installed  ## resolve pyproject.toml anew into requirements.lock, and its docs into docs/requirements.lock
 	$(BIN)/python -m pip install --disable-pip-version-check uv
 	$(BIN)/uv pip compile pyproject.toml --extra test --universal --python-version 3.11 --generate-hashes --quiet \
 		--no-header --no-annotate $(addprefix --no-emit-package ,$(TORCH_AND_ITS_CUDA)) -o requirements.lock
+	$(BIN)/uv pip compile --group docs --universal --python-version 3.11 --generate-hashes --quiet --no-header --no-annotate \
+		-o docs/requirements.lock
 
 clean:  ## delete everything generated (results, raw data, .venv); costs only computing time
-	rm -rf .venv results data/raw .snakemake
+	rm -rf .venv .venv-docs site results data/raw .snakemake

@@ -65,7 +65,7 @@ def train(
     """Fine-tune a model on `rows`.
 
     Args:
-        rows: {"prompt", "completion"}, {"messages"}, or the columns of another layout in the README (question and
+        rows: {"prompt", "completion"}, {"messages"}, or the columns of another layout in docs/own-data.md (question and
             answer; instruction and output; conversations; for dpo, orpo, simpo and kto prompt, chosen and
             rejected; for kto also prompt, completion and label). The columns tell the layout. Rows that are {"text"}
             and nothing else are documents, to continue the pretraining on.
@@ -283,7 +283,7 @@ def _records(rows: list[dict], name: str, config: dict, first: int) -> list[dict
 
 
 def _layout(row: dict, method: str) -> str:
-    """The layout that a row's columns tell, see the README."""
+    """The layout that a row's columns tell, see docs/own-data.md."""
     from temper.data.layouts import LAYOUTS, TEXT
 
     if method == "kto" and "label" in row:

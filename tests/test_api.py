@@ -1,4 +1,4 @@
-"""The Python API: the README's lines, the same bits as the stages, what is refused."""
+"""The Python API: the lines of the docs, the same bits as the stages, what is refused."""
 
 import json
 import re
@@ -22,10 +22,10 @@ ROWS = [{"prompt": prompt, "completion": answer} for prompt, answer in tiny.tiny
 OPTIONS = {"r": 4, "num_train_epochs": 1, "per_device_train_batch_size": 8, "warmup_steps": 0, "max_length": 128}
 
 
-def test_the_lines_of_the_readme(workspace):
+def test_the_lines_of_the_docs(workspace):
     """As they stand there, in a folder that has what they name."""
-    readme = (PACKAGE_ROOT / "README.md").read_text(encoding="utf-8")
-    [code] = [code for code in re.findall(r"```python\n(.*?)```", readme, re.DOTALL) if "from temper import" in code]
+    page = (PACKAGE_ROOT / "docs/use.md").read_text(encoding="utf-8")
+    [code] = [code for code in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "from temper import" in code]
     model, rows = re.search(r'model="(.+?)"', code)[1], re.search(r'load_rows\("(.+?)"\)', code)[1]
     config = tiny.make_tiny_model(workspace / model) / "config.json"
     longer = json.loads(config.read_text()) | {"max_position_embeddings": 1024}  # room for an answer of 256 tokens

@@ -1,6 +1,8 @@
 """What README.md, CONTRIBUTING.md and docs/ name exists: commands, targets, modules, choices, files of a recipe."""
 
+import html
 import importlib.util
+import itertools
 import re
 
 import pytest
@@ -62,6 +64,25 @@ def test_choice(name):
 @pytest.mark.parametrize("path", pages(), ids=lambda path: path.name)
 def test_what_is_written_from_parsers_and_schema_is_fresh(path):
     assert path.read_text(encoding="utf-8") == pages()[path], "run: python -m temper.commands.reference"
+
+
+# --- pictures ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["pipeline", "rooms"])
+def test_a_picture_has_the_arrows_of_its_source(name):
+    """Graphviz, which draws it, need not be installed."""
+    source, drawn = ((ROOT / f"docs/images/{name}.{ending}").read_text(encoding="utf-8") for ending in ("dot", "svg"))
+    chains = [re.findall(r"\w+", chain) for chain in re.findall(r"\w+(?: -> \w+)+", source)]
+    arrows = {f"{start}->{end}" for chain in chains for start, end in itertools.pairwise(chain)}
+    assert {html.unescape(title) for title in re.findall(r"<title>(\S+?&#45;&gt;\S+?)</title>", drawn)} == arrows
+    assert all(label.strip() in html.unescape(drawn) for label in re.findall(r'label="(.*?)"', source))
+
+
+def test_the_picture_of_the_pipeline_has_each_stage():
+    drawn = (ROOT / "docs/images/pipeline.svg").read_text(encoding="utf-8")
+    stages = [path.stem for path in (ROOT / "steps").glob("[a-z]*.py")]
+    assert [stage for stage in stages if f">{stage}</text>" not in drawn] == []
 
 
 # --- recipes in CONTRIBUTING.md --------------------------------------------------------------------

@@ -16,7 +16,7 @@ OPINIONS = {
     "positive": ("The {} was better than we had hoped.", "We loved the {}.", "The {} alone is worth the trip."),
     "negative": ("The {} was a disappointment.", "Nobody should pay for this {}.", "We complained about the {} twice."),
 }
-DATA = """# A data set: where its rows are, and what its columns mean. Temper's README lists all layouts.
+DATA = """# A data set: where its rows are, and what its columns mean. Temper's docs/own-data.md lists all layouts.
 name: reviews
 source:
   kind: files
