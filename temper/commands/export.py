@@ -66,7 +66,7 @@ def run(arguments) -> None:
     serving.check(folder, folder, leaves=True)
     text, remarks = modelfile(tuned, folder, output.name)
     export(folder, output, arguments.outtype, tuned.prompt)
-    print(f"wrote {output} ({output.stat().st_size:,} bytes; {_types(output)})")
+    print(f"wrote {output} ({output.stat().st_size:,} bytes; {types_in(output)})")
     write_whole(asking, text)
     print(f"wrote {asking}: ollama create NAME -f {asking}")
     for remark in remarks:
@@ -159,7 +159,7 @@ def _quantize(whole: Path, output: Path, outtype: str) -> None:
         raise UserError(f"--outtype {outtype}: llama.cpp cannot quantize this model (code {failed}); take q8_0")
 
 
-def _types(file: Path) -> str:
+def types_in(file: Path) -> str:
     """How many tensors have which type. Rows of no multiple of 256 cannot have a K-quant, and get the next larger."""
     from gguf import GGUFReader
 
@@ -252,7 +252,7 @@ def _add_tokenizer(writer, tokenizer, config, folder: Path, splits_words: str, a
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre(splits_words)
     writer.add_token_list(tokens)
-    writer.add_token_types(types)
+    writer.add_tokentypes_in(types)
     special = SpecialVocab(folder, load_merges=True)
     special.special_token_ids |= {
         kind: number
