@@ -252,7 +252,7 @@ def _add_tokenizer(writer, tokenizer, config, folder: Path, splits_words: str, a
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre(splits_words)
     writer.add_token_list(tokens)
-    writer.add_tokentypes_in(types)
+    writer.add_token_types(types)
     special = SpecialVocab(folder, load_merges=True)
     special.special_token_ids |= {
         kind: number

@@ -1,8 +1,8 @@
 """How vLLM serves a published model: its command, for the model card."""
 
 from pathlib import Path
+from shlex import quote
 
-from temper.errors import visible
 from temper.files import read_json
 from temper.runs.offered import is_plain_lora
 
@@ -17,17 +17,17 @@ def command(adapter: Path | None, repository: str, base: str | None, commit: str
         base: the base model's name on the hub, at a commit of it.
     """
     if adapter is None:
-        return visible(f"vllm serve {repository}")
+        return f"vllm serve {quote(repository)}"
     if base is None or not is_plain_lora(adapter):
         return None
     config = read_json(adapter / "adapter_config.json")
-    rank = max(config["r"], *(config.get("rank_pattern") or {}).values(), 0)
-    if rank > RANKS[-1]:
+    largest = max(config["r"], *(config.get("rank_pattern") or {}).values(), 0)
+    rank = next((most for most in RANKS if largest <= most), None)
+    if rank is None:
         return None
-    at = f" --revision {commit}" if commit else ""
-    name = repository.rpartition("/")[2]
-    return visible(
-        f"vllm serve {base}{at} --tokenizer {repository} \\\n"
-        f"    --enable-lora --max-lora-rank {next(most for most in RANKS if rank <= most)} "
-        f"--lora-modules {name}={repository}"
+    at = f" --revision {quote(commit)}" if commit else ""
+    named = f"{repository.rpartition('/')[2]}={repository}"
+    return (
+        f"vllm serve {quote(base)}{at} --tokenizer {quote(repository)} \\\n"
+        f"    --enable-lora --max-lora-rank {rank} --lora-modules {quote(named)}"
     )
