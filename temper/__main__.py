@@ -28,6 +28,7 @@ COMMANDS = {
     "push": "send finished folders to a store that other machines reach",
     "pull": "fetch a sweep's folders from a store",
     "publish": "push a run with a model card to the hub",
+    "serve": "serve a run's models on this machine, as an OpenAI-compatible endpoint",
     "export": "write a run as one GGUF file for llama.cpp, Ollama and others",
     "ui": "open the MLflow UI",
 }

@@ -2,29 +2,38 @@ r"""Write a run's merged model as one GGUF file, for llama.cpp and programs buil
 
     temper export --run best --sweep demo --output reviews.gguf
     temper export --run best --sweep demo --output reviews-q8.gguf --outtype q8_0
+    temper export --run best --sweep demo --output reviews-q4.gguf --outtype q4_k_m
+
+Beside it is a Modelfile with template, system message, stop words and parameters, for `ollama create`. `q4_k_m` and
+`q5_k_m` are made by llama.cpp itself: pip install -e ".[llama]".
 
 For models of the Llama architecture with a byte-level BPE tokenizer whose word splitting llama.cpp implements. Others
 are refused, because a file that tokenizes differently gives worse answers for no visible reason. The file holds the
 tokenizer and the chat template (with the date of training, if it asks for one), but not the system message, so give
-that when you prompt the model. If the run has a `prompt.template`, write prompts in that format, not through the chat
-template.
+that when you prompt the model without the Modelfile. If the run has a `prompt.template`, write prompts in that format,
+not through the chat template.
 
-Reads results/merged/, where the merged model is written if it is not there; writes the file by a rename.
+Reads results/merged/, where the merged model is written if it is not there; writes the files by a rename.
 """
 
+import collections
 import json
+import os
+import tempfile
 from pathlib import Path
 
-from temper.commands import flags
+from temper.commands import flags, predict
 from temper.errors import UserError
-from temper.files import whole_file
+from temper.files import whole_file, write_whole
 from temper.model import serving
 from temper.progress import quiet_libraries
 from temper.runs import find as runs
+from temper.runs import forms, ollama
 from temper.runs.merged import merged_folder
 from temper.runs.prompting import tokenizer_to_ship
 
-OUTTYPES = ("auto", "f32", "f16", "bf16", "q8_0")
+K_QUANTS = ("q4_k_m", "q5_k_m")  # llama.cpp alone makes them
+OUTTYPES = ("auto", "f32", "f16", "bf16", "q8_0", *K_QUANTS)
 # llama.cpp's names for ways to split text before byte-pair encoding, by their description in a tokenizer.json. GPT-2's
 # regular expression is the one built into ByteLevel.
 LLAMA3 = (
@@ -46,14 +55,22 @@ def arguments(parser) -> None:
 
 
 def run(arguments) -> None:
-    """Write the file."""
+    """Write the files."""
     output = flags.new_file(arguments.output, ".gguf", "name a file that ends in .gguf")
+    asking = flags.new_file(str(output.with_suffix(ollama.ENDING)), ollama.ENDING, "name another file")
+    if arguments.outtype in K_QUANTS:
+        _llama_cpp(arguments.outtype)
     tuned = runs.find(arguments.run, arguments.sweep)
     folder = merged_folder(tuned, "and it is part of what is exported")
     runs.refuse_bundled(folder, "there is no one file of that")
     serving.check(folder, folder, leaves=True)
+    text, remarks = modelfile(tuned, folder, output.name)
     export(folder, output, arguments.outtype, tuned.prompt)
-    print(f"wrote {output} ({output.stat().st_size:,} bytes)")
+    print(f"wrote {output} ({output.stat().st_size:,} bytes; {types_in(output)})")
+    write_whole(asking, text)
+    print(f"wrote {asking}: ollama create NAME -f {asking}")
+    for remark in remarks:
+        print(f"{asking}: {remark}")
     if not tuned.prompt["apply_chat_template"]:
         print(f"ask it in the words of its training, without a chat template: {tuned.prompt['template']!r}")
 
@@ -64,6 +81,32 @@ def export(folder: Path, output: Path, outtype: str, prompt: dict) -> None:
     Raises:
         UserError: GGUF readers would not compute or tokenize as the model does.
     """
+    with whole_file(output) as part:
+        if outtype not in K_QUANTS:
+            _write(folder, part, outtype, prompt)
+            return
+        with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}.") as scratch:
+            whole = Path(scratch) / "whole.gguf"
+            _write(folder, whole, "auto", prompt)
+            _quantize(whole, part, outtype)
+
+
+def modelfile(run: runs.FinishedRun, folder: Path, name: str) -> tuple[str, list[str]]:
+    """(the Modelfile for the GGUF file of that name, what of the run's prompts it does not say)."""
+    from temper.model.loading import load_config, stop_token_ids
+
+    prompt, tokenizer = run.prompt, tokenizer_to_ship(folder, run.prompt)
+    form = forms.of_run(tokenizer, prompt)
+    if form and _adds_bos(tokenizer, prompt):
+        form = form.without(tokenizer.bos_token)
+    stops = tokenizer.convert_ids_to_tokens(stop_token_ids(folder, tokenizer))
+    context = load_config(folder).max_position_embeddings
+    settings, _ = predict.settings_of(run, {})
+    text = ollama.modelfile(name, form, prompt["system"], stops, settings, context)
+    return text, ollama.remarks(form, prompt["system"])
+
+
+def _write(folder: Path, file: Path, outtype: str, prompt: dict) -> None:
     from gguf import GGUFWriter
 
     from temper.model.loading import load_config
@@ -73,17 +116,68 @@ def export(folder: Path, output: Path, outtype: str, prompt: dict) -> None:
     _check_architecture(folder, config)
     tokenizer = tokenizer_to_ship(folder, prompt)
     splits_words = pre_tokenizer(json.loads(tokenizer.backend_tokenizer.to_str()), folder)
-    with whole_file(output) as part:
-        writer = GGUFWriter(part, "llama")
-        _add_config(writer, config, folder.name)
-        _add_tokenizer(writer, tokenizer, config, folder, splits_words)
-        for name, value in serving.of_folder(folder, tokenizer).items():
-            writer.add_string(f"temper.serving.{name}", value)
-        _add_weights(writer, folder, config, outtype)
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
-        writer.close()
+    writer = GGUFWriter(file, "llama")
+    _add_config(writer, config, folder.name)
+    _add_tokenizer(writer, tokenizer, config, folder, splits_words, _adds_bos(tokenizer, prompt))
+    for name, value in serving.of_folder(folder, tokenizer).items():
+        writer.add_string(f"temper.serving.{name}", value)
+    _add_weights(writer, folder, config, outtype)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+# --- K-quants ------------------------------------------------------------------------------------
+
+
+def _llama_cpp(outtype: str):
+    """llama.cpp, in Python."""
+    try:
+        import llama_cpp
+    except ImportError:
+        raise UserError(
+            f"--outtype {outtype}: llama.cpp makes it, and it is not installed: pip install -e '.[llama]' in Temper's "
+            "folder, which compiles it (some minutes), or take q8_0"
+        ) from None
+    return llama_cpp
+
+
+def _quantize(whole: Path, output: Path, outtype: str) -> None:
+    """A GGUF file with its matrices in another type, by llama.cpp."""
+    import ctypes
+
+    llama_cpp = _llama_cpp(outtype)
+    from llama_cpp._logger import set_verbose
+
+    set_verbose(False)
+    settings = llama_cpp.llama_model_quantize_default_params()
+    settings.ftype = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{outtype.upper()}")
+    settings.nthread = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    failed = llama_cpp.llama_model_quantize(os.fsencode(whole), os.fsencode(output), ctypes.byref(settings))
+    if failed:
+        raise UserError(f"--outtype {outtype}: llama.cpp cannot quantize this model (code {failed}); take q8_0")
+
+
+def types_in(file: Path) -> str:
+    """How many tensors have which type. Rows of no multiple of 256 cannot have a K-quant, and get the next larger."""
+    from gguf import GGUFReader
+
+    found = collections.Counter(tensor.tensor_type.name.lower() for tensor in GGUFReader(file).tensors)
+    return "tensors: " + ", ".join(f"{count} {kind}" for kind, count in found.most_common())
+
+
+# --- the file ------------------------------------------------------------------------------------
+
+
+def _adds_bos(tokenizer, prompt: dict) -> bool:
+    """Whether readers put a first token before a text: as the tokenizer does, and as the run's prompts have it."""
+    if tokenizer("a")["input_ids"][0] != tokenizer.bos_token_id:
+        return False
+    if not prompt["apply_chat_template"]:
+        return True
+    said = [{"role": "user", "content": "a"}]
+    return tokenizer.apply_chat_template(said, tokenize=False).startswith(tokenizer.bos_token)
 
 
 def _check_architecture(folder: Path, config) -> None:
@@ -146,7 +240,7 @@ def _head_size(config) -> int:
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
-def _add_tokenizer(writer, tokenizer, config, folder: Path, splits_words: str) -> None:
+def _add_tokenizer(writer, tokenizer, config, folder: Path, splits_words: str, adds_bos: bool) -> None:
     from gguf import SpecialVocab, TokenType
 
     names = {number: token for token, number in tokenizer.get_vocab().items()}
@@ -165,7 +259,7 @@ def _add_tokenizer(writer, tokenizer, config, folder: Path, splits_words: str) -
         for kind in ("bos", "eos", "unk", "pad")
         if (number := getattr(tokenizer, f"{kind}_token_id")) is not None
     }
-    special.add_special_token["bos"] = tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id
+    special.add_special_token["bos"] = adds_bos
     special.chat_template = tokenizer.chat_template
     special.add_to_gguf(writer, quiet=True)
 

@@ -65,3 +65,16 @@ def refuse_used(folder: Path, flag: str, advice: str) -> None:
     """Refuse a folder to write that is there and has something in it, or is a file."""
     if os.path.lexists(folder) and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{flag}{folder}: is there already; {advice}")
+
+
+def text_of(flag: str, name: str | None) -> str | None:
+    """The text of the file that a flag names; None without one."""
+    if name is None:
+        return None
+    try:
+        text = Path(name).read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{flag} {name}: cannot be read ({error}); name a text file in UTF-8") from None
+    if not text:
+        raise UserError(f"{flag} {name}: there is no text in it")
+    return text

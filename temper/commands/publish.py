@@ -8,8 +8,9 @@ Without `--merged` it is the adapter: a few megabytes that others put on the bas
 the hub, too. When the run had it from elsewhere (a folder, a PyPI package), `--base-model` says where on the hub it
 is. The repository is new and private unless `--exist-ok` and `--public` say otherwise. The card (README.md) is made
 from the run: figures of tuned and untouched model with intervals, code to use it, data, hyperparameters, config,
-package versions. Read it first: `--dry-run FOLDER` writes there what would be pushed. The token is that of `hf auth
-login`, or HF_TOKEN.
+package versions, licences of base and data as conf/ has them. What it is for you say yourself (`--intended-use`). A
+receipt (receipt.json) with the sha256 of all that the stages wrote goes along. Read the card first: `--dry-run FOLDER`
+writes there what would be pushed. The token is that of `hf auth login`, or HF_TOKEN.
 
 Reads results/; writes to the hub only (HF_ENDPOINT: another one than huggingface.co).
 """
@@ -23,14 +24,15 @@ from pathlib import Path
 
 from temper.commands import flags
 from temper.errors import UserError, words
-from temper.files import read_json
+from temper.files import json_text, read_json
+from temper.hashing import file_sha256
 from temper.model import serving
 from temper.model.adapters import is_adapter, put_on
 from temper.model.layout import model_files
 from temper.model.loading import check_weights, load_model, load_tokenizer
 from temper.reports import model_card
 from temper.runs import find as runs
-from temper.runs import prompting
+from temper.runs import prompting, receipt
 from temper.runs.merged import merged_folder
 from temper.sources.hub import HUB_TIMEOUT
 
@@ -44,6 +46,7 @@ def arguments(parser) -> None:
     parser.add_argument("--merged", action="store_true", help="the merged model; default: the adapter")
     parser.add_argument("--base-model", help="the base model's name on the hub, when the run had it from elsewhere")
     parser.add_argument("--license", help="for the card, as the hub writes it: apache-2.0, mit, ...")
+    parser.add_argument("--intended-use", metavar="FILE", help="a text for the card: what it is for, and what not")
     parser.add_argument("--public", action="store_true", help="everyone may see it; default: private")
     parser.add_argument("--exist-ok", action="store_true", help="add a commit to a repository that is there")
     parser.add_argument("--dry-run", metavar="FOLDER", help="write there what would be pushed, and push nothing")
@@ -56,6 +59,7 @@ def run(arguments) -> None:
         raise UserError(f"--repository {arguments.repository}: write user/name")
     if arguments.base_model is not None:
         _check_name("--base-model", arguments.base_model)
+    intended = flags.text_of("--intended-use", arguments.intended_use)
     run = runs.find(arguments.run, arguments.sweep)
     if arguments.dry_run:
         flags.refuse_used(Path(arguments.dry_run), "--dry-run ", "name a new folder")
@@ -64,7 +68,7 @@ def run(arguments) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         files = Path(scratch) / "files"
         files.mkdir()
-        collect(run, arguments, files)
+        collect(run, arguments, files, intended)
         if arguments.dry_run:
             _write(files, Path(arguments.dry_run))
         else:
@@ -93,8 +97,8 @@ def _check_token() -> None:
 # --- what is pushed ------------------------------------------------------------------------------
 
 
-def collect(run: runs.FinishedRun, arguments, files: Path) -> None:
-    """Fill the empty folder `files` with the repository's: card, tokenizer, config, weights (as links).
+def collect(run: runs.FinishedRun, arguments, files: Path, intended: str | None = None) -> None:
+    """Fill the empty folder `files` with the repository's: card, receipt, tokenizer, config, weights (as links).
 
     Raises:
         UserError: a part of the run is not there any more, or nobody could load its adapter.
@@ -103,7 +107,12 @@ def collect(run: runs.FinishedRun, arguments, files: Path) -> None:
     merged = arguments.merged or not is_adapter(adapter)
     base = (model_card.untouched_origin if merged else model_card.base_origin)(run, arguments.base_model)
     _add_merged(run, files) if merged else _add_adapter(run, adapter, base, files)
-    card = model_card.model_card(run, model_card.Card(arguments.repository, base, merged, arguments.license))
+    sum_of_receipt = None
+    if run.judged:
+        (files / receipt.FILE).write_text(json_text(receipt.public_receipt(run).model_dump()), encoding="utf-8")
+        sum_of_receipt = file_sha256(files / receipt.FILE)
+    told = {"license": arguments.license, "intended": intended, "receipt": sum_of_receipt}
+    card = model_card.model_card(run, model_card.Card(arguments.repository, base, merged, **told))
     (files / "README.md").write_text(card, encoding="utf-8")
 
 

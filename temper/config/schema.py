@@ -208,6 +208,8 @@ class Data(Section):
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$")]
     source: RowsSource
     """One source, or {train: ..., validation: ..., test: ...}, of which the last two may be left out."""
+    license: Annotated[str | None, Field(exclude=True)] = None
+    """For model cards, as the hub writes it (apache-2.0, mit, ...). In no key."""
     format: Literal["json", "jsonl", "csv", "parquet", "text"] | None = None
     """null: inferred from the file's extension. text: a file is one row, whose column text is all of it."""
     csv: Csv = Csv()
@@ -531,6 +533,8 @@ class Model(Section):
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$")]
     source: Source
     load: ModelLoad = ModelLoad()
+    license: Annotated[str | None, Field(exclude=True)] = None
+    """For model cards, as the hub writes it (apache-2.0, mit, ...). In no key."""
 
     @model_validator(mode="after")
     def _no_split(self):

@@ -33,6 +33,11 @@ def code(text: str) -> Markdown:
     return Markdown(f"{ticks}{edge}{text}{edge}{ticks}")
 
 
+def own(text: str) -> Markdown:
+    """Lines that the author of the page wrote as Markdown."""
+    return Markdown("\n".join(map(visible, text.strip().split("\n"))))
+
+
 def block(text: str, language: str = "") -> Markdown:
     """Lines of code, between fences that are longer than any in them."""
     lines = "\n".join(map(visible, text.strip("\n").split("\n")))

@@ -9,6 +9,7 @@ import shlex
 from pathlib import Path
 from urllib.parse import quote
 
+from temper.config.licences import licence_of
 from temper.config.stages import FOLDERS, flag_words
 from temper.errors import visible
 from temper.evaluation.figures import FILE, Figures, read_figures
@@ -17,7 +18,7 @@ from temper.evaluation.metrics import with_own
 from temper.files import read_json
 from temper.keys import flat
 from temper.model.loading import is_encoder_decoder
-from temper.reports import markdown
+from temper.reports import markdown, vllm
 from temper.reports.markdown import Markdown, code, fill
 from temper.runs import find as runs
 from temper.runs.prompting import Generation
@@ -55,6 +56,8 @@ class Card:
     merged: bool
     license: str | None = None
     usage: str | None = None
+    intended: str | None = None  # what it is for and what not, in the author's words
+    receipt: str | None = None  # sha256 of the receipt that goes along
 
 
 def base_origin(run: runs.FinishedRun, base_model: str | None) -> Origin:
@@ -160,6 +163,11 @@ def model_card(run: runs.FinishedRun, card: Card) -> str:
         number=_number,
         code=code,
         usage=markdown.block(card.usage or usage(run, card), "python"),
+        vllm=markdown.block(served) if (served := None if card.usage else _vllm(run, card)) else None,
+        adapter=not card.merged,
+        intended=markdown.own(card.intended) if card.intended else None,
+        licences=_licences(run, card),
+        receipt=card.receipt,
         rows=_rows(made.get("mix_prompts") or made.get("format_prompts")),
         prompt=configs["tokenize_splits"]["prompt"],
         train=_json(made.get("train_adapter"), "training.json"),
@@ -233,6 +241,26 @@ def usage(run: runs.FinishedRun, card: Card) -> str:
     return "\n".join(lines)
 
 
+def _vllm(run: runs.FinishedRun, card: Card) -> str | None:
+    """vLLM's command; None where it does not serve such a model."""
+    if is_encoder_decoder(runs.base_folder(run)):
+        return None
+    adapter = None if card.merged else run.parts.get("train_adapter")
+    return vllm.command(adapter, card.repository, card.base.repository, card.base.commit)
+
+
+def _licences(run: runs.FinishedRun, card: Card) -> dict[str, str | None]:
+    """What has a licence -> the one that the config gives for it, or the author for this model."""
+    found: dict[str, str | None] = {"this model": card.license}
+    model = _source(runs.untouched_folder(run)) if "model" in run.parts else {}
+    found["base model"] = licence_of("model", model) if model else None
+    pins = [path for part, path in run.parts.items() if part.partition(".")[0] == "fetch_data"]
+    sources = [read_pin(pin)["source"] for pin in pins if pin.is_file() and is_pin(pin)]
+    named = [licence_of("data", source) for source in sources]
+    found["data"] = ", ".join(dict.fromkeys(filter(None, named))) if named and all(named) else None
+    return found
+
+
 def _chat_lines(prompt: dict) -> list[str]:
     system = [f'    {{"role": "system", "content": {prompt["system"]!r}}},'] if prompt["system"] else []
     return [
@@ -266,7 +294,7 @@ def _limits(run: runs.FinishedRun, card: Card, figures: Figures | None, data: Or
     if figures and figures.task == "labels":
         labels = runs.read_config(run.parts["evaluate_model"])["eval"]["labels"]
         limits.append(f"It was trained and evaluated to answer with one of these labels: {', '.join(labels)}.")
-    limits.append("The base model's licence, biases and gaps in knowledge apply to this model as well.")
+    limits.append("The base model's biases and gaps in knowledge apply to this model as well.")
     source = _source(run.parts.get("model"))
     if not card.merged and source.get("kind") != "hub":
         copy = _words(source) if source else "a local copy"

@@ -44,13 +44,17 @@ class Prompter:
         Raises:
             UserError: they leave less than `max_new_tokens` of the model's context.
         """
-        asked = as_conversation(conversation)
-        if self.system is not None:
-            messages = [{"role": "system", "content": self.system}, *without_system(asked.messages)]
-            asked = asked._replace(messages=messages)
-        ids = self.encoder.prompt_ids(asked)
+        ids = self.encoder.prompt_ids(self.told(conversation))
         self.limits.check_answer(len(ids), max_new_tokens)
         return ids
+
+    def told(self, conversation: Conversation | list[dict]) -> Conversation:
+        """A conversation with the system message instead of its own, if there is one."""
+        asked = as_conversation(conversation)
+        if self.system is None:
+            return asked
+        messages = [{"role": "system", "content": self.system}, *without_system(asked.messages)]
+        return asked._replace(messages=messages)
 
     def ids_of_chat(self, history: list[dict], max_new_tokens: int) -> tuple[list[int], int]:
         """(token ids for a conversation, messages left out): a full context drops the oldest exchanges."""

