@@ -36,10 +36,12 @@ from temper.config.stages import NOT_PLANNED, FormatPrompts, Planned
 from temper.data import overlap, report
 from temper.data.layouts import Example
 from temper.data.places import places
+from temper.data.reading import Reader
 from temper.data.rejected import FILE, Rejected
 from temper.data.splitting import SPLITS, Splits, examples
 from temper.errors import UserError
-from temper.progress import Progress
+from temper.hashing import HashCache
+from temper.planning.plan import STATE
 from temper.sources import pins as raw_data
 from temper.step import run_command
 
@@ -63,7 +65,8 @@ def run(config: FormatPrompts, raw: Path, output: Path, planned: Planned = NOT_P
     from temper.reports.data_page import write_page
 
     data = config.data.model_dump()
-    identity = raw_data.identity_on_disk(raw)
+    hashes = HashCache(STATE / "hashes.json")  # of planning, which has read the files
+    identity = raw_data.identity_on_disk(raw, hashes)
     raw_data.refuse_other_identity(raw, identity, planned.raw)
     files = raw_data.split_files(raw)
     if isinstance(config.data.source, SplitSources) and raw_data.ALL in files:
@@ -71,15 +74,13 @@ def run(config: FormatPrompts, raw: Path, output: Path, planned: Planned = NOT_P
     split_of = {path: split for split, paths in files.items() for path in paths if split != raw_data.ALL}
     given = _given(files, raw, data, config.prompt.system)
     rejected = Rejected.by_policy(data, output / FILE)
+    reader = Reader(raw, data, config.prompt.system, skip=rejected is not None)
     with (
         rejected or contextlib.nullcontext(),
         Splits(output, data["splits"], data["limit"], given) as splits,
-        Progress(None, "format", "rows") as progress,
     ):
-        for number, example, path in examples(raw, data, config.prompt.system, rejected):
-            splits.add(number, example, split_of.get(path))
-            progress.update()
-    raw_data.refuse_other_identity(raw, raw_data.identity_on_disk(raw), identity)
+        splits.add_all(reader, split_of, rejected, raw)
+    raw_data.refuse_other_identity(raw, raw_data.identity_on_disk(raw, hashes), identity)
     stats = splits.stats()
     if rejected is not None:
         stats |= _of_rejected(raw, stats["rows"] + rejected.rows, data, rejected)
@@ -118,7 +119,7 @@ def _given(files: dict, raw: Path, data: dict, system: str | None) -> set[str]:
     if data["splits"]["column"] is None:
         return {*files} - {raw_data.ALL}
     found: set[str] = set()
-    for _, example, _ in examples(raw, data, system, Rejected.by_policy(data), tell=False):
+    for _, example in examples(raw, data, system, Rejected.by_policy(data)):
         if isinstance(example, Example) and example.split is not None:
             found.add(example.split)
         if len(found) == len(SPLITS):
