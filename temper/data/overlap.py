@@ -265,13 +265,19 @@ def _places(runs):
     return (runs >> np.uint64(BITS)).astype(np.int64)
 
 
-def _in(hashes, some):
-    """Which of the hashes are among `some`, which are sorted."""
+def _found(hashes, some):
+    """The place of each hash in `some`, which are sorted and different; -1 where it is none of these."""
     import numpy as np
 
-    at = np.searchsorted(some, hashes)
-    at[at == len(some)] = 0
-    return some[at] == hashes if len(some) else np.zeros(len(hashes), dtype=bool)
+    if not len(some):
+        return np.full(len(hashes), -1)
+    at = np.minimum(np.searchsorted(some, hashes), len(some) - 1)
+    return np.where(some[at] == hashes, at, -1)
+
+
+def _in(hashes, some):
+    """Which of the hashes are among `some`."""
+    return _found(hashes, some) >= 0
 
 
 def _without(runs, some):
@@ -339,10 +345,8 @@ class _Places:
         """The place of each hash; -1 where it is none of these."""
         import numpy as np
 
-        if not len(self):
-            return np.full(len(hashes), -1)
-        at = np.minimum(np.searchsorted(self.hashes, hashes), len(self) - 1)
-        return np.where(self.hashes[at] == hashes, self.order[at], -1)
+        at = _found(hashes, self.hashes)
+        return np.where(at >= 0, self.order[at], -1) if len(self) else at
 
     def ids_at(self, place: int) -> list[int]:
         return self.ids[self.ends[place - 1] if place else 0 : self.ends[place]].tolist()
@@ -500,10 +504,10 @@ class _Held:
 
         sketches = _without(sketches, self.crowded)
         sizes = np.bincount(_places(sketches), minlength=number)
-        some = sketches[_in(_hashes(sketches), self.known)]
+        at = _found(_hashes(sketches), self.known)
+        some, at = sketches[at >= 0], at[at >= 0]
         if not len(some):
             return np.array([], dtype=int), np.array([], dtype=int)
-        at = np.searchsorted(self.known, _hashes(some))
         shape = (number, len(self.known))
         matches = csr_array((np.ones(len(at), dtype=np.int16), (_places(some), at)), shape=shape) @ self.holders
         pairs = matches.tocoo()
