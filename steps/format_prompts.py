@@ -34,11 +34,10 @@ from pathlib import Path
 from temper.config.schema import SplitSources
 from temper.config.stages import NOT_PLANNED, FormatPrompts, Planned
 from temper.data import overlap, report
-from temper.data.layouts import Example
 from temper.data.places import places
 from temper.data.reading import Reader
 from temper.data.rejected import FILE, Rejected
-from temper.data.splitting import SPLITS, Splits, examples
+from temper.data.splitting import SPLITS, Splits, splits_named
 from temper.errors import UserError
 from temper.hashing import HashCache
 from temper.planning.plan import STATE
@@ -72,9 +71,9 @@ def run(config: FormatPrompts, raw: Path, output: Path, planned: Planned = NOT_P
     if isinstance(config.data.source, SplitSources) and raw_data.ALL in files:
         raise UserError(f"--raw {raw}: is of no split, and data.source has one for each: name the folder of fetch_data")
     split_of = {path: split for split, paths in files.items() for path in paths if split != raw_data.ALL}
-    given = _given(files, raw, data, config.prompt.system)
+    reader = Reader(raw, data, config.prompt.system, skip=data["on_bad_row"] == "skip")
+    given = _given(files, reader, raw)
     rejected = Rejected.by_policy(data, output / FILE)
-    reader = Reader(raw, data, config.prompt.system, skip=rejected is not None)
     with (
         rejected or contextlib.nullcontext(),
         Splits(output, data["splits"], data["limit"], given) as splits,
@@ -114,17 +113,11 @@ def _leave_out(output: Path, splits: dict[str, dict], shared: dict[str, set[int]
         splits[split]["left_out_by_overlap"] = taken
 
 
-def _given(files: dict, raw: Path, data: dict, system: str | None) -> set[str]:
+def _given(files: dict, reader: Reader, raw: Path) -> set[str]:
     """The splits that the data has itself, by its files or by a column."""
-    if data["splits"]["column"] is None:
+    if reader.data["splits"]["column"] is None:
         return {*files} - {raw_data.ALL}
-    found: set[str] = set()
-    for _, example in examples(raw, data, system, Rejected.by_policy(data)):
-        if isinstance(example, Example) and example.split is not None:
-            found.add(example.split)
-        if len(found) == len(SPLITS):
-            break
-    return found
+    return splits_named(reader, raw)
 
 
 def _refuse_empty(raw: Path, stats: dict, data: dict, given: Collection[str]) -> None:

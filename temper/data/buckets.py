@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-MOST = 2**20  # rows in memory
+MOST = 2**18  # rows in memory
 BITS = 7  # of a hash that tell its bucket: of 10**9 rows each has 8 million
 NUMBER = 2**BITS
 

@@ -41,6 +41,23 @@ def examples(
         seen.bad.clear()
 
 
+def splits_named(reader: Reader, raw: Path) -> set[str]:
+    """The splits that rows name in `data.splits.column`. `raw`: is read, for an error."""
+    found: set[str] = set()
+    made = in_order(functools.partial(_named, reader), reader.chunks(), worth(reader.size, WORTH_READING), raw)
+    with contextlib.closing(made):
+        for some in made:
+            found |= some
+            if len(found) == len(SPLITS):
+                break
+    return found
+
+
+def _named(reader: Reader, chunk: Chunk) -> set[str]:
+    some = (example for _, example in reader.examples(chunk, Seen(reader.data)) if isinstance(example, layouts.Example))
+    return {example.split for example in some if example.split is not None}
+
+
 def _reject(rejected: Rejected | None, file: RawFile, seen: Seen) -> None:
     for counted, number, row in seen.bad:
         assert rejected is not None  # else the first was an error

@@ -128,7 +128,7 @@ def main(argv=None) -> None:
     parser.add_argument("--steps", nargs="+", choices=STEPS, default=[*STEPS])
     parser.add_argument("--folder", type=Path, help="where the rows and results go, and stay")
     asked = parser.parse_args(argv)
-    os.environ["PYTHONPATH"] = os.pathsep.join([os.getcwd(), os.environ.get("PYTHONPATH", "")])
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(Path.cwd()), os.environ.get("PYTHONPATH", "")])
     model = asked.model and asked.model.absolute()
     print("| rows | step | processes | seconds | rows/s | rows per core second | memory | written |")
     print("|---" * 8 + "|")

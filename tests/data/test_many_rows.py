@@ -20,7 +20,7 @@ from temper.data.workers import THREADS
 from tests.benchmarks import big_data
 
 ROWS = 900
-WORDS = "ape bee cat dog eel fox gnu hen ibis jay koi lynx mole newt owl pig quail rat seal toad".split()
+WORDS = [begin + end for begin in ("ka", "lom", "mi", "nur") for end in ("pe", "rt", "so", "tu", "vil")]
 DATA = {"layout": "question_answer", "splits": {"validation": 0.2, "test": 0.2}, "on_bad_row": "skip"}
 
 
