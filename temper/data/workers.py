@@ -83,15 +83,15 @@ def _ahead(pool: ProcessPoolExecutor, items: Iterable, most: int) -> Iterator[Fu
         raise failed
 
 
-def worth(size: int, each: int = WORTH) -> int:
+def worth(size: int, each: int | None = None) -> int:
     """How many processes a text of so many bytes is worth, of as many as this one has cores.
 
     Args:
-        each: bytes that are worth a process.
+        each: bytes that are worth a process; None: those of tokenizing.
     """
     if sys.platform != "linux":  # other systems' libraries do not survive a fork
         return 1
-    return max(1, min(_cores(), size // each))
+    return max(1, min(_cores(), size // (each or WORTH)))
 
 
 def _cores() -> int:
