@@ -104,8 +104,8 @@ def find(folder: Path, rows: int, drop: bool) -> tuple[list[Overlap], dict[str, 
             for rows, found in of_lines(folder / f"{split}.jsonl", look) if others or itself else ():
                 for other, one in zip(others, found, strict=False):
                     shared[split] |= other.compare(split, one)
-                for one in itself:
-                    one.look_at(found[-1], shared["train"] if drop else set())
+                if itself:
+                    sample.look_at(found[-1], shared["train"] if drop else set())
                 progress.update(rows)
     return [found for one in held.values() for found in one.overlaps()], shared, sample.near(drop, shared["train"])
 
@@ -410,9 +410,9 @@ class _Held:
         rows = [_row(line) for line in itertools.compress(lines, kept)]
         runs = _sketches([row.text for row in rows], self.common)
         numbers = [(row.id, row.hash, _group(row)) for row in rows]
-        columns = np.array(numbers, dtype=np.int64).reshape(-1, 3).T
+        ids, prompts, groups = np.array(numbers, dtype=np.int64).reshape(-1, 3).T
         lengths = np.array([len(line) for line in lines])
-        return _Taken(lengths, np.array(kept), *columns, _places(runs), _hashes(runs))
+        return _Taken(lengths, np.array(kept), ids, prompts, groups, _places(runs), _hashes(runs))
 
     def _index(self, places, hashes) -> None:
         """Make the matrix of which prompt has which hash, without those that too many have."""

@@ -4,7 +4,7 @@
 
 Prints a Markdown table. The rows are made up: questions of 12 to 30 words and answers of 8 to 40, one in a hundred a
 repetition and one in two hundred nearly one. Each step is a process of its own, as in the workflow. Memory is what all
-its processes have of their own (Pss_Anon), looked at ten times a second: files that are mapped, which the system may
+its processes have of their own (Pss_Anon), looked at twice a second: files that are mapped, which the system may
 drop, do not count. `--model` takes a folder with a tokenizer; without it, that of the tests (byte-level, 400 tokens).
 """
 
@@ -83,7 +83,7 @@ def _watch(process: psutil.Process, most: list[int]) -> None:
     with contextlib.suppress(psutil.NoSuchProcess):
         while True:
             most[0] = max(most[0], sum(map(_own_memory, [process, *process.children(recursive=True)])))
-            time.sleep(0.1)
+            time.sleep(0.5)
 
 
 def _own_memory(process: psutil.Process) -> int:
