@@ -111,8 +111,9 @@ rule format_prompts:
         update(directory("results/prompts/{name}")),
     log:
         "results/logs/format_prompts/{name}.log",
+    threads: temper.reading_threads(PLAN, "format_prompts", workflow)
     shell:
-        "python -m steps.format_prompts"
+        "RAYON_NUM_THREADS={threads} python -m steps.format_prompts"
         " --raw {input.raw:q}"
         ' --plan "$TEMPER_PLAN"'
         " --output {output:q}"
@@ -127,8 +128,9 @@ rule mix_prompts:
         update(directory("results/mixtures/{name}")),
     log:
         "results/logs/mix_prompts/{name}.log",
+    threads: temper.reading_threads(PLAN, "mix_prompts", workflow)
     shell:
-        "python -m steps.mix_prompts"
+        "RAYON_NUM_THREADS={threads} python -m steps.mix_prompts"
         " --prompts {input.prompts:q}"
         ' --plan "$TEMPER_PLAN"'
         " --output {output:q}"

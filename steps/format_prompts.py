@@ -34,12 +34,13 @@ from pathlib import Path
 from temper.config.schema import SplitSources
 from temper.config.stages import NOT_PLANNED, FormatPrompts, Planned
 from temper.data import overlap, report
-from temper.data.layouts import Example
 from temper.data.places import places
+from temper.data.reading import Reader
 from temper.data.rejected import FILE, Rejected
-from temper.data.splitting import SPLITS, Splits, examples
+from temper.data.splitting import SPLITS, Splits, splits_named
 from temper.errors import UserError
-from temper.progress import Progress
+from temper.hashing import HashCache
+from temper.planning.plan import STATE
 from temper.sources import pins as raw_data
 from temper.step import run_command
 
@@ -63,23 +64,22 @@ def run(config: FormatPrompts, raw: Path, output: Path, planned: Planned = NOT_P
     from temper.reports.data_page import write_page
 
     data = config.data.model_dump()
-    identity = raw_data.identity_on_disk(raw)
+    hashes = HashCache(STATE / "hashes.json")  # of planning, which has read the files
+    identity = raw_data.identity_on_disk(raw, hashes)
     raw_data.refuse_other_identity(raw, identity, planned.raw)
     files = raw_data.split_files(raw)
     if isinstance(config.data.source, SplitSources) and raw_data.ALL in files:
         raise UserError(f"--raw {raw}: is of no split, and data.source has one for each: name the folder of fetch_data")
     split_of = {path: split for split, paths in files.items() for path in paths if split != raw_data.ALL}
-    given = _given(files, raw, data, config.prompt.system)
+    reader = Reader(raw, data, config.prompt.system, skip=data["on_bad_row"] == "skip")
+    given = _given(files, reader, raw)
     rejected = Rejected.by_policy(data, output / FILE)
     with (
         rejected or contextlib.nullcontext(),
         Splits(output, data["splits"], data["limit"], given) as splits,
-        Progress(None, "format", "rows") as progress,
     ):
-        for number, example, path in examples(raw, data, config.prompt.system, rejected):
-            splits.add(number, example, split_of.get(path))
-            progress.update()
-    raw_data.refuse_other_identity(raw, raw_data.identity_on_disk(raw), identity)
+        splits.add_all(reader, split_of, rejected, raw)
+    raw_data.refuse_other_identity(raw, raw_data.identity_on_disk(raw, hashes), identity)
     stats = splits.stats()
     if rejected is not None:
         stats |= _of_rejected(raw, stats["rows"] + rejected.rows, data, rejected)
@@ -113,17 +113,11 @@ def _leave_out(output: Path, splits: dict[str, dict], shared: dict[str, set[int]
         splits[split]["left_out_by_overlap"] = taken
 
 
-def _given(files: dict, raw: Path, data: dict, system: str | None) -> set[str]:
+def _given(files: dict, reader: Reader, raw: Path) -> set[str]:
     """The splits that the data has itself, by its files or by a column."""
-    if data["splits"]["column"] is None:
+    if reader.data["splits"]["column"] is None:
         return {*files} - {raw_data.ALL}
-    found: set[str] = set()
-    for _, example, _ in examples(raw, data, system, Rejected.by_policy(data), tell=False):
-        if isinstance(example, Example) and example.split is not None:
-            found.add(example.split)
-        if len(found) == len(SPLITS):
-            break
-    return found
+    return splits_named(reader, raw)
 
 
 def _refuse_empty(raw: Path, stats: dict, data: dict, given: Collection[str]) -> None:

@@ -15,6 +15,7 @@ come once: weights decide what is learned, not what is judged.
 """
 
 import collections
+import functools
 import hashlib
 import json
 import logging
@@ -25,6 +26,7 @@ from temper.config.stages import MixPrompts
 from temper.data import overlap, report
 from temper.data.columns import SPLITS
 from temper.data.places import MIXTURE, Part, Place, ids_of, of_mixture
+from temper.data.workers import of_lines
 from temper.errors import UserError
 from temper.files import each_json_line, json_text, write_whole
 from temper.progress import Progress
@@ -98,17 +100,27 @@ def _stats(by_source: dict[str, int], before: int) -> dict:
 def _mixed(split: str, parts: list[Part], weights: list[float], output: Path) -> dict[str, int]:
     """Write a split; source -> how many rows of it."""
     counts = dict.fromkeys((part.source for part in parts), 0)
-    with (output / f"{split}.jsonl").open("w", encoding="utf-8") as file, Progress(None, split, "rows") as progress:
+    with (output / f"{split}.jsonl").open("wb") as file, Progress(None, split, "rows") as progress:
         for part, weight in zip(parts, weights, strict=True):
-            with (Path(part.prompts) / f"{split}.jsonl").open("rb") as lines:
-                for line in lines:
-                    times = _times(line, weight) if split == "train" else 1
-                    record = json.loads(line)
-                    about = {"id": part.first - 1 + record["id"], "source": part.source}
-                    file.write((json.dumps({**record, **about}, ensure_ascii=False) + "\n") * times)
-                    counts[part.source] += times
-                    progress.update()
+            path = Path(part.prompts) / f"{split}.jsonl"
+            write = functools.partial(_written, part, weight if split == "train" else 1)
+            for read, times, lines in of_lines(path, write):
+                file.write(lines)
+                counts[part.source] += times
+                progress.update(read)
     return counts
+
+
+def _written(part: Part, weight: float, lines: list[bytes]) -> tuple[int, int, bytes]:
+    """(number of lines, number of lines made of them, these) for some lines of a data set."""
+    made, rows = [], 0
+    for line in lines:
+        times = _times(line, weight)
+        record = json.loads(line)
+        about = {"id": part.first - 1 + record["id"], "source": part.source}
+        made.append((json.dumps({**record, **about}, ensure_ascii=False) + "\n") * times)
+        rows += times
+    return len(lines), rows, "".join(made).encode()
 
 
 def _times(line: bytes, weight: float) -> int:

@@ -5,10 +5,13 @@ import hashlib
 import json
 import os
 import sys
+import time
 from pathlib import Path
 
 from temper.files import known_json, write_whole
 
+# Seconds in which a file system may give two changes one time: 2 on FAT, 1 on old servers, milliseconds elsewhere.
+SETTLED = 2.0
 KEY_LENGTH = 10  # 40 bits: a collision among 10,000 artefacts has a chance of about 1 in 20,000
 
 
@@ -64,11 +67,17 @@ class HashCache:
 
     Planning needs the content of raw files each time. A file with unchanged size and times is not read again, which
     keeps planning fast for gigabytes of data.
+
+    A file that changed less than `SETTLED` seconds before it was read may change once more without another time (git
+    calls such files racy), and so may one that changed while it was read: their hashes are not kept.
+
+    Args:
+        path: the file that keeps them; None: they are kept in memory.
     """
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path | None = None):
         self.path = path
-        self.known = self._read(path)
+        self.known = self._read(path) if path else {}
         self.changed = False
 
     @staticmethod
@@ -79,18 +88,22 @@ class HashCache:
         return known if whole and all(isinstance(sha256, str) for _, sha256 in known.values()) else {}
 
     def sha256(self, path: str | os.PathLike) -> str:
-        stat = Path(path).stat()
-        # An edit may keep size and modification time (rsync --times --inplace, cp -p), but not the change time.
-        stamp = [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino, stat.st_dev]
-        name = str(Path(path).absolute())
-        if name not in self.known or self.known[name][0] != stamp:
-            self.known[name] = [stamp, file_sha256(path)]
+        """Hex sha256 of a file's content. A link and the file it leads to are one."""
+        name = os.path.realpath(path)
+        with Path(path).open("rb") as file:  # where disks are shared, opening a file asks for its times anew
+            started, before = time.time(), os.fstat(file.fileno())
+            if name in self.known and self.known[name][0] == _stamp(before):
+                return self.known[name][1]
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+            after = os.fstat(file.fileno())
+        if _stamp(after) == _stamp(before) and before.st_ctime + SETTLED < started:
+            self.known[name] = [_stamp(before), found]
             self.changed = True
-        return self.known[name][1]
+        return found
 
     def save(self) -> None:
         """Write the cache if it changed. On a read-only disk, the next plan just takes longer."""
-        if not self.changed:
+        if not self.changed or self.path is None:
             return
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -100,3 +113,9 @@ class HashCache:
                 f"note: {self.path} cannot be written ({error.strerror}); hashes will be computed again",
                 file=sys.stderr,
             )
+
+
+def _stamp(stat: os.stat_result) -> list[int]:
+    """What an edit of a file changes. It may keep size and modification time (rsync --times --inplace, cp -p), but not
+    the change time."""
+    return [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino, stat.st_dev]

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from temper import early, shared_disk, signals, tracking
 from temper.config.stages import FOLDERS, flag_words
+from temper.data.workers import WORTH_READING
 from temper.devices import gpus, gpus_wanted
 from temper.errors import UserError, one_line_errors, suggest, visible
 from temper.files import known_json, read_json
@@ -266,6 +267,19 @@ def tokenizing_threads(plan: planning.Plan, workflow) -> int:
     """
     jobs = sum(job.stage == "tokenize_splits" for job in plan.jobs.values())
     return max(1, workflow.cores // max(1, jobs)) if workflow.local_exec else 1
+
+
+def reading_threads(plan: planning.Plan, stage: str, workflow):
+    """Threads function of a stage that reads rows in several processes: as many as the files that are there are worth.
+
+    On a cluster one, unless ``set-threads`` says more: it runs beside the main process, of whose machine others use.
+    """
+
+    def threads(wildcards) -> int:
+        size = planner.bytes_to_read(plan, plan.job(stage, wildcards.name))
+        return max(1, min(workflow.cores, size // WORTH_READING)) if workflow.local_exec else 1
+
+    return threads
 
 
 @functools.cache

@@ -1,6 +1,7 @@
 """Keys: equal things have equal keys, and every difference that matters makes another."""
 
 import ast
+import hashlib
 import json
 import os
 import time
@@ -156,6 +157,13 @@ def test_no_import_runs_from_a_computing_room_to_wiring(room):
 # --- hashes of files -----------------------------------------------------------------------------
 
 
+@pytest.fixture
+def settled(monkeypatch):
+    """A file system whose clock has so many ticks that no two changes have one time."""
+    monkeypatch.setattr(hashing, "SETTLED", -1.0)
+
+
+@pytest.mark.usefixtures("settled")
 def test_hash_cache_reads_a_file_again_only_when_it_changed(tmp_path):
     file, cache = tmp_path / "rows.csv", tmp_path / "state/hashes.json"
     file.write_text("a,b\n")
@@ -170,6 +178,49 @@ def test_hash_cache_reads_a_file_again_only_when_it_changed(tmp_path):
     assert second.changed
 
 
+@pytest.mark.usefixtures("settled")
+def test_a_link_and_its_file_are_one(tmp_path):
+    file, link = tmp_path / "rows.csv", tmp_path / "link.csv"
+    file.write_text("a,b\n")
+    link.symlink_to(file)
+    hashes = hashing.HashCache()
+    assert hashes.sha256(link) == hashes.sha256(file) == hashing.file_sha256(file)
+    assert [*hashes.known] == [str(file)]
+
+
+def test_the_hash_of_a_file_that_changed_just_now_is_not_kept(tmp_path, monkeypatch):
+    """Where a clock has slow ticks, the next edit may leave the file's times as they are."""
+    monkeypatch.setattr(hashing, "_stamp", lambda stat: [stat.st_size])
+    file, hashes = tmp_path / "rows.csv", hashing.HashCache()
+    for text in ("a,b\n", "a,c\n"):
+        file.write_text(text)
+        assert hashes.sha256(file) == hashing.file_sha256(file)
+    assert not hashes.known
+    later = time.time() + 10
+    monkeypatch.setattr(hashing.time, "time", lambda: later)
+    assert hashes.sha256(file) == hashing.file_sha256(file) and hashes.known
+
+
+@pytest.mark.usefixtures("settled")
+def test_the_hash_of_a_file_that_changed_while_it_was_read_is_not_kept(tmp_path, monkeypatch):
+    file, hashes = tmp_path / "rows.csv", hashing.HashCache()
+    file.write_text("a,b\n")
+    digest = hashlib.file_digest
+
+    def slow_digest(opened, kind):
+        made = digest(opened, kind)
+        with file.open("a") as edited:
+            edited.write("c,d\n")
+        return made
+
+    with monkeypatch.context() as patched:
+        patched.setattr(hashlib, "file_digest", slow_digest)
+        hashes.sha256(file)
+    assert not hashes.known
+    assert hashes.sha256(file) == hashing.file_sha256(file)
+
+
+@pytest.mark.usefixtures("settled")
 def test_hash_cache_sees_an_edit_that_keeps_size_and_time(tmp_path):
     """As rsync --times --inplace makes it."""
     file = tmp_path / "rows.csv"

@@ -115,8 +115,8 @@ def changed_rows(job: planning.Job, prompts: Path) -> str:
     for split in SPLITS:
         before |= {made.get("id"): made for made in read_json_lines(prompts / f"{split}.jsonl")}
     rejected = Rejected.by_policy(job.config["data"])
-    rows_now = examples(raw, job.config["data"], job.config["prompt"]["system"], rejected, tell=False)
-    made_now = [(number, example) for number, example, _ in rows_now if not isinstance(example, Tie)]
+    rows_now = examples(raw, job.config["data"], job.config["prompt"]["system"], rejected)
+    made_now = [(number, example) for number, example in rows_now if not isinstance(example, Tie)]
     now = {number: example and record(number, example) for number, example in made_now}
     rows = read_json(prompts / "stats.json", {"rows": int})["rows"]
     rows_now_all = len(made_now) + (rejected.rows if rejected else 0)

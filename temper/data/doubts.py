@@ -25,6 +25,10 @@ class Controls:
         if any(self.PATTERN.search(text) for text in texts):
             self.rows, self.first = self.rows + 1, self.first or file.place(number)
 
+    def add(self, later: "Controls") -> None:
+        """Count the rows behind these."""
+        self.rows, self.first = self.rows + later.rows, self.first or later.first
+
     def say(self) -> None:
         if self.rows:
             way_on = "converted from Latin-1: read the original with data.encoding=cp1252"
@@ -63,6 +67,12 @@ class Words:
         if self.whole is not None:
             answer = example.messages[-1]["content"]
             self.whole = self.whole or answer if self.WHOLE.fullmatch(answer) else None
+
+    def add(self, later: "Words") -> None:
+        """Count the rows behind these."""
+        self.rows += later.rows
+        self.first = later.first | self.first
+        self.whole = None if None in (self.whole, later.whole) else self.whole or later.whole
 
     def say(self) -> None:
         for (name, word), rows in self.rows.items():

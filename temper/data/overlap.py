@@ -7,12 +7,14 @@ Candidates come from bottom-k sketches (Broder 1997, "On the resemblance and con
 smallest hashes of a row, of which two similar rows share most. Each candidate's similarity is then computed exactly, so
 what is reported is so.
 
-Only the rows of validation and test are held in memory, with some 600 bytes each, and a sample of `HELD_OF_TRAIN` rows
-of train; all others pass by. The rows of train are compared with that sample, too. That tells which of its prompts
-nearly repeat another: of all of train when it has no more rows than that.
+Only the rows of validation and test are held in memory, with some 500 bytes each, and a sample of `HELD_OF_TRAIN` rows
+of train; all others pass by, read by several processes where they are many. The rows of train are compared with that
+sample, too. That tells which of its prompts nearly repeat another: of all of train when it has no more rows than that.
 """
 
 import collections
+import functools
+import itertools
 import json
 import logging
 from collections.abc import Iterable, Iterator
@@ -23,6 +25,7 @@ from temper.data.chunks import chunks
 from temper.data.places import Place, named_place
 from temper.data.sample import Sample
 from temper.data.splitting import asked, keep_lines
+from temper.data.workers import of_lines
 from temper.errors import UserError
 from temper.files import json_lines, write_whole
 from temper.progress import Progress
@@ -44,6 +47,7 @@ HELD_OF_TRAIN = 3_000  # rows of train that all others there are compared with
 MOST_COMPARED = 50  # prompts that one of them is compared with, at most, until a near one is found
 COMPARED, LOOKED_THROUGH = 256, 2**16  # pairs that are compared at once, and among how many they are looked for
 MOST_HOLDERS = 500  # a hash that more rows of a split have is not looked up: that would take rows x rows
+NO_GROUP = 0
 KINDS = {"prompt": "with the same prompt", "near": "with nearly the same", "group": "of the same group"}
 PAIRS = (("train", "test"), ("train", "validation"), ("validation", "test"))  # (the one that is learned from, the held)
 
@@ -94,16 +98,23 @@ def find(folder: Path, rows: int, drop: bool) -> tuple[list[Overlap], dict[str, 
     shared: dict[str, set[int]] = {"train": set(), "validation": set()}
     with Progress(None, "compare splits", "rows") as progress:
         for split in shared:
-            others = [held[other] for learned, other in PAIRS if learned == split and held[other].first]
+            others = [held[other] for learned, other in PAIRS if learned == split and len(held[other].prompts)]
             itself = [sample] if split == "train" else []
-            for batch in _batches(_rows(folder / f"{split}.jsonl")) if others or itself else ():
-                sketches = _sketches([row.text for row in batch], common)
-                for other in others:
-                    shared[split] |= other.compare(split, batch, sketches)
-                for one in itself:
-                    one.look_up(batch, sketches, shared["train"] if drop else set())
-                progress.update(len(batch))
+            look = functools.partial(_looked_up, [*others, *itself], common)
+            for rows, found in of_lines(folder / f"{split}.jsonl", look) if others or itself else ():
+                for other, one in zip(others, found, strict=False):
+                    shared[split] |= other.compare(split, one)
+                if itself:
+                    sample.look_at(found[-1], shared["train"] if drop else set())
+                progress.update(rows)
     return [found for one in held.values() for found in one.overlaps()], shared, sample.near(drop, shared["train"])
+
+
+def _looked_up(held: list["_Held"], common, lines: list[bytes]) -> tuple[int, list["Looked"]]:
+    """(how many lines, what they have in common with each of `held`)."""
+    rows = list(map(_row, lines))
+    sketches = _sketches([row.text for row in rows], common)
+    return len(rows), [one.look_up(rows, sketches) for one in held]
 
 
 def tell(folder: Path, found: list[Overlap], policy: str, where: dict[int, Place]) -> list[dict]:
@@ -184,18 +195,17 @@ class _Row(NamedTuple):
     group: str | None
 
 
-def _rows(path: Path) -> Iterator[_Row]:
-    with path.open("rb") as lines:
-        for line in lines:
-            yield _row(line)
-
-
 def _row(line: bytes) -> _Row:
     record = json.loads(line)
     prompt = asked(record["messages"])
     text = " ".join(" ".join([content for _, content, *_ in prompt]).casefold().split())
     same = hash(repr(prompt))  # 64 bits, for this process alone
     return _Row(record["id"], same, text.ljust(WIDTH), record.get("group"))
+
+
+def _group(row: _Row) -> int:
+    """A hash of its group."""
+    return NO_GROUP if row.group is None else hash(row.group)
 
 
 def _every(path: Path, step: int) -> list[_Row]:
@@ -255,13 +265,19 @@ def _places(runs):
     return (runs >> np.uint64(BITS)).astype(np.int64)
 
 
-def _in(hashes, some):
-    """Which of the hashes are among `some`, which are sorted."""
+def _found(hashes, some):
+    """The place of each hash in `some`, which are sorted and different; -1 where it is none of these."""
     import numpy as np
 
-    at = np.searchsorted(some, hashes)
-    at[at == len(some)] = 0
-    return some[at] == hashes if len(some) else np.zeros(len(hashes), dtype=bool)
+    if not len(some):
+        return np.full(len(hashes), -1)
+    at = np.minimum(np.searchsorted(some, hashes), len(some) - 1)
+    return np.where(some[at] == hashes, at, -1)
+
+
+def _in(hashes, some):
+    """Which of the hashes are among `some`."""
+    return _found(hashes, some) >= 0
 
 
 def _without(runs, some):
@@ -284,6 +300,8 @@ def _sketches(texts: list[str], common):
     """The `SKETCH` smallest runs of each text, without the common ones."""
     import numpy as np
 
+    if not texts:
+        return np.empty(0, dtype=np.uint64)
     runs = _without(_runs(texts, MOST_LOOKED_AT), common)
     places = _places(runs)
     first = np.searchsorted(places, places)
@@ -291,6 +309,67 @@ def _sketches(texts: list[str], common):
 
 
 # --- a split that others are held against --------------------------------------------------------
+
+
+class Looked(NamedTuple):
+    """Rows of another split that may stand in one that is held.
+
+    `same`, `grouped`: each row with the place of its prompt, or of its group. `rows`: those with a prompt that is
+    likely near; `at`, `places`: of each two such prompts, the place of the row in `rows`, in order, and of the other.
+    """
+
+    same: list[tuple[_Row, int]]
+    grouped: list[tuple[_Row, int]]
+    rows: list[_Row]
+    at: Any
+    places: Any
+
+
+class _Places:
+    """The different ones of some hashes, in the order in which they first come, each with the ids of its rows."""
+
+    def __init__(self, hashes, ids):
+        import numpy as np
+
+        self.hashes, first, which = np.unique(hashes, return_index=True, return_inverse=True)
+        self.order = np.argsort(np.argsort(first)).astype(np.int32)  # hash -> its place
+        at = self.order[which]
+        self.ids = ids[np.argsort(at, kind="stable")]
+        self.ends = np.cumsum(np.bincount(at, minlength=len(first)))
+        self.first = np.sort(first)  # of each place, the first row
+
+    def __len__(self) -> int:
+        return len(self.hashes)
+
+    def of(self, hashes):
+        """The place of each hash; -1 where it is none of these."""
+        import numpy as np
+
+        at = _found(hashes, self.hashes)
+        return np.where(at >= 0, self.order[at], -1) if len(self) else at
+
+    def ids_at(self, place: int) -> list[int]:
+        return self.ids[self.ends[place - 1] if place else 0 : self.ends[place]].tolist()
+
+
+class _Taken(NamedTuple):
+    """What is held of some lines, as arrays: of each line its length and whether it is held; of each row that is held
+    its id and the hashes of its prompt and group; of each hash of a sketch the place of its row, and itself."""
+
+    lengths: Any
+    kept: Any
+    ids: Any
+    prompts: Any
+    groups: Any
+    of: Any
+    sketches: Any
+
+    @classmethod
+    def none(cls) -> "_Taken":
+        """Of no lines."""
+        import numpy as np
+
+        return cls(*(np.empty(0, dtype=kind) for kind in ("i8", "?", "i8", "i8", "i8", "i8", "u8")))
 
 
 class _Held:
@@ -306,48 +385,36 @@ class _Held:
         self.sample = sample or Sample(1, 1)
         # Other split -> whether it has a row with the prompt of each place, or a near one.
         self.told: dict[str, Any] = {}
-        self.ids: list[list[int]] = []  # of the rows of each prompt
-        self.first: dict[int, int] = {}  # hash of a prompt -> its place in `ids`
-        self.groups: dict[str, list[int]] = {}
-        self.starts: list[int] = []  # of a prompt's first line in the file
         self.found: dict[tuple[str, int], Overlap] = {}  # (other split, id) -> the overlap that is told
         self._read()
 
     def _read(self) -> None:
         import numpy as np
 
-        sketches = []
-        for batch in _batches(self._new_prompts()):
-            runs = _sketches([row.text for row in batch], self.common)
-            at = np.array([self.first[row.hash] for row in batch])
-            sketches.append((at[_places(runs)], _hashes(runs)))
-        self.places = np.concatenate([at for at, _ in sketches] or [np.array([], dtype=np.int64)])
-        hashes = np.concatenate([some for _, some in sketches] or [np.array([], dtype=np.uint64)])
-        self._index(hashes)
+        made = [_Taken.none(), *of_lines(self.path, self._taken)]
+        rows = np.cumsum([0, *(len(some.ids) for some in made[:-1])])
+        of = np.concatenate([some.of + before for some, before in zip(made, rows, strict=True)])
+        lengths, kept, ids, hashes, groups, _, sketches = map(np.concatenate, zip(*made, strict=True))
+        self.prompts = _Places(hashes, ids)
+        self.groups = _Places(groups[groups != NO_GROUP], ids[groups != NO_GROUP])
+        self.starts = (np.cumsum(lengths) - lengths)[kept][self.prompts.first]  # of a prompt's first line in the file
+        first = np.zeros(len(ids), dtype=bool)
+        first[self.prompts.first] = True
+        self._index(self.prompts.of(hashes)[of[first[of]]], sketches[first[of]])
 
-    def _new_prompts(self) -> Iterator[_Row]:
-        """Take up all rows, and give those with a prompt that none before had."""
-        start = 0
-        with self.path.open("rb") as lines:
-            for line in lines:
-                if line in self.sample:
-                    row = _row(line)
-                    if self._is_new(row):
-                        self.starts.append(start)
-                        yield row
-                start += len(line)
+    def _taken(self, lines: list[bytes]) -> "_Taken":
+        """What is held of some lines."""
+        import numpy as np
 
-    def _is_new(self, row: _Row) -> bool:
-        if row.group is not None:
-            self.groups.setdefault(row.group, []).append(row.id)
-        if row.hash in self.first:
-            self.ids[self.first[row.hash]].append(row.id)
-            return False
-        self.first[row.hash] = len(self.ids)
-        self.ids.append([row.id])
-        return True
+        kept = [line in self.sample for line in lines]
+        rows = [_row(line) for line in itertools.compress(lines, kept)]
+        runs = _sketches([row.text for row in rows], self.common)
+        numbers = [(row.id, row.hash, _group(row)) for row in rows]
+        ids, prompts, groups = np.array(numbers, dtype=np.int64).reshape(-1, 3).T
+        lengths = np.array([len(line) for line in lines])
+        return _Taken(lengths, np.array(kept), ids, prompts, groups, _places(runs), _hashes(runs))
 
-    def _index(self, hashes) -> None:
+    def _index(self, places, hashes) -> None:
         """Make the matrix of which prompt has which hash, without those that too many have."""
         import numpy as np
         from scipy.sparse import csr_array
@@ -355,32 +422,47 @@ class _Held:
         known, number = np.unique(hashes, return_counts=True)
         self.crowded = known[number > MOST_HOLDERS]
         keep = ~_in(hashes, self.crowded)
-        self.places, hashes = self.places[keep], hashes[keep]
+        places, hashes = places[keep].astype(np.int32), hashes[keep]
         self.known = known[number <= MOST_HOLDERS]
-        at = np.searchsorted(self.known, hashes)
-        shape = (len(self.known), len(self.ids))
-        self.holders = csr_array((np.ones(len(at), dtype=np.int16), (at, self.places)), shape=shape)
-        self.sizes = np.bincount(self.places, minlength=len(self.ids))
+        at = np.searchsorted(self.known, hashes).astype(np.int32)
+        shape = (len(self.known), len(self.prompts))
+        self.holders = csr_array((np.ones(len(at), dtype=np.int16), (at, places)), shape=shape)
+        self.sizes = np.bincount(places, minlength=len(self.prompts))
 
-    def compare(self, other: str, batch: list[_Row], sketches) -> set[int]:
-        """Look up rows of another split; gives the ids of those that stand in this one (some, unless `every`)."""
+    def look_up(self, rows: list[_Row], sketches) -> Looked:
+        """What rows of another split, or of this one, have in common with those that are held."""
+        import numpy as np
+
+        same = self.prompts.of(np.array([row.hash for row in rows], dtype=np.int64))
+        groups = self.groups.of(np.array(list(map(_group, rows)), dtype=np.int64))
+        at, places = self._likely(len(rows), sketches, same)
+        which, at = np.unique(at, return_inverse=True)
+        return Looked(
+            [(rows[row], int(same[row])) for row in np.flatnonzero(same >= 0)],
+            [(rows[row], int(groups[row])) for row in np.flatnonzero(groups >= 0)],
+            [rows[row] for row in which],
+            at,
+            places,
+        )
+
+    def compare(self, other: str, looked: Looked) -> set[int]:
+        """Tell of rows of another split; gives the ids of those that stand in this one (some, unless `every`)."""
         import numpy as np
 
         shared = set()
-        told = self.told.setdefault(other, np.zeros(len(self.ids), dtype=bool))
-        for row in batch:
-            if row.hash in self.first:
-                shared.add(row.id)
-                told[self.first[row.hash]] = True
-                self._tell(self.ids[self.first[row.hash]], other, row, "prompt", 1.0)
-            if row.group in self.groups:
-                shared.add(row.id)
-                self._tell(self.groups[row.group], other, row, "group", None)
-        open_rows = np.array([self.every and row.id not in shared for row in batch])
-        for at, place, similarity in self._near(batch, sketches, open_rows, ~told):
-            shared.add(batch[at].id)
+        told = self.told.setdefault(other, np.zeros(len(self.prompts), dtype=bool))
+        for row, place in looked.same:
+            shared.add(row.id)
             told[place] = True
-            self._tell(self.ids[place], other, batch[at], "near", similarity)
+            self._tell(self.prompts.ids_at(place), other, row, "prompt", 1.0)
+        for row, place in looked.grouped:
+            shared.add(row.id)
+            self._tell(self.groups.ids_at(place), other, row, "group", None)
+        open_rows = np.array([self.every and row.id not in shared for row in looked.rows], dtype=bool)
+        for row, place, similarity in self._near(looked, open_rows, ~told):
+            shared.add(row.id)
+            told[place] = True
+            self._tell(self.prompts.ids_at(place), other, row, "near", similarity)
         return shared
 
     def _tell(self, ids: list[int], other: str, row: _Row, kind: str, similarity: float | None) -> None:
@@ -390,15 +472,15 @@ class _Held:
             if known is None or (kind == "prompt") > (known.kind == "prompt"):
                 self.found[other, number] = Overlap(self.split, number, other, row.id, kind, similarity)
 
-    def _near(self, batch: list[_Row], sketches, open_rows, open_places) -> Iterator[tuple[int, int, float]]:
-        """(a row's number in the batch, the place of a prompt here that is nearly the same, how similar it is).
+    def _near(self, looked: Looked, open_rows, open_places) -> Iterator[tuple[_Row, int, float]]:
+        """(a row, the place of a prompt here that is nearly the same, how similar it is).
 
         A pair is compared only while its row or its place is open, and a near one closes both: where a thousand rows
         are near each other, one comparison of each is enough.
         """
         import numpy as np
 
-        rows, places = self._likely(batch, sketches)
+        rows, places = looked.at, looked.places
         if self.every:  # the first candidate of each row, then the second of those that are still open, ...
             order = np.argsort(np.arange(len(rows)) - np.searchsorted(rows, rows), kind="stable")
             rows, places = rows[order], places[order]
@@ -407,45 +489,48 @@ class _Held:
             part = slice(start, start + LOOKED_THROUGH)
             wanted = np.flatnonzero(open_rows[rows[part]] | open_places[places[part]])[:COMPARED] + start
             start = int(wanted[-1]) + 1 if len(wanted) == COMPARED else part.stop
-            for at, place, similarity in self._compared(batch, rows[wanted].tolist(), places[wanted].tolist()):
+            for at, place, similarity in self._compared(looked.rows, rows[wanted].tolist(), places[wanted].tolist()):
                 open_rows[at] = open_places[place] = False
-                yield at, place, similarity
+                yield looked.rows[at], place, similarity
 
-    def _likely(self, batch: list[_Row], sketches) -> tuple[Any, Any]:
-        """(numbers of rows in the batch, places of another prompt here each that may be nearly the same)."""
+    def _likely(self, number: int, sketches, same) -> tuple[Any, Any]:
+        """(places of some of `number` rows, places of another prompt here each that may be nearly the same).
+
+        Args:
+            same: the place here of each row's own prompt, or -1.
+        """
         import numpy as np
         from scipy.sparse import csr_array
 
         sketches = _without(sketches, self.crowded)
-        sizes = np.bincount(_places(sketches), minlength=len(batch))
-        some = sketches[_in(_hashes(sketches), self.known)]
+        sizes = np.bincount(_places(sketches), minlength=number)
+        at = _found(_hashes(sketches), self.known)
+        some, at = sketches[at >= 0], at[at >= 0]
         if not len(some):
             return np.array([], dtype=int), np.array([], dtype=int)
-        at = np.searchsorted(self.known, _hashes(some))
-        shape = (len(batch), len(self.known))
+        shape = (number, len(self.known))
         matches = csr_array((np.ones(len(at), dtype=np.int16), (_places(some), at)), shape=shape) @ self.holders
         pairs = matches.tocoo()
         likely = pairs.data >= LIKELY * np.minimum(sizes[pairs.coords[0]], self.sizes[pairs.coords[1]])
-        same = np.array([self.first.get(row.hash, -1) for row in batch])
         likely &= same[pairs.coords[0]] != pairs.coords[1]
         return pairs.coords[0][likely], pairs.coords[1][likely]
 
-    def _compared(self, batch: list[_Row], rows: list[int], places: list[int]) -> Iterator[tuple[int, int, float]]:
-        """Those of the pairs of a row and a place that are near, and how similar."""
+    def _compared(self, some: list[_Row], rows: list[int], places: list[int]) -> Iterator[tuple[int, int, float]]:
+        """Those of the pairs of a row (its place in `some`) and a place that are near, and how similar."""
         if not rows:
             return
         with self.path.open("rb") as lines:
             texts = [
                 text
                 for row, place in zip(rows, places, strict=True)
-                for text in (batch[row].text, self._text(lines, place))
+                for text in (some[row].text, self._text(lines, place))
             ]
         for row, place, similarity in zip(rows, places, _jaccard(texts, self.common), strict=True):
             if similarity >= NEAR:
                 yield row, place, float(similarity)
 
     def _text(self, lines, place: int) -> str:
-        lines.seek(self.starts[place])
+        lines.seek(int(self.starts[place]))
         return _row(lines.readline()).text
 
     def overlaps(self) -> list[Overlap]:
@@ -460,13 +545,13 @@ class _SampleOfTrain(_Held):
         self.one: dict[int, Overlap] = {}  # place of a prompt -> the first that it nearly repeats
         self.times: collections.Counter[int] = collections.Counter()  # that a prompt was compared with another
 
-    def look_up(self, batch: list[_Row], sketches, gone: set[int]) -> None:
+    def look_at(self, looked: Looked, gone: set[int]) -> None:
         """Find near prompts among some rows of train. `gone`: the ids of those that are to be taken out."""
         import numpy as np
 
-        rows, places = self._likely(batch, sketches)
+        rows, places = looked.at, looked.places
         if gone:
-            kept = ~np.array([row.id in gone for row in batch])[rows]
+            kept = ~np.array([row.id in gone for row in looked.rows], dtype=bool)[rows]
             rows, places = rows[kept], places[kept]
         for start in range(0, len(rows), COMPARED):
             part = slice(start, start + COMPARED)
@@ -475,16 +560,17 @@ class _SampleOfTrain(_Held):
             for _, place in waiting:
                 self.times[place] += 1
             some = [row for row, _ in waiting], [place for _, place in waiting]
-            for row, place, similarity in self._compared(batch, *some):
-                found = Overlap(self.split, self.ids[place][0], self.split, batch[row].id, "near", similarity)
-                self.one.setdefault(place, found)
+            for row, place, similarity in self._compared(looked.rows, *some):
+                ids = self.prompts.ids_at(place)[0], looked.rows[row].id
+                self.one.setdefault(place, Overlap(self.split, ids[0], self.split, ids[1], "near", similarity))
 
     def _is_open(self, place: int) -> bool:
         return place not in self.one and self.times[place] < MOST_COMPARED
 
     def near(self, drop: bool, shared: set[int]) -> NearTrain:
         """What was found. `drop`: whether the rows `shared` are taken out."""
-        kept = [place for place, ids in enumerate(self.ids) if not (drop and shared.issuperset(ids))]
+        places = range(len(self.prompts))
+        kept = [place for place in places if not (drop and shared.issuperset(self.prompts.ids_at(place)))]
         return NearTrain(len(kept), self.sample.whole, [self.one[place] for place in kept if place in self.one])
 
 

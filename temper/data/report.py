@@ -122,7 +122,9 @@ def make(folder: Path, rows: dict, found: list[Overlap], near: NearTrain) -> Rep
         rows: what became of the rows of the raw data: `rows_of` or `rows_of_mixture`.
         found, near: what `temper.data.overlap.find` found.
     """
-    survey, report = Survey(folder, sum(rows["kept"].values())), Report({}, [])
+    told = [*_once(near.found), *(one for some in by_pair(found) for one in _first_of_kinds(some))]
+    sides = {side for one in told for side in ((one.split, one.id), (one.other, one.other_id))}
+    survey, report = Survey(folder, sum(rows["kept"].values()), sides), Report({}, [])
     repeats, several, labels = survey.repeats(SHOWN), survey.several(SHOWN, SHOWN_ANSWERS), survey.labels.table()
 
     no_language = labels is not None or survey.kind == DOCUMENTS  # of answers: too short to tell, or there is none
@@ -183,12 +185,19 @@ def _once(found: list[Overlap]) -> list[Overlap]:
     return sorted(pairs.values(), key=lambda one: one.id)[:SHOWN]
 
 
+def _of_kinds(found: list[Overlap]) -> dict[str, list[Overlap]]:
+    return {kind: [one for one in found if one.kind == kind] for kind in KINDS}
+
+
+def _first_of_kinds(found: list[Overlap]) -> list[Overlap]:
+    return [one for some in _of_kinds(found).values() for one in some[:SHOWN]]
+
+
 def _overlap(found: list[Overlap], both: Callable[[Overlap], dict]) -> dict:
     """Of two splits: how many rows they share, by kind, and the first of each kind."""
-    kinds = {kind: [one for one in found if one.kind == kind] for kind in KINDS}
     return {
         "split": found[0].split,
         "other": found[0].other,
-        "rows": {kind: len(some) for kind, some in kinds.items()},
-        "first": [both(one) for some in kinds.values() for one in some[:SHOWN]],
+        "rows": {kind: len(some) for kind, some in _of_kinds(found).items()},
+        "first": list(map(both, _first_of_kinds(found))),
     }

@@ -98,6 +98,14 @@ class RawFile:
         return self._read(strict=False)
 
     def _read(self, strict: bool) -> Iterator[tuple[int, dict | BadRow]]:
+        for number, piece in self.pieces():
+            row = self.parsed(piece)
+            if strict and isinstance(row, BadRow):
+                raise UserError(f"{self.place(number)}: {row.reason}")
+            yield number, row
+
+    def pieces(self) -> Iterator[tuple[int, dict | BadRow | str]]:
+        """Like `entries`, but a row of jsonl is still text, for `parsed`, which other processes may call."""
         readers = {
             "json": self._json,
             "jsonl": self._jsonl,
@@ -105,22 +113,19 @@ class RawFile:
             "parquet": self._parquet,
             "text": self._text,
         }
-        read = readers[str(self.format)]
+        read, whole = readers[str(self.format)], (dict, BadRow, str if self.format == "jsonl" else dict)
         number = 0
         try:
-            for entry in read():
-                number, row = entry
-                if isinstance(row, dict):
-                    yield entry
-                    continue
-                bad = row if isinstance(row, BadRow) else BadRow("object", _no_object(row))
-                if strict:
-                    raise UserError(f"{self.place(number)}: {bad.reason}")
-                yield number, bad
+            for number, piece in read():
+                yield number, piece if isinstance(piece, whole) else BadRow("object", _no_object(piece))
         except UserError:
             raise
         except Exception as error:  # parsers raise anything on a damaged or hostile file
             raise _unreadable(self.path, error, f" after {self.place(number)}" if number else "") from None
+
+    def parsed(self, piece: dict | BadRow | str) -> dict | BadRow:
+        """The row of a piece."""
+        return _parsed_line(piece) if isinstance(piece, str) else piece
 
     def place(self, number: int) -> str:
         """``file:line``, or ``file, row n`` where a row's line is not known."""
@@ -151,13 +156,7 @@ class RawFile:
             if type(line) is _WrongBytes:
                 yield number, BadRow("encoding", line.reason)
             elif text := line.rstrip():  # with its line end, a fault at the end would be reported for the next line
-                try:
-                    row, end = DECODER.raw_decode(text) if text[0] == "{" else (None, None)  # faster than decode
-                    if end != len(text):
-                        row = DECODER.decode(text)  # skips blanks, and says what comes after an object
-                except (ValueError, RecursionError) as error:
-                    row = BadRow("json", _json_fault(error))
-                yield number, row
+                yield number, text
 
     def _json(self):
         text = self.text()
@@ -558,6 +557,17 @@ def _unique(pairs: list[tuple]) -> dict:
 
 
 DECODER = json.JSONDecoder(object_pairs_hook=_unique)
+
+
+def _parsed_line(text: str) -> dict | BadRow:
+    """The row of a line of jsonl."""
+    try:
+        row, end = DECODER.raw_decode(text) if text[0] == "{" else (None, None)  # faster than decode
+        if end != len(text):
+            row = DECODER.decode(text)  # skips blanks, and says what comes after an object
+    except (ValueError, RecursionError) as error:
+        return BadRow("json", _json_fault(error))
+    return row if isinstance(row, dict) else BadRow("object", _no_object(row))
 
 
 def format_by_ending(name: str) -> str | None:

@@ -7,16 +7,25 @@ message, tools and template arguments: with another one of these, another answer
 
 import array
 import collections
+import contextlib
+import functools
 import json
-from collections.abc import Iterator
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+from temper.data.buckets import Buckets
 from temper.data.columns import SPLITS
 from temper.data.conversations import PLAIN, is_document
 from temper.data.languages import LONGEST
 from temper.data.sample import Sample
+from temper.data.workers import LINES, WORTH_READING, in_order, worth
+from temper.files import line_chunks
+from temper.progress import Progress
 
+# A row, as numpy has it: hashes of what is answered and of the answer, its id, its split's place in SPLITS, its line.
+ROW = [("topic", "i8"), ("said", "i8"), ("id", "i8"), ("split", "i1"), ("line", "i8")]
+TRAIN = SPLITS.index("train")
 SAMPLED = 1000  # rows whose language is looked at
 MOST_LABELS, LONGEST_LABEL = 50, 100  # different answers, and characters of one, up to which answers are labels
 ROWS_A_LABEL = 4  # rows for each, on average, from which they are
@@ -55,138 +64,195 @@ class Several(NamedTuple):
     first: list[list[Row]]
 
 
+class _Looked(NamedTuple):
+    """What some lines of a split are like. `rows`: as `ROW`; `repeated`: how many lines more are those that a weight
+    makes; `lengths`: of each kind of text, the different ones and how many have each."""
+
+    rows: Any
+    kind: str
+    repeated: int
+    lengths: dict[str, tuple[Any, Any]]
+    labels: "_Labels"
+    sampled: list[tuple[str, str]]
+
+
 class Survey:
-    """One pass over the files of the splits. Holds 36 bytes a row in memory, 40 of preference pairs.
+    """One pass over the files of the splits, by several processes if they are large.
 
     Args:
         folder: of format_prompts or mix_prompts.
         rows: in all splits, to take a sample of them.
+        wanted: (split, id) of rows that `find` is to know.
     """
 
-    def __init__(self, folder: Path, rows: int):
-        self.ids, self.lines = array.array("q"), array.array("I")
-        self.topics, self.said = array.array("q"), array.array("q")  # hashes: of what is answered, and of the answer
-        self.lengths = {name: array.array("I") for name in TEXTS}
-        self.ranges: dict[str, slice] = {}
+    def __init__(self, folder: Path, rows: int, wanted: Collection[tuple[str, int]] = ()):
+        self.rows = Buckets(folder, ROW)
+        self.lengths: dict[str, dict[str, collections.Counter[int]]] = {name: {} for name in TEXTS}
         self.labels = _Labels()
         self.kind = ANSWERS
         self.repeated = 0  # rows more that weights make
         self.sampled: list[tuple[str, str]] = []  # beginnings of the last user message and of its answer
         self._sample = Sample(SAMPLED, rows)
-        for split in SPLITS:
-            start = len(self.ids)
-            with (folder / f"{split}.jsonl").open("rb") as lines:
-                for number, line in enumerate(lines, start=1):
-                    self._add(split, number, line)
-            self.ranges[split] = slice(start, len(self.ids))
+        self._wanted = {split: [number for of, number in wanted if of == split] for split in SPLITS}
+        self._found: dict[tuple[str, int], Row] = {}
+        with Progress(None, "look at rows", "rows") as progress:
+            for place, split in enumerate(SPLITS):
+                for some in self._read(place, folder / f"{split}.jsonl"):
+                    self._add(split, some)
+                    progress.update(len(some.rows))
 
-    def _add(self, split: str, number: int, line: bytes) -> None:
-        record = json.loads(line.decode())
-        *before, last = record["messages"]
-        answer = last["content"]
-        document = is_document(record["messages"])
-        topic, said, label = _told(record, document)
-        if self.ids and (record["id"], topic, said) == (self.ids[-1], self.topics[-1], self.said[-1]):
-            self.repeated += 1
+    def _read(self, place: int, path: Path) -> Iterator[_Looked]:
+        workers = worth(path.stat().st_size, WORTH_READING)
+        made = in_order(functools.partial(self._look_at, place), _chunks(path), workers, path)
+        with contextlib.closing(made):
+            yield from made
+
+    def _look_at(self, place: int, chunk: tuple[int, bytes | None, list[bytes]]) -> _Looked:
+        """What lines are like. `chunk`: see `_chunks`."""
+        import numpy as np
+
+        first, before, lines = chunk
+        known = _told(json.loads(before.decode())) if before is not None else None
+        rows, lengths, labels = [], {name: array.array("I") for name in TEXTS}, _Labels()
+        sampled, kind, repeated = [], ANSWERS, 0
+        for number, line in enumerate(lines, first):
+            record = json.loads(line.decode())
+            told = _told(record)
+            if told[:3] == (known and known[:3]):
+                repeated += 1
+                continue
+            known, document = told, is_document(record["messages"])
+            kind = _kind(record, document)
+            rows.append((*told[1:3], told[0], place, number))
+            *earlier, last = record["messages"]
+            answer = last["content"]
+            if document:
+                lengths["document"].append(len(answer))
+            else:
+                lengths["prompt"].append(sum(len(message["content"]) for message in earlier))
+                lengths["answer"].append(len(answer))
+            if kind == PAIRS:
+                lengths["rejected"].append(len(record["rejected"]))
+            labels.add(SPLITS[place], told[3])
+            if line in self._sample:
+                asked = next((message["content"] for message in reversed(earlier) if message["role"] == "user"), "")
+                sampled.append((answer[:LONGEST] if document else asked[:LONGEST], answer[:LONGEST]))
+        counts = {name: np.unique(some, return_counts=True) for name, some in lengths.items() if some}
+        return _Looked(np.array(rows, dtype=ROW), kind, repeated, counts, labels, sampled)
+
+    def _add(self, split: str, some: _Looked) -> None:
+        import numpy as np
+
+        self.repeated += some.repeated
+        self.labels.add_all(some.labels)
+        self.sampled += some.sampled
+        if not len(some.rows):
             return
-        self.kind = _kind(record, document)
-        self.ids.append(record["id"])
-        self.lines.append(number)
-        self.topics.append(topic)
-        self.said.append(said)
-        if document:
-            self.lengths["document"].append(len(answer))
-        else:
-            self.lengths["prompt"].append(sum(len(message["content"]) for message in before))
-            self.lengths["answer"].append(len(answer))
-        if self.kind == PAIRS:
-            self.lengths["rejected"].append(len(record["rejected"]))
-        self.labels.add(split, label)
-        if line in self._sample:
-            asked = next((message["content"] for message in reversed(before) if message["role"] == "user"), "")
-            self.sampled.append((answer[:LONGEST] if document else asked[:LONGEST], answer[:LONGEST]))
-
-    def row(self, index: int) -> Row:
-        """The row at a place in the survey."""
-        split = next(split for split, rows in self.ranges.items() if rows.start <= index < rows.stop)
-        return Row(split, self.lines[index], self.ids[index])
+        self.kind = some.kind
+        self.rows.add(some.rows["topic"], some.rows)
+        for name, (lengths, rows) in some.lengths.items():
+            counted = self.lengths[name].setdefault(split, collections.Counter())
+            counted.update(dict(zip(lengths.tolist(), rows.tolist(), strict=True)))
+        for row in some.rows[np.isin(some.rows["id"], self._wanted[split])] if self._wanted[split] else ():
+            self._found.setdefault((split, int(row["id"])), _row(row))
 
     def find(self, split: str, number: int) -> Row:
-        """The first row of a split with an id."""
-        import numpy as np
-
-        rows = self.ranges[split]
-        at = np.flatnonzero(_numbers(self.ids)[rows] == number)
-        return self.row(rows.start + int(at[0])) if len(at) else Row(split, None, number)
+        """The first row of a split with an id that was asked for."""
+        return self._found.get((split, number), Row(split, None, number))
 
     def repeats(self, most: int) -> Repeats:
-        """Rows with the prompt and the answer of an earlier row of their split. `most`: to name, of each split."""
+        """Rows with the prompt and the answer of an earlier row of their split. `most`: to name."""
         import numpy as np
 
-        counts: dict[str, int] = {}
-        first: list[list[Row]] = []
-        for split, rows in self.ranges.items():
-            both = _numbers(self.topics)[rows] * np.int64(MIX) + _numbers(self.said)[rows]
-            _, starts, which = np.unique(both, return_index=True, return_inverse=True)
-            earliest = starts[which]
-            again = np.flatnonzero(earliest != np.arange(len(both)))
-            counts[split] = len(again)
-            for at in again[: most - len(first)] if len(first) < most else ():
-                first.append([self.row(rows.start + int(earliest[at])), self.row(rows.start + int(at))])
-        return Repeats(counts, first)
+        counts = dict.fromkeys(SPLITS, 0)
+        first: list[tuple[Any, Any]] = []  # (row that repeats, the earlier one)
+        for bucket in self.rows:
+            both = bucket["topic"] * np.int64(MIX) + bucket["said"]
+            for place, split in enumerate(SPLITS):
+                rows = bucket[bucket["split"] == place]
+                _, starts, which = np.unique(both[bucket["split"] == place], return_index=True, return_inverse=True)
+                earliest = starts[which]
+                again = np.flatnonzero(earliest != np.arange(len(rows)))
+                counts[split] += len(again)
+                first += [(rows[at], rows[earliest[at]]) for at in again[:most]]
+        first.sort(key=lambda pair: _place(pair[0]))
+        return Repeats(counts, [[_row(earlier), _row(again)] for again, earlier in first[:most]])
 
     def several(self, most: int, most_answers: int) -> Several:
         """What has different answers: prompts; of judged answers, those judged both ways; of pairs, those ranked both
         ways. `most`, `most_answers`: to name."""
         import numpy as np
 
-        rows, starts = self._contradicting(slice(0, len(self.ids)))
-        if not len(rows):
-            return Several(0, 0, 0, 0, [])
-        splits = np.searchsorted([found.stop for found in self.ranges.values()], rows, side="right")
-        across = np.maximum.reduceat(splits, starts) > np.minimum.reduceat(splits, starts)
-        topics = np.split(rows, starts[1:])
-        first = [
-            self._one_of_each(topics[at], most_answers) for at in np.argsort(np.minimum.reduceat(rows, starts))[:most]
-        ]
-        in_train = len(self._contradicting(self.ranges["train"])[1])
-        return Several(len(starts), len(rows), in_train, int(across.sum()), first)
-
-    def _contradicting(self, part: slice):
-        """(rows with a topic of which the part says different things, topic by topic; where each topic starts)."""
-        import numpy as np
-
-        topics, said = _numbers(self.topics)[part], _numbers(self.said)[part]
-        order = np.lexsort((said, topics))  # stable: rows that say the same stay in their order
-        topics, said = topics[order], said[order]
-        begins = np.concatenate([[True], topics[1:] != topics[:-1]])[: len(order)]
-        others = np.concatenate([[False], (said[1:] != said[:-1]) & ~begins[1:]])[: len(order)]
-        group = np.cumsum(begins) - 1
-        many = np.bincount(group, others) > 0
-        rows = order[many[group]] + part.start
-        sizes = np.bincount(group)[many]
-        return rows, np.cumsum(sizes) - sizes
-
-    def _one_of_each(self, rows, most: int) -> list[Row]:
-        """The first row for each thing that is said, in the order of the rows."""
-        found: dict[int, int] = {}
-        for index in sorted(rows.tolist()):
-            found.setdefault(self.said[index], index)
-        return [self.row(index) for index in list(found.values())[:most]]
+        prompts = number = across = in_train = 0
+        first: list[Any] = []  # of each of some topics, its rows
+        for bucket in self.rows:
+            rows, starts = _contradicting(bucket)
+            in_train += len(_contradicting(bucket[bucket["split"] == TRAIN])[1])
+            if not len(rows):
+                continue
+            splits = rows["split"]
+            across += int((np.maximum.reduceat(splits, starts) > np.minimum.reduceat(splits, starts)).sum())
+            prompts, number = prompts + len(starts), number + len(rows)
+            # The rows of a topic are in order of what they say, and in their own where they say the same.
+            topics = np.split(rows, starts[1:])
+            order = np.argsort(np.minimum.reduceat(_order(rows), starts))
+            first = sorted([*first, *(topics[at] for at in order[:most])], key=lambda some: _order(some).min())[:most]
+        return Several(prompts, number, in_train, across, [_one_of_each(rows, most_answers) for rows in first])
 
     def lengths_of(self) -> dict[str, dict]:
         """Of prompts and answers, in characters: by split the quantiles, and the rows of each span of lengths."""
-        import numpy as np
-
         found = {}
-        for name, lengths in self.lengths.items():
-            if not lengths:
-                continue
-            numbers = np.frombuffer(lengths, dtype=np.uint32)
-            parts = {split: numbers[rows] for split, rows in self.ranges.items() if rows.stop > rows.start}
-            quantiles = {split: _quantiles(part) for split, part in parts.items()}
-            found[name] = {"quantiles": quantiles, "histogram": dict(_histogram(numbers))}
+        for name, parts in self.lengths.items():
+            if parts:
+                quantiles = {split: _quantiles(counts) for split, counts in parts.items()}
+                found[name] = {"quantiles": quantiles, "histogram": dict(_histogram(_sum(parts.values())))}
         return found
+
+
+def _chunks(path: Path) -> Iterator[tuple[int, bytes | None, list[bytes]]]:
+    """(number of the first line, the line before it, lines) for all lines of a file."""
+    number, before = 1, None
+    for lines in line_chunks(path, LINES):
+        yield number, before, lines
+        number, before = number + len(lines), lines[-1]
+
+
+def _row(row) -> Row:
+    return Row(SPLITS[row["split"]], int(row["line"]), int(row["id"]))
+
+
+def _place(row) -> tuple[int, int]:
+    """Where a row is in the order of all."""
+    return int(row["split"]), int(row["line"])
+
+
+def _order(rows):
+    """The same as one number for each of some rows."""
+    import numpy as np
+
+    return (rows["split"].astype(np.int64) << 48) | rows["line"]
+
+
+def _contradicting(rows):
+    """(rows with a topic of which they say different things, topic by topic; where each topic starts)."""
+    import numpy as np
+
+    order = np.lexsort((rows["said"], rows["topic"]))  # stable: rows that say the same stay in their order
+    topics, said = rows["topic"][order], rows["said"][order]
+    begins = np.concatenate([[True], topics[1:] != topics[:-1]])[: len(order)]
+    others = np.concatenate([[False], (said[1:] != said[:-1]) & ~begins[1:]])[: len(order)]
+    group = np.cumsum(begins) - 1
+    many = np.bincount(group, others) > 0
+    sizes = np.bincount(group)[many]
+    return rows[order[many[group]]], np.cumsum(sizes) - sizes
+
+
+def _one_of_each(rows, most: int) -> list[Row]:
+    """The first row for each thing that is said, in the order of the rows."""
+    found: dict[int, Row] = {}
+    for row in sorted(rows, key=_place):
+        found.setdefault(int(row["said"]), _row(row))
+    return list(found.values())[:most]
 
 
 def _kind(record: dict, document: bool) -> str:
@@ -195,21 +261,24 @@ def _kind(record: dict, document: bool) -> str:
     return PAIRS if "rejected" in record else JUDGED if "label" in record else ANSWERS
 
 
-def _told(record: dict, document: bool) -> tuple[int, int, str | None]:
-    """(hash of what is answered, hash of the answer, its text if it may be a label).
+def _told(record: dict) -> tuple[int, int, int, str | None]:
+    """(id, hash of what is answered, hash of the answer, its text if it may be a label).
 
-    Rows of the same topic that say different things contradict each other. The hashes are for this process alone.
+    Rows of the same topic that say different things contradict each other. The hashes are for this process and its
+    forks alone.
     """
     *before, said = map(_whole, record["messages"])
-    if document:
-        return hash(said), 0, None
+    number = record["id"]
+    if is_document(record["messages"]):
+        return number, hash(said), 0, None
     with_it = [repr(record[name]) for name in ("tools", "chat_template_kwargs") if name in record]
     prompt, answer = (*before, *with_it), record["messages"][-1]["content"]
     if "rejected" in record:
-        return hash((prompt, frozenset((answer, record["rejected"])))), hash(answer), None
+        return number, hash((prompt, frozenset((answer, record["rejected"])))), hash(answer), None
     if "label" in record:
-        return hash((prompt, said)), int(record["label"]), "desirable" if record["label"] else "undesirable"
-    return hash(prompt), hash(said), answer if isinstance(said, tuple) else None
+        label = "desirable" if record["label"] else "undesirable"
+        return number, hash((prompt, said)), int(record["label"]), label
+    return number, hash(prompt), hash(said), answer if isinstance(said, tuple) else None
 
 
 def _whole(message: dict) -> tuple[str, str] | str:
@@ -236,6 +305,16 @@ class _Labels:
         self.counts[split][answer] += 1
         self.rows += 1
 
+    def add_all(self, later: "_Labels") -> None:
+        """Count the rows behind these."""
+        self.names |= later.names
+        if self.counts is None or later.counts is None or len(self.names) > MOST_LABELS:
+            self.counts = None
+            return
+        self.rows += later.rows
+        for split, counts in later.counts.items():
+            self.counts[split] += counts
+
     def table(self) -> dict[str, dict[str, int]] | None:
         """Label -> its rows in each split, the most frequent first; None where answers are no labels."""
         if self.counts is None or len(self.names) * ROWS_A_LABEL > self.rows:
@@ -244,24 +323,25 @@ class _Labels:
         return dict(sorted(table.items(), key=lambda entry: (-sum(entry[1].values()), entry[0])))
 
 
-def _numbers(some: array.array):
+def _sum(parts: Iterable[collections.Counter[int]]) -> collections.Counter[int]:
+    return sum(parts, collections.Counter())
+
+
+def _quantiles(lengths: collections.Counter[int]) -> list[int]:
+    """Of so many rows of each length, as numpy's method ``inverted_cdf``: each is the length of a row."""
     import numpy as np
 
-    return np.frombuffer(some, dtype=np.int64)
+    different = np.array(sorted(lengths))
+    rows_up_to = np.cumsum([lengths[length] for length in different.tolist()])
+    at = np.maximum(np.ceil(np.array(QUANTILES) * rows_up_to[-1] - 1), 0)
+    return different[np.searchsorted(rows_up_to, at, side="right")].tolist()
 
 
-def _quantiles(lengths) -> list[int]:
-    import numpy as np
-
-    return np.quantile(lengths, QUANTILES, method="inverted_cdf").astype(int).tolist()
-
-
-def _histogram(lengths) -> Iterator[tuple[str, int]]:
+def _histogram(lengths: collections.Counter[int]) -> Iterator[tuple[str, int]]:
     """(first to last length, rows): 0, 1, 2 to 3, 4 to 7 and so on, without the empty spans at both ends."""
-    import numpy as np
-
-    bits = np.frexp(lengths.astype(float))[1]  # 0 for 0, else how many binary digits the length has
-    counts = np.bincount(bits)
-    for digits in range(int(bits.min()), len(counts)):
+    counts: collections.Counter[int] = collections.Counter()
+    for length, rows in lengths.items():
+        counts[length.bit_length()] += rows
+    for digits in range(min(counts), max(counts) + 1):
         low, high = (1 << digits) >> 1, (1 << digits) - 1
-        yield (f"{low} to {high}" if high > low else f"{high}"), int(counts[digits])
+        yield (f"{low} to {high}" if high > low else f"{high}"), counts[digits]

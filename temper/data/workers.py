@@ -12,16 +12,21 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Generator, Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from temper.errors import LARGER, UserError
+from temper.files import line_chunks
+
+T = TypeVar("T")
 
 THREADS = "RAYON_NUM_THREADS"  # environment variable: threads of tokenizers, which the workflow sets; else all cores
 PARALLEL = "TOKENIZERS_PARALLELISM"  # whether tokenizers may use threads, which forks must not
 WORTH = 2**20  # bytes of text that are worth a process: a second of tokenizing, where a fork takes a twentieth
+WORTH_READING = 2**23  # the same of rows that are read, compared or written
+LINES = 2**20  # bytes of lines that are an item
 AHEAD = 2  # items per process that wait for their turn, or are made already and wait for an earlier one
 
 
@@ -36,21 +41,16 @@ def in_order(function: Callable[[Any], Any], items: Iterable, workers: int, what
         what: is read, for an error.
 
     Raises:
-        UserError: a process was killed; and whatever `function` raises for the first item for which it does.
+        UserError: a process was killed; and whatever `function`, or reading `items`, raises first in their order.
     """
     if workers < 2:
         yield from map(function, items)
         return
-    waiting: collections.deque = collections.deque()
     with _without_threads():
         pool = ProcessPoolExecutor(workers, multiprocessing.get_context("fork"), _begin, (function,))
         try:
-            for item in items:
-                waiting.append(pool.submit(_call, item))
-                if len(waiting) > AHEAD * workers:
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
+            for future in _ahead(pool, items, AHEAD * workers):
+                yield future.result()
         except BrokenProcessPool:
             raise UserError(
                 f"{what}: one of the {workers} processes that read it was killed, as the system does when memory is "
@@ -60,11 +60,38 @@ def in_order(function: Callable[[Any], Any], items: Iterable, workers: int, what
             pool.shutdown(cancel_futures=True)
 
 
-def worth(size: int) -> int:
-    """How many processes a text of so many bytes is worth, of as many as this one has cores."""
+def of_lines(path: Path, make: Callable[[list[bytes]], T]) -> Iterator[T]:
+    """What `make` makes of the lines of a file, some at a time and in order, in several processes if they are many."""
+    made = in_order(make, line_chunks(path, LINES), worth(path.stat().st_size, WORTH_READING), path)
+    with contextlib.closing(made):
+        yield from made
+
+
+def _ahead(pool: ProcessPoolExecutor, items: Iterable, most: int) -> Iterator[Future]:
+    """The results to come, in order, each when `most` more are asked for. An error of `items` comes in its turn."""
+    waiting: collections.deque[Future] = collections.deque()
+    failed = None
+    try:
+        for item in items:
+            waiting.append(pool.submit(_call, item))
+            if len(waiting) > most:
+                yield waiting.popleft()
+    except Exception as error:
+        failed = error
+    yield from waiting
+    if failed is not None:
+        raise failed
+
+
+def worth(size: int, each: int | None = None) -> int:
+    """How many processes a text of so many bytes is worth, of as many as this one has cores.
+
+    Args:
+        each: bytes that are worth a process; None: those of tokenizing.
+    """
     if sys.platform != "linux":  # other systems' libraries do not survive a fork
         return 1
-    return max(1, min(_cores(), size // WORTH))
+    return max(1, min(_cores(), size // (each or WORTH)))
 
 
 def _cores() -> int:

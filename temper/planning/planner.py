@@ -658,3 +658,17 @@ def _slug(config: dict) -> str:
         length,
     ]
     return "-".join(parts)
+
+
+def bytes_to_read(plan: Plan, job: Job) -> int:
+    """The size of the rows that a job of format_prompts or mix_prompts reads, as far as they are there."""
+    raw = Path(job.inputs.get("raw", ""))
+    if job.stage == "mix_prompts":
+        files = [file for folder in job.inputs.values() for file in Path(folder).glob("*.jsonl")]
+    elif raw.is_file():
+        files = raw_data.data_files(raw)
+    else:
+        parts = raw_data.by_split(plan.jobs[str(raw)].config["data"]["source"]).items()
+        local = [(part, raw_data.section_of(split)) for split, part in parts if part["kind"] == "files"]
+        files = [file for part, section in local for file in raw_data.source_files(part, section).values()]
+    return sum(file.stat().st_size for file in files)

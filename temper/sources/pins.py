@@ -13,7 +13,7 @@ from pathlib import Path
 from temper.data.rows import UTF_8, format_by_ending, format_of, refuse_unread
 from temper.errors import UserError
 from temper.files import read_json
-from temper.hashing import HashCache, digest, file_sha256
+from temper.hashing import HashCache, digest
 
 RAW = Path("data/raw")
 
@@ -226,9 +226,10 @@ def _of_parts(identities: dict[str, dict]) -> dict:
     return identities.get(ALL) or {"splits": identities}
 
 
-def identity_on_disk(raw: Path) -> dict:
-    """Like `planned_identity`, but without the cache, for the step that uses the files."""
-    found = {path.name: file_sha256(path) for path in data_files(raw)}
+def identity_on_disk(raw: Path, hashes: HashCache | None = None) -> dict:
+    """Like `planned_identity`, for the step that uses the files. Without `hashes` they are read."""
+    known = hashes or HashCache()
+    found = {path.name: known.sha256(path) for path in data_files(raw)}
     if not is_pin(raw):
         return {"files": list(found.values())}
     return _identity(raw, found)

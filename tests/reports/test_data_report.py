@@ -34,7 +34,7 @@ def written(folder: Path, table: list[tuple[str, dict]]) -> Survey:
     for split in SPLITS:
         lines = [json.dumps(row) + "\n" for name, row in table if name == split]
         (folder / f"{split}.jsonl").write_text("".join(lines))
-    return Survey(folder, len(table))
+    return Survey(folder, len(table), {(split, row["id"]) for split, row in table})
 
 
 @pytest.fixture(scope="module")

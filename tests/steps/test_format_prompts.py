@@ -1,5 +1,6 @@
 """format_prompts: which rows land in which split, and that nothing is lost without a word."""
 
+import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -10,12 +11,14 @@ from hypothesis import strategies as st
 
 from steps import format_prompts
 from steps.format_prompts import main
+from temper import hashing
 from temper.config.stages import typed
 from temper.data import layouts, splitting
 from temper.data.layouts import Example
 from temper.data.splitting import Splits, prompt_hash, split_of
 from temper.errors import UserError
 from temper.hashing import file_sha256
+from temper.planning.plan import STATE
 
 SHARES = {"validation": 0.2, "test": 0.3}
 NO_LIMIT = {"train": None, "validation": None, "test": None}
@@ -37,8 +40,7 @@ def folder(tmp_path_factory):
 def written(folder, table, limits=NO_LIMIT, system=None) -> dict[str, list[tuple[str, str]]]:
     """split -> its (prompt, answer) pairs, after writing a table."""
     with Splits(folder, SHARES, {**NO_LIMIT, **limits}) as splits:
-        for number, pair in enumerate(table, start=1):
-            splits.add(number, Example(conversation(*pair, system)))
+        splits.add(splits.place(enumerate((Example(conversation(*pair, system)) for pair in table), start=1)))
     return {name: [pair_of(row) for row in read(folder / f"{name}.jsonl")] for name in splitting.SPLITS}
 
 
@@ -277,6 +279,23 @@ def test_raw_files_that_changed_since_the_plan_are_refused(project, capsys):
     assert OUTPUT.is_dir()
 
 
+def test_a_raw_file_that_planning_has_read_is_not_hashed_anew(project, monkeypatch):
+    monkeypatch.setattr(hashing, "SETTLED", -1.0)
+    hashes = hashing.HashCache(STATE / "hashes.json")
+    identity = {"files": [hashes.sha256("rows.jsonl")]}
+    hashes.save()
+    read = []
+    digest = hashlib.file_digest
+    monkeypatch.setattr(hashlib, "file_digest", lambda file, kind: read.append(file.name) or digest(file, kind))
+    run(identity=identity)
+    assert read == []
+    shutil.rmtree(OUTPUT)
+    write_rows(project[1:])
+    with pytest.raises(SystemExit):
+        run(identity=identity)
+    assert len(read) == 1
+
+
 @pytest.mark.usefixtures("project")
 def test_raw_files_that_change_while_they_are_read_are_refused(tmp_path, monkeypatch):
     def convert_and_edit(data, system, converter=layouts.converter):
@@ -345,8 +364,8 @@ def test_single_answers_keep_their_label(tmp_path, monkeypatch):
 def test_rows_that_differ_in_what_they_reject_are_no_duplicates(folder):
     table = [("yes", "no"), ("yes", "maybe"), ("yes", "no")]
     with Splits(folder, SHARES, NO_LIMIT) as splits:
-        for number, (chosen, rejected) in enumerate(table, start=1):
-            splits.add(number, Example(conversation("?", chosen), rejected))
+        some = [Example(conversation("?", chosen), rejected) for chosen, rejected in table]
+        splits.add(splits.place(enumerate(some, start=1)))
         assert splits.stats()["duplicates"] == 1
 
 
