@@ -105,11 +105,11 @@ def model_page(name: str) -> str:
     return f"#/models/{quote(name, safe='')}?{MODEL_TRAINING}"
 
 
-def server_of(uri: str) -> str:
-    """The address under which a browser finds the store's pages, without a login: the server itself, or `make ui`'s."""
+def server_of(uri: str) -> str | None:
+    """The address under which a browser finds a server's pages, without a login; None: it is a database's."""
     address = urlsplit(uri)
     if address.scheme not in ("http", "https"):
-        return OWN_SERVER
+        return None
     return urlunsplit((address.scheme, address.netloc.rpartition("@")[2], address.path.rstrip("/"), "", ""))
 
 

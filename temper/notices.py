@@ -42,8 +42,8 @@ def tell(plan, status: str, board: "Board | None", link: str | None = None, fail
             shell=True,
             input=json.dumps(facts) + "\n",
             env={**os.environ, **told},
-            stdout=sys.stderr,
-            stderr=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
             text=True,
             timeout=LONGEST,
             check=False,
@@ -51,7 +51,7 @@ def tell(plan, status: str, board: "Board | None", link: str | None = None, fail
     except (OSError, subprocess.TimeoutExpired) as error:
         wrong = f"was ended after {LONGEST:.0f} seconds" if isinstance(error, subprocess.TimeoutExpired) else str(error)
     else:
-        last = done.stderr.strip().rpartition("\n")[2][:200]
+        last = done.stdout.strip().rpartition("\n")[2][:200]
         wrong = f"ended with exit code {done.returncode}{f': {last}' if last else ''}" if done.returncode else ""
     if wrong:
         print(f"note: notify.command {redacted(wrong)}; the results are as they are", file=sys.stderr)

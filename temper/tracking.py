@@ -32,7 +32,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from temper import mlflow_pages, other_trackers, shared_disk
+from temper import energy, mlflow_pages, other_trackers, shared_disk
 from temper.data.chunks import chunks
 from temper.errors import UserError, lack
 from temper.evaluation.figures import FILE, Diverged, Figures, finite, read_figures
@@ -76,6 +76,7 @@ def check(tracking: dict) -> None:
         UserError: the variable that should hold the address is empty, or the project's path cannot be part of one.
     """
     other_trackers.check(tracking)
+    energy.check(tracking)
     if not tracking["enabled"]:
         return
     if tracking["tracking_uri"] is None and "?" in str(STORE.resolve()):
@@ -123,7 +124,7 @@ class _Place:
     experiment: str  # its id
     sweep: str
     project: str | None  # whose runs these are; None: in the project's own store all are
-    server: str  # where a browser finds its pages
+    server: str | None  # where a browser finds its pages; None: it is a database that others serve, if anyone
 
     @property
     def tags(self) -> dict[str, str]:
@@ -150,8 +151,9 @@ class _Place:
         return mlflow_pages.runs_page(self.experiment, self.view_tag.removeprefix(mlflow_pages.VIEW_TAG))
 
     @property
-    def link(self) -> str:
-        return f"{self.server}/{self.runs_page}"
+    def link(self) -> str | None:
+        """The address of that page."""
+        return self.server and f"{self.server}/{self.runs_page}"
 
 
 def _filter(tags: dict[str, str]) -> str:
@@ -178,7 +180,9 @@ def _connect(tracking: dict, sweep: str) -> _Place:
         experiment = api.create_experiment(name, artifact_location=location, tags=kind)
     uri = store_uri(tracking)
     own = uri in (f"sqlite:///{STORE.resolve()}", SHOWN_STORE)
-    return _Place(api, experiment, sweep, None if own else project(), mlflow_pages.server_of(uri))
+    if own:
+        return _Place(api, experiment, sweep, None, mlflow_pages.OWN_SERVER)
+    return _Place(api, experiment, sweep, project(), mlflow_pages.server_of(uri))
 
 
 def _check_lock(tracking: dict) -> None:
@@ -422,7 +426,7 @@ def prepare(tracking: dict, sweep: str, shown: "mlflow_pages.Shown | None" = Non
         shown: what the table of the sweep's runs shows; None: what MLflow shows by itself.
 
     Returns:
-        the address of the page with the sweep's runs; None if tracking is off.
+        the address of the page with the sweep's runs; None if tracking is off, or if no server is known.
 
     Raises:
         UserError: the tracking store cannot be reached.
@@ -458,7 +462,7 @@ def _save_view(place: _Place, shown: "mlflow_pages.Shown | None") -> None:
 
 
 def link(tracking: dict, sweep: str) -> str | None:
-    """The address of the page with a sweep's runs, best first; None: tracking is off, or the store does not answer."""
+    """The address of the page with a sweep's runs, best first; None: there is none, or the store does not answer."""
     if not tracking["enabled"]:
         return None
     try:

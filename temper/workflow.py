@@ -301,7 +301,7 @@ def on_start(plan: planning.Plan, workflow) -> None:
         _ready_probe(plan)
         if not all(map(_has_report, plan.runs)):
             shown = mlflow_pages.shown_of(plan) if plan.tracking["enabled"] else None
-            _say_link(tracking.prepare(plan.tracking, plan.sweep, shown))
+            _say_link(tracking.prepare(plan.tracking, plan.sweep, shown), sys.stderr)
     PAGES.append(early.Pages(plan, lambda: os.environ[FROZEN]))
     if not workflow.local_exec:  # Snakemake cancels a cluster's jobs
         HELD.enter_context(shared_disk.held(planning.PLANS))
@@ -410,17 +410,17 @@ def on_success(plan: planning.Plan) -> None:
         print(best_model(best))
         _cut_checkpoints(plan)
         link = known_json(Path(plan.complete)).get("mlflow")
-        _say_link(link)
+        _say_link(link, sys.stdout)
         if PAGES:  # jobs ran
             notices.tell(plan, notices.FINISHED, board, link)
         end_at_gate(board)
 
 
-def _say_link(link: str | None) -> None:
+def _say_link(link: str | None, to) -> None:
     """Where a browser shows the sweep's runs, if anywhere."""
     if link:
         first = "make ui, then " if link.startswith(mlflow_pages.OWN_SERVER) else ""
-        print(f"MLflow: {first}{link}", file=sys.stderr)
+        print(f"MLflow: {first}{link}", file=to)
 
 
 def _cut_checkpoints(plan: planning.Plan) -> None:

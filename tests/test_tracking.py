@@ -673,6 +673,13 @@ def test_an_address_of_the_environment_is_read_when_it_is_needed_and_never_shown
     assert Path("mine.db").is_file() and not Path("results/mlflow.db").exists()
 
 
+def test_the_address_for_a_browser_is_that_of_the_server_without_its_login():
+    assert (
+        mlflow_pages.server_of("https://alice:s3cret@mlflow.example.org/team/?a=b") == "https://mlflow.example.org/team"
+    )
+    assert mlflow_pages.server_of("sqlite:////somewhere/else.db") is None, "which nobody serves, as far as is known"
+
+
 def test_a_variable_that_is_not_used_is_said(workspace, monkeypatch, capsys):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://alice:s3cret@127.0.0.1:9")
     tracking.prepare(SETTINGS, "s")

@@ -891,6 +891,9 @@ class Tracking(Section):
     flush. GPUs need the package nvidia-ml-py."""
     report_to: list[Literal["tensorboard", "wandb"]] = []
     """Also write curves and figures for these: results/tensorboard/, and results/wandb/ for `wandb sync`."""
+    energy: Annotated[str, Field(pattern="^[A-Z]{3}$")] | None = None
+    """Estimate the energy of trainings by the package codecarbon, and its CO2 by the mix of this country, in three
+    letters: DEU, FRA, USA."""
 
 
 class Notify(Section):
