@@ -16,7 +16,7 @@ NOTE_TAG = "mlflow.note.content"
 VIEW_TAG = "mlflow.sharedViewState."  # and the view's name in addresses
 OWN_SERVER = "http://127.0.0.1:5000"  # that of `make ui`
 MODEL_TRAINING = "workflowType=machine_learning"  # else MLflow's UI opens as it was last, at first for applications
-LEFT = {"attributes.`Run Name`": 230, "runDateAndNestInfo": 130}  # columns that are always there -> width in pixels
+LEFT = {"attributes.`Run Name`": 230, "runDateAndNestInfo": 160}  # columns that are always there -> width in pixels
 LONGEST_VIEW = 5000  # characters, of an experiment's tag in MLflow's stores
 
 

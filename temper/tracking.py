@@ -661,7 +661,7 @@ def _mirror_runs(place: _Place, plan) -> tuple[dict[str, str], list[str]]:
             ids[run.name] = found.info.run_id
             continue
         try:
-            ids[run.name] = _mirror_run(place, run, found)
+            ids[run.name] = _mirror_run(place, plan, run, found)
         except Exception as error:
             if what_to_do(error) is None:
                 raise
@@ -699,7 +699,7 @@ def _is_mirrored(found, run) -> bool:
     return found.data.tags.get(MIRRORED_TAG) == run.key and found.info.status == "FINISHED"
 
 
-def _mirror_run(place: _Place, run, found) -> str:
+def _mirror_run(place: _Place, plan, run, found) -> str:
     """Send what a run's files have. `found`: its MLflow run; None: it has none yet, as far as is known."""
     from mlflow.entities import Param, RunTag
 
@@ -715,7 +715,7 @@ def _mirror_run(place: _Place, run, found) -> str:
     figures = read_figures(Path(run.artefacts["evaluate_model"]))
     lines = read_json_lines(Path(run.artefacts["train_adapter"]) / "metrics.jsonl")
     metrics = _Curves(api, found).new([*lines, _results(figures)])
-    note = _note_tags(found, _point_note(place, run_id, run, figures))
+    note = _note_tags(found, _point_note(place, found, plan, run, figures))
     tags = [RunTag(name, value) for name, value in (note | _tags(run, figures)).items()]
     _log(api, run_id, metrics, [Param(name, value) for name, value in params.items()], tags)
     api.set_terminated(run_id, status="FINISHED")
@@ -739,12 +739,15 @@ def _shown_config(config: dict) -> dict:
     return sections
 
 
-def _point_note(place: _Place, run_id: str, run, figures: Figures | Diverged) -> str:
+def _point_note(place: _Place, made, plan, run, figures: Figures | Diverged) -> str:
+    """The note of a sweep point's MLflow run, `made`; the pages about its data are artifacts of the sweep's run."""
+    run_id = made.info.run_id
     values = figures.values if isinstance(figures, Figures) else {}
     base = (figures.base or {}).get(figures.metric) if isinstance(figures, Figures) else None
     links = {
         "report": mlflow_pages.run_page(place.experiment, run_id, "report.html"),
         "whole config": mlflow_pages.run_page(place.experiment, run_id, "config.yaml"),
+        **_links_to_data(place, made.data.tags["mlflow.parentRunId"], _pages_of_data(plan, [run])),
         "all runs of the sweep, best first": place.runs_page,
         "folder of the report": run.artefacts["evaluate_model"],
         "folder of the adapter": run.artefacts["train_adapter"],
@@ -843,7 +846,7 @@ def _finish_sweep(place: _Place, plan, board: "Board | None", ids: dict[str, str
     files = [Path(plan.leaderboard).with_name(name) for name in ("leaderboard.csv", "report.html")] if board else []
     for file in files:
         api.log_artifact(run_id, str(file))
-    pages = _pages_of_data(plan)
+    pages = _pages_of_data(plan, plan.runs)
     for folder, file in pages.items():
         api.log_artifact(run_id, str(file), folder)
     for name, value in _note_tags(api.get_run(run_id), _sweep_note(place, plan, board, ids, run_id, pages)).items():
@@ -851,15 +854,25 @@ def _finish_sweep(place: _Place, plan, board: "Board | None", ids: dict[str, str
     api.set_terminated(run_id, status=status)
 
 
-def _pages_of_data(plan) -> dict[str, Path]:
-    """Folder among the artifacts -> page about the rows of a data set, or about what a model learns of them."""
+def _pages_of_data(plan, runs: Sequence) -> dict[str, Path]:
+    """Folder among the sweep's artifacts -> page about the rows of some runs, or about what a model learns of them."""
     pages = {}
-    for splits in dict.fromkeys(run.artefacts["tokenize_splits"] for run in plan.runs):
+    for splits in dict.fromkeys(run.artefacts["tokenize_splits"] for run in runs):
         prompts = plan.jobs[splits].inputs["prompts"] if splits in plan.jobs else None
         for file in [Path(prompts, "report.html")] if prompts else []:
             pages[f"data/{file.parent.name}"] = file
         pages[f"data/{Path(splits).name}"] = Path(splits, "audit.html")
     return {folder: file for folder, file in pages.items() if file.is_file()}
+
+
+def _links_to_data(place: _Place, sweep_run: str, pages: dict[str, Path]) -> dict[str, str]:
+    """Text -> address of each of these pages, which are artifacts of the sweep's run."""
+    links: dict[str, str] = {}
+    for folder, file in pages.items():
+        what = "what is learned of the rows" if file.name == "audit.html" else "the rows"
+        text = f"{what} ({file.parent.name})" if what in links else what
+        links[text] = mlflow_pages.run_page(place.experiment, sweep_run, f"{folder}/{file.name}")
+    return links
 
 
 def _sweep_note(place: _Place, plan, board: "Board | None", ids: dict[str, str], run_id: str, pages: dict) -> str:
@@ -872,10 +885,7 @@ def _sweep_note(place: _Place, plan, board: "Board | None", ids: dict[str, str],
         links["best run"] = mlflow_pages.run_page(place.experiment, ids[board.chosen])
         best = next(run for run in plan.runs if run.name == board.chosen)
         links["registered model"] = mlflow_pages.model_page(champion.name_of(plan, best))
-    for folder, file in pages.items():
-        what = "what is learned of the rows" if file.name == "audit.html" else "the rows"
-        text = f"{what} ({file.parent.name})" if what in links else what
-        links[text] = mlflow_pages.run_page(place.experiment, run_id, f"{folder}/{file.name}")
+    links |= _links_to_data(place, run_id, pages)
     return mlflow_pages.sweep_note(plan, board, links | {"folder": str(Path(plan.leaderboard).parent)})
 
 

@@ -146,4 +146,4 @@ def test_the_champion_has_a_page_with_its_card_and_its_signature(plan, server, p
     page.get_by_text("prompt").first.wait_for()
     shot(page, "version")
     text = page.inner_text("body")
-    assert "Intended use" in text or "Use" in text
+    assert "Limits" in text and "The whole card is README.md" in text

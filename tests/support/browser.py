@@ -6,6 +6,9 @@ from collections.abc import Iterator
 
 import pytest
 
+# The tests may be root's. MLflow shows pages in a sandboxed frame, in which the driver looks only if the page's own
+# process holds it.
+OPTIONS = ["--no-sandbox", "--disable-features=IsolateSandboxedIframes"]
 NAMES = ("chromium", "chromium-browser", "google-chrome")
 
 
@@ -17,7 +20,7 @@ def opened(width: int = 1500, height: int = 1000) -> Iterator:
     if program is None:
         pytest.skip("needs a browser: apt-get install chromium")
     with api.sync_playwright() as driver:
-        browser = driver.chromium.launch(executable_path=program, args=["--no-sandbox"])  # the tests may be root's
+        browser = driver.chromium.launch(executable_path=program, args=OPTIONS)
         try:
             page = browser.new_page(viewport={"width": width, "height": height})
             page.set_default_timeout(60_000)
