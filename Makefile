@@ -5,7 +5,7 @@ CORES ?= all
 RUN ?= best
 BIN := .venv/bin
 
-.PHONY: setup demo test test-slow test-gpu test-tracking test-slurm bench lint docs explain ui publish lock clean help
+.PHONY: setup demo test test-slow test-gpu test-tracking test-slurm test-browser bench lint docs explain ui publish lock clean help
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -30,6 +30,10 @@ test-gpu: .venv/installed  ## the tests that need a CUDA GPU, some of them two; 
 
 test-slurm: .venv/installed  ## sweeps, kills and preemption on a real Slurm, which it starts on this machine (docs/clusters.md)
 	$(BIN)/python -m pytest --run-slurm tests/test_slurm.py
+
+test-browser: .venv/installed  ## MLflow's pages in a real browser; needs Chromium (apt-get install chromium)
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet --no-build-isolation -e ".[browser]"
+	$(BIN)/python -m pytest --run-browser -rs tests/browser
 
 bench: .venv/installed  ## training and answering beside TRL and a plain Trainer; half an hour, writes docs/speed.md
 	$(BIN)/python -m tests.benchmarks.training

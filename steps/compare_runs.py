@@ -162,6 +162,7 @@ def _work(_step, arguments, _inputs) -> None:
             planned = plan.load(arguments.plan)
             facts["key"] = planned.comparison.key
             facts["mirrored"], said = tracking.mirror(planned, board)
+            facts["mlflow"] = tracking.link(planned.tracking, planned.sweep) if facts["mirrored"] else None
             log.info("%s", said)
         _write_receipt(output, board)
         reports = {run["name"]: run["report"] for run in config["runs"]}

@@ -20,7 +20,7 @@ import sys
 import time
 from pathlib import Path
 
-from temper import preemption, shared_disk
+from temper import energy, preemption, shared_disk
 from temper.devices import gpus_wanted, own_gpus
 from temper.errors import UserError, one_line_errors, visible
 from temper.folders import check_name, is_complete, locked, made_by_a_step, refuse_damaged, temporary_folder
@@ -153,7 +153,9 @@ def execute(step, arguments, names: list[str]) -> None:
             return
         started = time.time()
         with temporary_folder(output) as folder:
-            facts = _run(step, deep_merge(config, settings), inputs, folder)
+            with energy.measured(settings) as energy_facts:
+                facts = _run(step, deep_merge(config, settings), inputs, folder)
+            facts |= energy_facts
             facts["not_in_key"] = Planned.apart(settings)[0]
             _readable_weights(folder)
             write_provenance(folder, step.STAGE, config, _one_by_one(inputs), time.time() - started, facts)

@@ -14,6 +14,7 @@ the project that made it (`project`).
 """
 
 import contextlib
+import dataclasses
 import getpass
 import itertools
 import json
@@ -28,11 +29,10 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from temper import shared_disk
+from temper import energy, mlflow_pages, other_trackers, shared_disk
 from temper.data.chunks import chunks
 from temper.errors import UserError, lack
 from temper.evaluation.figures import FILE, Diverged, Figures, finite, read_figures
@@ -49,7 +49,9 @@ if TYPE_CHECKING:
 log = logging.getLogger("temper")
 SWEEP_TAG, RUN_TAG, MIRRORED_TAG = "temper.sweep", "temper.run", "temper.mirrored"
 PROJECT_TAG = "temper.project"
+NOTED_TAG = "temper.noted"  # a hash of the note that we wrote: another note is a person's
 SWEEP = "-"  # RUN_TAG of the sweep's own run
+NAMED = ("data", "model", "method")  # sections of a config whose names are parameters of each run
 PARAMS_IN_BATCH, METRICS_IN_BATCH = 100, 850  # the store takes 1,000 of all kinds, and so leaves room for tags
 LOCK_SECONDS = 5.0  # how long to wait for other writers of an SQLite file
 LONGEST_PAUSE = 60.0  # seconds between two attempts to reach an unreachable store
@@ -58,6 +60,7 @@ GOODBYE_WHEN_DOWN = 1.0  # the same if the last attempt failed; the comparison w
 STORE, ARTIFACTS = Path("results/mlflow.db"), Path("results/mlflow-artifacts")
 PROJECT = Path("results/.state/project.json")
 SHOWN_STORE = f"sqlite:///{STORE}"  # as `mlflow server` takes it in the project's folder
+OWN: dict = {"tracking_uri": None, "enabled": True, "report_to": []}  # the section `tracking` of that store
 FROM_ENVIRONMENT, VARIABLE = "env", "MLFLOW_TRACKING_URI"
 # Most characters of names and values in MLflow's stores.
 LONGEST_NAME, LONGEST_PARAM, LONGEST_TAG, LONGEST_TITLE, LONGEST_SOURCE = 250, 6000, 5000, 250, 65_000
@@ -72,6 +75,8 @@ def check(tracking: dict) -> None:
     Raises:
         UserError: the variable that should hold the address is empty, or the project's path cannot be part of one.
     """
+    other_trackers.check(tracking)
+    energy.check(tracking)
     if not tracking["enabled"]:
         return
     if tracking["tracking_uri"] is None and "?" in str(STORE.resolve()):
@@ -111,7 +116,7 @@ def client(tracking: dict):
     return mlflow.MlflowClient(store_uri(tracking))
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class _Place:
     """Where a sweep's runs are."""
 
@@ -119,11 +124,40 @@ class _Place:
     experiment: str  # its id
     sweep: str
     project: str | None  # whose runs these are; None: in the project's own store all are
+    server: str | None  # where a browser finds its pages; None: it is a database that others serve, if anyone
 
     @property
     def tags(self) -> dict[str, str]:
         """Those of the sweep's run and of all runs below it."""
         return {SWEEP_TAG: self.sweep} | ({PROJECT_TAG: self.project} if self.project else {})
+
+    @property
+    def title(self) -> str:
+        return f"sweep {self.sweep}" + (f" of {self.project}" if self.project else "")
+
+    @property
+    def points(self) -> str:
+        """The filter, in MLflow's language, that finds the runs of the sweep's points."""
+        return f"{_filter(self.tags)} and tags.`{RUN_TAG}` != '{SWEEP}'"
+
+    @property
+    def view_tag(self) -> str:
+        """The experiment's tag that holds the view of the sweep's runs."""
+        return valid_name(f"{mlflow_pages.VIEW_TAG}{'.'.join(self.tags.values())}")
+
+    @property
+    def runs_page(self) -> str:
+        """The page of that view, from any page of the server."""
+        return mlflow_pages.runs_page(self.experiment, self.view_tag.removeprefix(mlflow_pages.VIEW_TAG))
+
+    @property
+    def link(self) -> str | None:
+        """The address of that page."""
+        return self.server and f"{self.server}/{self.runs_page}"
+
+
+def _filter(tags: dict[str, str]) -> str:
+    return " and ".join(f"tags.`{tag}` = '{value}'" for tag, value in tags.items())
 
 
 def _connect(tracking: dict, sweep: str) -> _Place:
@@ -142,9 +176,13 @@ def _connect(tracking: dict, sweep: str) -> _Place:
         experiment = found.experiment_id
     else:
         location = ARTIFACTS.resolve().as_uri() if tracking["tracking_uri"] is None else None
-        experiment = api.create_experiment(name, artifact_location=location)
-    own = store_uri(tracking) in (f"sqlite:///{STORE.resolve()}", SHOWN_STORE)
-    return _Place(api, experiment, sweep, None if own else project())
+        kind = {mlflow_pages.KIND_TAG: mlflow_pages.KIND}
+        experiment = api.create_experiment(name, artifact_location=location, tags=kind)
+    uri = store_uri(tracking)
+    own = uri in (f"sqlite:///{STORE.resolve()}", SHOWN_STORE)
+    if own:
+        return _Place(api, experiment, sweep, None, mlflow_pages.OWN_SERVER)
+    return _Place(api, experiment, sweep, project(), mlflow_pages.server_of(uri))
 
 
 def _check_lock(tracking: dict) -> None:
@@ -221,15 +259,26 @@ def open_own_store() -> str:
     Raises:
         UserError: the store is not readable, or locked.
     """
-    tracking = {"tracking_uri": None, "enabled": True}
-    check(tracking)
+    check(OWN)
     try:
         with locked(STORE):
             _make_store()
             _follow_the_folder()
     except Exception as error:
-        raise lack(error, SHOWN_STORE) or _unusable(tracking, error) from None
+        raise lack(error, SHOWN_STORE) or _unusable(OWN, error) from None
     return SHOWN_STORE
+
+
+def newest_sweeps(most: int) -> dict[str, str]:
+    """Sweep -> the page of its runs, from any page of the server; of the project's own store, the newest first."""
+    api, found = client(OWN), {}
+    experiments = {one.experiment_id: one.tags for one in api.search_experiments()}
+    order = ["attributes.start_time DESC"]
+    for run in api.search_runs(list(experiments), _filter({RUN_TAG: SWEEP}), max_results=most, order_by=order):
+        place = _Place(api, run.info.experiment_id, run.data.tags[SWEEP_TAG], None, mlflow_pages.OWN_SERVER)
+        if place.view_tag in experiments[place.experiment]:
+            found.setdefault(place.sweep, place.runs_page)
+    return found
 
 
 def project() -> str:
@@ -272,7 +321,7 @@ def _runs(place: _Place, name: str | None = None) -> dict:
     again.
     """
     wanted = place.tags | ({RUN_TAG: name} if name else {})
-    text = " and ".join(f"tags.`{tag}` = '{value}'" for tag, value in wanted.items())
+    text = _filter(wanted)
     found: list = []
     token = None
     while token != "":
@@ -289,8 +338,7 @@ def _sweep_run(place: _Place) -> str:
     found = _runs(place, SWEEP)
     if found:
         return found[SWEEP].info.run_id
-    title = f"sweep {place.sweep}" + (f" of {place.project}" if place.project else "")
-    return _new_run(place, SWEEP, title).info.run_id
+    return _new_run(place, SWEEP, place.title).info.run_id
 
 
 def _child_run(place: _Place, name: str, title: str):
@@ -371,14 +419,20 @@ def _log(api, run_id: str, metrics: Sequence, params: Sequence = (), tags: Seque
 # --- before the first job ------------------------------------------------------------------------
 
 
-def prepare(tracking: dict, sweep: str) -> None:
+def prepare(tracking: dict, sweep: str, shown: "mlflow_pages.Shown | None" = None) -> str | None:
     """Create store, experiment and the sweep's run, and end what a killed command left RUNNING.
+
+    Args:
+        shown: what the table of the sweep's runs shows; None: what MLflow shows by itself.
+
+    Returns:
+        the address of the page with the sweep's runs; None if tracking is off, or if no server is known.
 
     Raises:
         UserError: the tracking store cannot be reached.
     """
     if not tracking["enabled"]:
-        return
+        return None
     if tracking["tracking_uri"] is None and os.environ.get(VARIABLE):
         print(
             f"note: {VARIABLE} is set, but not used: MLflow is {SHOWN_STORE}; "
@@ -389,8 +443,32 @@ def prepare(tracking: dict, sweep: str) -> None:
         place = _open(tracking, sweep)
         _end_running(place, "KILLED")
         place.api.update_run(_sweep_run(place), status="RUNNING")
+        _save_view(place, shown)
+        return place.link
     except Exception as error:
         raise lack(error, shown_uri(tracking)) or _unusable(tracking, error) from None
+
+
+def _save_view(place: _Place, shown: "mlflow_pages.Shown | None") -> None:
+    """Save the view of the sweep's runs, which a link opens; and say what the experiment holds, unless it says so."""
+    tags = place.api.get_experiment(place.experiment).tags
+    if mlflow_pages.KIND_TAG not in tags:  # made by an older Temper, or by hand
+        place.api.set_experiment_tag(place.experiment, mlflow_pages.KIND_TAG, mlflow_pages.KIND)
+    if shown:
+        shown = dataclasses.replace(shown, swept=[valid_name(name) for name in shown.swept])
+        value = mlflow_pages.view(place.title, place.points, shown, int(1000 * time.time()))
+        if not mlflow_pages.same_view(tags.get(place.view_tag), value):
+            place.api.set_experiment_tag(place.experiment, place.view_tag, value)
+
+
+def link(tracking: dict, sweep: str) -> str | None:
+    """The address of the page with a sweep's runs, best first; None: there is none, or the store does not answer."""
+    if not tracking["enabled"]:
+        return None
+    try:
+        return _connect(tracking, sweep).link
+    except Exception:  # what is wrong with the store is said where runs are sent
+        return None
 
 
 def _unusable(tracking: dict, error: Exception) -> UserError:
@@ -419,7 +497,22 @@ def follow(target: dict | None):
     Yields:
         a function that takes a line of metrics.jsonl and returns at once.
     """
-    if target is None or not target["tracking"]["enabled"]:
+    if target is None:
+        yield lambda _line: None
+        return
+    with other_trackers.follow(target) as other, _sent(target) as send:
+
+        def listener(line: dict) -> None:
+            other(line)
+            send(line)
+
+        yield listener
+
+
+@contextlib.contextmanager
+def _sent(target: dict):
+    """The same for MLflow alone."""
+    if not target["tracking"]["enabled"]:
         yield lambda _line: None
         return
     if shared_disk.is_far() and store_uri(target["tracking"]).startswith("sqlite"):
@@ -443,6 +536,7 @@ class _Sender(threading.Thread):
         self.target, self.over = target, threading.Event()
         self.lines: queue.SimpleQueue = queue.SimpleQueue()
         self.curves: _Curves | None = None
+        self.machine = _Machine() if target["tracking"].get("system_metrics") else None
         self.down = False  # whether the last attempt failed
 
     def run(self) -> None:
@@ -470,9 +564,9 @@ class _Sender(threading.Thread):
             run = _child_run(place, self.target["run"], self.target["title"])
             place.api.update_run(run.info.run_id, status="RUNNING")
             self.curves = _Curves(place.api, run)
-        elif lines:
+        elif lines or self.machine:
             _check_lock(tracking)
-        self.curves.send(lines)
+        self.curves.send([*lines, self.machine.now(self.curves.start)] if self.machine else lines)
 
     def _say(self, down: bool, what: str) -> None:
         if down != self.down:
@@ -480,10 +574,49 @@ class _Sender(threading.Thread):
         self.down = down
 
 
+class _Machine:
+    """How busy this machine is, by MLflow's own monitors: all of it, with whatever else runs here."""
+
+    def __init__(self):
+        from mlflow.system_metrics.metrics.cpu_monitor import CPUMonitor
+        from mlflow.system_metrics.metrics.disk_monitor import DiskMonitor
+        from mlflow.system_metrics.metrics.gpu_monitor import GPUMonitor
+        from mlflow.system_metrics.metrics.network_monitor import NetworkMonitor
+
+        self.monitors = [CPUMonitor(), DiskMonitor(), NetworkMonitor()]
+        with contextlib.suppress(ImportError, RuntimeError):  # no nvidia-ml-py, or no GPU
+            self.monitors.append(GPUMonitor())
+
+    def now(self, start: int) -> dict:
+        """A line for `_Curves.send`. Its steps are seconds since the run's `start`, so that they go on after a kill."""
+        seconds = time.time() - start / 1000
+        line: dict = {"step": int(seconds), "seconds": seconds}
+        for monitor in self.monitors:
+            monitor.collect_metrics()
+            line |= {f"system/{name}": value for name, value in monitor.aggregate_metrics().items()}
+            monitor.clear_metrics()
+        return line
+
+
 # --- after training, from the files --------------------------------------------------------------
 
 
 def mirror(plan, board: "Board | None", unfinished: str = "FAILED") -> tuple[bool | None, str]:
+    """Send what the files of a sweep have: to MLflow (`_mirror`), and to what else `tracking.report_to` names.
+
+    Arguments and what is returned are those of `_mirror`.
+    """
+    done, said = _mirror(plan, board, unfinished)
+    return done, "; ".join([said, *other_trackers.mirror(plan, _figures_of, _shown_config)])
+
+
+def _figures_of(run) -> dict | None:
+    """The figures of a planned run as a line for `_Curves.send`; None: it has no report."""
+    report = Path(run.artefacts["evaluate_model"])
+    return _results(read_figures(report)) if (report / FILE).is_file() else None
+
+
+def _mirror(plan, board: "Board | None", unfinished: str) -> tuple[bool | None, str]:
     """Complete the MLflow run of every sweep point that has a report, end all others, and name the champion.
 
     Args:
@@ -499,8 +632,9 @@ def mirror(plan, board: "Board | None", unfinished: str = "FAILED") -> tuple[boo
         return None, "tracking is off"
     try:
         place = _open(tracking, plan.sweep)
+        _save_view(place, mlflow_pages.shown_of(plan) if plan.runs else None)
         ids, refused = _mirror_runs(place, plan)
-        _finish_sweep(place, plan, board, "FINISHED" if len(ids) == len(plan.runs) else unfinished)
+        _finish_sweep(place, plan, board, ids, "FINISHED" if len(ids) == len(plan.runs) else unfinished)
         _end_running(place, unfinished)
         _mirror_tests(place.api, plan, board, ids)
         _mirror_harness(place.api, board, ids)
@@ -527,7 +661,7 @@ def _mirror_runs(place: _Place, plan) -> tuple[dict[str, str], list[str]]:
             ids[run.name] = found.info.run_id
             continue
         try:
-            ids[run.name] = _mirror_run(place, run, found)
+            ids[run.name] = _mirror_run(place, plan, run, found)
         except Exception as error:
             if what_to_do(error) is None:
                 raise
@@ -565,12 +699,12 @@ def _is_mirrored(found, run) -> bool:
     return found.data.tags.get(MIRRORED_TAG) == run.key and found.info.status == "FINISHED"
 
 
-def _mirror_run(place: _Place, run, found) -> str:
+def _mirror_run(place: _Place, plan, run, found) -> str:
     """Send what a run's files have. `found`: its MLflow run; None: it has none yet, as far as is known."""
     from mlflow.entities import Param, RunTag
 
     api, found = place.api, found or _child_run(place, run.name, run.title)
-    params = _params(run.config)
+    params = _params(run)
     # MLflow cannot change a parameter, and one in no key may differ, as the path of the same rows: replace the run.
     if any(params.get(name, value) != value for name, value in found.data.params.items()):
         api.delete_run(found.info.run_id)
@@ -581,7 +715,8 @@ def _mirror_run(place: _Place, run, found) -> str:
     figures = read_figures(Path(run.artefacts["evaluate_model"]))
     lines = read_json_lines(Path(run.artefacts["train_adapter"]) / "metrics.jsonl")
     metrics = _Curves(api, found).new([*lines, _results(figures)])
-    tags = [RunTag(name, value) for name, value in _tags(run, figures).items()]
+    note = _note_tags(found, _point_note(place, found, plan, run, figures))
+    tags = [RunTag(name, value) for name, value in (note | _tags(run, figures)).items()]
     _log(api, run_id, metrics, [Param(name, value) for name, value in params.items()], tags)
     api.set_terminated(run_id, status="FINISHED")
     return run_id
@@ -589,15 +724,46 @@ def _mirror_run(place: _Place, run, found) -> str:
 
 def _log_files(api, run_id: str, run) -> None:
     report, adapter = Path(run.artefacts["evaluate_model"]), Path(run.artefacts["train_adapter"])
-    for file in (
-        report / "report.html",
-        report / "predictions.jsonl",
-        adapter / "config.yaml",
-        adapter / "provenance.json",
-    ):
+    for file in (report / "report.html", report / "predictions.jsonl", adapter / "provenance.json"):
         api.log_artifact(run_id, str(file))
+    api.log_dict(run_id, _shown_config(run.config), "config.yaml")
     if (adapter / "adapter_config.json").is_file():  # a full model is gigabytes, so a tag names its folder instead
         api.log_artifacts(run_id, str(adapter), "adapter")
+
+
+def _shown_config(config: dict) -> dict:
+    """All that a run was made with: its config, less what changes no run."""
+    sections = {name: value for name, value in config.items() if name not in ("tracking", "notify", "keep", "sweep")}
+    if "eval" in sections:  # lm-eval is asked of one run only
+        sections["eval"] = {name: value for name, value in sections["eval"].items() if name != "harness"}
+    return sections
+
+
+def _point_note(place: _Place, made, plan, run, figures: Figures | Diverged) -> str:
+    """The note of a sweep point's MLflow run, `made`; the pages about its data are artifacts of the sweep's run."""
+    run_id = made.info.run_id
+    values = figures.values if isinstance(figures, Figures) else {}
+    base = (figures.base or {}).get(figures.metric) if isinstance(figures, Figures) else None
+    links = {
+        "report": mlflow_pages.run_page(place.experiment, run_id, "report.html"),
+        "whole config": mlflow_pages.run_page(place.experiment, run_id, "config.yaml"),
+        **_links_to_data(place, made.data.tags["mlflow.parentRunId"], _pages_of_data(plan, [run])),
+        "all runs of the sweep, best first": place.runs_page,
+        "folder of the report": run.artefacts["evaluate_model"],
+        "folder of the adapter": run.artefacts["train_adapter"],
+    }
+    if isinstance(figures, Diverged):
+        return mlflow_pages.run_note("", "", None, None, links)
+    return mlflow_pages.run_note(figures.metric, figures.split, values[figures.metric], base, links)
+
+
+def _note_tags(run, note: str) -> dict[str, str]:
+    """The tags of a note, unless a person has edited it since."""
+    before, noted = run.data.tags.get(mlflow_pages.NOTE_TAG), run.data.tags.get(NOTED_TAG)
+    if before is not None and noted != digest(before):
+        return {}
+    note = _cut(note, LONGEST_TAG)
+    return {mlflow_pages.NOTE_TAG: note, NOTED_TAG: digest(note)}
 
 
 def _tags(run, figures: Figures | Diverged) -> dict[str, str]:
@@ -610,12 +776,10 @@ def _tags(run, figures: Figures | Diverged) -> dict[str, str]:
     return tags | {MIRRORED_TAG: run.key}
 
 
-def _params(config: dict) -> dict[str, str]:
-    """A run's config as MLflow's parameters."""
-    sections = {name: value for name, value in config.items() if name not in ("tracking", "sweep")}
-    if "eval" in sections:  # lm-eval is asked of one run only
-        sections["eval"] = {name: value for name, value in sections["eval"].items() if name != "harness"}
-    return {valid_name(name): _cut(value, LONGEST_PARAM) for name, value in flat(sections).items()}
+def _params(run) -> dict[str, str]:
+    """MLflow's parameters of a run: what is swept and what it is about; `config.yaml` among its artifacts has all."""
+    values = flat({name: run.config[name]["name"] for name in NAMED if "name" in run.config[name]}) | flat(run.point)
+    return {valid_name(name): _cut(value, LONGEST_PARAM) for name, value in values.items()}
 
 
 def valid_name(name: str) -> str:
@@ -675,14 +839,54 @@ def _champion(api, plan, board: "Board", ids: dict[str, str]) -> str:
     return champion.register(api, plan, board, ids)
 
 
-def _finish_sweep(place: _Place, plan, board: "Board | None", status: str) -> None:
+def _finish_sweep(place: _Place, plan, board: "Board | None", ids: dict[str, str], status: str) -> None:
     api, run_id = place.api, _sweep_run(place)
     for axis, values in plan.axes.items():
         api.set_tag(run_id, valid_name(f"axis.{axis}"), _cut(", ".join(str(value) for value in values), LONGEST_TAG))
-    if board:
-        for name in ("leaderboard.csv", "report.html"):
-            api.log_artifact(run_id, str(Path(plan.leaderboard).with_name(name)))
+    files = [Path(plan.leaderboard).with_name(name) for name in ("leaderboard.csv", "report.html")] if board else []
+    for file in files:
+        api.log_artifact(run_id, str(file))
+    pages = _pages_of_data(plan, plan.runs)
+    for folder, file in pages.items():
+        api.log_artifact(run_id, str(file), folder)
+    for name, value in _note_tags(api.get_run(run_id), _sweep_note(place, plan, board, ids, run_id, pages)).items():
+        api.set_tag(run_id, name, value)
     api.set_terminated(run_id, status=status)
+
+
+def _pages_of_data(plan, runs: Sequence) -> dict[str, Path]:
+    """Folder among the sweep's artifacts -> page about the rows of some runs, or about what a model learns of them."""
+    pages = {}
+    for splits in dict.fromkeys(run.artefacts["tokenize_splits"] for run in runs):
+        prompts = plan.jobs[splits].inputs["prompts"] if splits in plan.jobs else None
+        for file in [Path(prompts, "report.html")] if prompts else []:
+            pages[f"data/{file.parent.name}"] = file
+        pages[f"data/{Path(splits).name}"] = Path(splits, "audit.html")
+    return {folder: file for folder, file in pages.items() if file.is_file()}
+
+
+def _links_to_data(place: _Place, sweep_run: str, pages: dict[str, Path]) -> dict[str, str]:
+    """Text -> address of each of these pages, which are artifacts of the sweep's run."""
+    links: dict[str, str] = {}
+    for folder, file in pages.items():
+        what = "what is learned of the rows" if file.name == "audit.html" else "the rows"
+        text = f"{what} ({file.parent.name})" if what in links else what
+        links[text] = mlflow_pages.run_page(place.experiment, sweep_run, f"{folder}/{file.name}")
+    return links
+
+
+def _sweep_note(place: _Place, plan, board: "Board | None", ids: dict[str, str], run_id: str, pages: dict) -> str:
+    from temper.runs import champion
+
+    links = {"all runs, best first": place.runs_page}
+    if board:
+        links["page of the sweep"] = mlflow_pages.run_page(place.experiment, run_id, "report.html")
+    if board and board.chosen in ids:
+        links["best run"] = mlflow_pages.run_page(place.experiment, ids[board.chosen])
+        best = next(run for run in plan.runs if run.name == board.chosen)
+        links["registered model"] = mlflow_pages.model_page(champion.name_of(plan, best))
+    links |= _links_to_data(place, run_id, pages)
+    return mlflow_pages.sweep_note(plan, board, links | {"folder": str(Path(plan.leaderboard).parent)})
 
 
 # --- what can be wrong with a store --------------------------------------------------------------

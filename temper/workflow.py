@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from temper import early, shared_disk, signals, tracking
+from temper import early, mlflow_pages, notices, other_trackers, shared_disk, signals, tracking
 from temper.config.stages import FOLDERS, flag_words
 from temper.data.workers import WORTH_READING
 from temper.devices import gpus, gpus_wanted
@@ -216,6 +216,7 @@ def _is_of(plan: planning.Plan, file: Path) -> bool:
     mirrored = not plan.tracking["enabled"] or recorded.get("mirrored", True) is True
     if recorded.get("gate"):  # bounds that were not kept: compared again, this command ends as the one before
         return False
+    mirrored = mirrored and other_trackers.has_all(plan)
     of_others = "inputs" in recorded and recorded["inputs"] != plan.comparison.inputs
     return mirrored and not of_others and ("key" not in recorded or recorded["key"] == plan.comparison.key)
 
@@ -313,7 +314,8 @@ def on_start(plan: planning.Plan, workflow) -> None:
         _remove_leftovers()
         _ready_probe(plan)
         if not all(map(_has_report, plan.runs)):
-            tracking.prepare(plan.tracking, plan.sweep)
+            shown = mlflow_pages.shown_of(plan) if plan.tracking["enabled"] else None
+            _say_link(tracking.prepare(plan.tracking, plan.sweep, shown), sys.stderr)
     PAGES.append(early.Pages(plan, lambda: os.environ[FROZEN]))
     if not workflow.local_exec:  # Snakemake cancels a cluster's jobs
         HELD.enter_context(shared_disk.held(planning.PLANS))
@@ -421,9 +423,18 @@ def on_success(plan: planning.Plan) -> None:
         best = next(run for run in plan.runs if run.name == board.chosen)
         print(best_model(best))
         _cut_checkpoints(plan)
-        if plan.tracking["enabled"]:
-            print("MLflow: make ui, then http://127.0.0.1:5000")
+        link = known_json(Path(plan.complete)).get("mlflow")
+        _say_link(link, sys.stdout)
+        if PAGES:  # jobs ran
+            notices.tell(plan, notices.FINISHED, board, link)
         end_at_gate(board)
+
+
+def _say_link(link: str | None, to) -> None:
+    """Where a browser shows the sweep's runs, if anywhere."""
+    if link:
+        first = "make ui, then " if link.startswith(mlflow_pages.OWN_SERVER) else ""
+        print(f"MLflow: {first}{link}", file=to)
 
 
 def _cut_checkpoints(plan: planning.Plan) -> None:
@@ -452,11 +463,12 @@ def on_error(plan: planning.Plan) -> None:
     if ASKED_TO_END:
         _end_as_asked(plan)
     with one_line_errors():
-        _compare_what_is_there(plan)
+        board, failed = _compare_what_is_there(plan), 0
         for job in plan.jobs.values():
             if not plan.is_made(job) and job.log.is_file() and job.log.stat().st_mtime >= STARTED:
-                end = visible(_end_of(job.log))
+                end, failed = visible(_end_of(job.log)), failed + 1
                 print(f"failed: {job.stage} {job.log.stem}: {end}  (log: {job.log})", file=sys.stderr)
+        notices.tell(plan, notices.FAILED, board, failed=failed)
 
 
 def _stop_pages() -> None:
@@ -469,6 +481,7 @@ def _end_as_asked(plan: planning.Plan) -> None:
     number = ASKED_TO_END[0]
     _mirror(plan, None, unfinished="KILLED")
     _remove_leftovers()
+    notices.tell(plan, notices.INTERRUPTED, None)
     name = signal.Signals(number).name
     print(f"interrupted ({name}): run the same command again, and it goes on from what is whole", file=sys.stderr)
     sys.exit(128 + number)
@@ -486,8 +499,8 @@ def _end_of(log: Path) -> str:
     )
 
 
-def _compare_what_is_there(plan: planning.Plan) -> None:
-    """Make a partial leaderboard, if at least one run has its report."""
+def _compare_what_is_there(plan: planning.Plan) -> "Board | None":
+    """Make a partial leaderboard, if at least one run has its report, and return it."""
     from steps import compare_runs
     from temper.reports import leaderboard
 
@@ -499,6 +512,7 @@ def _compare_what_is_there(plan: planning.Plan) -> None:
     _mirror(plan, board)
     if board:
         leaderboard.print_leaderboard(folder)
+    return board
 
 
 def _mirror(plan: planning.Plan, board: "Board | None", **options) -> None:

@@ -24,6 +24,7 @@ SHARED = ROOT.parent / "shared" / "data"
 
 def pytest_addoption(parser):
     parser.addoption("--run-slow", action="store_true", help="also run the proofs that take minutes")
+    parser.addoption("--run-browser", action="store_true", help="also run what opens pages in a real browser")
     parser.addoption("--run-slurm", action="store_true", help="also run what needs a Slurm of its own on this machine")
 
 
@@ -32,7 +33,7 @@ LONGEST = ("test_workflow.py", "test_reruns.py")  # minutes each: begun last, th
 
 def pytest_collection_modifyitems(config, items):
     items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
-    for mark in ("slow", "slurm"):
+    for mark in ("slow", "slurm", "browser"):
         for item in items if not config.getoption(f"--run-{mark}") else ():
             if item.get_closest_marker(mark):  # keywords have folder names, too
                 item.add_marker(pytest.mark.skip(reason=f"{mark}: `make test-{mark}` runs it"))

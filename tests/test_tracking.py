@@ -11,14 +11,15 @@ import time
 from collections import OrderedDict
 from pathlib import Path
 from types import SimpleNamespace
-from urllib.parse import unquote, urlsplit
+from urllib.parse import parse_qs, unquote, urlsplit
 
 import pytest
+import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
 from steps import merge_adapter, train_adapter
-from temper import tracking, workflow
+from temper import mlflow_pages, tracking, workflow
 from temper.errors import UserError
 from temper.planning import planner
 from temper.reports.leaderboard import Board
@@ -100,12 +101,65 @@ def test_mirror_makes_complete_runs_once(plan):
         assert run.data.metrics["base_validation_accuracy"] == 0.6
         assert run.data.metrics["train_seconds"] == 12.5
         assert run.data.params["train.learning_rate"] in ("0.0003", "0.001")
+        assert set(run.data.params) == {"data", "model", "method", "train.learning_rate"}, (
+            "what is swept, and about what"
+        )
         assert run.inputs.dataset_inputs[0].dataset.name == "movie_reviews"
         names = {file.path for file in api.list_artifacts(run.info.run_id)}
         assert {"adapter", "report.html", "config.yaml"} <= names
     champion = api.get_model_version_by_alias("movie_reviews", "champion")
     assert api.get_run(champion.run_id).data.metrics["validation_accuracy"] == 0.9
     assert parent.info.status == "FINISHED"
+
+
+def test_a_run_has_its_whole_config_as_a_file(plan, tmp_path):
+    plan, board = plan
+    tracking.mirror(plan, board)
+    api, runs = runs_of(plan)
+    run = next(run for run in runs if run.data.tags[tracking.RUN_TAG] == plan.runs[0].name)
+    shown = yaml.safe_load(Path(api.download_artifacts(run.info.run_id, "config.yaml", str(tmp_path))).read_text())
+    assert shown["train"] == plan.runs[0].config["train"] and shown["data"] == plan.runs[0].config["data"]
+    assert set(plan.runs[0].config) - set(shown) == {"tracking", "notify", "keep", "sweep"}
+
+
+def test_the_view_of_a_sweep_is_saved_once(plan, monkeypatch):
+    import mlflow
+
+    plan, board = plan
+    link = tracking.prepare(plan.tracking, plan.sweep, mlflow_pages.shown_of(plan))
+    assert link == tracking.link(plan.tracking, plan.sweep) and link.startswith("http://127.0.0.1:5000/#/experiments/")
+    [name] = parse_qs(urlsplit(link).fragment.partition("?")[2])["viewStateShareKey"]
+    tags = tracking.client(plan.tracking).get_experiment_by_name("test").tags
+    assert tags["mlflow.experimentKind"] == "custom_model_development"
+    state = json.loads(json.loads(tags[f"mlflow.sharedViewState.{name}"])["state"])
+    assert state["orderByKey"] == "metrics.`validation_accuracy`" and state["orderByAsc"] is False
+    assert state["selectedColumns"][:2] == ["params.`train.learning_rate`", "metrics.`validation_accuracy`"]
+    monkeypatch.setattr(mlflow.MlflowClient, "set_experiment_tag", lambda *_: pytest.fail("nothing is new"))
+    assert tracking.mirror(plan, board)[0]
+    assert tracking.newest_sweeps(3) == {plan.sweep: link.partition("5000/")[2]}
+
+
+def test_a_view_of_many_columns_is_cut_to_what_a_tag_holds():
+    swept = [f"adapter.some_long_name_of_a_field_{number}" for number in range(200)]
+    shown = mlflow_pages.Shown(swept, "validation_loss", ["train_seconds"], lower=True)
+    value = mlflow_pages.view("sweep s", "tags.`a` = 'b'", shown, 0)
+    state = json.loads(json.loads(value)["state"])
+    assert len(value) <= 5000 and state["orderByAsc"] is True
+    assert state["selectedColumns"] == [f"params.`{name}`" for name in swept[: len(state["selectedColumns"])]]
+
+
+def test_a_note_that_a_person_has_edited_stays(plan):
+    plan, board = plan
+    tracking.mirror(plan, None)
+    api, runs = runs_of(plan)
+    parent = next(run for run in runs if run.data.tags[tracking.RUN_TAG] == "-").info.run_id
+    before = api.get_run(parent).data.tags["mlflow.note.content"]
+    tracking.mirror(plan, board)
+    after = api.get_run(parent).data.tags["mlflow.note.content"]
+    assert "accuracy 0.900" in after and after != before, "ours follows the results"
+    api.set_tag(parent, "mlflow.note.content", "look at the second one")
+    tracking.mirror(plan, board)
+    assert api.get_run(parent).data.tags["mlflow.note.content"] == "look at the second one"
 
 
 def test_curves_grow_while_training_and_are_not_sent_twice(plan):
@@ -129,6 +183,22 @@ def test_curves_grow_while_training_and_are_not_sent_twice(plan):
     run = next(run for run in runs if run.data.tags[tracking.RUN_TAG] == plan.runs[0].name)
     assert [metric.step for metric in api.get_metric_history(run.info.run_id, "loss")] == [1, 2, 3, 4]
     assert run.info.status == "FINISHED"
+
+
+def test_how_busy_the_machine_is_goes_on_over_a_kill(workspace):
+    """Its steps are seconds since the run began, so that those of a training that goes on do not begin at 0 again."""
+    tracking.prepare(SETTINGS, "s")
+    target = target_at(None) | {"tracking": {**SETTINGS, "system_metrics": True}}
+    counts = []
+    for line in LINES[:2]:
+        with tracking.follow(target) as listener:
+            listener(line)
+            wait_until_sent(None, line["step"])
+        api, runs = all_runs(None)
+        counts.append(len(steps_of(api, runs["r"], "system/cpu_utilization_percentage")))
+        time.sleep(1)
+    assert 0 < counts[0] < counts[1]
+    assert steps_of(api, runs["r"]) == [1, 2]
 
 
 def test_what_a_killed_command_left_running_is_ended(plan):
@@ -378,8 +448,7 @@ def test_names_and_values_that_mlflow_does_not_take_as_they_are(plan):
     pattern = {"^a$": 4, "(a)": 8, "^a(": 2}
     long = "Say positive or negative. " * 270
     for index, run in enumerate(plan.runs):
-        run.config["adapter"]["rank_pattern"] = pattern
-        run.config["prompt"]["system"] = f"{long}{index}"
+        run.point["adapter.rank_pattern"] = pattern
         run.point["prompt.system"] = f"{long}{index}"
         run.config["data"]["source"]["path"] = ["x" * 1000] * 100
     plan.axes["prompt.system"] = [long, long]
@@ -404,7 +473,7 @@ def test_a_parameter_that_changed_makes_the_run_anew(plan):
     api, _ = runs_of(plan)
     left = tracking._child_run(place_of(plan.tracking, plan.sweep), run.name, run.title).info.run_id
     api.log_param(left, "data.source.path", "/where/it/was")
-    run.config["data"]["source"]["path"] = "/where/it/is"
+    run.point["data.source.path"] = "/where/it/is"
     done, said = tracking.mirror(plan, board)
     assert done, said
     runs = [made for made in runs_of(plan)[1] if made.data.tags[tracking.RUN_TAG] == run.name]
@@ -602,6 +671,13 @@ def test_an_address_of_the_environment_is_read_when_it_is_needed_and_never_shown
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{Path('mine.db').resolve()}")
     assert tracking.mirror(plan, board)[0]
     assert Path("mine.db").is_file() and not Path("results/mlflow.db").exists()
+
+
+def test_the_address_for_a_browser_is_that_of_the_server_without_its_login():
+    assert (
+        mlflow_pages.server_of("https://alice:s3cret@mlflow.example.org/team/?a=b") == "https://mlflow.example.org/team"
+    )
+    assert mlflow_pages.server_of("sqlite:////somewhere/else.db") is None, "which nobody serves, as far as is known"
 
 
 def test_a_variable_that_is_not_used_is_said(workspace, monkeypatch, capsys):

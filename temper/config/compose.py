@@ -186,7 +186,7 @@ def _swept(override, text: str) -> list[str] | Interval:
     from hydra.errors import HydraException
 
     key, sweep = override.key_or_group, override.value()
-    if key.split(".")[0] in ("experiment", "sweep", "tracking", "probe") or key == "eval.metric":
+    if key.split(".")[0] in ("experiment", "sweep", "tracking", "notify", "probe") or key == "eval.metric":
         raise UserError(f"sweep '{text}': {key} cannot be an axis: it does not change what a run is; give one value")
     if isinstance(sweep, IntervalSweep):
         return interval(sweep, text)

@@ -93,7 +93,7 @@ TRAIN_REFUSED = {
     "ignore_data_skip": _RESUME,
     "enable_jit_checkpoint": _RESUME,
     "save_only_model": "a run continues from its checkpoints, which need the optimizer",
-    "report_to": _TRACKING,
+    "report_to": "use tracking.report_to: what only shows a run is in no key",
     "project": _TRACKING,
     "trackio_space_id": _TRACKING,
     "trackio_bucket_id": _TRACKING,

@@ -879,7 +879,7 @@ def _model_name_of_mlflow(name: str) -> str:
 
 
 class Tracking(Section):
-    """MLflow. Not part of any key: tracking shows results and never changes them."""
+    """MLflow, and what is beside it. Not part of any key: tracking shows results and never changes them."""
 
     enabled: bool = True
     tracking_uri: Annotated[str, Field(min_length=1)] | None = None
@@ -890,6 +890,22 @@ class Tracking(Section):
     ) = None
     """Name of the best run's model in the registry. null: the data set's name."""
     flush_seconds: Annotated[float, Field(gt=0)] = 5.0
+    system_metrics: bool = False
+    """While a training runs, send how busy its whole machine is (processors, memory, disk, network, GPUs) with each
+    flush. GPUs need the package nvidia-ml-py."""
+    report_to: list[Literal["tensorboard", "wandb"]] = []
+    """Also write curves and figures for these: results/tensorboard/, and results/wandb/ for `wandb sync`."""
+    energy: Annotated[str, Field(pattern="^[A-Z]{3}$")] | None = None
+    """Estimate the energy of trainings by the package codecarbon, and its CO2 by the mix of this country, in three
+    letters: DEU, FRA, USA."""
+
+
+class Notify(Section):
+    """A notice when a sweep ends. Part of no key."""
+
+    command: Annotated[str, Field(min_length=1)] | None = None
+    """Run by the shell when the sweep has ended, well or not: a line in $TEMPER_TEXT, `finished`, `failed` or
+    `interrupted` in $TEMPER_STATUS, JSON on its input."""
 
 
 class Keep(Section):
@@ -978,6 +994,7 @@ class Config(Section):
     probe: Probe = Probe()
     tracking: Tracking
     keep: Keep = Keep()
+    notify: Notify = Notify()
     sweep: Sweep
     seed: Seed
     num_threads: NumThreads = 1

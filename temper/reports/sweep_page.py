@@ -7,6 +7,7 @@ import shlex
 from pathlib import Path
 from urllib.parse import quote
 
+from temper import energy
 from temper.config.compose import groups, hydra_text
 from temper.config.search import SEARCHES
 from temper.errors import visible
@@ -62,6 +63,7 @@ def write_page(output: Path, config: dict, names: list[str], ranking: Ranking, b
         most_curves=plots.MOST_CURVES,
         other_losses=any(key.partition(".")[0] == "method" for key in keys),
         command=_command_for(ranking.chosen.point, config),
+        energy=energy.spent(run["report"] for run in config["runs"]),
         suspects=suspects.read(ranking.chosen.suspects),
         suspects_csv=_link(ranking.chosen.suspects or "", suspects.CSV, output),
     )

@@ -46,7 +46,7 @@ def register(api, plan, board: "Board", ids: dict[str, str]) -> str:
     if board.gate:
         return "the chosen run does not keep the bounds of eval.gate, so there is no new champion"
     run = next(run for run in plan.runs if run.name == best["run"])
-    name = plan.tracking["registered_model_name"] or run.config["data"]["name"]
+    name = name_of(plan, run)
     _create_name(api, name)
     finished = runs.find(run.artefacts["evaluate_model"])
     rows = _rows(finished)
@@ -64,6 +64,11 @@ def register(api, plan, board: "Board", ids: dict[str, str]) -> str:
         api.set_model_version_tag(name, version, WHY_TAG, why.lstrip("; ,"))
     api.set_registered_model_alias(name, alias, version)
     return f"{alias} of '{name}' is version {version}{why}"
+
+
+def name_of(plan, run) -> str:
+    """The name under which a run of a plan is registered."""
+    return plan.tracking["registered_model_name"] or run.config["data"]["name"]
 
 
 def _create_name(api, name: str) -> None:
