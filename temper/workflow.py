@@ -25,6 +25,7 @@ from temper.keys import PACKAGE_ROOT, python_path
 from temper.planning import plan as planning
 from temper.planning import planner
 from temper.provenance import other_circumstances
+from temper.reports.in_snakemake import page as page
 from temper.resources import Resources as Resources
 
 if TYPE_CHECKING:
