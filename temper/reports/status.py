@@ -188,8 +188,9 @@ def _is_there(path: str) -> bool:
 def _figure(report: str) -> tuple[float | None, list[float] | None]:
     """(the ranking figure, its interval) of a report, which never changes; None where a training diverged."""
     found = read_figures(Path(report))
-    known = isinstance(found, Figures) and found.are_finite
-    return (found.values[found.metric], found.interval) if known else (None, None)
+    if isinstance(found, Figures) and found.are_finite:
+        return found.values[found.metric], found.interval
+    return None, None
 
 
 def _job_now(job: planning.Job, begun: float | None) -> JobNow:
