@@ -32,7 +32,7 @@ from snakemake.utils import min_version
 
 from temper import workflow as temper
 
-min_version("9.0")
+min_version("9.19")  # the first that finds profiles/default/profile.yaml
 
 # A bad config ends here, in one line, before any job.
 PLAN = temper.load_plan(config, workflow)
@@ -52,10 +52,16 @@ shell.prefix(
 )
 
 
+# Shown by `snakemake --report`. In a rule, `temper.page` marks outputs whose pages are in that report.
+report: "report/workflow.rst"
+
+
 wildcard_constraints:
     name="[^/]+",
 
 
+# They run where Snakemake runs, whatever --retries says: more memory is no help, and a step tries again by itself what the
+# network failed, but not what it refuses.
 localrules:
     all,
     fetch_data,
@@ -81,6 +87,7 @@ rule fetch_data:
         "results/logs/fetch_data/{name}.log",
     wildcard_constraints:
         name="[^/]+/pin-[^/]+",
+    retries: 0
     shell:
         "python -m steps.fetch_data"
         ' --plan "$TEMPER_PLAN"'
@@ -96,6 +103,7 @@ rule fetch_model:
         update(directory("results/models/{name}")),
     log:
         "results/logs/fetch_model/{name}.log",
+    retries: 0
     shell:
         "run steps.fetch_model"
         ' --plan "$TEMPER_PLAN"'
@@ -108,10 +116,11 @@ rule format_prompts:
     input:
         raw=path_of("format_prompts", "raw"),
     output:
-        update(directory("results/prompts/{name}")),
+        temper.page(PLAN, "format_prompts", directory("results/prompts/{name}")),
     log:
         "results/logs/format_prompts/{name}.log",
     threads: temper.reading_threads(PLAN, "format_prompts", workflow)
+    retries: 0
     shell:
         "RAYON_NUM_THREADS={threads} python -m steps.format_prompts"
         " --raw {input.raw:q}"
@@ -125,10 +134,11 @@ rule mix_prompts:
     input:
         prompts=temper.numbered_inputs(PLAN, "mix_prompts", path_of),
     output:
-        update(directory("results/mixtures/{name}")),
+        temper.page(PLAN, "mix_prompts", directory("results/mixtures/{name}")),
     log:
         "results/logs/mix_prompts/{name}.log",
     threads: temper.reading_threads(PLAN, "mix_prompts", workflow)
+    retries: 0
     shell:
         "RAYON_NUM_THREADS={threads} python -m steps.mix_prompts"
         " --prompts {input.prompts:q}"
@@ -143,7 +153,7 @@ rule tokenize_splits:
         prompts=path_of("tokenize_splits", "prompts"),
         model=path_of("tokenize_splits", "model"),
     output:
-        update(directory("results/splits/{name}")),
+        temper.page(PLAN, "tokenize_splits", directory("results/splits/{name}")),
     log:
         "results/logs/tokenize_splits/{name}.log",
     threads: lambda _: temper.tokenizing_threads(PLAN, workflow)
@@ -263,7 +273,7 @@ rule evaluate_base:
         splits=path_of("evaluate_model", "splits"),
         probe=path_of("evaluate_model", "probe"),
     output:
-        update(directory("results/reports/{name}")),
+        temper.page(PLAN, "evaluate_model", directory("results/reports/{name}")),
     log:
         "results/logs/evaluate_model/{name}.log",
     wildcard_constraints:
@@ -297,7 +307,7 @@ rule evaluate_model:
         first_report=path_of("evaluate_model", "first_report"),
         probe=path_of("evaluate_model", "probe"),
     output:
-        update(directory("results/reports/{name}")),
+        temper.page(PLAN, "evaluate_model", directory("results/reports/{name}")),
     log:
         "results/logs/evaluate_model/{name}.log",
     wildcard_constraints:
@@ -337,6 +347,7 @@ checkpoint rank_runs:
         update(directory("results/rankings/{name}")),
     log:
         "results/logs/rank_runs/{name}.log",
+    retries: 0
     shell:
         "run steps.rank_runs"
         ' --plan "$TEMPER_PLAN"'
@@ -406,12 +417,13 @@ rule compare_runs:
         reports=temper.compared(PLAN, workflow, checkpoints),
         base_harness=PLAN.base_harness,  # needed whichever run is chosen, so it may be made before
     output:
-        update(f"{SWEEP}/leaderboard.csv"),
+        temper.page(PLAN, "compare_runs", f"{SWEEP}/leaderboard.csv"),
         update(f"{SWEEP}/leaderboard.json"),
-        update(f"{SWEEP}/report.html"),
+        temper.page(PLAN, "compare_runs", f"{SWEEP}/report.html"),
         update(PLAN.complete),
     log:
         PLAN.comparison.log,
+    retries: 0
     params:
         folder=lambda _: SWEEP,
         key=lambda _: PLAN.comparison.key,  # its path holds no key, but an edit to its code must rerun it

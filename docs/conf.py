@@ -9,7 +9,7 @@ marked inactive by its authors, and its successor Zensical was a beta (0.1.3) wh
 NAVIGATION = {
     "Begin": ["start", "own-data", "own-model", "own-sweep", "own-project"],
     "Choose": ["methods", "guide", "search"],
-    "Read and use": ["results", "trust", "metrics", "use", "serving", "tracking"],
+    "Read and use": ["results", "watching", "trust", "metrics", "use", "serving", "tracking"],
     "Data": ["data", "conversations", "documents"],
     "Machines": ["devices", "clusters", "containers", "storage", "scale"],
     "When something is wrong": ["troubleshooting", "recovery", "robustness"],

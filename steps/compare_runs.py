@@ -54,13 +54,14 @@ OUTPUT_HELP = "folder of the sweep; its files are replaced"
 log = logging.getLogger("temper")
 
 
-def compare(config: dict, output: Path) -> Board:
+def compare(config: dict, output: Path, growing: bool = False) -> Board:
     """Rank the runs and write the sweep's folder.
 
     Args:
         config: {"eval", "sweep": {"name", "axes"}, "runs": [{"name", "point", "report", "test_report"}]}, and
             optionally "harness" in a run, and "experiment" and "overrides" (those that are not axes), for the
             command that makes the chosen run again.
+        growing: whether the sweep still runs, so that the page is to look for a newer one by itself.
 
     Raises:
         UserError: no run has a report.
@@ -80,7 +81,7 @@ def compare(config: dict, output: Path) -> Board:
     write_whole(output / "config.yaml", safe_dump(config, sort_keys=False, allow_unicode=True))
     write_whole(output / "leaderboard.csv", csv_text(rows))
     board = _board(config, ranking, rows)
-    write_page(output, config, names, ranking, board)
+    write_page(output, config, names, ranking, board, growing)
     write_whole(output / BOARD, json_text(finite(board.model_dump())))
     return board
 

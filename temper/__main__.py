@@ -18,6 +18,7 @@ COMMANDS = {
     "init": "start a project of your own",
     "plan": "the runs and artefacts that a sweep would make",
     "explain": "what the next `snakemake` will make, why, and how long that may take",
+    "status": "how a sweep stands: which run is in which stage, what failed or waits, the best so far",
     "leaderboard": "the leaderboard of a finished sweep",
     "verify": "make stages of a finished sweep again and compare them bit for bit",
     "chat": "talk to a run",

@@ -72,7 +72,7 @@ def compare_what_is_there(plan: planning.Plan) -> None:
     folder = Path(plan.leaderboard).parent
     with locked(folder):
         if not Path(plan.complete).exists():
-            compare_runs.compare(plan.comparison.config, folder)
+            compare_runs.compare(plan.comparison.config, folder, growing=True)
 
 
 def main(argv: list[str]) -> None:

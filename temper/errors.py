@@ -195,6 +195,15 @@ def _wrong_path(error: BaseException) -> UserError | None:
     return UserError(f"{shown}: {error.strerror}; {PATHS[error.errno]}")
 
 
+# How the messages of temper/sources end where no server answered or a download broke off.
+OF_NETWORK = ("check the network", "no network?")
+
+
+def may_pass(error: UserError) -> bool:
+    """Whether the same again may succeed by itself: the network failed, which is nobody's mistake."""
+    return any(text in str(error) for text in OF_NETWORK)
+
+
 def suggest(word: str, choices) -> str:
     """``"did you mean 'x'?"`` if a choice is close to `word` or has these initials (lr), else the allowed ones."""
     choices = sorted(str(choice) for choice in choices)

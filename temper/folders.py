@@ -19,6 +19,7 @@ SNAKEMAKE = ".snakemake_timestamp"  # left by Snakemake in a rule's output folde
 TEMPORARY = ".tmp-"
 OWNER = ".temper"  # in a temporary folder: locked while its process works there
 DAMAGED = ".damaged"
+LOCKS = ".locks"
 TEXTS = (".json", ".jsonl", ".yaml", ".txt", ".md", ".html", ".jinja")  # files that people edit
 NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 MOST_BYTES = 240  # of a name: file systems allow 255, and locks and logs add to it
@@ -124,17 +125,11 @@ def locked(output: Path):
 
 def _temporary_locked(parent: Path):
     """Hold the lock on making and removing temporary folders, so that a new one is not taken for a leftover."""
-    return _holding(_locks(parent) / "temporary", f"another process tidies {parent}: waiting for it")
+    return _holding(parent / LOCKS / "temporary", f"another process tidies {parent}: waiting for it")
 
 
 def _lock_of(output: Path) -> Path:
-    return _locks(output.parent) / f"{output.name}.lock"
-
-
-def _locks(parent: Path) -> Path:
-    folder = parent / ".locks"
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
+    return output.parent / LOCKS / f"{output.name}.lock"
 
 
 def lock_at(path: Path):
@@ -151,6 +146,7 @@ def lock_at(path: Path):
 def _holding(path: Path, waiting: str):
     import filelock
 
+    path.parent.mkdir(parents=True, exist_ok=True)
     lock = lock_at(path)
     try:
         lock.acquire(timeout=0)
@@ -171,13 +167,14 @@ def _holding(path: Path, waiting: str):
 
 def working(results: Path) -> Path | None:
     """A folder below `results` that a step is making at this moment, if there is one."""
-    outputs = (path.parent.parent / path.name.removesuffix(".lock") for path in results.glob("*/.locks/*.lock"))
+    outputs = (path.parent.parent / path.name.removesuffix(".lock") for path in results.glob(f"*/{LOCKS}/*.lock"))
     return next(filter(is_locked, sorted(outputs)), None)
 
 
 def is_locked(output: Path) -> bool:
     """Whether a process works on `output` at this moment."""
-    return is_held(_lock_of(output))
+    path = _lock_of(output)
+    return path.is_file() and is_held(path)
 
 
 def is_held(path: Path) -> bool:

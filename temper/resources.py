@@ -1,4 +1,4 @@
-"""What a job asks of a cluster's scheduler: memory and time. Neither enters a key.
+"""What a job asks of a cluster's scheduler: memory, time and disk. None enters a key.
 
 A job asks for what the most similar artefact in results/ took, with a margin, and for what is named below where there
 is none. Another attempt, after one that ended for want of memory or time or in any other way, asks for twice as much.
@@ -20,10 +20,16 @@ PROGRAM = 2000  # MB: Python with PyTorch, and a batch of a small model
 WEIGHTS = {"tokenize_splits": 0.0, "train_adapter": 4.0, "merge_adapter": 4.0}
 OF_FULL_TRAINING = 10.0
 OTHER_WEIGHTS = 3.0
+# Of nothing similar: disk in multiples of the model's files. A training of all parameters leaves them in float32 (2),
+# and has two checkpoints at a time, with Adam's moments (6 each).
+DISK = {"train_adapter": 0.5, "merge_adapter": 2.0}
+OF_FULL_DISK = 14.0
 MINUTES = {"train_adapter": 360, "sample_answers": 360, "run_harness": 360}
 OTHER_MINUTES = 120
 # Of what was measured: a job's config may differ from the similar one's, and its node from that one's.
 MORE_MEMORY, MORE_TIME, START = 1.5, 3.0, 10  # START: minutes, to load libraries and model from a shared disk
+MORE_DISK, SCRATCH = 2.0, 1000  # SCRATCH: MB of logs and temporary files
+STATES = 6.0  # of an adapter: the two checkpoints in multiples of what the training leaves
 
 
 class Resources:
@@ -39,8 +45,9 @@ class Resources:
         self.made: Archive | None = None
 
     def of(self, stage: str) -> dict:
-        """Resources functions of a stage's rule: `mem_mb`, in units of 10^6 bytes, and `runtime`, in minutes."""
-        return {"mem_mb": self._function(stage, self._megabytes), "runtime": self._function(stage, self._minutes)}
+        """Resources functions of a stage's rule: `mem_mb` and `disk_mb`, in 10^6 bytes, and `runtime`, in minutes."""
+        asked = {"mem_mb": self._megabytes, "runtime": self._minutes, "disk_mb": self._disk}
+        return {name: self._function(stage, first) for name, first in asked.items()}
 
     def _function(self, stage: str, first):
         def function(wildcards, attempt):
@@ -56,8 +63,7 @@ class Resources:
         if peak:
             needed = peak / MEGABYTE * MORE_MEMORY
         else:
-            full = job.stage == "train_adapter" and job.config["adapter"].get("peft_type") is None
-            times = OF_FULL_TRAINING if full else WEIGHTS.get(job.stage, OTHER_WEIGHTS)
+            times = OF_FULL_TRAINING if _trains_all(job) else WEIGHTS.get(job.stage, OTHER_WEIGHTS)
             needed = PROGRAM + times * _megabytes_of(job.inputs["model"])
         return _rounded(needed * job.processes + SNAKEMAKE)  # a peak is that of one process
 
@@ -68,6 +74,15 @@ class Resources:
             return MINUTES.get(job.stage, OTHER_MINUTES)
         return round(START + forecast.jobs[job.path] * MORE_TIME / 60)
 
+    def _disk(self, job: planning.Job) -> int:
+        like = self._similar(job)
+        if like:
+            needed = like.bytes / MEGABYTE * MORE_DISK * (STATES if job.stage == "train_adapter" else 1)
+        else:
+            times = OF_FULL_DISK if _trains_all(job) else DISK.get(job.stage, 0.0)
+            needed = times * _megabytes_of(job.inputs["model"]) if times else 0
+        return _rounded(SCRATCH + needed)
+
     def _similar(self, job: planning.Job):
         """The most similar artefact of the same model; looked for only where a scheduler reads what comes of it."""
         if self.workflow.local_exec:
@@ -75,6 +90,11 @@ class Resources:
         self.made = self.made or Archive()
         like = self.made.most_similar(job)
         return like if like and Forecast.tells(job, like) else None
+
+
+def _trains_all(job: planning.Job) -> bool:
+    """Whether a job trains all parameters of the model."""
+    return job.stage == "train_adapter" and job.config["adapter"].get("peft_type") is None
 
 
 def _megabytes_of(model: str) -> float:

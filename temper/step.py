@@ -22,7 +22,7 @@ from pathlib import Path
 
 from temper import energy, preemption, shared_disk
 from temper.devices import gpus_wanted, own_gpus
-from temper.errors import UserError, one_line_errors, visible
+from temper.errors import UserError, may_pass, one_line_errors, visible
 from temper.folders import check_name, is_complete, locked, made_by_a_step, refuse_damaged, temporary_folder
 from temper.keys import changed_keys, flat
 from temper.model.threads import bound_shape_caches
@@ -30,6 +30,7 @@ from temper.provenance import write_provenance
 from temper.units import seconds
 
 log = logging.getLogger("temper")
+PAUSES = (2.0, 5.0)  # seconds before a step is tried again that the network failed
 
 
 def run_command(step, argv=None, work=None) -> None:
@@ -51,7 +52,20 @@ def run_command(step, argv=None, work=None) -> None:
         preemption.requeued(),
         own_gpus(_gpus(arguments)) if stage.on_gpu else contextlib.nullcontext(),  # before a library asks for GPUs
     ):
-        (work or execute)(step, arguments, [name.rstrip("?+") for name in stage.inputs])
+        _patiently(work or execute, step, arguments, [name.rstrip("?+") for name in stage.inputs])
+
+
+def _patiently(work, *arguments) -> None:
+    """Do the work, again if the network failed it; what was refused would be refused again."""
+    for pause in PAUSES:
+        try:
+            return work(*arguments)
+        except UserError as error:
+            if not may_pass(error):
+                raise
+            log.info("%s; trying again in %.0f s", error, pause)
+            time.sleep(pause)
+    return work(*arguments)
 
 
 def _gpus(arguments) -> int:

@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from temper import early, mlflow_pages, notices, other_trackers, shared_disk, signals, tracking
+from temper import early, mlflow_pages, notices, other_trackers, quiet, running, shared_disk, signals, tracking
 from temper.config.stages import FOLDERS, flag_words
 from temper.data.workers import WORTH_READING
 from temper.devices import gpus, gpus_wanted
@@ -23,9 +23,11 @@ from temper.files import known_json, read_json
 from temper.folders import PROVENANCE, is_complete, is_locked, locked, remove_leftovers
 from temper.forks import start as forks
 from temper.keys import PACKAGE_ROOT, python_path
+from temper.logs import Log
 from temper.planning import plan as planning
 from temper.planning import planner
 from temper.provenance import other_circumstances
+from temper.reports.in_snakemake import page as page
 from temper.resources import Resources as Resources
 
 if TYPE_CHECKING:
@@ -297,7 +299,7 @@ def gpus_of(plan: planning.Plan, stage: str):
 # --- the workflow's handlers ---------------------------------------------------------------------
 
 PAGES: list[early.Pages] = []  # what keeps the sweep's page up to date, from the start of the first job on
-HELD = contextlib.ExitStack()  # the lock that jobs on other nodes look for, until this process ends
+HELD = contextlib.ExitStack()  # locks that jobs on other nodes, and `temper status`, look for until this process ends
 atexit.register(HELD.close)
 ASKED_TO_END: list[int] = []  # the signal that ended the workflow, if any
 COMPUTED = ("sample_answers", "reference_logprobs", "train_adapter", "merge_adapter", "evaluate_model")
@@ -316,6 +318,8 @@ def on_start(plan: planning.Plan, workflow) -> None:
         if not all(map(_has_report, plan.runs)):
             shown = mlflow_pages.shown_of(plan) if plan.tracking["enabled"] else None
             _say_link(tracking.prepare(plan.tracking, plan.sweep, shown), sys.stderr)
+    quiet.a_line_for_each_job(workflow.output_settings)
+    HELD.enter_context(running.marked(plan.sweep))
     PAGES.append(early.Pages(plan, lambda: os.environ[FROZEN]))
     if not workflow.local_exec:  # Snakemake cancels a cluster's jobs
         HELD.enter_context(shared_disk.held(planning.PLANS))
@@ -466,7 +470,7 @@ def on_error(plan: planning.Plan) -> None:
         board, failed = _compare_what_is_there(plan), 0
         for job in plan.jobs.values():
             if not plan.is_made(job) and job.log.is_file() and job.log.stat().st_mtime >= STARTED:
-                end, failed = visible(_end_of(job.log)), failed + 1
+                end, failed = visible(Log(job.log).end), failed + 1
                 print(f"failed: {job.stage} {job.log.stem}: {end}  (log: {job.log})", file=sys.stderr)
         notices.tell(plan, notices.FAILED, board, failed=failed)
 
@@ -485,18 +489,6 @@ def _end_as_asked(plan: planning.Plan) -> None:
     name = signal.Signals(number).name
     print(f"interrupted ({name}): run the same command again, and it goes on from what is whole", file=sys.stderr)
     sys.exit(128 + number)
-
-
-def _end_of(log: Path) -> str:
-    """Why a job ended: the last line of its log, unless it was killed before it wrote one."""
-    text = log.read_text(encoding="utf-8", errors="replace")
-    lines = [line for line in text.splitlines() if line.strip()] or ["(nothing)"]
-    if lines[-1].startswith(("error: ", "interrupted")) or "Traceback (most recent call last)" in text:
-        return lines[-1]
-    return (
-        "killed from outside: by a person, or by the system because memory ran out "
-        f"(then lower train.per_device_train_batch_size, or run with fewer --cores); its last line was: {lines[-1]}"
-    )
 
 
 def _compare_what_is_there(plan: planning.Plan) -> "Board | None":

@@ -164,12 +164,15 @@ class Plan:
         there = (job.path for job in self._kept() if Path(job.path).exists())
         return {path: wrong for path in there if (wrong := fault(Path(path)))}
 
-    def missing(self) -> list[Job]:
+    def missing(self, whole: bool = True) -> list[Job]:
         """The jobs to run before the comparison: whatever it needs that is missing or damaged.
 
         Before there is a ranking, the first run stands for the one that it will choose.
+
+        Args:
+            whole: whether to look for damaged folders, which reads all that are there.
         """
-        found = dict.fromkeys(self.damaged())
+        found = dict.fromkeys(self.damaged() if whole else ())
         todo = [self.ranking.path, *self._likely_asked()]
         todo += [run.artefacts["evaluate_model"] for run in self.runs]
         todo += [path for broken in found for path in self.jobs[broken].inputs.values()]
@@ -239,6 +242,16 @@ def load(path: str | os.PathLike) -> Plan:
         return Plan(**{**content, "path": str(path)})
     except TypeError as error:
         raise UserError(f"{path}: is not a plan of this version ({error}); {REMEDY}") from None
+
+
+def sweep_of(path: Path) -> str:
+    """The sweep of a frozen plan, by its first line alone."""
+    with path.open(encoding="utf-8") as file:
+        first = file.readline()
+    try:
+        return json.loads(first.rstrip(",\n") + "}")["sweep"]
+    except (ValueError, KeyError):  # cut, or edited: reading the whole says what is wrong
+        return load(path).sweep
 
 
 def job_in(path: str | os.PathLike, output: str) -> dict | None:

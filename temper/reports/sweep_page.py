@@ -17,14 +17,20 @@ from temper.reports import html, plots, suspects
 from temper.reports.forgetting import forgetting_sentence, gains_and_forgetting
 from temper.reports.leaderboard import Board, cell_text, short_names, swept_keys, tie_sentence
 
+RENEWED = 20  # seconds after which the page of a sweep at work loads itself anew
+
+
 # --- the page ------------------------------------------------------------------------------------
 
 
-def write_page(output: Path, config: dict, names: list[str], ranking: Ranking, board: Board) -> None:
+def write_page(
+    output: Path, config: dict, names: list[str], ranking: Ranking, board: Board, growing: bool = False
+) -> None:
     """Write report.html.
 
     Args:
         names: of the figures that the table shows.
+        growing: whether the sweep still runs: the page then loads itself anew every `RENEWED` seconds.
     """
     keys, runs, bounds = swept_keys(board.rows), ranking.runs, config["eval"].get("gate")
     searched = config["sweep"].get("strategy") in SEARCHES
@@ -64,6 +70,7 @@ def write_page(output: Path, config: dict, names: list[str], ranking: Ranking, b
         other_losses=any(key.partition(".")[0] == "method" for key in keys),
         command=_command_for(ranking.chosen.point, config),
         energy=energy.spent(run["report"] for run in config["runs"]),
+        renewed=RENEWED if growing else None,
         suspects=suspects.read(ranking.chosen.suspects),
         suspects_csv=_link(ranking.chosen.suspects or "", suspects.CSV, output),
     )

@@ -80,9 +80,7 @@ def test_halving_goes_by_the_loss_where_no_gain_is_seen(workspace):
     assert found.goes_on() and points(found.plan)[4:] == [(3e-4, 1), (2e-4, 1)]
     found = growing(*HALVING, "sweep.name=one")
     rank(found.plan, gained=lambda run: rate(run) == 2e-4, loss=rate)
-    assert found.goes_on() and points(found.plan)[4:] == [(2e-4, 1), (1e-4, 1)], (
-        "the one that gained is before all"
-    )
+    assert found.goes_on() and points(found.plan)[4:] == [(2e-4, 1), (1e-4, 1)], "the one that gained is before all"
     assert not found.search.told.keys() - found.names.keys() and min(found.search.told.values()) == -4e-4, "the metric"
 
 

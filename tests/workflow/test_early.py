@@ -27,8 +27,18 @@ def test_the_page_before_the_end_says_that_it_is_partial_and_does_not_pass_for_t
     early.compare_what_is_there(plan)
     folder = Path(plan.leaderboard).parent
     assert read_board(folder).missing == [plan.runs[1].name]
-    assert "1 of 2 runs have no report" in (folder / "report.html").read_text()
+    page = (folder / "report.html").read_text()
+    assert "1 of 2 runs have no report" in page
+    assert "location.reload()" in page and "loads itself anew every 20 seconds" in page
     assert not Path(plan.complete).exists()
+
+
+def test_the_page_of_an_ended_command_looks_for_no_newer_one(plan):
+    """Also where runs failed."""
+    workflow._compare_what_is_there(plan)
+    page = (Path(plan.leaderboard).parent / "report.html").read_text()
+    assert "1 of 2 runs have no report" in page
+    assert "location.reload" not in page and "refresh" not in page
 
 
 def test_a_complete_comparison_is_left_alone(plan):
