@@ -51,7 +51,7 @@ def measured(settings: dict) -> Iterator[dict]:
     country = ((settings.get("follow") or {}).get("tracking") or {}).get("energy")
     tracker = _started(country) if country else None
     yield facts
-    if tracker is not None:
+    if country and tracker is not None:
         facts |= _ended(tracker, country)
 
 

@@ -141,7 +141,7 @@ def sentence(metric: str, split: str, value: float | None, base: float | None) -
     """The figure of a run beside that of the untouched model, for people."""
     if value is None:
         return "Diverged: the loss was not a number any more"
-    beside = f", of the untouched model {base:.3f}" if base is not None else ""
+    beside = f" (untouched model: {base:.3f})" if base is not None else ""
     return f"**{metric.replace('_', ' ')} {value:.3f}** on {split} rows{beside}"
 
 

@@ -271,7 +271,7 @@ def open_own_store() -> str:
 
 def newest_sweeps(most: int) -> dict[str, str]:
     """Sweep -> the page of its runs, from any page of the server; of the project's own store, the newest first."""
-    api, found = client(OWN), {}
+    api, found = client(OWN), dict[str, str]()
     experiments = {one.experiment_id: one.tags for one in api.search_experiments()}
     order = ["attributes.start_time DESC"]
     for run in api.search_runs(list(experiments), _filter({RUN_TAG: SWEEP}), max_results=most, order_by=order):
