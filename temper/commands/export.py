@@ -148,13 +148,17 @@ def _quantize(whole: Path, output: Path, outtype: str) -> None:
     import ctypes
 
     llama_cpp = _llama_cpp(outtype)
-    from llama_cpp._logger import set_verbose
+    from llama_cpp._logger import llama_log_callback
 
-    set_verbose(False)
+    silent = llama_cpp.llama_log_callback(lambda *_: None)  # it has a line for each tensor
     settings = llama_cpp.llama_model_quantize_default_params()
     settings.ftype = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{outtype.upper()}")
     settings.nthread = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    failed = llama_cpp.llama_model_quantize(os.fsencode(whole), os.fsencode(output), ctypes.byref(settings))
+    llama_cpp.llama_log_set(silent, ctypes.c_void_p())
+    try:
+        failed = llama_cpp.llama_model_quantize(os.fsencode(whole), os.fsencode(output), ctypes.byref(settings))
+    finally:
+        llama_cpp.llama_log_set(llama_log_callback, ctypes.c_void_p())
     if failed:
         raise UserError(f"--outtype {outtype}: llama.cpp cannot quantize this model (code {failed}); take q8_0")
 
