@@ -276,8 +276,8 @@ BOMB = (
     [
         ("name: [", r"conf/data/mine\.yaml:1: is not valid YAML: expected the node content"),
         ("name: a\nname: b\n", r"conf/data/mine\.yaml:2: is not valid YAML: found duplicate key name"),
-        (REVIEWS.encode() + b"where: \xff\n", r"conf/data/mine\.yaml:24: is not UTF-8"),
-        (REVIEWS + "where: " + "[" * 3000 + "]" * 3000, r"conf/data/mine\.yaml:24: is nested more than 50 levels"),
+        (REVIEWS.encode() + b"where: \xff\n", r"conf/data/mine\.yaml:25: is not UTF-8"),
+        (REVIEWS + "where: " + "[" * 3000 + "]" * 3000, r"conf/data/mine\.yaml:25: is nested more than 50 levels"),
         (BOMB, r"conf/data/mine\.yaml:\d+: holds more than 100,000 values"),
         (None, r"conf/data/mine\.yaml: cannot be read \(Is a directory\)"),
         (REVIEWS.replace('prompt: "', 'prompt: "${{ price }} '), r"conf/data/mine\.yaml: .*write \\\$\{"),
