@@ -19,6 +19,7 @@ from packaging.requirements import Requirement
 
 from steps import evaluate_model, merge_adapter, train_adapter
 from temper import tracking
+from temper.config.schema import Eval
 from temper.runs import champion
 from temper.runs import find as runs
 from tests.support import finished
@@ -55,9 +56,11 @@ def sweep_of(parts: dict[str, str], accuracy: float = 0.8, uri: str | None = Non
     name = Path(parts["evaluate_model"]).name
     settings = {"enabled": True, "tracking_uri": uri, "experiment_name": "test", "registered_model_name": None}
     data = {"name": "reviews", "source": {"kind": "files"}}
-    run = SimpleNamespace(name=name, title=name, key=name[-10:], config={"data": data}, artefacts=parts)
+    names = {"model": {"name": "tiny"}, "method": {"name": "sft"}}
+    config = {"data": data, **names, "eval": Eval(task="labels", labels=["negative", "positive"]).model_dump(mode="json")}
+    run = SimpleNamespace(name=name, title=name, key=name[-10:], config=config, artefacts=parts, point={})
     board = Path("results/sweeps/tiny/leaderboard.csv")
-    plan = SimpleNamespace(tracking=settings, sweep="tiny", runs=[run], axes={}, leaderboard=str(board))
+    plan = SimpleNamespace(tracking=settings, sweep="tiny", runs=[run], jobs={}, axes={}, leaderboard=str(board))
     rows = [{"run": name, "validation_accuracy": accuracy}]
     return plan, board_of("tiny", rows)
 

@@ -34,7 +34,6 @@ WITHOUT_EFFECT = {
     "prediction_loss_only": "true",
     "bf16_full_eval": "true",
     "disable_tqdm": "true",
-    "fsdp": "full_shard",
     "deepspeed": "ds.json",
     "ddp_backend": "gloo",
     "accelerator_config": "{split_batches: true}",
