@@ -119,8 +119,8 @@ rule format_prompts:
         temper.page(PLAN, "format_prompts", directory("results/prompts/{name}")),
     log:
         "results/logs/format_prompts/{name}.log",
-    threads: temper.reading_threads(PLAN, "format_prompts", workflow)
     retries: 0
+    threads: temper.reading_threads(PLAN, "format_prompts", workflow)
     shell:
         "RAYON_NUM_THREADS={threads} python -m steps.format_prompts"
         " --raw {input.raw:q}"
@@ -137,8 +137,8 @@ rule mix_prompts:
         temper.page(PLAN, "mix_prompts", directory("results/mixtures/{name}")),
     log:
         "results/logs/mix_prompts/{name}.log",
-    threads: temper.reading_threads(PLAN, "mix_prompts", workflow)
     retries: 0
+    threads: temper.reading_threads(PLAN, "mix_prompts", workflow)
     shell:
         "RAYON_NUM_THREADS={threads} python -m steps.mix_prompts"
         " --prompts {input.prompts:q}"

@@ -56,8 +56,8 @@ def sweep_of(parts: dict[str, str], accuracy: float = 0.8, uri: str | None = Non
     name = Path(parts["evaluate_model"]).name
     settings = {"enabled": True, "tracking_uri": uri, "experiment_name": "test", "registered_model_name": None}
     data = {"name": "reviews", "source": {"kind": "files"}}
-    names = {"model": {"name": "tiny"}, "method": {"name": "sft"}}
-    config = {"data": data, **names, "eval": Eval(task="labels", labels=["negative", "positive"]).model_dump(mode="json")}
+    config = {"data": data, "model": {"name": "tiny"}, "method": {"name": "sft"}}
+    config["eval"] = Eval(task="labels", labels=["negative", "positive"]).model_dump(mode="json")
     run = SimpleNamespace(name=name, title=name, key=name[-10:], config=config, artefacts=parts, point={})
     board = Path("results/sweeps/tiny/leaderboard.csv")
     plan = SimpleNamespace(tracking=settings, sweep="tiny", runs=[run], jobs={}, axes={}, leaderboard=str(board))

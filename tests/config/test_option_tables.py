@@ -113,7 +113,8 @@ WITH = {  # what a field needs beside it
 }
 
 
-@pytest.mark.parametrize("field", sorted(options.TRAIN_USED.keys() - {"fsdp"}))  # which is read when the model is loaded
+# `fsdp` is read when the model is loaded.
+@pytest.mark.parametrize("field", sorted(options.TRAIN_USED.keys() - {"fsdp"}))
 def test_a_field_that_is_used_reaches_the_trainer(field, tmp_path, monkeypatch):
     from temper.training.arguments import training_arguments
 
