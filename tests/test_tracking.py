@@ -236,8 +236,9 @@ DOWN, BACK = "training goes on", "is back and has the curves"
 
 @pytest.fixture
 def said(caplog, monkeypatch):
-    """The log; stores are given up after a second, so that a test is short."""
+    """The log; stores are given up after a second and asked again soon, so that a test is short."""
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
+    monkeypatch.setattr(tracking, "LONGEST_PAUSE", 2.0)
     monkeypatch.setattr(tracking, "LOCK_SECONDS", 0.2)
     with caplog.at_level("INFO", logger="temper"):
         yield caplog
