@@ -29,6 +29,10 @@ class UserError(Exception):
         super().__init__(redacted(message))
 
 
+class NetworkError(UserError):
+    """No server answered, or a download broke off, which is nobody's mistake: the same again may succeed by itself."""
+
+
 @contextlib.contextmanager
 def one_line_errors(
     what: str | None = None, stage: str | None = None, log: str | None = None, command: str | None = None
@@ -193,15 +197,6 @@ def _wrong_path(error: BaseException) -> UserError | None:
     name = str(error.filename)
     shown = f"{name[:60]}..." if error.errno == errno.ENAMETOOLONG else name
     return UserError(f"{shown}: {error.strerror}; {PATHS[error.errno]}")
-
-
-# How the messages of temper/sources end where no server answered or a download broke off.
-OF_NETWORK = ("check the network", "no network?")
-
-
-def may_pass(error: UserError) -> bool:
-    """Whether the same again may succeed by itself: the network failed, which is nobody's mistake."""
-    return any(text in str(error) for text in OF_NETWORK)
 
 
 def suggest(word: str, choices) -> str:

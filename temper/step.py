@@ -22,7 +22,7 @@ from pathlib import Path
 
 from temper import energy, preemption, shared_disk
 from temper.devices import gpus_wanted, own_gpus
-from temper.errors import UserError, may_pass, one_line_errors, visible
+from temper.errors import NetworkError, UserError, one_line_errors, visible
 from temper.folders import check_name, is_complete, locked, made_by_a_step, refuse_damaged, temporary_folder
 from temper.keys import changed_keys, flat
 from temper.model.threads import bound_shape_caches
@@ -60,9 +60,7 @@ def _patiently(work, *arguments) -> None:
     for pause in PAUSES:
         try:
             return work(*arguments)
-        except UserError as error:
-            if not may_pass(error):
-                raise
+        except NetworkError as error:
             log.info("%s; trying again in %.0f s", error, pause)
             time.sleep(pause)
     return work(*arguments)

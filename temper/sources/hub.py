@@ -9,7 +9,7 @@ import shutil
 import sys
 from pathlib import Path
 
-from temper.errors import UserError
+from temper.errors import NetworkError, UserError
 from temper.model.layout import model_files
 from temper.progress import Progress, quiet_libraries
 
@@ -34,7 +34,7 @@ def hub_rows(source: dict, target: Path, section: str) -> str | None:
     except ValueError as error:
         raise UserError(f"{section}: {_hub_reason(repository, error)}; check {section}.config and .split") from error
     except Exception as error:  # network, a loading script, a damaged file: the user must see all of these
-        raise UserError(f"{section}: {_hub_reason(repository, error)}; {_without_hub(section)}") from error
+        raise NetworkError(f"{section}: {_hub_reason(repository, error)}; {_without_hub(section)}") from error
     with target.open("w", encoding="utf-8") as file, Progress(len(rows), "write rows", "rows") as progress:
         for row in rows:
             file.write(_json_line(row, repository, section))
@@ -70,7 +70,7 @@ def hub_model(source: dict, folder: Path, section: str) -> str:
     try:
         snapshot = Path(snapshot_download(repository, revision=revision, allow_patterns=patterns))
     except Exception as error:
-        raise UserError(f"{section}: {_hub_reason(repository, error)}; {_without_hub(section)}") from error
+        raise NetworkError(f"{section}: {_hub_reason(repository, error)}; {_without_hub(section)}") from error
     for name in model_files([path.name for path in snapshot.iterdir()], where):
         _link_or_copy((snapshot / name).resolve(), folder / name)
     return snapshot.name  # the cache names a snapshot by its commit
@@ -105,7 +105,8 @@ def hub_info(source: dict, kind: str, section: str):
         what = "data set" if kind == "dataset" else "model"
         problem = f"the hub has no {what} {repository}, or it is private: check the name, or set HF_TOKEN"
     except (errors.HTTPError, errors.HfHubHTTPError, OSError, ValueError) as error:
-        problem = f"{_hub_reason(repository, error)}; {_without_hub(section)}"
+        reason = f"{_hub_reason(repository, error)}; {_without_hub(section)}"
+        raise NetworkError(f"{section}.repository: {reason}") from None
     raise UserError(f"{section}.repository: {problem}")
 
 

@@ -18,7 +18,7 @@ import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
-from temper.errors import UserError, words
+from temper.errors import NetworkError, UserError, words
 from temper.folders import locked, temporary_folder
 from temper.hashing import file_sha256
 from temper.progress import Progress
@@ -76,7 +76,7 @@ def _download(source: dict, section: str, folder: Path) -> None:
         links = _of_this_version(packages, source["requirement"])
         link = next((link for link in links if source["sha256"] in (link.hashes or {}).get("sha256", [])), None)
         if not links:
-            raise UserError(f"{section}.requirement: {_nowhere(source, packages, silent)}")
+            raise _nowhere(source, packages, silent, f"{section}.requirement")
         try:
             _fetch(client, link or links[0], source["sha256"], folder)
         except HashMismatchError as error:
@@ -85,7 +85,7 @@ def _download(source: dict, section: str, folder: Path) -> None:
                 f"not {source['sha256']}: correct the config if you trust the file, else use another package index"
             ) from None
         except (UnpackError, httpx2.HTTPError) as error:
-            raise UserError(
+            raise NetworkError(
                 f"{section}.requirement: the download of {source['requirement']} broke off "
                 f"({error or type(error).__name__}): check the network, and run again"
             ) from None
@@ -180,22 +180,22 @@ def _of_this_version(packages: list, requirement: str) -> list:
     return [package.link for package in packages if wanted.contains(package.version, prereleases=True)]
 
 
-def _nowhere(source: dict, packages: list, silent: list[str]) -> str:
-    """Say why there is nothing to download, and what to do."""
+def _nowhere(source: dict, packages: list, silent: list[str], where: str) -> UserError:
+    """Why there is nothing to download, and what to do. `where`: the key that asks for it."""
     name, _, version = source["requirement"].partition("==")
     if packages:
         from packaging.version import parse
 
         versions = sorted({package.version for package in packages}, key=parse)
         close = difflib.get_close_matches(version, versions, n=3) or versions[-3:]
-        return f"{name} has no {_kind(source)} of version {version}; there are {', '.join(close)}"
+        return UserError(f"{where}: {name} has no {_kind(source)} of version {version}; there are {', '.join(close)}")
     if silent:
-        return (
-            f"no package index answers, so {source['requirement']} cannot be downloaded ({silent[0][:100]}): "
+        return NetworkError(
+            f"{where}: no package index answers, so {source['requirement']} cannot be downloaded ({silent[0][:100]}): "
             "check the network and pip's settings (pip config list)"
         )
-    return (
-        f"no package index of pip's settings (pip config list) has a {_kind(source)} of {name}: "
+    return UserError(
+        f"{where}: no package index of pip's settings (pip config list) has a {_kind(source)} of {name}: "
         "check the name, or use an index that has it"
     )
 
