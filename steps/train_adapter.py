@@ -235,10 +235,11 @@ class _Training:
         from temper.training import checkpoints
 
         first = processes.is_first()
-        if not self.is_plateau and (first or is_spread(self.trainer.model)):
+        if self.is_plateau:
+            if first:
+                _keep_checkpoint(checkpoints.last_whole([self.state], self.end), output)
+        elif first or is_spread(self.trainer.model):
             save_adapter(self.trainer.model, output, first)
-        elif first:
-            _keep_checkpoint(checkpoints.last_whole([self.state], self.end), output)
 
 
 def _train(

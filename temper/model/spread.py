@@ -79,20 +79,31 @@ def _as_spread(whole, like):
     return distribute_tensor(whole.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
 
 
+def own_state(_optimizer, state: dict) -> dict:
+    """An optimizer's state dict with this process's parts of the states of spread weights, for `joined_state`."""
+    return _of_each(state, lambda value, _number: local(value))
+
+
 def joined_state(optimizer, state: dict) -> dict:
-    """An optimizer's state dict whose tensors are parts of spread weights' states, as these states."""
+    """The state dict that `own_state` made this of."""
     from torch.distributed.tensor import DTensor
 
     weights = [weight for group in optimizer.param_groups for weight in group["params"]]
 
-    def joined(value, weight):
+    def joined(value, number):
+        weight = weights[number]
         if not isinstance(weight, DTensor) or getattr(value, "shape", None) != weight.to_local().shape:
             return value
         mesh, places = weight.device_mesh, weight.placements
         return DTensor.from_local(value, mesh, places, shape=weight.shape, stride=weight.stride())
 
-    parts = {
-        number: {name: joined(value, weights[number]) for name, value in of_weight.items()}
-        for number, of_weight in state["state"].items()
+    return _of_each(state, joined)
+
+
+def _of_each(state: dict, change) -> dict:
+    """A state dict with `change(value, number of its weight)` for each value."""
+    changed = {
+        number: {name: change(value, number) for name, value in values.items()}
+        for number, values in state["state"].items()
     }
-    return {**state, "state": parts}
+    return {**state, "state": changed}

@@ -144,10 +144,12 @@ def _probe(trainer, batch) -> tuple[int, int]:
         trainer.compute_loss(model, batch)  # the first call also chooses how to compute the loss
     with FlopCounterMode(display=False) as counter:
         see(model.parameters())
-        gathering = register_module_forward_pre_hook(see_gathered)  # a spread model's weights, for their layer
-        with saved_tensors_hooks(keep, lambda tensor: tensor), trainer.compute_loss_context_manager():
+        with (
+            register_module_forward_pre_hook(see_gathered),  # a spread model's weights, for their layer
+            saved_tensors_hooks(keep, lambda tensor: tensor),
+            trainer.compute_loss_context_manager(),
+        ):
             loss = trainer.compute_loss(model, batch)
-        gathering.remove()
         loss.backward()
     model.zero_grad(set_to_none=True)
     return counter.get_total_flops(), sum(kept.values())

@@ -219,27 +219,26 @@ class Others:
             threading.Thread(target=self._watch, daemon=True).start()
             try:
                 yield
-            except Exception as error:
-                raise self._why(error) from error
-            except BaseException:
+            except BaseException as error:
+                reason = self._reason(error)
                 self.end()  # before this process leaves, which may wait for them
+                if reason:
+                    raise UserError(reason) from error
                 raise
             finally:
                 self.over.set()
 
-    def _why(self, error: Exception) -> Exception:
-        """The error of this process, or what it came from: another process that has failed."""
+    def _reason(self, error: BaseException) -> str | None:
+        """What an error of this process came from, if it says too little: often another process that has failed."""
         if UNUSED in str(error):
-            error = UserError(
+            return (
                 "not all trained weights were part of a step's loss, which several processes must know before: "
                 "set train.ddp_find_unused_parameters=true"
             )
-        elif not isinstance(error, UserError):  # what torch raises when another process is gone has many types
-            ended = self._first_to_end(GRACE / 2)
-            if ended is not None:
-                return UserError(self._end_of(ended))
-        self.end()
-        return error
+        if isinstance(error, UserError) or not isinstance(error, Exception):
+            return None
+        ended = self._first_to_end(GRACE / 2)  # what torch raises when another process is gone has many types
+        return self._end_of(ended) if ended else None
 
     def _first_to_end(self, seconds: float) -> subprocess.Popen | None:
         """A process that has failed, or fails within some seconds."""

@@ -184,7 +184,7 @@ class TemperTrainer(Trainer):
         """Trainer's. Of a spread model each process stores its part of the state, which nobody else needs."""
         optimizer = super().create_optimizer(model)
         if is_spread(self.model):
-            optimizer.register_state_dict_post_hook(_with_own_parts)
+            optimizer.register_state_dict_post_hook(spread.own_state)
             optimizer.register_load_state_dict_pre_hook(self._of_own_parts)
         return optimizer
 
@@ -296,14 +296,6 @@ def _refuse_other_shapes(optimizer) -> None:
             if found is not None and found.shape != parameter.shape:
                 shapes = f"{tuple(found.shape)} for {tuple(parameter.shape)}"
                 raise ValueError(f"optimizer.pt has '{name}' of another shape: {shapes}")
-
-
-def _with_own_parts(_optimizer, state: dict) -> dict:
-    parts = {
-        number: {name: spread.local(value) for name, value in of_weight.items()}
-        for number, of_weight in state["state"].items()
-    }
-    return {**state, "state": parts}
 
 
 def _reading_checkpoint(checkpoint: str):
