@@ -24,7 +24,7 @@ from temper.errors import UserError
 from temper.files import json_text, write_whole
 from temper.folders import locked
 from temper.hashing import HashCache, file_sha256
-from temper.planning.plan import STATE
+from temper.planning.plan import HASHES
 from temper.provenance import provenance
 from temper.sources import hub, pypi, revisions
 from temper.sources.pins import by_split, is_no_data, is_pin, kept_files, pin_key, read_pin, section_of, source_files
@@ -52,7 +52,7 @@ def run(source: dict, output: Path) -> None:
     earlier = [read_pin(path) | {"path": path} for path in folder.glob("pin-*.json")]
     with _scratch(folder) as scratch:
         facts, split_of = _fetch_parts(source, scratch)
-        hashes = HashCache(STATE / "hashes.json")  # of planning, which has read files that are not copied
+        hashes = HashCache(HASHES)  # of planning, which has read files that are not copied
         files = {path.name: hashes.sha256(path) for path in sorted(scratch.iterdir())}
         pin = {"source": source, "files": files, "splits": split_of}
         pin |= provenance(STAGE, {}, time.time() - started, facts)

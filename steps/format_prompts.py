@@ -40,7 +40,7 @@ from temper.data.rejected import FILE, Rejected
 from temper.data.splitting import SPLITS, Splits, splits_named
 from temper.errors import UserError
 from temper.hashing import HashCache
-from temper.planning.plan import STATE
+from temper.planning.plan import HASHES
 from temper.sources import pins as raw_data
 from temper.step import run_command
 
@@ -64,7 +64,7 @@ def run(config: FormatPrompts, raw: Path, output: Path, planned: Planned = NOT_P
     from temper.reports.data_page import write_page
 
     data = config.data.model_dump()
-    hashes = HashCache(STATE / "hashes.json")  # of planning, which has read the files
+    hashes = HashCache(HASHES)  # of planning, which has read the files
     identity = raw_data.identity_on_disk(raw, hashes)
     raw_data.refuse_other_identity(raw, identity, planned.raw)
     files = raw_data.split_files(raw)

@@ -143,6 +143,17 @@ def lock_at(path: Path):
 
 
 @contextlib.contextmanager
+def held_file(path: Path):
+    """Hold the lock at `path`, a file that is there while the block runs, so that others see that this process does."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with lock_at(path):
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
 def _holding(path: Path, waiting: str):
     import filelock
 

@@ -9,7 +9,7 @@ import os
 import time
 from collections.abc import Iterator
 
-from temper.folders import is_held, lock_at
+from temper.folders import held_file, is_held
 from temper.hashing import digest
 from temper.planning.plan import PLANS
 
@@ -18,12 +18,8 @@ from temper.planning.plan import PLANS
 def marked(sweep: str) -> Iterator[None]:
     """Say that this process is at work on a sweep while the block runs."""
     path = PLANS / f"{digest(sweep)}-{int(time.time())}-{os.getpid()}.lock"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with lock_at(path):
-        try:
-            yield
-        finally:
-            path.unlink(missing_ok=True)
+    with held_file(path):
+        yield
 
 
 def begun(sweep: str) -> float | None:

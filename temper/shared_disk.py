@@ -18,7 +18,7 @@ from pathlib import Path
 
 from temper.errors import UserError
 from temper.files import write_whole
-from temper.folders import is_held, lock_at
+from temper.folders import held_file, is_held
 
 HELD = "TEMPER_HELD_LOCK"  # environment variable: the file that the command holds
 BEAT = 5.0  # seconds between two counts
@@ -28,7 +28,6 @@ BEAT = 5.0  # seconds between two counts
 def held(folder: Path) -> Iterator[None]:
     """Hold a lock in `folder` while the block runs, and name it to all processes that are started."""
     path, ended = folder / f"{uuid.uuid4().hex}.lock", threading.Event()
-    path.parent.mkdir(parents=True, exist_ok=True)
 
     def count() -> None:
         number = 0
@@ -37,7 +36,7 @@ def held(folder: Path) -> Iterator[None]:
             with contextlib.suppress(OSError):  # a full disk: jobs then take this command for a killed one
                 write_whole(_count_of(path), str(number))
 
-    with lock_at(path):
+    with held_file(path):
         os.environ[HELD] = str(path)
         threading.Thread(target=count, daemon=True).start()
         try:
@@ -45,7 +44,6 @@ def held(folder: Path) -> Iterator[None]:
         finally:
             ended.set()
             del os.environ[HELD]
-            path.unlink(missing_ok=True)
             _count_of(path).unlink(missing_ok=True)
 
 

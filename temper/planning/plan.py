@@ -16,6 +16,7 @@ from temper.hashing import KEY_LENGTH
 
 RESULTS = Path("results")
 STATE = RESULTS / ".state"
+HASHES = STATE / "hashes.json"  # of raw files, which planning has read
 PLANS = RESULTS / ".plans"
 RANKING = "ranking.json"
 # Artefacts of a run that are made only for the one that the ranking chooses -> what the comparison calls them.

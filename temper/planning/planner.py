@@ -25,7 +25,7 @@ from temper.hashing import HashCache, canonical_json
 from temper.keys import code_key, stage_key
 from temper.model.adapters import load_for_training
 from temper.model.layout import model_files
-from temper.planning.plan import FOR_CHOSEN, RANKING, RESULTS, STATE, Job, Plan, PlannedRun
+from temper.planning.plan import FOR_CHOSEN, HASHES, RANKING, RESULTS, STATE, Job, Plan, PlannedRun
 from temper.planning.trunks import DECAYING_AT_THE_END, needs_total, shares_trunk
 from temper.sources import pins as raw_data
 from temper.sources.revisions import pinned
@@ -94,7 +94,7 @@ class Growing:
                 f"sweep: strategy={self.search.sweep.strategy} would rank by the test split round after round, which "
                 "flatters what it chooses: rank by eval.split=validation"
             )
-        self.first, self.planner = first, _Planner(HashCache(STATE / "hashes.json"), self.search.rungs)
+        self.first, self.planner = first, _Planner(HashCache(HASHES), self.search.rungs)
         self.shown = [text for text in shown if text.partition("=")[0].strip() not in parsed.axes]
         self.names: dict[Point, list[str]] = {}  # a point -> its runs, one of each seed
         self.known: list[dict] = []  # data sets whose options were checked: looking for their files takes time
@@ -147,7 +147,7 @@ class Growing:
         gained = {point for point in points if not {*self.names[point]}.isdisjoint(found["gained"])}
         by = {point: values[point] if point in gained else mean(found["losses"], 1, point) for point in points}
         order = sorted(points, key=lambda point: (point not in gained, by[point]))
-        return values, {point: math.inf if math.isinf(values[point]) else order.index(point) for point in points}
+        return values, {point: math.inf if math.isinf(values[point]) else at for at, point in enumerate(order)}
 
     def _add_round(self) -> None:
         runs = {run.name: run for run in self.plan.runs}

@@ -15,7 +15,7 @@ from pathlib import Path
 from temper import running, units
 from temper.errors import UserError, visible
 from temper.evaluation.figures import Figures, read_figures
-from temper.evaluation.metrics import lower_is_better
+from temper.evaluation.metrics import check_metric, lower_is_better
 from temper.folders import PROVENANCE, is_locked
 from temper.logs import Log
 from temper.planning import plan as planning
@@ -168,8 +168,6 @@ def standing(plan: planning.Plan, archive: Archive | None = None) -> Standing:
 
 
 def _metric(plan: planning.Plan) -> str:
-    from temper.evaluation.metrics import check_metric
-
     return check_metric(plan.comparison.config["eval"])
 
 
